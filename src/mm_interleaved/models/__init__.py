@@ -1,0 +1,1 @@
+"""Small neural parts and the one file that joins them."""
