@@ -1,0 +1,141 @@
+"""The only input and the only output: a document of text and image parts.
+
+No tokens, no tensors here. Text is data, whatever it spells; an image is a reference that is opened, through the
+one guard of `images.py`, when its pixels are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from PIL import Image as PILImage
+
+from mm_interleaved.images import open_image
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A run of text."""
+
+    text: str
+    _: KW_ONLY
+    role: str | None = None
+    """Who says it (`user`, `assistant`, `system`) in a conversation; None elsewhere."""
+    generated: bool = False
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image, by reference.
+
+    `source` is a picture in memory, the path of a file (already checked against the allowed root by whoever read
+    it), or the bytes of an encoded file.
+    """
+
+    source: PILImage.Image | Path | bytes
+    _: KW_ONLY
+    role: str | None = None
+    generated: bool = False
+    seed: int | None = None
+    name: str | None = None
+    """The image's name where it came from, for messages and pages."""
+
+    def load(self) -> PILImage.Image:
+        """The picture as 8-bit RGB, upright. Raises ImageError where it cannot be read."""
+        return open_image(self.source, name=self.name)
+
+
+Part: TypeAlias = Text | Image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """Parts in reading order, and what is asked about them."""
+
+    id: str
+    parts: tuple[Part, ...]
+    target: tuple[Part, ...] = ()
+    """The gold continuation, where one is known."""
+    layout: str | None = None
+    """Parts wanted in order (`"T I T"`), or `"auto"`."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """Generation arguments of this document; they override those of the run."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else that belongs to the record, carried along untouched."""
+
+    def __post_init__(self):
+        for name in ("parts", "target"):
+            parts = getattr(self, name)
+            # A list is what callers have at hand; a tuple is what a frozen document holds.
+            object.__setattr__(self, name, tuple(parts))
+            for index, part in enumerate(parts):
+                if not isinstance(part, Text | Image):
+                    raise TypeError(f"{name}[{index}]: expected Text or Image, found {type(part).__name__}")
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The images of the document itself (not of its target), in order."""
+        return tuple(part for part in self.parts if isinstance(part, Image))
+
+    @property
+    def text(self) -> str:
+        """The text of the document itself, its parts joined by a space."""
+        return " ".join(part.text for part in self.parts if isinstance(part, Text))
+
+    def extended(self, *parts: Part) -> Document:
+        """The same document with more parts at its end."""
+        return replace(self, parts=(*self.parts, *parts))
+
+
+ImagePath: TypeAlias = Callable[[Image, int], str]
+
+
+def document_to_record(document: Document, image_path: ImagePath) -> dict[str, Any]:
+    """The canonical JSON record of a document.
+
+    Args:
+        image_path: says where the k-th image stands (counted over the parts, then the target): a path relative to
+            the file that the record goes into, or a `data:` URL.
+
+    Returns:
+        A dict of JSON values; reading it back gives the same parts, roles, flags, layout, generation and meta.
+    """
+    image_count = 0
+
+    def part_record(part: Part, with_role: bool) -> dict[str, Any]:
+        nonlocal image_count
+        if isinstance(part, Text):
+            record: dict[str, Any] = {"type": "text", "text": part.text}
+        else:
+            record = {"type": "image", "image": image_path(part, image_count)}
+            image_count += 1
+        if with_role and part.role is not None:
+            record["role"] = part.role
+        if part.generated:
+            record["generated"] = True
+        if part.seed is not None:
+            record["seed"] = part.seed
+        return record
+
+    record: dict[str, Any] = {"id": document.id}
+    if document.parts and all(part.role is not None for part in document.parts):
+        record["messages"] = [
+            {"role": role, "content": [part_record(part, with_role=False) for part in parts]}
+            for role, parts in groupby(document.parts, key=lambda part: part.role)
+        ]
+    else:
+        record["content"] = [part_record(part, with_role=True) for part in document.parts]
+    if document.target:
+        record["target"] = [part_record(part, with_role=True) for part in document.target]
+    if document.layout is not None:
+        record["layout"] = document.layout
+    if document.generation:
+        record["generation"] = dict(document.generation)
+    if document.meta:
+        record["meta"] = dict(document.meta)
+    return record

@@ -1,0 +1,70 @@
+"""What can go wrong, and with which exit code the command line ends.
+
+A message is one sentence a user can act on: where (file, line or field), what was found, what was expected.
+`field` is the path of the value inside the record (`content[2].image`) and `code` the short word that goes into
+a failed record of the results, so that programs need not parse the sentence.
+"""
+
+
+class MMInterleavedError(Exception):
+    """Base of all errors that a user of this package can cause."""
+
+    exit_code = 1
+    code = "error"
+
+    def __init__(self, message: str, *, field: str | None = None):
+        super().__init__(message)
+        self.field = field
+
+
+class UsageError(MMInterleavedError):
+    """A wrong argument, flag or configuration."""
+
+    exit_code = 2
+    code = "usage"
+
+
+class InputError(MMInterleavedError):
+    """Input data that is missing, malformed or refused."""
+
+    exit_code = 3
+    code = "input"
+
+
+class ImageError(InputError):
+    """An image that cannot be read: its record fails, the others go on."""
+
+    code = "image"
+
+
+class TooLongError(InputError):
+    """A document that does not fit the model: its record fails, the others go on."""
+
+    code = "too_long"
+
+
+class ModelFileError(MMInterleavedError):
+    """Model files that are missing, damaged, unsafe or of the wrong shape."""
+
+    exit_code = 4
+    code = "model"
+
+
+class NumericalError(MMInterleavedError):
+    """A loss or an output that is not finite."""
+
+    exit_code = 5
+    code = "numerical"
+
+
+class StorageError(MMInterleavedError):
+    """A disk that is full, read-only or failing."""
+
+    exit_code = 6
+    code = "storage"
+
+
+def escape(text: str, limit: int = 120) -> str:
+    """`text` made safe for one line of an error or a log: control and direction characters escaped, cut at `limit`."""
+    shown = text if len(text) <= limit else text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)

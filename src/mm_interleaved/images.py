@@ -1,0 +1,210 @@
+"""The one place where the bytes of an image become pixels, and where pixels become a square for the encoder.
+
+Everything that opens an image (documents, training data, server, studio) comes through `open_image`: one guard, no
+second path around it. Pillow only, so that the same file gives the same pixels everywhere.
+Letters: C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageOps, UnidentifiedImageError
+
+from mm_interleaved.errors import ImageError, escape
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 40_000_000
+"""Read from the header, before anything is decoded. Pillow's own limit (179 MP) still costs 800 MB for a 20 KB file."""
+MAX_FILE_BYTES = 128 * 2**20
+MAX_ASPECT = 16
+"""`fit_square` cuts longer strips first: scaled up to the encoder's size, 1 x 20000 pixels would need gigabytes."""
+
+_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+_KNOWN_STARTS = (
+    (b"GIF8", "a GIF image"),
+    (b"BM", "a BMP image"),
+    (b"II*\x00", "a TIFF image"),
+    (b"MM\x00*", "a TIFF image"),
+    (b"8BPS", "a Photoshop image"),
+    (b"SIMPLE  =", "a FITS image"),
+    (b"%!PS", "a PostScript file"),
+    (b"%PDF", "a PDF file"),
+    (b"version https://git-lfs", "a Git-LFS pointer (the real file was never downloaded)"),
+    (b"<svg", "an SVG drawing"),
+    (b"<?xml", "an XML or SVG file"),
+    (b"<!doctype html", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"{", "JSON or plain text"),
+)
+
+
+def open_image(
+    source: str | Path | bytes | PILImage.Image, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> PILImage.Image:
+    """The picture as 8-bit RGB, turned as its EXIF orientation says, alpha over white.
+
+    Of an animation, the first frame. Colour profiles are ignored: pixels are taken as sRGB. 16-bit values are scaled
+    (not clipped) to 8 bits.
+
+    Args:
+        source: path of a regular file, bytes of an encoded file (PNG, JPEG or WEBP, whatever its name says), or a
+            picture in memory.
+        name: how messages call it; the path otherwise.
+
+    Raises:
+        ImageError: missing, not a regular file, another format, damaged, or more than `max_pixels`.
+    """
+    if isinstance(source, PILImage.Image):
+        name = name or "image in memory"
+        _check_size(source, name, max_pixels)
+        return _decoded(source, name)
+    if isinstance(source, bytes):
+        name, data = name or "image data", source
+    else:
+        name = name or str(source)
+        data = read_regular_file(Path(source), name)
+    if not data:
+        raise ImageError(f"image {escape(name)!r}: the file is empty")
+    try:
+        with warnings.catch_warnings():
+            # Our own limit below is stricter and names both numbers; damaged metadata is no reason to refuse pixels.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", PILImage.DecompressionBombWarning)
+            with PILImage.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(image, name, max_pixels)
+                return _decoded(image, name)
+    except ImageError:
+        raise
+    except (PILImage.DecompressionBombWarning, PILImage.DecompressionBombError) as error:
+        raise ImageError(f"image {escape(name)!r}: more than {max_pixels} pixels") from error
+    except UnidentifiedImageError as error:
+        found = describe_bytes(data)
+        raise ImageError(f"image {escape(name)!r}: found {found}, expected PNG, JPEG or WebP") from error
+    except Exception as error:
+        # Decoders of damaged files raise nearly anything (struct.error, SyntaxError, IndexError, MemoryError, ...).
+        raise ImageError(
+            f"image {escape(name)!r}: damaged ({escape(str(error)) or type(error).__name__})"
+        ) from error
+
+
+def read_regular_file(path: Path, name: str | None = None, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a regular file of at most `max_bytes`. Raises ImageError; never waits on a pipe or a device."""
+    name = escape(name or str(path))
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever. The check is made on what was opened.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise ImageError(f"image {name!r}: there is no such file") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"image {name!r}: cannot be opened ({getattr(error, 'strerror', error)})") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"image {name!r}: found a {file_kind(status.st_mode)}, expected a regular file")
+        if status.st_size > max_bytes:
+            raise ImageError(f"image {name!r}: found {status.st_size} bytes, expected at most {max_bytes}")
+        try:
+            return file.read(max_bytes + 1)
+        except OSError as error:
+            raise ImageError(f"image {name!r}: cannot be read ({error.strerror})") from error
+
+
+def file_kind(mode: int) -> str:
+    """The word for a file that is not a regular one, from its `st_mode`."""
+    kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
+    return next((word for is_kind, word in kinds if is_kind(mode)), "device")
+
+
+def describe_bytes(data: bytes) -> str:
+    """What a file that is no image of ours seems to be."""
+    start = data[:64].lstrip().lower()
+    for known, description in _KNOWN_STARTS:
+        if start.startswith(known.lower()):
+            return description
+    return f"unknown data beginning with {data[:4].hex(' ')}"
+
+
+def fit_square(image: PILImage.Image, size: int) -> PILImage.Image:
+    """The central square of a picture at `size` x `size` pixels, by the rule of the released model.
+
+    Halved with a box filter while the shorter side is at least twice the target, then bicubic until the shorter side
+    fits, then cropped in the centre.
+    """
+    image = _without_long_ends(image)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=PILImage.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    image = image.resize((width, height), resample=PILImage.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_array(image: PILImage.Image) -> np.ndarray:
+    """(C=3, H, W) float32 in [0, 1] of an RGB picture."""
+    if image.mode != "RGB":
+        raise ValueError(f"expected an RGB picture, found mode {image.mode!r}: open it with open_image")
+    return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255)
+
+
+def _check_size(image: PILImage.Image, name: str, max_pixels: int):
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"image {escape(name)!r}: {width} x {height} pixels, expected at least 1 x 1")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"image {escape(name)!r}: {width} x {height} pixels, expected at most {max_pixels} in all"
+        )
+
+
+def _decoded(image: PILImage.Image, name: str) -> PILImage.Image:
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:
+        logger.debug("image %s: EXIF ignored (%s)", escape(name), escape(str(error)))
+    return _to_rgb(image, name)
+
+
+def _to_rgb(image: PILImage.Image, name: str) -> PILImage.Image:
+    if image.mode == "F":
+        raise ImageError(
+            f"image {escape(name)!r}: mode F has no fixed range, expected 8 or 16 bits a channel"
+        )
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return _sixteen_bit_to_rgb(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = PILImage.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return PILImage.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _sixteen_bit_to_rgb(image: PILImage.Image) -> PILImage.Image:
+    values = np.asarray(image).astype(np.int64)
+    transparent = image.info.get("transparency")
+    # 65535 = 255 * 257. Pillow's own convert() clips at 255 instead.
+    grey = np.clip((values + 128) // 257, 0, 255).astype(np.uint8)
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return PILImage.fromarray(grey).convert("RGB")
+
+
+def _without_long_ends(image: PILImage.Image) -> PILImage.Image:
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
