@@ -25,8 +25,6 @@ GLYPH_TOP, GLYPH_LEFT = 36, 8
 GLYPH_ROWS, GLYPH_COLUMNS = 7, 5
 LIFT = {"stand": 0, "wave": 0, "sing": 0, "jump": -8, "sit": 4, "sleep": 4}
 
-_FACE_BOX = (4, 22, 16, 33)
-
 
 @cache
 def glyph(badge: str) -> np.ndarray:
@@ -78,9 +76,9 @@ def _draw_body(canvas: Canvas, action: str, lift: int) -> None:
 
 def _draw_arms(canvas: Canvas, action: str, lift: int) -> None:
     raised = {"wave": (False, True), "jump": (True, True)}.get(action, (False, False))
-    for is_raised, x, away in zip(raised, (3, 17), (-1, 1), strict=True):
+    for is_raised, x in zip(raised, (3, 17), strict=True):
         if is_raised:
-            canvas.draw(canvas.box(x, 31 + lift, x, 37 + lift) | canvas.ellipse(x + away, 31 + lift, 1, 2), BODY)
+            canvas.draw(canvas.box(x, 31 + lift, x, 37 + lift) | canvas.ellipse(x, 30 + lift, 2, 2), BODY)
         else:
             canvas.draw(canvas.ellipse(x, 39 + lift, 1, 3), BODY)
 
@@ -120,18 +118,29 @@ def _draw_head(canvas: Canvas, species: str, action: str, lift: int) -> None:
         canvas.draw(canvas.rows(8, 17 + top, "..#..", ".##.#", ".####", "..###"), BODY)
 
 
+# Two by two pixels each, where body, arms, feet and forehead of a standing figure are.
+_SPOT_CENTRES = (
+    (6, 19), (14, 20), (10, 22), (3, 23), (17, 23), (6, 15), (15, 14), (3, 38), (17, 40), (5, 42), (15, 37),
+    (6, 47), (13, 46), (10, 46), (7, 50), (14, 50), (3, 46), (17, 48),
+)  # fmt: skip
+
+
 def _lay_pattern(canvas: Canvas, pattern: str, lift: int) -> None:
-    y, x = np.mgrid[0:FIGURE_ROWS, 0:FIGURE_COLUMNS]
-    y = y - lift
+    row, column = np.mgrid[0:FIGURE_ROWS, 0:FIGURE_COLUMNS]
+    row = row - lift
     if pattern == "striped":
-        marks = y % 4 < 2
+        marks = row % 4 < 2
     elif pattern == "spotted":
-        marks = ((y % 4 < 2) & ((x + 2 * (y // 4 % 2)) % 4 < 2)) & (y % 8 < 8)
+        marks = np.zeros(canvas.slots.shape, bool)
+        for x, y in _SPOT_CENTRES:
+            marks |= canvas.box(x - 1, y + lift, x, y + 1 + lift)
     elif pattern == "checked":
-        marks = (x // 2 + y // 2) % 2 == 0
+        marks = (column // 2 + row // 2) % 2 == 0
     else:
         return
-    canvas.fill(marks & (canvas.slots == BODY), SHADE)
+    # The face stays plain, so that its expression can be read.
+    is_face = canvas.ellipse(10, 29 + lift, 7, 6)
+    canvas.fill(marks & (canvas.slots == BODY) & ~is_face, WHITE if pattern == "spotted" else SHADE)
 
 
 def _draw_plate(canvas: Canvas, lift: int) -> None:
@@ -141,13 +150,13 @@ def _draw_plate(canvas: Canvas, lift: int) -> None:
 def _draw_face(canvas: Canvas, species: str, action: str, lift: int) -> None:
     top = lift
     eye_y = 21 if species == "frog" else 26
-    eye_x = (5, 15) if species == "frog" else (6, 14)
+    eye_x = (5, 15) if species == "frog" else (7, 13)
     for x in eye_x:
         if action == "sleep":
             canvas.fill(canvas.rows(x - 1, eye_y + top, "#.#", ".#."), BLACK)
         else:
-            canvas.fill(canvas.box(x - 1, eye_y - 1 + top, x + 1, eye_y + 1 + top), WHITE)
-            canvas.fill(canvas.box(x, eye_y - 1 + top, x, eye_y + 1 + top), BLACK)
+            canvas.fill(canvas.rows(x - 1, eye_y - 1 + top, "###", "###", "###"), BLACK)
+            canvas.fill(canvas.rows(x - 1, eye_y - 1 + top, "#"), WHITE)
     if species == "duck":
         canvas.draw(canvas.ellipse(10, 30 + top, 3, 1), BEAK)
     elif species == "pig":
@@ -226,13 +235,15 @@ def _draw_lamp(canvas: Canvas) -> None:
     canvas.draw(canvas.box(5, 6, 5, 9), BLACK)
     canvas.draw(canvas.box(2, 9, 8, 9), HAT_SHADE)
     canvas.draw(canvas.rows(1, 1, "...###...", "..#####..", "..#####..", ".#######.", "#########"), HAT)
-    canvas.fill(canvas.rows(4, 6, "###"), BEAK)
+    canvas.fill(canvas.rows(3, 5, "#####", ".###."), BEAK)
 
 
 def _draw_book(canvas: Canvas) -> None:
-    canvas.draw(canvas.box(0, 3, 10, 9), HAT)
-    canvas.draw(canvas.box(1, 2, 4, 7) | canvas.box(6, 2, 9, 7), WHITE)
-    canvas.fill(canvas.rows(2, 4, "###.###", ".......", "##..##."), BLACK)
+    canvas.draw(canvas.box(1, 1, 9, 9), HAT)
+    canvas.fill(canvas.box(1, 1, 2, 9), HAT_SHADE)
+    canvas.fill(canvas.box(3, 8, 9, 9), WHITE)
+    canvas.fill(canvas.box(4, 3, 8, 5), WHITE)
+    canvas.fill(canvas.box(5, 4, 7, 4), BLACK)
 
 
 _PROP_DRAWINGS = {
