@@ -6,14 +6,16 @@ Names are those of transformers for text and of diffusers for images.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from mm_interleaved.errors import UsageError, escape
+from mm_interleaved.document import Document
+from mm_interleaved.errors import InputError, UsageError, escape
 
 SCHEDULERS = ("ddpm", "ddim", "dpm-solver++", "unipc")
 CONTEXT_RULES = ("previous", "all")
@@ -125,6 +127,30 @@ class GenerationSettings:
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, as JSON values."""
         return asdict(self)
+
+
+def settings_for(
+    document: Document, defaults: Mapping[str, Any], flags: Mapping[str, Any]
+) -> GenerationSettings:
+    """The settings of one document: `defaults` of the model < the document's own < `flags` of the command.
+
+    A document that has no seed of its own draws one from the run's seed and its id, so that what it becomes
+    depends on neither its neighbours nor the order of work. Raises InputError where the document's own
+    arguments are wrong.
+    """
+    own = dict(document.generation)
+    if document.layout is not None:
+        own["layout"] = document.layout
+    run = GenerationSettings.combine(defaults, flags)
+    try:
+        settings = GenerationSettings.combine(defaults, own, flags)
+    except UsageError as error:
+        place = f"document {escape(document.id)!r}: generation.{error}"
+        raise InputError(place, field=f"generation.{error.field}") from error
+    if "seed" in own and "seed" not in flags:
+        return settings
+    digest = hashlib.sha256(f"{run.seed}:{document.id}".encode("utf-8", "backslashreplace")).digest()
+    return replace(settings, seed=int.from_bytes(digest[:6], "big"))
 
 
 def unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> str:

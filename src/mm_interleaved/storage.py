@@ -1,0 +1,139 @@
+"""Files that are whole or absent: atomic writes, appended lines, a folder that one process holds.
+
+Every function turns a failing disk into StorageError and leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mm_interleaved.errors import StorageError, UsageError
+
+LOCK_NAME = ".lock"
+_TEMPORARY = ".tmp-"
+
+
+def write_file(path: Path, data: bytes):
+    """Put `data` at `path`: under a temporary name first, synced, then renamed over what was there."""
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    with _storage_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def append_line(path: Path, line: bytes):
+    """Add one line (given without its end) to a file, all of it or nothing.
+
+    A process killed in between leaves a torn tail: see `repair_tail`.
+    """
+    assert b"\n" not in line
+    with _storage_errors(path):
+        is_new = not path.exists()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            length = os.fstat(descriptor).st_size
+            try:
+                rest = memoryview(line + b"\n")
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+                os.fsync(descriptor)
+            except BaseException:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, length)
+                raise
+        finally:
+            os.close(descriptor)
+        if is_new:
+            _sync_folder(path.parent)
+
+
+def repair_tail(path: Path) -> int:
+    """Cut what stands after the last line end of a file of lines; returns the number of bytes cut.
+
+    A last line that is whole JSON and lacks only its end is kept and ended.
+    """
+    if not path.exists():
+        return 0
+    data = path.read_bytes()
+    kept = data[: data.rfind(b"\n") + 1]
+    tail = data[len(kept) :]
+    if not tail:
+        return 0
+    try:
+        json.loads(tail.decode("utf-8"))
+    except ValueError:
+        write_file(path, kept)
+        return len(tail)
+    write_file(path, data + b"\n")
+    return 0
+
+
+def make_folder(path: Path):
+    """The folder, with its parents, if it is not there yet."""
+    with _storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_temporary_files(folder: Path):
+    """Delete what interrupted writes left behind, in `folder` and its subfolders."""
+    with _storage_errors(folder):
+        for path in folder.rglob(f"{_TEMPORARY}*"):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; a second process is refused and told who holds it.
+
+    The kernel drops the lock when its holder dies, however it dies, so a stale lock cannot be left behind.
+    """
+    import fcntl  # POSIX only, like the signals the command line relies on
+
+    path = folder / LOCK_NAME
+    with _storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
+            raise UsageError(f"{folder}: in use by {holder}; wait for it or choose another folder") from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        # The file stays: removing it would let two processes hold two different files of the same name.
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _sync_folder(folder: Path):
+    # A rename is on the disk only once its folder is. Windows cannot open folders and sees to it itself.
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
