@@ -1,7 +1,7 @@
 """The only input and the only output: a document of text and image parts.
 
-No tokens, no tensors here. Text is data, whatever it spells; an image is a reference that is opened, through the
-one guard of `images.py`, when its pixels are asked for.
+No tokens, no tensors here. Text is data, whatever it spells; an image is a reference that is opened, through
+the one guard of `images.py`, when its pixels are asked for.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Text:
 class Image:
     """One image, by reference.
 
-    `source` is a picture in memory, the path of a file (already checked against the allowed root by whoever read
-    it), or the bytes of an encoded file.
+    `source` is a picture in memory, the path of a file (already checked against the allowed root by whoever
+    read it), or the bytes of an encoded file.
     """
 
     source: PILImage.Image | Path | bytes
@@ -99,11 +99,12 @@ def document_to_record(document: Document, image_path: ImagePath) -> dict[str, A
     """The canonical JSON record of a document.
 
     Args:
-        image_path: says where the k-th image stands (counted over the parts, then the target): a path relative to
-            the file that the record goes into, or a `data:` URL.
+        image_path: says where the k-th image stands (counted over the parts, then the target): a path
+            relative to the file that the record goes into, or a `data:` URL.
 
     Returns:
-        A dict of JSON values; reading it back gives the same parts, roles, flags, layout, generation and meta.
+        A dict of JSON values; reading it back gives the same parts, roles, flags, layout, generation and
+        meta.
     """
     image_count = 0
 

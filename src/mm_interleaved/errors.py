@@ -1,8 +1,8 @@
 """What can go wrong, and with which exit code the command line ends.
 
 A message is one sentence a user can act on: where (file, line or field), what was found, what was expected.
-`field` is the path of the value inside the record (`content[2].image`) and `code` the short word that goes into
-a failed record of the results, so that programs need not parse the sentence.
+`field` is the path of the value inside the record (`content[2].image`) and `code` the short word that goes
+into a failed record of the results, so that programs need not parse the sentence.
 """
 
 
@@ -65,6 +65,8 @@ class StorageError(MMInterleavedError):
 
 
 def escape(text: str, limit: int = 120) -> str:
-    """`text` made safe for one line of an error or a log: control and direction characters escaped, cut at `limit`."""
+    """`text` made safe for one line of an error or a log: control and direction characters escaped, cut at
+    `limit`.
+    """
     shown = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)

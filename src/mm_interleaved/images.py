@@ -1,7 +1,7 @@
 """The one place where the bytes of an image become pixels, and where pixels become a square for the encoder.
 
-Everything that opens an image (documents, training data, server, studio) comes through `open_image`: one guard, no
-second path around it. Pillow only, so that the same file gives the same pixels everywhere.
+Everything that opens an image (documents, training data, server, studio) comes through `open_image`: one
+guard, no second path around it. Pillow only, so that the same file gives the same pixels everywhere.
 Letters: C channels, H height, W width.
 """
 
@@ -12,6 +12,7 @@ import logging
 import os
 import stat
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 40_000_000
-"""Read from the header, before anything is decoded. Pillow's own limit (179 MP) still costs 800 MB for a 20 KB file."""
+"""Read from the header, before decoding. Pillow's own limit still lets 20 KB of PNG become 800 MB of pixels."""
 MAX_FILE_BYTES = 128 * 2**20
 MAX_ASPECT = 16
-"""`fit_square` cuts longer strips first: scaled up to the encoder's size, 1 x 20000 pixels would need gigabytes."""
+"""Longer strips are cut first: scaled up to the encoder's size, 1 x 20000 pixels would need gigabytes."""
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
@@ -54,12 +55,12 @@ def open_image(
 ) -> PILImage.Image:
     """The picture as 8-bit RGB, turned as its EXIF orientation says, alpha over white.
 
-    Of an animation, the first frame. Colour profiles are ignored: pixels are taken as sRGB. 16-bit values are scaled
-    (not clipped) to 8 bits.
+    Of an animation, the first frame. Colour profiles are ignored: pixels are taken as sRGB. 16-bit values are
+    scaled (not clipped) to 8 bits.
 
     Args:
-        source: path of a regular file, bytes of an encoded file (PNG, JPEG or WEBP, whatever its name says), or a
-            picture in memory.
+        source: path of a regular file, bytes of an encoded file (PNG, JPEG or WEBP, whatever its name says),
+            or a picture in memory.
         name: how messages call it; the path otherwise.
 
     Raises:
@@ -78,7 +79,7 @@ def open_image(
         raise ImageError(f"image {escape(name)!r}: the file is empty")
     try:
         with warnings.catch_warnings():
-            # Our own limit below is stricter and names both numbers; damaged metadata is no reason to refuse pixels.
+            # Our own limit below is stricter; damaged metadata is no reason to refuse pixels.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
             with PILImage.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -92,17 +93,19 @@ def open_image(
         found = describe_bytes(data)
         raise ImageError(f"image {escape(name)!r}: found {found}, expected PNG, JPEG or WebP") from error
     except Exception as error:
-        # Decoders of damaged files raise nearly anything (struct.error, SyntaxError, IndexError, MemoryError, ...).
-        raise ImageError(
-            f"image {escape(name)!r}: damaged ({escape(str(error)) or type(error).__name__})"
-        ) from error
+        # Decoders of damaged files raise nearly anything (struct.error, SyntaxError, MemoryError, ...).
+        reason = escape(str(error)) or type(error).__name__
+        raise ImageError(f"image {escape(name)!r}: damaged ({reason})") from error
 
 
 def read_regular_file(path: Path, name: str | None = None, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a regular file of at most `max_bytes`. Raises ImageError; never waits on a pipe or a device."""
+    """The bytes of a regular file of at most `max_bytes`. Raises ImageError; never waits on a pipe or a
+    device.
+    """
     name = escape(name or str(path))
     try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever. The check is made on what was opened.
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever. The check is made on what was
+        # opened.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError as error:
         raise ImageError(f"image {name!r}: there is no such file") from error
@@ -138,8 +141,8 @@ def describe_bytes(data: bytes) -> str:
 def fit_square(image: PILImage.Image, size: int) -> PILImage.Image:
     """The central square of a picture at `size` x `size` pixels, by the rule of the released model.
 
-    Halved with a box filter while the shorter side is at least twice the target, then bicubic until the shorter side
-    fits, then cropped in the centre.
+    Halved with a box filter while the shorter side is at least twice the target, then bicubic until the
+    shorter side fits, then cropped in the centre.
     """
     image = _without_long_ends(image)
     while min(image.size) >= 2 * size:
@@ -149,6 +152,40 @@ def fit_square(image: PILImage.Image, size: int) -> PILImage.Image:
     image = image.resize((width, height), resample=PILImage.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+@dataclass(frozen=True, slots=True)
+class SquareCrop:
+    """A picture as pixels of one fixed square size.
+
+    `released` is the rule of the released model (`fit_square`); `clip` is that of CLIP's own processor, for
+    models composed of stock parts.
+    """
+
+    size: int
+    rule: str = "released"
+
+    def __post_init__(self):
+        if self.rule not in ("released", "clip"):
+            raise ValueError(f"resize rule: expected 'released' or 'clip', found {self.rule!r}")
+        if self.size < 1:
+            raise ValueError(f"image size: expected at least 1 pixel, found {self.size}")
+
+    def __call__(self, picture: PILImage.Image) -> np.ndarray:
+        """(C=3, H=size, W=size) float32 in [0, 1] of an RGB picture."""
+        if self.rule == "released":
+            return to_array(fit_square(picture, self.size))
+        return self._clip(_without_long_ends(picture))
+
+    def _clip(self, picture: PILImage.Image) -> np.ndarray:
+        from transformers import CLIPImageProcessorPil
+
+        square = {"height": self.size, "width": self.size}
+        # Mean and standard deviation are taken off inside the model.
+        processor = CLIPImageProcessorPil(
+            size={"shortest_edge": self.size}, crop_size=square, do_normalize=False
+        )
+        return np.asarray(processor(picture, return_tensors="np")["pixel_values"][0], dtype=np.float32)
 
 
 def to_array(image: PILImage.Image) -> np.ndarray:

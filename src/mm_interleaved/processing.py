@@ -1,0 +1,156 @@
+"""Documents to batches: the tokenizer, the image rule and the slot count of a model, saved beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_interleaved.batch import Batch, collate
+from mm_interleaved.document import Document
+from mm_interleaved.errors import ModelFileError
+from mm_interleaved.images import SquareCrop
+from mm_interleaved.sequence import Sequence, encode_document
+from mm_interleaved.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONFIG_NAME = "processor_config.json"
+
+
+class MMInterleavedProcessor:
+    """Makes documents ready for a model.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        image_size: pixels a side that the encoder sees.
+        target_size: pixels a side that the decoder paints in training; None for a model that does not paint.
+        num_slots: tokens per image.
+        resize: `released` or `clip`, see `images.SquareCrop`.
+        special_ids: ids of `image_start`, `image`, `bos`, `eos`, `pad`; by default those that the tokenizer
+            defines.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_size: int,
+        target_size: int | None,
+        num_slots: int,
+        resize: str = "released",
+        *,
+        special_ids: Mapping[str, int] | None = None,
+    ):
+        if special_ids is None:
+            self.vocabulary = Vocabulary.from_tokenizer(tokenizer, num_slots)
+        else:
+            self.vocabulary = Vocabulary(tokenizer, num_slots=num_slots, **special_ids)
+        self.encoder_pixels = SquareCrop(image_size, resize)
+        self.target_pixels = None if target_size is None else SquareCrop(target_size, resize)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.vocabulary.tokenizer
+
+    def __call__(
+        self,
+        documents: Document | Iterable[Document],
+        *,
+        eos: bool = False,
+        include_target: bool = False,
+        target_pixels: bool = False,
+        padding_side: str = "right",
+    ) -> Batch:
+        """A batch with one document a row.
+
+        Args:
+            eos: end each document.
+            include_target: append the documents' gold targets.
+            target_pixels: also make the pixels that the decoder has to learn.
+            padding_side: "left" for generating text in a batch.
+
+        Raises:
+            InputError: text that cannot be encoded, an image that cannot be read.
+        """
+        if isinstance(documents, Document):
+            documents = (documents,)
+        sequences = [self.encode(document, eos=eos, include_target=include_target) for document in documents]
+        return self.collate(sequences, target_pixels=target_pixels, padding_side=padding_side)
+
+    def encode(self, document: Document, *, eos: bool = False, include_target: bool = False) -> Sequence:
+        """The tokens of one document, see `sequence.encode_document`."""
+        return encode_document(document, self.vocabulary, eos=eos, include_target=include_target)
+
+    def collate(
+        self,
+        rows: Iterable[Sequence | list[Sequence]],
+        *,
+        target_pixels: bool = False,
+        padding_side: str = "right",
+    ) -> Batch:
+        """A batch of rows, see `batch.collate`."""
+        if target_pixels and self.target_pixels is None:
+            raise ValueError("target_pixels: this processor has no target_size")
+        target = self.target_pixels if target_pixels else None
+        return collate(rows, self.vocabulary, self.encoder_pixels, target, padding_side=padding_side)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that `processor_config.json` holds."""
+        return {
+            "processor_class": type(self).__name__,
+            "image_size": self.encoder_pixels.size,
+            "target_size": None if self.target_pixels is None else self.target_pixels.size,
+            "num_slots": self.vocabulary.num_slots,
+            "resize": self.encoder_pixels.rule,
+            "special_ids": self.vocabulary.special_ids(),
+        }
+
+    def save_pretrained(self, folder: str | Path):
+        """Writes the settings and the tokenizer's files into a folder, each file whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".processor-", dir=folder) as temporary:
+            self.tokenizer.save_pretrained(temporary)
+            settings = json.dumps(self.to_dict(), indent=2) + "\n"
+            Path(temporary, CONFIG_NAME).write_text(settings, encoding="utf-8")
+            for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+                target = folder / file.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(file, target)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> MMInterleavedProcessor:
+        """The processor that `save_pretrained` wrote.
+
+        Raises:
+            ModelFileError: the folder has no (valid) `processor_config.json` or no tokenizer that fits it.
+        """
+        from transformers import AutoTokenizer
+
+        path = Path(folder, CONFIG_NAME)
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ModelFileError(f"{path}: there is no such file, expected a processor's settings") from error
+        except (OSError, ValueError) as error:
+            raise ModelFileError(f"{path}: cannot be read ({error})") from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:
+            raise ModelFileError(f"{folder}: cannot load the tokenizer ({error})") from error
+        known = ("image_size", "target_size", "num_slots", "resize", "special_ids")
+        missing = [name for name in known if name not in settings]
+        if missing:
+            raise ModelFileError(
+                f"{path}: expected the fields {', '.join(known)}, found no {', '.join(missing)}"
+            )
+        try:
+            return cls(tokenizer, **{name: settings[name] for name in known})
+        except (TypeError, ValueError) as error:
+            raise ModelFileError(f"{path}: {error}") from error
