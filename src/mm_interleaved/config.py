@@ -1,0 +1,154 @@
+"""Every number of a model, mirroring its parts; saved as `config.json`.
+
+Nothing here builds anything: `models/build.py` reads these and hands plain dimensions to the parts.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+
+CONTEXT_RULES = ("previous", "all")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """The ViT-Adapter beside the vision transformer."""
+
+    stem_dim: int = 64
+    """Channels of the first convolutions."""
+    num_points: int = 4
+    """Samples a head and level of its deformable attention."""
+    value_ratio: float = 0.5
+    """Sampled channels, as a share of the transformer's."""
+    feed_forward_ratio: float = 0.25
+    """Hidden channels of the extractors' feed-forward, as a share of the transformer's."""
+    num_interactions: int = 4
+    """Exchanges between pyramid and transformer; they divide the transformer's layers evenly."""
+    num_extra_extractors: int = 2
+    """Further extractors in the last exchange."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResamplerConfig:
+    """A resampler: learned queries reading tokens."""
+
+    dim: int
+    """Hidden channels."""
+    num_queries: int
+    """Vectors that come out."""
+    num_layers: int
+    """Layers; each has self-attention and feed-forward."""
+    num_heads: int
+    """Attention heads."""
+    mlp_dim: int = 3072
+    """Hidden channels of the feed-forward."""
+    cross_attention_every: int = 1
+    """Layers 0, k, 2k, ... read the tokens."""
+    query_key_norm: bool = False
+    """Normalise the queries and keys of each head."""
+    dropout: float = 0.0
+    """Dropout in training, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynchronizerConfig:
+    """The synchronizers of one side, language or U-Net."""
+
+    value_dim: int
+    """Sampled channels over all heads."""
+    levels: tuple[int, ...]
+    """Which levels of the pyramid are looked into, finest = 0."""
+    num_heads: int = 16
+    """Heads; each has its own points."""
+    num_points: int = 8
+    """Points a head and image; all levels share them."""
+    max_images: int
+    """Rows of the relative-index table; fewer images than this can be seen at once."""
+    base_size: int
+    """Cells of the map in whose cells offsets are measured (of the U-Net's finest map, on that side)."""
+    offset_spread: float
+    """Points start within this many base cells of the reference point."""
+    every: int = 1
+    """Language side: layers 0, k, 2k, ... look at images."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        if self.value_dim % self.num_heads:
+            raise ValueError(f"value_dim {self.value_dim} must be a multiple of num_heads {self.num_heads}")
+
+
+class MMInterleavedConfig(PreTrainedConfig):
+    """Configuration of a whole model; the stock parts' own configurations in their libraries' terms.
+
+    `adapter`, `slot_resampler`, `conditioning_resampler`, `text_synchronizer`, `image_synchronizer` are stored as
+    dictionaries (they are JSON) and read through `part(name)`. `image_decoder` parts may be None: a model that only
+    writes. `text_synchronizer` or `image_synchronizer` None: the twin that cannot look.
+    """
+
+    model_type = "mm_interleaved"
+    sub_configs = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    unet_config: dict | None = None
+    vae_config: dict | None = None
+    scheduler_config: dict | None = None
+    adapter: dict | None = None
+    slot_resampler: dict | None = None
+    conditioning_resampler: dict | None = None
+    text_synchronizer: dict | None = None
+    image_synchronizer: dict | None = None
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    image_start_token_id: int = 32000
+    image_token_id: int = 32001
+    num_new_tokens: int = 2
+    text_loss_weight: float = 1.0
+    image_loss_weight: float = 10.0
+    condition_dropout: float = 0.1
+    context_images: str = "all"
+    compat: str | None = None
+
+    _PARTS = {  # noqa: RUF012
+        "adapter": AdapterConfig,
+        "slot_resampler": ResamplerConfig,
+        "conditioning_resampler": ResamplerConfig,
+        "text_synchronizer": SynchronizerConfig,
+        "image_synchronizer": SynchronizerConfig,
+    }
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            settings = dict(self.text_config)
+            self.text_config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+        if isinstance(self.vision_config, dict):
+            settings = {k: v for k, v in self.vision_config.items() if k != "model_type"}
+            self.vision_config = CLIPVisionConfig(**settings)
+        for name, kind in self._PARTS.items():
+            value = getattr(self, name)
+            if isinstance(value, kind):
+                setattr(self, name, asdict(value))
+        super().__post_init__(**kwargs)
+        if self.context_images not in CONTEXT_RULES:
+            raise ValueError(f"context_images must be one of {CONTEXT_RULES}, got {self.context_images!r}")
+        if self.compat not in (None, "released"):
+            raise ValueError(f"compat must be None or 'released', got {self.compat!r}")
+
+    def part(self, name: str) -> Any:
+        """The dataclass of one of our own parts, or None where the model lacks it."""
+        value = getattr(self, name)
+        return None if value is None else self._PARTS[name](**value)
+
+    @property
+    def num_slots(self) -> int:
+        """Image tokens an image takes in the language model."""
+        return self.slot_resampler["num_queries"]
+
+    @property
+    def has_image_decoder(self) -> bool:
+        return self.unet_config is not None
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        return self.text_config

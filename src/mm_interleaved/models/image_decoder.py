@@ -1,0 +1,130 @@
+"""The image decoder: context in, pictures out.
+
+    context (hidden states) -> resampler -> conditioning -> U-Net, looking into earlier images -> VAE -> pixels
+
+Letters: I images being painted, K earlier images each looks at, T context tokens, D hidden channels, R conditioning
+vectors, X latent channels, y and x rows and columns of the latents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from mm_interleaved.models.resampler import Resampler
+from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
+from mm_interleaved.models.unet import UNetSynchronizers, unet_forward
+from mm_interleaved.visibility import relative_image_index
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierImages:
+    """What the U-Net sees of earlier images: one `ImageValues` a map (middle last), and who sees which.
+
+    `relative_index_IK`: int64, 1 = newest, 0 = hidden. Computed once an image, shared by all denoising steps.
+    """
+
+    values: tuple[ImageValues, ...]
+    relative_index_IK: Tensor
+
+    def repeat(self, times: int) -> "EarlierImages":
+        """The same, for a batch that is repeated along its first axis (guidance)."""
+        values = tuple(v._replace(value=v.value.repeat(times, 1, 1, 1, 1)) for v in self.values)
+        return replace(self, values=values, relative_index_IK=self.relative_index_IK.repeat(times, 1))
+
+
+class DiffusionDraws(NamedTuple):
+    """The random numbers of one denoising loss; drawn when not given.
+
+    `timestep`: (I,) int64. `noise`, `latent_noise`: (I, X, y, x), standard normal; the first is predicted, the
+    second picks a latent from the VAE's posterior. `drop`: (I,) bool, True where the conditioning is dropped.
+    """
+
+    timestep: Tensor
+    noise: Tensor
+    latent_noise: Tensor
+    drop: Tensor
+
+
+class ImageDecoder(nn.Module):
+    """Paints images from the language model's context and from earlier images (paper, section 3.1).
+
+    Args:
+        resampler: reads a context into the U-Net's conditioning.
+        unet: a stock U-Net of the SD 1.x/2.x shape.
+        vae: its autoencoder.
+        synchronizers: what lets the U-Net see earlier images; None paints from the context alone.
+    """
+
+    def __init__(
+        self,
+        resampler: Resampler,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        synchronizers: UNetSynchronizers | None,
+    ):
+        super().__init__()
+        self.resampler, self.unet, self.vae, self.synchronizers = resampler, unet, vae, synchronizers
+        # What the conditioning is replaced by when it is dropped, and in the unguided half (released code: starts
+        # from the text encoder's reading of the empty string).
+        self.negative_conditioning = nn.Parameter(torch.zeros_like(resampler.queries))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        init.zeros_(self.negative_conditioning)
+
+    def condition(self, context_ITD: Tensor, mask_IT: Tensor) -> Tensor:
+        """Read contexts (see `context.image_contexts`) into conditioning: (I, R, D)."""
+        return self.resampler(context_ITD, mask_IT)
+
+    def look_at(self, pyramid: Sequence[Tensor], context_index_IK: Tensor) -> EarlierImages | None:
+        """Project the images that each painted image may look at.
+
+        Args:
+            pyramid: all images' maps (J, C, s, s), finest first.
+            context_index_IK: int64, indices into these images from old to new, -1 = none.
+        """
+        if self.synchronizers is None:
+            return None
+        cells_JSC, level_sizes = flatten_pyramid(pyramid)
+        index = context_index_IK.clamp(min=0)
+        values = tuple(
+            values._replace(value=values.value[index])
+            for values in self.synchronizers.project_cells(cells_JSC, level_sizes)
+        )
+        return EarlierImages(values, relative_image_index(context_index_IK >= 0))
+
+    def predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Tensor,
+        earlier: EarlierImages | None,
+        *,
+        context_strength: float = 1.0,
+    ) -> Tensor:
+        """The U-Net's prediction (noise or velocity, as the scheduler says), shaped as the latents (I, X, y, x)."""
+        between = None
+        if earlier is not None and self.synchronizers is not None:
+            between = self.synchronizers.callback(earlier.values, earlier.relative_index_IK, context_strength)
+        return unet_forward(self.unet, latents, timesteps, conditioning, between)
+
+    def encode(self, pixels_I3yx: Tensor, latent_noise: Tensor | None = None) -> Tensor:
+        """Scaled latents of RGB images in [0, 1]; the posterior's mean if no noise is given."""
+        posterior = self.vae.encode(2 * pixels_I3yx.to(self.vae.dtype) - 1).latent_dist
+        latents = posterior.mean if latent_noise is None else posterior.mean + posterior.std * latent_noise
+        return latents * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """RGB images in [0, 1] from scaled latents: (I, 3, y * factor, x * factor)."""
+        decoded = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return (decoded / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)

@@ -1,0 +1,349 @@
+"""The whole model: the figure of the paper, in code.
+
+    token ids + images -> vision tower -> slots, pyramid
+        -> language model, looking into the pyramids of visible images -> text head -> next word
+        -> hidden states before an image -> image decoder, looking into earlier images -> pixels
+
+Letters: B rows, T tokens, V vocabulary, D hidden channels, N images a row, I images of all rows in row-major order,
+K earlier images a painted image looks at, H and W pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from mm_interleaved.config import MMInterleavedConfig
+from mm_interleaved.models.build import build_image_decoder, build_language_model, build_vision_tower
+from mm_interleaved.models.context import add_distances, gather_contexts
+from mm_interleaved.models.image_decoder import DiffusionDraws, EarlierImages
+from mm_interleaved.models.language import ImageView, TextHead
+from mm_interleaved.models.losses import image_loss, text_loss
+from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
+from mm_interleaved.models.vision import ImageFeatures, select_levels
+from mm_interleaved.visibility import (
+    NO_IMAGE,
+    context_images,
+    isolated_causal_mask,
+    relative_image_index,
+    visible_images,
+)
+
+# A context of the document's start and the image-start token alone says nothing: such images do not count.
+SHORTEST_CONTEXT = 2
+
+
+@dataclass
+class MMInterleavedOutput(ModelOutput):
+    """`loss` is the weighted sum of `text_loss` and `image_loss`; losses are None without targets."""
+
+    loss: Tensor | None = None
+    text_loss: Tensor | None = None
+    image_loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    past_key_values: Any = None
+
+
+class MMInterleavedForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """MM-Interleaved (arXiv 2401.10208): reads and writes documents of text and images.
+
+    For documents in, documents out, see `InterleavedGenerator`. `forward` is the tensor level: with `labels`-like
+    targets it returns losses, with a `PrefixCache` it is one step of transformers' `generate`.
+    """
+
+    config_class = MMInterleavedConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["CLIPEncoderLayer", "MapSynchronizer", "BasicTransformerBlock", "ResnetBlock2D"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(self, config: MMInterleavedConfig):
+        super().__init__(config)
+        dim = config.text_config.hidden_size
+        self.vision = build_vision_tower(config)
+        self.language_model = build_language_model(config)
+        self.text_head = TextHead(dim, config.text_config.vocab_size, config.num_new_tokens)
+        self.image_start_embedding = nn.Parameter(torch.zeros(dim))
+        self.image_decoder = build_image_decoder(config)
+        self.context_projection = nn.Linear(dim, dim) if self.image_decoder is not None else None
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Called, children first, for every module that a checkpoint does not fill. All parts know their own start.
+        reset = getattr(module, "reset_parameters", None)
+        if module is self:
+            init.zeros_(self.image_start_embedding)
+        elif reset is not None:
+            reset()
+
+    # ---- What generation and training are made of -------------------------------------------------------------
+
+    def encode_images(self, pixel_values: Tensor) -> ImageFeatures:
+        """Slots and pyramid of images: RGB in [0, 1], (I, 3, H, W), square."""
+        return self.vision(pixel_values.to(self.dtype))
+
+    def project_images(self, pyramid: tuple[Tensor, ...]) -> dict[int, ImageValues]:
+        """What each synchronized language layer samples, of all images: values (I, S, H, d)."""
+        settings = self.config.part("text_synchronizer")
+        if settings is None:
+            return {}
+        cells, level_sizes = flatten_pyramid(select_levels(pyramid, settings.levels))
+        return self.language_model.project_images(cells, level_sizes)
+
+    def embed(self, input_ids: Tensor, image_start: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        """Embeddings (B, T, D) of tokens, with image slots filled.
+
+        Args:
+            image_start: (B, N) index of each image's start token; its slots follow. `NO_IMAGE` where there is none.
+            slots: (I, num_slots, D), in row-major order of the images.
+
+        Raises:
+            ValueError: the table of images and the token ids do not agree.
+        """
+        hidden = self.language_model.embed_tokens(input_ids)
+        is_start = input_ids == self.config.image_start_token_id
+        hidden = hidden + is_start[..., None].to(hidden.dtype) * self.image_start_embedding
+        if slots is None or image_start is None or len(slots) == 0:
+            return hidden
+        row, position = self._slot_places(input_ids, image_start, slots.shape[1])
+        return hidden.index_put((row, position), slots.flatten(0, 1).to(hidden.dtype))
+
+    def image_view(self, past_key_values: PrefixCache | None, num_tokens: int, **images: Any) -> ImageView | None:
+        """Who sees which images in this pass: those of the cache (generation) or of the batch (training)."""
+        if not self.language_model.synchronized_layers:
+            return None
+        if isinstance(past_key_values, PrefixCache):
+            image_start, values = past_key_values.images_of_rows()
+            first = past_key_values.get_seq_length()
+            document_start = image_start.new_zeros(image_start.shape[0], num_tokens)
+        else:
+            image_start, values = images["image_start"], images["values"]
+            first, document_start = 0, images["document_start"]
+        visible = visible_images(document_start, image_start, first_position=first)
+        if not values:
+            values = self._no_images(image_start.shape[0])
+        return ImageView(values, relative_image_index(visible))
+
+    def predict_text(self, hidden: Tensor) -> Tensor:
+        """Next-word logits (..., V)."""
+        return self.text_head(hidden)
+
+    def condition(self, hidden: Tensor, row: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditioning of images, (I, R, D), and how many tokens each was read from, (I,).
+
+        Args:
+            hidden: (B, T, D) final hidden states.
+            row, start, end: (I,) int64: row of the image, first token of its document, its image-start token.
+        """
+        context, mask = gather_contexts(hidden, row, start, end)
+        context = add_distances(self.context_projection(context))
+        return self.image_decoder.condition(context, mask), mask.sum(1)
+
+    def look_at(self, pyramid: tuple[Tensor, ...], context_index: Tensor) -> EarlierImages | None:
+        """What painted images see of earlier ones; `context_index` (I, K) counts images of `pyramid`, -1 = none."""
+        settings = self.config.part("image_synchronizer")
+        if settings is None:
+            return None
+        return self.image_decoder.look_at(select_levels(pyramid, settings.levels), context_index)
+
+    # ---- One pass -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PrefixCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
+        image_start: Tensor | None = None,
+        document_start: Tensor | None = None,
+        text_target: Tensor | None = None,
+        image_target: Tensor | None = None,
+        target_pixel_values: Tensor | None = None,
+        draws: DiffusionDraws | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> MMInterleavedOutput:
+        """Logits, and losses where there are targets.
+
+        Args:
+            input_ids: (B, T). With `inputs_embeds` (B, T, D), not needed.
+            attention_mask: (B, T), 1 = token, 0 = padding.
+            position_ids: (B, T); default: counted on from the cache.
+            past_key_values: what is remembered of the tokens before (generation).
+            pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order.
+            image_start: (B, N) int64, index of each image's start token, `NO_IMAGE` where there is none.
+            document_start: (B, T) int64, first token of each token's document; default: one document a row.
+                Documents of a row do not see each other, unless the model's `compat` is "released".
+            text_target: (B, T) bool, tokens that count in the text loss.
+            image_target: (I,) bool, images that count in the image loss; default all.
+            target_pixel_values: (I, 3, h, w) RGB in [0, 1], what the image decoder shall paint.
+            draws: random numbers of the image loss; drawn here by default.
+            logits_to_keep: only the last so many logits; 0 = all.
+        """
+        # 1. See the images, embed the tokens.
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, image_start, None if features is None else features.slots)
+        rows, num_tokens = inputs_embeds.shape[:2]
+        if document_start is None and past_key_values is None:
+            document_start = torch.zeros(rows, num_tokens, dtype=torch.int64, device=inputs_embeds.device)
+        elif past_key_values is None and self.config.compat != "released":
+            attention_mask = isolated_causal_mask(document_start, attention_mask)
+        if image_start is None:
+            image_start = torch.empty(rows, 0, dtype=torch.int64, device=inputs_embeds.device)
+
+        # 2. Read, looking into the images.
+        values = {} if features is None else self._values_by_row(features.pyramid, image_start)
+        view = self.image_view(
+            past_key_values, num_tokens, image_start=image_start, values=values, document_start=document_start
+        )
+        hidden = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            image_view=view,
+        ).last_hidden_state
+        if isinstance(past_key_values, PrefixCache):
+            past_key_values.append_hidden(hidden)
+        logits = self.predict_text(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+
+        # 3. Losses.
+        output = MMInterleavedOutput(logits=logits, hidden=hidden, past_key_values=past_key_values)
+        if text_target is not None:
+            output.text_loss = text_loss(logits, input_ids, text_target)
+        if target_pixel_values is not None and len(target_pixel_values):
+            output.image_loss = self.painting_loss(
+                hidden, features, image_start, document_start, target_pixel_values, image_target, draws
+            )
+        if output.text_loss is not None or output.image_loss is not None:
+            output.loss = self.config.text_loss_weight * (0 if output.text_loss is None else output.text_loss)
+            output.loss = output.loss + self.config.image_loss_weight * (
+                0 if output.image_loss is None else output.image_loss
+            )
+        return output
+
+    def painting_loss(
+        self,
+        hidden: Tensor,
+        features: ImageFeatures,
+        image_start: Tensor,
+        document_start: Tensor,
+        target_pixel_values: Tensor,
+        image_target: Tensor | None = None,
+        draws: DiffusionDraws | None = None,
+    ) -> Tensor:
+        """Denoising loss of all images of a batch; arguments as `forward`."""
+        # 1. What each image is painted from.
+        row, column = (image_start != NO_IMAGE).nonzero(as_tuple=True)
+        end = image_start[row, column]
+        conditioning, context_length = self.condition(hidden, row, document_start[row, end], end)
+        context_index = context_images(
+            document_start, image_start, self.config.context_images, self.max_context_images
+        )
+        earlier = self.look_at(features.pyramid, context_index)
+
+        # 2. Noise it.
+        decoder, scheduler = self.image_decoder, self.training_scheduler
+        draws = draws or self.draw(target_pixel_values)
+        with torch.no_grad():
+            latents = decoder.encode(target_pixel_values, draws.latent_noise).to(self.dtype)
+        noisy = scheduler.add_noise(latents, draws.noise, draws.timestep)
+        conditioning = torch.where(draws.drop[:, None, None], decoder.negative_conditioning, conditioning)
+
+        # 3. Predict.
+        prediction = decoder.predict(noisy, draws.timestep, conditioning, earlier)
+        target = draws.noise
+        if scheduler.config.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(latents, draws.noise, draws.timestep)
+        counts = context_length > SHORTEST_CONTEXT
+        if image_target is not None:
+            counts = counts & image_target.bool()
+        return image_loss(prediction, target, counts, count_all=self.config.compat == "released")
+
+    def draw(self, target_pixel_values: Tensor, generator: torch.Generator | None = None) -> DiffusionDraws:
+        """Random numbers for the denoising loss of images (I, 3, h, w)."""
+        images, _, height, width = target_pixel_values.shape
+        factor = self.image_decoder.latent_factor
+        shape = (images, self.image_decoder.unet.config.in_channels, height // factor, width // factor)
+        device = target_pixel_values.device
+
+        def normal() -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(self.dtype)
+
+        steps = self.training_scheduler.config.num_train_timesteps
+        return DiffusionDraws(
+            timestep=torch.randint(0, steps, (images,), generator=generator, device=device),
+            noise=normal(),
+            latent_noise=normal(),
+            drop=torch.rand(images, generator=generator, device=device) < self.config.condition_dropout,
+        )
+
+    @property
+    def training_scheduler(self) -> DDPMScheduler:
+        """The noise schedule of the configuration; a stateless object, made on demand."""
+        return DDPMScheduler.from_config(self.config.scheduler_config)
+
+    @property
+    def max_context_images(self) -> int:
+        """How many earlier images the U-Net can look at."""
+        settings = self.config.part("image_synchronizer")
+        return 0 if settings is None else settings.max_images - 1
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.text_head.base
+
+    def _values_by_row(self, pyramid: tuple[Tensor, ...], image_start: Tensor) -> dict[int, ImageValues]:
+        """Projected values, from one axis of all images (I, ...) to rows padded with zeros (B, N, ...)."""
+        index = torch.full_like(image_start, NO_IMAGE)
+        present = image_start != NO_IMAGE
+        index[present] = torch.arange(int(present.sum()), device=index.device)
+        by_row = {}
+        for layer, (value, level_sizes) in self.project_images(pyramid).items():
+            # Hidden images are never sampled with weight, so any image may stand in for padding.
+            by_row[layer] = ImageValues(value[index.clamp(min=0)], level_sizes)
+        return by_row
+
+    def _no_images(self, rows: int) -> dict[int, ImageValues]:
+        """Values of no image at all: layers then add the constant that "look nowhere" means."""
+        settings = self.config.part("text_synchronizer")
+        shape = (rows, 0, 0, settings.num_heads, settings.value_dim // settings.num_heads)
+        empty = ImageValues(torch.empty(shape, dtype=self.dtype, device=self.device), ())
+        return dict.fromkeys(self.language_model.synchronized_layers, empty)
+
+    def _slot_places(self, input_ids: Tensor, image_start: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Row and position of each slot, image-major; the table is checked against the ids."""
+        row, column = (image_start != NO_IMAGE).nonzero(as_tuple=True)
+        position = image_start[row, column][:, None] + 1 + torch.arange(num_slots, device=input_ids.device)
+        row = row[:, None].expand_as(position)
+        is_slot = input_ids == self.config.image_token_id
+        if position.numel() != int(is_slot.sum()) or not bool(is_slot[row, position].all()):
+            raise ValueError(
+                f"{position.shape[0]} images need {position.numel()} slot tokens at the places of image_start; "
+                f"input_ids hold {int(is_slot.sum())} slot tokens, not all there"
+            )
+        return row.flatten(), position.flatten()

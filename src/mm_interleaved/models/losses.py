@@ -1,0 +1,41 @@
+"""The two losses: next token and denoising (paper, section 3.3).
+
+Letters: B rows, T tokens, V vocabulary, I images, X latent channels, y and x rows and columns of the latents.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100
+
+
+def text_loss(logits_BTV: Tensor, input_ids_BT: Tensor, text_target_BT: Tensor) -> Tensor:
+    """Mean cross-entropy over the tokens that count, each predicted from the ones before; 0 if none counts.
+
+    Args:
+        text_target_BT: bool, True where the token itself counts as a target.
+    """
+    label_BT = input_ids_BT.masked_fill(~text_target_BT, IGNORED)[:, 1:]
+    loss = F.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), label_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return loss / (label_BT != IGNORED).sum().clamp(min=1)
+
+
+def image_loss(prediction: Tensor, target: Tensor, image_target_I: Tensor, *, count_all: bool = False) -> Tensor:
+    """Mean squared error over the images that count; 0 if none counts.
+
+    Args:
+        prediction, target: (I, X, y, x).
+        image_target_I: bool.
+        count_all: divide by all images, as the released code does.
+    """
+    error_I = denoising_errors(prediction, target) * image_target_I
+    count = torch.tensor(len(error_I), device=error_I.device) if count_all else image_target_I.sum()
+    return error_I.sum() / count.clamp(min=1)
+
+
+def denoising_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each image: (I,)."""
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)

@@ -1,0 +1,185 @@
+"""The denoiser: a stock U-Net whose twelve skips and middle look into earlier images.
+
+`unet_forward` composes the public submodules of diffusers' `UNet2DConditionModel`; without a callback it equals the
+stock forward to the bit (tests/equivalence).
+Letters: I images being painted, K earlier images each looks at, X skip channels, y and x rows and columns of a map,
+Q pixels of a map (y * x), C feature channels, T conditioning vectors, D their channels.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from mm_interleaved.models.positions import resize_grid_table, sincos_2d_table
+from mm_interleaved.models.synchronizer import FeatureSynchronizer, ImageValues
+
+NORM_EPS = 1e-6
+
+Between = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+
+
+def unet_forward(
+    unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor, conditioning: Tensor, between: Between | None = None
+) -> Tensor:
+    """A stock U-Net's forward with a callback between its middle and its upward path.
+
+    Args:
+        latents: noisy latents (I, channels, y, x), any y and x that survive the U-Net's halvings.
+        timesteps: (I,) or scalar.
+        conditioning: (I, T, D), what cross-attention reads.
+        between: gets the middle's output and all skips, returns them changed.
+
+    Returns:
+        the prediction, shaped as the latents.
+    """
+    # 1. Time.
+    time_embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
+    # The stock code forces output sizes only if a side does not halve evenly; so do we.
+    needs_sizes = any(side % 2**unet.num_upsamplers for side in latents.shape[-2:])
+
+    # 2. Down, keeping the skips.
+    hidden = unet.conv_in(2 * latents - 1.0 if unet.config.center_input_sample else latents)
+    skips: tuple[Tensor, ...] = (hidden,)
+    for block in unet.down_blocks:
+        hidden, new_skips = block(hidden_states=hidden, temb=time_embedding, **_reading(block, conditioning))
+        skips += new_skips
+
+    # 3. Middle, and what others have to say there.
+    hidden = unet.mid_block(hidden, time_embedding, **_reading(unet.mid_block, conditioning))
+    if between is not None:
+        hidden, skips = between(hidden, skips)
+
+    # 4. Up.
+    for block in unet.up_blocks:
+        count = len(block.resnets)
+        block_skips, skips = skips[-count:], skips[:-count]
+        hidden = block(
+            hidden_states=hidden,
+            temb=time_embedding,
+            res_hidden_states_tuple=block_skips,
+            upsample_size=skips[-1].shape[2:] if needs_sizes and skips else None,
+            **_reading(block, conditioning),
+        )
+
+    # 5. Out.
+    if unet.conv_norm_out is not None:
+        hidden = unet.conv_act(unet.conv_norm_out(hidden))
+    return unet.conv_out(hidden)
+
+
+def _reading(block: nn.Module, conditioning: Tensor) -> dict[str, Tensor]:
+    has_cross_attention = getattr(block, "has_cross_attention", False)
+    return {"encoder_hidden_states": conditioning} if has_cross_attention else {}
+
+
+def check_unet(unet: UNet2DConditionModel) -> None:
+    """Refuse U-Nets of another shape than Stable Diffusion 1.x and 2.x.
+
+    Raises:
+        ValueError: naming the setting that does not fit.
+    """
+    config = unet.config
+    unwanted = ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim",
+                "time_embedding_act_fn", "num_class_embeds")  # fmt: skip
+    for name in unwanted:
+        if getattr(config, name, None) is not None:
+            raise ValueError(f"U-Net does not have the shape of SD 1.x/2.x: expected no {name}, got {config[name]!r}")
+    if config.mid_block_type != "UNetMidBlock2DCrossAttn":
+        raise ValueError(
+            "U-Net does not have the shape of SD 1.x/2.x: expected mid_block_type 'UNetMidBlock2DCrossAttn', "
+            f"got {config.mid_block_type!r}"
+        )
+
+
+def skip_channels(unet: UNet2DConditionModel) -> list[tuple[int, int]]:
+    """Channels of each skip and how often its map was halved, in the order of the downward path."""
+    channels = [(unet.conv_in.out_channels, 0)]
+    for depth, block in enumerate(unet.down_blocks):
+        channels += [(resnet.out_channels, depth) for resnet in block.resnets]
+        if block.downsamplers is not None:
+            channels.append((block.downsamplers[0].out_channels, depth + 1))
+    return channels
+
+
+class MapSynchronizer(nn.Module):
+    """The synchronizer of one U-Net map: each pixel looks at its own place in earlier images.
+
+    Its 1 x 1 convolution starts at zero, so a pretrained U-Net starts unchanged (paper, section 3.2).
+
+    Args:
+        grid_size: cells along one side of the position table, the U-Net's training latents.
+    """
+
+    def __init__(self, synchronizer: FeatureSynchronizer, channels: int, feature_dim: int, *, grid_size: int):
+        super().__init__()
+        self.query_norm = nn.LayerNorm(channels, eps=NORM_EPS)
+        self.feature_norm = nn.LayerNorm(feature_dim, eps=NORM_EPS)
+        self.synchronizer = synchronizer
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.register_buffer("position_table", torch.zeros(grid_size**2, channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        init.zeros_(self.conv.weight)
+        init.zeros_(self.conv.bias)
+        cells, channels = self.position_table.shape
+        init.copy_(self.position_table, sincos_2d_table(round(cells**0.5), channels))
+
+    def project_cells(self, cells_IKSC: Tensor, level_sizes: tuple[int, ...]) -> ImageValues:
+        return self.synchronizer.project_cells(self.feature_norm(cells_IKSC), level_sizes)
+
+    def forward(self, map_IXyx: Tensor, values: ImageValues, relative_index_IK: Tensor) -> Tensor:
+        """What is added to the map: (I, X, y, x)."""
+        height, width = map_IXyx.shape[-2:]
+        table_QX = resize_grid_table(self.position_table, (height, width))
+        query_IQX = self.query_norm(map_IXyx.flatten(2).transpose(1, 2)) + table_QX
+        relative_index_IQK = relative_index_IK[:, None].expand(-1, height * width, -1)
+        seen_IQX = self.synchronizer(
+            query_IQX, values, relative_index_IQK, _pixel_centres(height, width, query_IQX)
+        )
+        return self.conv(seen_IQX.transpose(1, 2).unflatten(2, (height, width)))
+
+
+def _pixel_centres(height: int, width: int, like: Tensor) -> Tensor:
+    """(x, y) in [0, 1] of all pixels, row-major: (1, Q, 2)."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    y = (torch.arange(height, device=like.device, dtype=dtype) + 0.5) / height
+    x = (torch.arange(width, device=like.device, dtype=dtype) + 0.5) / width
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([grid_x.reshape(-1), grid_y.reshape(-1)], dim=-1)[None]
+
+
+class UNetSynchronizers(nn.Module):
+    """The synchronizers of all skips and of the middle."""
+
+    def __init__(self, skips: Sequence[MapSynchronizer], middle: MapSynchronizer):
+        super().__init__()
+        self.skips = nn.ModuleList(skips)
+        self.middle = middle
+
+    def project_cells(self, cells_IKSC: Tensor, level_sizes: tuple[int, ...]) -> list[ImageValues]:
+        """Each map's projection of earlier images, the middle last; the same at every denoising step, so keep it."""
+        return [block.project_cells(cells_IKSC, level_sizes) for block in (*self.skips, self.middle)]
+
+    def callback(self, values: Sequence[ImageValues], relative_index_IK: Tensor, strength: float = 1.0) -> Between:
+        """What `unet_forward` calls between its middle and its upward path.
+
+        Args:
+            values: result of `project_cells`.
+            relative_index_IK: int64, 1 = newest earlier image, 0 = hidden.
+            strength: 1 adds what was seen, 0 nothing.
+        """
+
+        def between(middle: Tensor, skips: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            seen = [
+                block(skip, block_values, relative_index_IK)
+                for block, skip, block_values in zip(self.skips, skips, values[:-1], strict=True)
+            ]
+            middle = middle + strength * self.middle(middle, values[-1], relative_index_IK)
+            return middle, tuple(skip + strength * delta for skip, delta in zip(skips, seen, strict=True))
+
+        return between
