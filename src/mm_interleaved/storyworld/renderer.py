@@ -113,6 +113,23 @@ def figure_slots(figure: Figure) -> np.ndarray:
     return slots
 
 
+def figure_box(figure: Figure) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the figure in pixels, all included; a note or letters z do not count."""
+    mask = sprites.without_mark(figure_slots(figure), figure.action)
+    return _box(mask, POSITION_X[figure.position] - sprites.FIGURE_CENTRE, 0)
+
+
+def prop_box(prop: Prop) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the prop in pixels, all included."""
+    mask = sprites.prop_sprite(prop.kind) != sprites.TRANSPARENT
+    return _box(mask, POSITION_X[prop.position] - sprites.PROP_COLUMNS // 2, sprites.PROP_TOP)
+
+
+def _box(mask: np.ndarray, left: int, top: int) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(left + columns[0]), int(top + rows[0]), int(left + columns[-1]), int(top + rows[-1])
+
+
 def _draw_figure(pixels: np.ndarray, figure: Figure) -> None:
     left = POSITION_X[figure.position] - sprites.FIGURE_CENTRE
     region = pixels[: sprites.FIGURE_ROWS, left : left + sprites.FIGURE_COLUMNS]

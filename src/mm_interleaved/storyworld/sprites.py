@@ -49,6 +49,16 @@ def figure_sprite(species: str, hat: str, action: str, pattern: str) -> np.ndarr
     return canvas.slots
 
 
+def without_mark(slots: np.ndarray, action: str) -> np.ndarray:
+    """(54, 20) bool: where the figure itself is, without a note or the letters z above it."""
+    is_figure = slots != TRANSPARENT
+    if action in ("sing", "sleep"):
+        mark_canvas = Canvas(FIGURE_ROWS, FIGURE_COLUMNS, OUTLINE)
+        _draw_mark(mark_canvas, action)
+        is_figure &= mark_canvas.slots == TRANSPARENT
+    return is_figure
+
+
 @cache
 def prop_sprite(kind: str) -> np.ndarray:
     """(11, 11) uint8 of slots; HAT and HAT_SHADE stand for the prop's own colour."""

@@ -47,7 +47,7 @@ GLYPHS = {
 BADGES = tuple(GLYPHS)
 
 SPLITS = ("train", "validation", "test")
-# Of ten residues of a character's number, those that belong to each split.
+# Of ten residues of a mixed appearance number, those that belong to each split.
 _SPLIT_RESIDUES = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}
 
 
@@ -103,12 +103,11 @@ class Scene:
                 raise ValueError(f"one position is taken twice: {positions}")
 
 
-def character_number(character: Character) -> int:
-    """The character's place in the list of all possible characters: one integer for each combination of attributes."""
+def appearance_number(character: Character) -> int:
+    """The character's place in the list of all appearances: one integer for each combination of what can be seen."""
     hats = ("none", *HAT_COLOURS)
     number = 0
     for value, words in (
-        (character.name, NAMES),
         (character.species, SPECIES),
         (character.body_colour, BODY_COLOURS),
         (character.pattern, PATTERNS),
@@ -121,8 +120,8 @@ def character_number(character: Character) -> int:
 
 
 def split_of(character: Character) -> str:
-    """The one split in which this character may appear: splits share no character, whatever the seeds."""
-    residue = _mixed(character_number(character)) % 10
+    """The one split in which somebody who looks like this may appear: splits share no picture, whatever the seeds."""
+    residue = _mixed(appearance_number(character)) % 10
     return next(split for split, residues in _SPLIT_RESIDUES.items() if residue in residues)
 
 

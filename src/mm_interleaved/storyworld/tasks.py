@@ -1,0 +1,346 @@
+"""Tasks as documents with a hole: what is given in `parts`, the gold continuation in `target`, the truth in `meta`.
+
+Every document is a pure function of split, seed and index. `meta` holds `task`, `scenes` (the truth of each picture, in
+order of the pictures in parts and target), `is_held_out`, and what the task's score needs beside that.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
+from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.storyworld.language import (
+    AT,
+    DOES,
+    WHERE,
+    describe_relations,
+    describe_scene,
+    with_article,
+)
+from mm_interleaved.storyworld.questions import QUESTIONS, Question, ask, ask_several
+from mm_interleaved.storyworld.renderer import figure_box, prop_box, render_scene
+from mm_interleaved.storyworld.segmentation import render_map
+from mm_interleaved.storyworld.stories import random_story
+from mm_interleaved.storyworld.world import (
+    ACTIONS,
+    HAT_COLOURS,
+    HATS,
+    PLACES,
+    POSITIONS,
+    PROP_COLOURS,
+    PROPS,
+    SPLITS,
+    TIMES,
+    WEATHERS,
+    Figure,
+    Prop,
+    Scene,
+    is_held_out,
+    random_cast,
+    random_scene,
+    scene_to_record,
+    split_of,
+)
+
+_DOCUMENT_DOMAIN = 3
+NUM_CANDIDATES = 10
+BOX_RANGE = 1000
+
+CAPTION_PROMPT = "Describe the picture."
+PARAGRAPH_PROMPT = "Describe the picture in a paragraph."
+
+
+def document(split: str, seed: int, index: int, task: str | None = None) -> Document:
+    """One document, a pure function of its arguments.
+
+    Args:
+        split: "train", "validation" or "test"; no picture of one split occurs in another.
+        seed, index: integers from 0.
+        task: a name out of TASKS; None draws one by TASK_WEIGHTS.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, found {split!r}")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, found {task!r}")
+    dice = Dice(_DOCUMENT_DOMAIN, SPLITS.index(split), seed, index)
+    drawn = dice.weighted(tuple(TASK_WEIGHTS), tuple(TASK_WEIGHTS.values()))
+    made = TASKS[task or drawn](dice, split)
+    meta = {"task": task or drawn, "split": split, "seed": seed, "index": index, **made.meta}
+    meta["is_held_out"] = any(
+        is_held_out(figure["species"], figure["body_colour"]) for scene in meta["scenes"] for figure in scene["figures"]
+    )
+    return replace(made, id=f"storyworld-{split}-{seed}-{index}", meta=meta)
+
+
+def _document(parts: Sequence[Part], target: Sequence[Part], scenes: Sequence[Scene], **more: Any) -> Document:
+    return Document(
+        id="",
+        parts=tuple(parts),
+        target=tuple(target),
+        layout=" ".join("I" if isinstance(part, Image) else "T" for part in target),
+        meta={"scenes": [scene_to_record(scene) for scene in scenes], **more},
+    )
+
+
+def picture(scene: Scene, role: str | None = None) -> Image:
+    """The scene's picture as a part."""
+    return Image(PILImage.fromarray(render_scene(scene)), role=role)
+
+
+def _caption(dice: Dice, split: str) -> Document:
+    scene = random_scene(dice, split)
+    return _document(
+        (picture(scene, "user"), Text(CAPTION_PROMPT, role="user")),
+        (Text(describe_scene(scene), role="assistant"),),
+        [scene],
+    )
+
+
+def _paragraph(dice: Dice, split: str) -> Document:
+    scene = random_scene(dice, split)
+    return _document(
+        (picture(scene, "user"), Text(PARAGRAPH_PROMPT, role="user")),
+        (Text(f"{describe_scene(scene)} {describe_relations(scene)}", role="assistant"),),
+        [scene],
+    )
+
+
+def _vqa(dice: Dice, split: str) -> Document:
+    scene = random_scene(dice, split)
+    question = ask(dice, scene)
+    return _document(
+        (picture(scene, "user"), Text(question.text, role="user")),
+        (Text(question.answer, role="assistant"),),
+        [scene],
+        question=question.text,
+        question_kind=question.kind,
+        is_fine_detail=question.is_fine_detail,
+    )
+
+
+def _dialogue(dice: Dice, split: str) -> Document:
+    """Two to four questions about one picture; the last answer is to be ranked among ten candidates."""
+    scene = random_scene(dice, split)
+    questions = ask_several(dice, scene, dice.between(2, 4))
+    parts: list[Part] = [picture(scene, "user")]
+    for question in questions:
+        parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]
+    candidates = _candidates(dice, questions[-1])
+    return _document(
+        parts[:-1],
+        parts[-1:],
+        [scene],
+        question_kind=questions[-1].kind,
+        is_fine_detail=questions[-1].is_fine_detail,
+        candidates=candidates,
+        gold_index=candidates.index(questions[-1].answer),
+    )
+
+
+def _candidates(dice: Dice, question: Question) -> list[str]:
+    """Ten different answers in random order, the right one among them, those of the same kind first chosen."""
+    wrong = [choice for choice in question.choices if choice != question.answer]
+    fillers = dict.fromkeys((*PROPS, *PLACES, *POSITIONS, *HATS, *HAT_COLOURS))
+    others = [choice for choice in fillers if choice not in question.choices]
+    wrong = dice.sample(wrong, min(len(wrong), NUM_CANDIDATES - 1))
+    wrong += dice.sample(others, NUM_CANDIDATES - 1 - len(wrong))
+    return dice.sample([question.answer, *wrong], NUM_CANDIDATES)
+
+
+def _ground(dice: Dice, split: str) -> Document:
+    scene = random_scene(dice, split)
+    thing = dice.pick((*scene.figures, *scene.props))
+    if isinstance(thing, Figure):
+        words, box = f"{thing.character.body_colour} {thing.character.species}", figure_box(thing)
+    else:
+        words, box = f"{thing.colour} {thing.kind}", prop_box(thing)
+    return _document(
+        (picture(scene, "user"), Text(f"Where is the {words}?", role="user")),
+        (Text(box_text(box), role="assistant"),),
+        [scene],
+        box=list(box),
+    )
+
+
+def box_text(box: tuple[int, int, int, int]) -> str:
+    """`(xxx,yyy)(xxx,yyy)`: left, top, right, bottom in thousandths of the picture.
+
+    Args:
+        box: pixels, all four ends included, so that the right end gains one before it is scaled.
+    """
+    left, top, right, bottom = (
+        min(edge * BOX_RANGE // PICTURE_SIZE, BOX_RANGE - 1) for edge in (box[0], box[1], box[2] + 1, box[3] + 1)
+    )
+    return f"({left:03d},{top:03d})({right:03d},{bottom:03d})"
+
+
+def _draw(dice: Dice, split: str) -> Document:
+    scene = random_scene(dice, split)
+    return _document((Text(describe_scene(scene)),), (picture(scene),), [scene])
+
+
+def _segmentation(dice: Dice, split: str) -> Document:
+    scene = random_scene(dice, split)
+    parts = (Image(PILImage.fromarray(render_map(scene))), Text(describe_scene(scene)))
+    # The map shows the same scene; its truth stands once for each of the two pictures.
+    return _document(parts, (picture(scene),), [scene, scene])
+
+
+def _story(dice: Dice, split: str) -> Document:
+    """The first panel is given; texts and pictures of all others are to be made."""
+    return _story_document(dice, split, lambda parts: 2)
+
+
+def _story_last(dice: Dice, split: str) -> Document:
+    """Everything is given but the last picture."""
+    return _story_document(dice, split, lambda parts: len(parts) - 1)
+
+
+def _story_all(dice: Dice, split: str) -> Document:
+    """The first panel and the second's text are given; from there on as `story`, beginning with a picture.
+
+    A runner that fills in the gold texts between the pictures gets the task "all images, texts given".
+    """
+    return _story_document(dice, split, lambda parts: 3)
+
+
+def _story_document(dice: Dice, split: str, num_given: Callable[[list[Part]], int]) -> Document:
+    told = random_story(dice, split)
+    parts: list[Part] = []
+    for panel in told.panels:
+        parts += [Text(panel.text), picture(panel.scene)]
+    given = num_given(parts)
+    return _document(parts[:given], parts[given:], [panel.scene for panel in told.panels])
+
+
+_FEW_SHOT_KINDS = ("badge", "species", "body_colour", "place", "hat")
+
+
+def _few_shot(dice: Dice, split: str) -> Document:
+    """Three examples of a question that is never asked in words, then a picture."""
+    kind = dice.pick(_FEW_SHOT_KINDS)
+    parts: list[Part] = []
+    scenes = []
+    for _ in range(4):
+        scene = _lonely_scene(dice, split)
+        question = QUESTIONS[kind](dice, scene)
+        assert question is not None
+        scenes.append(scene)
+        parts += [picture(scene), Text(question.answer)]
+    return _document(
+        parts[:-1], parts[-1:], scenes, question_kind=kind, is_fine_detail=kind == "badge"
+    )
+
+
+def _lonely_scene(dice: Dice, split: str) -> Scene:
+    character = random_cast(dice, split, 1)[0]
+    return Scene(
+        place=dice.pick(PLACES),
+        time=dice.pick(TIMES),
+        weather=dice.pick(WEATHERS),
+        figures=(Figure(character=character, position=dice.pick(POSITIONS), action=dice.pick(ACTIONS)),),
+    )
+
+
+def _edit(dice: Dice, split: str) -> Document:
+    """A picture and an instruction; the picture after it."""
+    before = random_scene(dice, split)
+    while (edit := dice.pick(_EDITS)(dice, before, split)) is None:
+        pass
+    instruction, after = edit
+    return _document((picture(before), Text(instruction)), (picture(after),), [before, after])
+
+
+_Edit = tuple[str, Scene] | None
+
+
+def _edit_setting(dice: Dice, scene: Scene, split: str) -> _Edit:
+    kind = dice.pick(("place", "time", "weather"))
+    words = {"place": PLACES, "time": TIMES, "weather": WEATHERS}[kind]
+    value = dice.pick([word for word in words if word != getattr(scene, kind)])
+    after = replace(scene, **{kind: value})
+    where = f"when it is {value}" if kind != "place" else WHERE[value]
+    return f"The same scene {where}.", after
+
+
+def _edit_action(dice: Dice, scene: Scene, split: str) -> _Edit:
+    figure = dice.pick(scene.figures)
+    action = dice.pick([action for action in ACTIONS if action != figure.action])
+    after = _with_figure(scene, figure, replace(figure, action=action))
+    return f"Now the {figure.character.species} {DOES[action]}.", after
+
+
+def _edit_hat(dice: Dice, scene: Scene, split: str) -> _Edit:
+    """Another hat, if there is one with which the character stays in its split."""
+    figure = dice.pick(scene.figures)
+    character = figure.character
+    hats = [
+        replace(character, hat=hat, hat_colour=colour) for hat in HATS if hat != "none" for colour in HAT_COLOURS
+    ]
+    hats = [changed for changed in hats if split_of(changed) == split and changed != character]
+    if not hats:
+        return None
+    changed = dice.pick(hats)
+    after = _with_figure(scene, figure, replace(figure, character=changed))
+    return f"Give the {character.species} {with_article(f'{changed.hat_colour} {changed.hat}')}.", after
+
+
+def _edit_prop(dice: Dice, scene: Scene, split: str) -> _Edit:
+    free = [position for position in POSITIONS if position not in {prop.position for prop in scene.props}]
+    unused = [kind for kind in PROPS if kind not in {prop.kind for prop in scene.props}]
+    prop = Prop(kind=dice.pick(unused), colour=dice.pick(PROP_COLOURS), position=dice.pick(free))
+    after = replace(scene, props=(*scene.props, prop))
+    return f"Add {with_article(f'{prop.colour} {prop.kind}')} {AT[prop.position]}.", after
+
+
+_EDITS: tuple[Callable[[Dice, Scene, str], _Edit], ...] = (_edit_setting, _edit_action, _edit_hat, _edit_prop)
+
+
+def _with_figure(scene: Scene, old: Figure, new: Figure) -> Scene:
+    return replace(scene, figures=tuple(new if figure == old else figure for figure in scene.figures))
+
+
+TASKS: dict[str, Callable[[Dice, str], Document]] = {
+    "caption": _caption,
+    "paragraph": _paragraph,
+    "vqa": _vqa,
+    "dialogue": _dialogue,
+    "ground": _ground,
+    "draw": _draw,
+    "segmentation": _segmentation,
+    "story": _story,
+    "story_last": _story_last,
+    "story_all": _story_all,
+    "few_shot": _few_shot,
+    "edit": _edit,
+}
+TASK_WEIGHTS: Mapping[str, int] = {
+    "caption": 12,
+    "paragraph": 4,
+    "vqa": 20,
+    "dialogue": 8,
+    "ground": 8,
+    "draw": 12,
+    "segmentation": 6,
+    "story": 12,
+    "story_last": 6,
+    "story_all": 4,
+    "few_shot": 4,
+    "edit": 4,
+}
+
+
+def part_pixels(part: Image) -> np.ndarray:
+    """(64, 64, 3) uint8: the picture of a document at this world's size, whatever size it has."""
+    picture = part.load()
+    if picture.size != (PICTURE_SIZE, PICTURE_SIZE):
+        picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), PILImage.Resampling.BOX)
+    return np.asarray(picture)
+
+
+assert set(TASKS) == set(TASK_WEIGHTS)
