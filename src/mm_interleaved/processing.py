@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from mm_interleaved.document import Document
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.images import SquareCrop
 from mm_interleaved.sequence import Sequence, encode_document
+from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -112,17 +112,15 @@ class MMInterleavedProcessor:
     def save_pretrained(self, folder: str | Path):
         """Writes the settings and the tokenizer's files into a folder, each file whole or not at all."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".processor-", dir=folder) as temporary:
+        make_folder(folder)
+        with tempfile.TemporaryDirectory(prefix="processor-") as temporary:
             self.tokenizer.save_pretrained(temporary)
             settings = json.dumps(self.to_dict(), indent=2) + "\n"
             Path(temporary, CONFIG_NAME).write_text(settings, encoding="utf-8")
             for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
                 target = folder / file.relative_to(temporary)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-                os.replace(file, target)
+                make_folder(target.parent)
+                write_file(target, file.read_bytes())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MMInterleavedProcessor:

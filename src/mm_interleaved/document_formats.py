@@ -1,0 +1,520 @@
+"""Files of documents: every form of record that is read, and the canonical one, which is written.
+
+A record is recognised by its fields (`FORMATS`); each reader returns the parts in reading order. The whole
+file is read and checked before anything is returned: a wrong field is an InputError with file, line and
+field, never a document that means something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mm_interleaved.document import Document, Image, ImagePath, Part, Text, document_to_record
+from mm_interleaved.errors import InputError, escape
+from mm_interleaved.image_references import ImageFolder
+from mm_interleaved.storage import write_file
+from mm_interleaved.strict_json import Field, FieldError, Record, read_records
+
+logger = logging.getLogger(__name__)
+
+MAX_ID = 200
+_COMMON = ("id", "layout", "generation", "meta", "target")
+_LAYOUT = re.compile(r"\s*(auto|[TI](\s+[TI])*)\s*")
+_PLACEHOLDER = re.compile(r"\s*<image>\s*", re.IGNORECASE)
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What a reader finds in a record."""
+
+    parts: list[Part]
+    target: list[Part] = field(default_factory=list)
+    layout: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A form of record: the fields it is known by, further fields it uses, and its reader."""
+
+    known_by: tuple[str, ...]
+    read: Callable[[Field, ImageFolder], Body]
+    uses: tuple[str, ...] = ()
+
+
+def read_documents(
+    path: str | Path, *, image_root: str | Path | None = None, skip_missing_images: bool = False
+) -> list[Document]:
+    """All documents of a `.json` or `.jsonl` file, in order. Images are located, not opened.
+
+    Args:
+        image_root: folder that bounds all image paths; the file's own folder by default.
+        skip_missing_images: leave out images whose files are absent instead of refusing the file.
+
+    Raises:
+        InputError: anything wrong, anywhere in the file.
+    """
+    path = Path(path)
+    root = path.parent if image_root is None else Path(image_root)
+    if not root.is_dir():
+        raise InputError(f"{root}: there is no such folder, expected the one that holds the images")
+    folder = ImageFolder(path.parent, root, skip_missing_images)
+    documents: list[Document] = []
+    places: dict[str, str] = {}
+    for record in read_records(path):
+        document = read_record(record, folder)
+        place = record.place if record.place != str(path) else f"{path}: [{record.number - 1}]"
+        if document.id in places:
+            raise InputError(
+                f"{place}: id: found {escape(document.id)!r}, which {places[document.id]} already has",
+                field="id",
+            )
+        places[document.id] = place
+        documents.append(document)
+    if not documents:
+        raise InputError(f"{path}: found no document, expected at least one")
+    return documents
+
+
+def read_record(record: Record, folder: ImageFolder) -> Document:
+    """The document of one record, whichever of the known forms it has. Raises InputError."""
+    try:
+        return _read(record.field, folder, record.number)
+    except FieldError as error:
+        raise error.at(record.place) from error
+
+
+def document_from_record(
+    record: Mapping[str, Any], folder: str | Path = ".", *, image_root: str | Path | None = None
+) -> Document:
+    """The document of one record that is already parsed; its image paths are relative to `folder`."""
+    images = ImageFolder(Path(folder), Path(folder if image_root is None else image_root))
+    return read_record(Record("record", 1, Field(dict(record))), images)
+
+
+def write_documents(path: str | Path, documents: Iterable[Document], image_path: ImagePath | None = None):
+    """Writes documents in the canonical form, one a line, the file whole or not at all.
+
+    Args:
+        image_path: as for `document_to_record`. By default a file under the new file's folder is named by its
+            relative path; any other image is written to `images/<name of the file>_<n>.png` beside it.
+    """
+    path = Path(path)
+    choose = image_path or _ImageWriter(path)
+    lines = [
+        json.dumps(document_to_record(document, choose), ensure_ascii=False) + "\n" for document in documents
+    ]
+    write_file(path, "".join(lines).encode("utf-8"))
+
+
+def _read(record: Field, folder: ImageFolder, number: int) -> Document:
+    fields = record.object()
+    found = next((form for form in FORMATS if all(name in fields for name in form.known_by)), None)
+    if found is None:
+        expected = ", ".join("+".join(form.known_by) for form in FORMATS)
+        names = ", ".join(escape(name, 40) for name in fields) or "none"
+        raise FieldError(record.path, f"found the fields {names}, expected those of a document ({expected})")
+    meta = _other_fields(record, (*_COMMON, *found.known_by, *found.uses))
+    body = found.read(record, folder)
+    given_target = record.get("target")
+    document = Document(
+        id=_id(record, number),
+        parts=tuple(body.parts),
+        target=tuple(body.target if given_target is None else _content(given_target, folder)),
+        layout=_layout(record) or body.layout,
+        generation=_mapping(record, "generation"),
+        meta={**meta, **body.meta, **_mapping(record, "meta")},
+    )
+    if not any(isinstance(part, Image) or part.text for part in document.parts):
+        raise FieldError(record.path, "found an empty document, expected at least one text or image")
+    return document
+
+
+def _id(record: Field, number: int) -> str:
+    given = record.get("id")
+    if given is None:
+        content = json.dumps(record.value, sort_keys=True).encode()
+        return f"line{number}-{hashlib.sha256(content).hexdigest()[:8]}"
+    if isinstance(given.value, int) and not isinstance(given.value, bool):
+        return str(given.value)
+    text = given.text()
+    if not 0 < len(text) <= MAX_ID or not text.isprintable():
+        given.wrong(f"1 to {MAX_ID} printable characters")
+    return text
+
+
+def _layout(record: Field) -> str | None:
+    given = record.get("layout")
+    if given is not None and not _LAYOUT.fullmatch(given.text()):
+        given.wrong('"auto", or T and I separated by spaces, such as "T I T"')
+    return None if given is None else given.text()
+
+
+def _mapping(record: Field, name: str) -> dict[str, Any]:
+    given = record.get(name)
+    return {} if given is None else dict(given.object())
+
+
+def _other_fields(record: Field, known: Sequence[str]) -> dict[str, Any]:
+    """Fields that mean nothing here and are carried along; one that looks like a misspelt one is refused."""
+    others = {name: value for name, value in record.value.items() if name not in known}
+    for name in others:
+        close = get_close_matches(name, [k for k in _COMMON if k not in record], n=1, cutoff=0.8)
+        if close:
+            raise FieldError(record[name].path, f"there is no such field, did you mean {close[0]!r}?")
+    return others
+
+
+# The canonical form, and what other programs write in its place
+
+
+def _read_content(record: Field, folder: ImageFolder) -> Body:
+    return Body(_content(record["content"], folder))
+
+
+def _read_messages(record: Field, folder: ImageFolder) -> Body:
+    messages = record["messages"].list()
+    if "images" in record and all(isinstance(message["content"].value, str) for message in messages):
+        texts = [(message["content"].text(), message["role"].text()) for message in messages]
+        return Body(_with_placeholders(texts, _images(record["images"], folder), record.path))
+    parts: list[Part] = []
+    for message in messages:
+        role = message["role"].text()
+        if not role or not role.isprintable():
+            message["role"].wrong("a name such as user or assistant")
+        parts += _content(message["content"], folder, role)
+    return Body(parts)
+
+
+def _content(content: Field, folder: ImageFolder, role: str | None = None) -> list[Part]:
+    if isinstance(content.value, str):
+        return [Text(content.text(), role=role)]
+    return [part for item in content.list() for part in _part(item, folder, role)]
+
+
+def _part(item: Field, folder: ImageFolder, role: str | None) -> list[Part]:
+    if isinstance(item.value, str):
+        return [Text(item.text(), role=role)]
+    own_role = item.get("role")
+    role = role if own_role is None else own_role.text()
+    kind = None if "type" not in item else item["type"].text()
+    if kind is None:
+        found = _pair(item, folder, role)
+    elif kind in ("text", "input_text", "output_text"):
+        found = [Text(item["text"].text(), role=role)]
+    elif kind in ("image", "image_url", "input_image"):
+        image = _image(item, folder, role)
+        found = [] if image is None else [image]
+    else:
+        item["type"].wrong('"text" or "image"')
+    generated, seed = item.get("generated"), item.get("seed")
+    if generated is None and seed is None:
+        return found
+    return [
+        replace(
+            part,
+            generated=generated is not None and generated.boolean(),
+            seed=None if seed is None else seed.integer(0, 2**63 - 1),
+        )
+        for part in found
+    ]
+
+
+def _image(item: Field, folder: ImageFolder, role: str | None) -> Image | None:
+    """The image of a part: by `image`, `url`, `path`, `base64`, or OpenAI's `image_url`."""
+    if "base64" in item:
+        return folder.encoded(item["base64"], role)
+    for name in ("image", "path", "url", "image_url"):
+        if name in item:
+            reference = item[name]
+            return folder.image(reference["url"] if isinstance(reference.value, dict) else reference, role)
+    return folder.image(item["image"], role)
+
+
+def _pair(item: Field, folder: ImageFolder, role: str | None = None) -> list[Part]:
+    """A text and an image, in the order in which the fields stand; either may be missing or null."""
+    parts: list[Part] = []
+    for name in item.object():
+        value = item.get(name)
+        if value is None:
+            continue
+        if name in ("text", "caption"):
+            is_list = isinstance(value.value, list)
+            text = " ".join(line.text() for line in value.list()) if is_list else value.text()
+            parts.append(Text(text, role=role))
+        elif name == "image":
+            image = folder.image(value, role)
+            parts += [] if image is None else [image]
+    if not parts and not folder.skip_missing:
+        item.wrong("a part with a type, or a pair of text and image")
+    return parts
+
+
+def _read_pair(record: Field, folder: ImageFolder) -> Body:
+    return Body(_pair(record, folder))
+
+
+def _read_captions(record: Field, folder: ImageFolder) -> Body:
+    """`images` and `captions` of equal length, each image beside its caption, in the order of the two
+    fields.
+    """
+    captions = [caption.text() for caption in record["captions"].list()]
+    references = record["images"].list()
+    _same_length(record, "captions", "images")
+    names = [name for name in record.object() if name in ("images", "captions")]
+    parts: list[Part] = []
+    for caption, reference in zip(captions, references, strict=True):
+        image = folder.image(reference)
+        pair: dict[str, Part | None] = {"images": image, "captions": Text(caption)}
+        parts += [part for name in names if (part := pair[name]) is not None]
+    return Body(parts)
+
+
+# LLaVA, ShareGPT and CoMM: `<image>` in the text stands for an image, if there are as many as images
+
+
+def _read_llava(record: Field, folder: ImageFolder) -> Body:
+    texts = []
+    for turn in record["conversations"].list():
+        speaker = turn["from"].text()
+        if speaker not in _ROLES:
+            turn["from"].wrong(" or ".join(_ROLES))
+        texts.append((turn["value"].text(), _ROLES[speaker]))
+    references = record.get("images") or record.get("image")
+    return Body(_with_placeholders(texts, _images(references, folder), record.path))
+
+
+def _read_comm(record: Field, folder: ImageFolder) -> Body:
+    asked = [(record["model_input"].text(), None)]
+    parts = _with_placeholders(asked, _images(record.get("input_image_list"), folder), record.path)
+    answer, images = record.get("model_output"), record.get("output_gt_image_list")
+    if answer is None:
+        return Body(parts)
+    return Body(
+        parts, target=_with_placeholders([(answer.text(), None)], _images(images, folder), record.path)
+    )
+
+
+def _images(references: Field | None, folder: ImageFolder) -> list[Image | None]:
+    if references is None:
+        return []
+    if isinstance(references.value, str):
+        return [folder.image(references)]
+    return [folder.image(reference) for reference in references.list()]
+
+
+def _with_placeholders(
+    texts: Sequence[tuple[str, str | None]], images: Sequence[Image | None], path: str
+) -> list[Part]:
+    """Texts, each with its role, with the images at their placeholders.
+
+    Where the numbers differ a placeholder is ordinary text, and the images stand before the first text that
+    is no system sentence.
+    """
+    count = sum(len(_PLACEHOLDER.findall(text)) for text, _ in texts)
+    is_markup = count == len(images)
+    if count and not is_markup:
+        logger.warning(
+            "%s: %d <image> for %d images: taken as ordinary text", path or "record", count, len(images)
+        )
+    waiting = list(images)
+    parts: list[Part] = []
+
+    def add_images(number: int, role: str | None):
+        taken = [waiting.pop(0) for _ in range(number)]
+        parts.extend(replace(image, role=role) for image in taken if image is not None)
+
+    for text, role in texts:
+        if not is_markup and role != "system":
+            add_images(len(waiting), role)
+        pieces = _PLACEHOLDER.split(text) if is_markup else [text]
+        for index, piece in enumerate(pieces):
+            if index:
+                add_images(1, role)
+            if piece or len(pieces) == 1:
+                parts.append(Text(piece, role=role))
+    return parts
+
+
+# MMC4, OBELICS and the official annotations: sentences with images between them
+
+
+def _read_mmc4(record: Field, folder: ImageFolder) -> Body:
+    """Each image before the sentence it is matched with."""
+    sentences = [sentence.text() for sentence in record["text_list"].list()]
+    infos = record["image_info"].list()
+    matrix = record.get("similarity_matrix")
+    if matrix is not None:
+        widths = {len(row.list()) for row in matrix.list()}
+        if len(matrix.list()) != len(infos) or widths - {len(sentences)}:
+            shape = f"{len(matrix.list())} x {sorted(widths)}"
+            raise FieldError(
+                matrix.path, f"found {shape}, expected {len(infos)} images x {len(sentences)} texts"
+            )
+    placed = []
+    for info in infos:
+        place = info["matched_text_index"].integer(0, len(sentences) - 1)
+        image = folder.image(info["image_name"])
+        if image is not None:
+            placed.append(_Placed(place, True, image))
+    return Body(_between(sentences, placed))
+
+
+def _read_obelics(record: Field, folder: ImageFolder) -> Body:
+    """Two lists of equal length; at each index either a text or an image."""
+    _same_length(record, "texts", "images")
+    parts: list[Part] = []
+    for text, image in zip(record["texts"].list(), record["images"].list(), strict=True):
+        if (text.value is None) == (image.value is None):
+            found = "neither" if text.value is None else "both"
+            raise FieldError(
+                text.path, f"found {found} a text and an image at one index, expected one of them"
+            )
+        if text.value is not None:
+            parts.append(Text(text.text()))
+        else:
+            reference = folder.image(image)
+            parts += [] if reference is None else [reference]
+    return Body(parts)
+
+
+def _read_annotation(record: Field, folder: ImageFolder) -> Body:
+    """The official input of interactive generation.
+
+    `generate_images` asks for the last image: the file named there is a dummy, never looked at.
+    `generate_texts` asks for a text after everything. From there on texts and images take turns, `num_iter`
+    in all.
+    """
+    sentences = [sentence.text() for sentence in record["sentences"].list()]
+    places, sides = record["sentence_ixs"].list(), record["image_first"].list()
+    references = record["images"].list()
+    _same_length(record, "sentence_ixs", "images")
+    _same_length(record, "image_first", "images")
+    mode, rounds = record.get("generate_mode"), record.get("num_iter")
+    if mode is not None and mode.text() not in ("generate_images", "generate_texts"):
+        mode.wrong('"generate_images" or "generate_texts"')
+    paints_first = mode is not None and mode.text() == "generate_images"
+    if paints_first and not references:
+        record["images"].wrong("a dummy at the end, in the place of the image to generate")
+    placed = []
+    for index, (reference, place, side) in enumerate(zip(references, places, sides, strict=True)):
+        is_dummy = paints_first and index == len(references) - 1
+        image = None if is_dummy else folder.image(reference)
+        if image is not None or is_dummy:
+            placed.append(_Placed(place.integer(0, len(sentences) - 1), side.boolean(), image))
+    parts = _between(sentences, placed)
+    if mode is None:
+        return Body(parts)
+    number = 1 if rounds is None else rounds.integer(1, 1000)
+    letters = "IT" if paints_first else "TI"
+    layout = " ".join(letters[index % 2] for index in range(number))
+    return Body(_before_dummy(parts, record) if paints_first else parts, layout=layout)
+
+
+def _before_dummy(parts: list[Part | None], record: Field) -> list[Part]:
+    end = parts.index(None)
+    if any(isinstance(part, Image) for part in parts[end:]):
+        record["sentence_ixs"].wrong("the image to generate, the last one named, to come last")
+    if len(parts) > end + 1:
+        logger.warning(
+            "%s: text after the image to generate cannot influence it: left out", record.path or "record"
+        )
+    return parts[:end]
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """An image (None: one to be generated) beside a sentence."""
+
+    sentence: int
+    is_first: bool
+    image: Image | None
+
+
+def _between(sentences: Sequence[str], images: Sequence[_Placed]) -> list[Any]:
+    """Sentences joined by a space, no space beside an image, each image before or after its sentence."""
+    parts: list[Part | None] = []
+    run: list[str] = []
+
+    def end_run():
+        text = " ".join(sentence for sentence in run if sentence).strip()
+        if text:
+            parts.append(Text(text))
+        run.clear()
+
+    def add_images(sentence: int, is_first: bool):
+        for placed in images:
+            if placed.sentence == sentence and placed.is_first == is_first:
+                end_run()
+                parts.append(placed.image)
+
+    for index, sentence in enumerate(sentences):
+        add_images(index, is_first=True)
+        run.append(sentence)
+        add_images(index, is_first=False)
+    end_run()
+    return parts
+
+
+def _same_length(record: Field, first: str, second: str):
+    lengths = len(record[first].list()), len(record[second].list())
+    if lengths[0] != lengths[1]:
+        raise FieldError(
+            record[first].path, f"found {lengths[0]} items, expected {lengths[1]} as in {second}"
+        )
+
+
+FORMATS = (
+    Format(("messages",), _read_messages, uses=("images",)),
+    Format(("content",), _read_content),
+    Format(
+        ("sentences", "images", "sentence_ixs", "image_first"),
+        _read_annotation,
+        uses=("generate_mode", "num_iter"),
+    ),
+    Format(("text_list", "image_info"), _read_mmc4, uses=("similarity_matrix",)),
+    Format(("conversations",), _read_llava, uses=("image", "images")),
+    Format(("model_input",), _read_comm, uses=("model_output", "input_image_list", "output_gt_image_list")),
+    Format(("images", "texts"), _read_obelics),
+    Format(("images", "captions"), _read_captions),
+    Format(("text",), _read_pair, uses=("image", "caption")),
+    Format(("image",), _read_pair, uses=("text", "caption")),
+)
+"""The first whose fields are all there is taken."""
+
+
+class _ImageWriter:
+    """Says where images stand relative to a file, and writes those that stand nowhere yet."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.count = 0
+
+    def __call__(self, image: Image, index: int) -> str:
+        folder = Path(os.path.realpath(self.path.parent))
+        if isinstance(image.source, Path):
+            source = Path(os.path.realpath(image.source))
+            if source.is_relative_to(folder):
+                return source.relative_to(folder).as_posix()
+        name = f"images/{self.path.stem}_{self.count}.png"
+        self.count += 1
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        write_file(folder / name, _png(image))
+        return name
+
+
+def _png(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.load().save(buffer, format="PNG")
+    return buffer.getvalue()

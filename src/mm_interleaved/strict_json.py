@@ -1,0 +1,258 @@
+"""JSON files read strictly, and their values read by the path they stand at.
+
+Python's own parser takes the last of two equal keys, takes NaN, and follows any nesting; a record that means
+something else than it says is refused here, with file, line and column, or file, line and field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mm_interleaved.errors import InputError, escape
+from mm_interleaved.images import file_kind
+
+MAX_RECORD_BYTES = 256 * 2**20
+"""Of a line, or of a `.json` file. Images may stand in it as `data:` URLs."""
+MAX_TEXT = 1_000_000
+"""Characters of one text: no context is that long, and a tokenizer would take minutes."""
+MAX_DEPTH = 64
+MAX_DIGITS = 40
+
+_BOMS = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+
+
+class FieldError(ValueError):
+    """A value that is wrong, and where in its record; whoever knows the file makes an InputError of it."""
+
+    def __init__(self, path: str, problem: str):
+        super().__init__(f"{path}: {problem}" if path else problem)
+        self.path = path
+
+    def at(self, place: str) -> InputError:
+        """The same error, of a record at `place` (file and line)."""
+        return InputError(f"{place}: {self}", field=self.path or None)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A JSON value and its path in the record, such as `content[2].image`. Wrong kinds raise FieldError."""
+
+    value: Any
+    path: str = ""
+
+    def wrong(self, expected: str) -> NoReturn:
+        """Raise that something else was expected here."""
+        raise FieldError(self.path, f"found {describe(self.value)}, expected {expected}")
+
+    def __contains__(self, key: str) -> bool:
+        return isinstance(self.value, dict) and key in self.value
+
+    def __getitem__(self, key: str) -> Field:
+        """A field of an object."""
+        if key not in self.object():
+            found = ", ".join(escape(k, 40) for k in self.value) or "no fields"
+            raise FieldError(self._child(key), f"missing, found {found}")
+        return Field(self.value[key], self._child(key))
+
+    def get(self, key: str) -> Field | None:
+        """A field of an object, None where it is absent or null."""
+        return self[key] if key in self and self.value[key] is not None else None
+
+    def object(self) -> dict[str, Any]:
+        return self.value if isinstance(self.value, dict) else self.wrong("an object")
+
+    def list(self) -> list[Field]:
+        if not isinstance(self.value, list):
+            self.wrong("a list")
+        return [Field(item, f"{self.path}[{index}]") for index, item in enumerate(self.value)]
+
+    def text(self) -> str:
+        if not isinstance(self.value, str):
+            self.wrong("a string")
+        if len(self.value) > MAX_TEXT and not self.value.startswith("data:"):
+            raise FieldError(self.path, f"found {len(self.value)} characters, expected at most {MAX_TEXT}")
+        return self.value
+
+    def boolean(self) -> bool:
+        return self.value if isinstance(self.value, bool) else self.wrong("true or false")
+
+    def integer(self, low: int, high: int) -> int:
+        """A whole number in [low, high]."""
+        is_integer = isinstance(self.value, int) and not isinstance(self.value, bool)
+        if not is_integer or not low <= self.value <= high:
+            self.wrong(f"a whole number from {low} to {high}")
+        return self.value
+
+    def _child(self, key: str) -> str:
+        return f"{self.path}.{escape(key, 40)}" if self.path else escape(key, 40)
+
+
+def describe(value: Any) -> str:
+    """A JSON value in a few words, for messages."""
+    if isinstance(value, str):
+        return f"the string {escape(value, 40)!r}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"the number {value}"
+    return _KINDS[type(value)]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One object of a file."""
+
+    place: str
+    """File, and line where there are lines."""
+    number: int
+    """The line, or the place in a list, from 1."""
+    field: Field
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The objects of a `.jsonl` file (one a line, blank lines skipped) or a `.json` file (one, or a list of
+    them).
+
+    A byte-order mark, Windows line ends and a missing last line end are all right.
+
+    Raises:
+        InputError: missing, not a regular file, not UTF-8, not strict JSON, or too large.
+    """
+    _check_regular(path)
+    try:
+        with open(path, "rb") as file:
+            if path.suffix.lower() == ".json":
+                yield from _whole_file(path, _limited(file.read(MAX_RECORD_BYTES + 1), str(path)))
+                return
+            number = 0
+            while line := file.readline(MAX_RECORD_BYTES + 1):
+                number += 1
+                place = f"{path}:{number}"
+                text = _decoded(_limited(line, place), place, is_start=number == 1)
+                if text.strip():
+                    yield Record(place, number, Field(parse_strict(text, place, first_line=None)))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_strict(text: str, place: str, first_line: int | None = 1) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        place: file (and line) for messages.
+        first_line: number of the text's first line, to go into messages; None where `place` already names it.
+    """
+
+    def refuse(problem: str) -> NoReturn:
+        raise InputError(f"{place}: {problem}")
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            keys = [key for key, _ in items]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            refuse(f"found the field {escape(twice, 40)!r} twice in one object")
+        return found
+
+    def whole(digits: str) -> int:
+        return int(digits) if len(digits) <= MAX_DIGITS else refuse(f"found a number of {len(digits)} digits")
+
+    def fraction(digits: str) -> float:
+        value = float(digits)
+        return (
+            value
+            if math.isfinite(value)
+            else refuse(f"found the number {escape(digits, 40)}, expected a finite one")
+        )
+
+    def constant(name: str) -> NoReturn:
+        refuse(f"found {name}, which is not JSON")
+
+    try:
+        value = json.loads(
+            text, object_pairs_hook=pairs, parse_int=whole, parse_float=fraction, parse_constant=constant
+        )
+    except json.JSONDecodeError as error:
+        line = "" if first_line is None else f":{error.lineno + first_line - 1}"
+        raise InputError(f"{place}{line}:{error.colno}: not JSON ({error.msg})") from error
+    except RecursionError:
+        refuse(f"nested more than {MAX_DEPTH} levels deep")
+    try:
+        _check_values(value)
+    except FieldError as error:
+        raise error.at(place) from error
+    return value
+
+
+def _whole_file(path: Path, data: bytes) -> Iterator[Record]:
+    value = parse_strict(_decoded(data, str(path), is_start=True), str(path))
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield Record(str(path), index + 1, Field(item, f"[{index}]"))
+    else:
+        yield Record(str(path), 1, Field(value))
+
+
+def _check_regular(path: Path):
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be opened ({getattr(error, 'strerror', error)})") from error
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: found a {file_kind(mode)}, expected a .json or .jsonl file")
+
+
+def _limited(data: bytes, place: str) -> bytes:
+    if len(data) > MAX_RECORD_BYTES:
+        raise InputError(f"{place}: more than {MAX_RECORD_BYTES} bytes, expected a smaller record")
+    return data
+
+
+def _decoded(data: bytes, place: str, is_start: bool) -> str:
+    if is_start:
+        for mark, name in _BOMS:
+            if data.startswith(mark):
+                raise InputError(f"{place}: found {name}, expected UTF-8")
+        data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise InputError(f"{place}: byte {error.start} is 0x{byte:02x}, which is not UTF-8") from error
+
+
+def _check_values(value: Any):
+    """Depth, and text that is no Unicode (`"\\ud800"` is correct JSON), of all values."""
+    pending = [(value, "", 1)]
+    while pending:
+        item, path, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            raise FieldError("", f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(item, dict):
+            pending += [(name, f"{path}.{escape(name, 40)}".lstrip("."), depth) for name in item]
+            pending += [(v, f"{path}.{escape(k, 40)}".lstrip("."), depth + 1) for k, v in item.items()]
+        elif isinstance(item, list):
+            pending += [(v, f"{path}[{index}]", depth + 1) for index, v in enumerate(item)]
+        elif isinstance(item, str):
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError as error:
+                code = ord(item[error.start])
+                raise FieldError(
+                    path, f"found the lone surrogate U+{code:04X}, expected Unicode text"
+                ) from error
