@@ -28,7 +28,7 @@ def document_starts(input_ids_BT: Tensor, bos: int) -> Tensor:
     return bos_position_BT.cummax(dim=1).values
 
 
-def visible_images(document_start_BT: Tensor, image_start_BN: Tensor) -> Tensor:
+def visible_images(document_start_BT: Tensor, image_start_BN: Tensor, first_position: int = 0) -> Tensor:
     """Which images each token may look at: those begun, in its own document.
 
     An image's slots see their image; its start token does not: there the image is still to come.
@@ -36,11 +36,12 @@ def visible_images(document_start_BT: Tensor, image_start_BN: Tensor) -> Tensor:
     Args:
         document_start_BT: index, within the row, of the first token of each token's document.
         image_start_BN: index, within the row, of each image's start token; its first slot is the next.
+        first_position: index, within the row, of the first of the T tokens (behind a cache, not 0).
 
     Returns:
         (B, T, N) bool, True where the token may look.
     """
-    position_T = torch.arange(document_start_BT.shape[1], device=document_start_BT.device)
+    position_T = first_position + torch.arange(document_start_BT.shape[1], device=document_start_BT.device)
     begun_BTN = image_start_BN[:, None, :] < position_T[None, :, None]
     same_document_BTN = image_start_BN[:, None, :] >= document_start_BT[:, :, None]
     # NO_IMAGE is negative and a document starts at 0 or later, so padding already fails here.
