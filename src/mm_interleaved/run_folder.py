@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +55,8 @@ class RunIdentity:
     """The run's generation settings, all of them."""
     flags: Mapping[str, Any]
     """Those given on the command line; they outrank the documents' own."""
-    command: str = "generate"
-    """Which command made the documents: other commands put other questions to the same input."""
+    device: str = "auto"
+    dtype: str = "auto"
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ def open_run(
     path: Path,
     documents: Sequence[Document],
     identity: RunIdentity,
-    facts: Mapping[str, Any],
+    facts: Callable[[], Mapping[str, Any]],
     *,
     new_run: bool = False,
     retry_errors: bool = False,
@@ -131,7 +131,7 @@ def open_run(
     """Begin a run in an empty folder, or go on with the one that stands there.
 
     Args:
-        facts: what else the manifest tells (seeds, versions, threads); a rerun need not agree with it.
+        facts: what else the manifest of a new run tells (seeds, versions, threads); a rerun keeps the first.
         new_run: move what stands there to `earlier/<n>/` and begin anew.
         retry_errors: make failed documents again.
 
@@ -151,7 +151,7 @@ def open_run(
         manifest = read_manifest(path / MANIFEST) if (path / MANIFEST).exists() else None
         if manifest is None:
             _refuse_foreign_folder(path)
-            manifest = {"format": FORMAT, **_identity_record(identity), "input": input_record, **facts}
+            manifest = {"format": FORMAT, **_identity_record(identity), "input": input_record, **facts()}
             write_file(path / MANIFEST, _json_file(manifest))
         else:
             _refuse_difference(path, manifest, {**_identity_record(identity), "input": input_record})
@@ -194,8 +194,9 @@ def _images(document: Document) -> list[Image]:
 
 def _identity_record(identity: RunIdentity) -> dict[str, Any]:
     return {
-        "command": identity.command,
         "model": {"name": identity.model, "sha256": identity.weights},
+        "device": identity.device,
+        "dtype": identity.dtype,
         "settings": dict(identity.settings),
         "flags": dict(identity.flags),
     }

@@ -1,0 +1,211 @@
+"""`caption`, `vqa`, `ground`, `draw`, `story`: documents with a ready prompt, for the same engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mm_interleaved.cli.command import Flags, command
+from mm_interleaved.cli.generate import (
+    Device,
+    Dtype,
+    Model,
+    NewRun,
+    Output,
+    Pictures,
+    Texts,
+    _checked_file,
+    default_output,
+    run_and_report,
+    typed_document,
+    typed_parts,
+)
+from mm_interleaved.cli.output import say
+from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.errors import UsageError
+
+CAPTION_PROMPT = "Describe the picture."
+GROUND_PROMPT = "Where is the {phrase}?"
+_BOX = re.compile(r"\((\d{1,3}),\s*(\d{1,3})\)\s*\((\d{1,3}),\s*(\d{1,3})\)")
+_BOX_RANGE = 1000
+
+PicturePath = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture: PNG, JPEG or WebP.")]
+
+
+def add_to(app: typer.Typer):
+    """Register the commands of this file."""
+    for function in (caption, vqa, ground, draw, story):
+        command(app, panel="Ready prompts")(function)
+
+
+def caption(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures: PNG, JPEG or WebP.")],
+    prompt: Annotated[str, typer.Option(help="What is asked of the model.")] = CAPTION_PROMPT,
+    model: Model = "storyworld",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    flags: Flags,
+):
+    """Describe pictures, one line each."""
+    documents = [_question(path, prompt) for path in images]
+    for path, answer in zip(images, _answers(documents, model, device, dtype, flags), strict=True):
+        say(f"{path}: {answer}" if len(images) > 1 else answer)
+
+
+def vqa(
+    image: PicturePath,
+    question: Annotated[str, typer.Argument(help="A question about the picture.")],
+    model: Model = "storyworld",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    flags: Flags,
+):
+    """Answer a question about a picture."""
+    [answer] = _answers([_question(image, question)], model, device, dtype, flags)
+    say(answer)
+
+
+def ground(
+    image: PicturePath,
+    phrase: Annotated[str, typer.Argument(help="What to look for: red ball.")],
+    prompt: Annotated[str, typer.Option(help="The question; {phrase} stands for PHRASE.")] = GROUND_PROMPT,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Write the picture with the box drawn.", metavar="PNG"),
+    ] = None,
+    model: Model = "storyworld",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    flags: Flags,
+) -> int:
+    """Find a thing in a picture: left, top, right, bottom in pixels."""
+    document = _question(image, prompt.replace("{phrase}", phrase))
+    [answer] = _answers([document], model, device, dtype, flags)
+    picture = document.images[0].load()
+    box = box_in_pixels(answer, picture.size)
+    if box is None:
+        say(f"no box in the answer {answer!r}")
+        return 1 if output else 0
+    say(" ".join(map(str, box)))
+    if output is not None:
+        _draw_box(picture, box, output)
+    return 0
+
+
+def draw(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    output: Output = None,
+    model: Model = "storyworld",
+    new_run: NewRun = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    flags: Flags,
+) -> int:
+    """Draw a picture of a text."""
+    documents = [typed_document("picture", [Text(prompt)], layout="I")]
+    output = output or default_output("picture", documents, model, flags)
+    return run_and_report(documents, output, model, device, dtype, flags, new_run=new_run)
+
+
+def story(
+    context: typer.Context,
+    opening: Annotated[
+        str | None, typer.Argument(help="The first sentence; or use --text and --image.")
+    ] = None,
+    panels: Annotated[int, typer.Option(min=1, max=64, help="Pictures in the whole story.")] = 4,
+    output: Output = None,
+    text: Texts = None,
+    image: Pictures = None,
+    model: Model = "storyworld",
+    new_run: NewRun = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    flags: Flags,
+) -> int:
+    """Tell and draw a story from its opening; without one, StoryWorld gives the first panel (by --seed)."""
+    parts: list[Part] = [Text(opening)] if opening else []
+    parts += typed_parts(context, text, image)
+    parts = parts or _storyworld_opening(int(flags.get("seed", 0)))
+    documents = [typed_document("story", parts, layout=story_layout(parts, panels))]
+    output = output or default_output("story", documents, model, flags)
+    return run_and_report(documents, output, model, device, dtype, flags, new_run=new_run)
+
+
+def story_layout(parts: list[Part], num_panels: int) -> str:
+    """The layout that brings a story of texts and pictures to `num_panels` pictures."""
+    missing = num_panels - sum(isinstance(part, Image) for part in parts)
+    if missing < 1:
+        raise UsageError(f"--panels {num_panels}: the opening already has that many pictures", field="panels")
+    begins_with_picture = isinstance(parts[-1], Text)
+    letters = ["I", *["T", "I"] * (missing - 1)] if begins_with_picture else ["T", "I"] * missing
+    return " ".join(letters)
+
+
+def box_in_pixels(answer: str, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """The box of an answer such as `(102,355)(480,910)`, which counts thousandths of the model's square view.
+
+    Args:
+        size: width and height of the picture; the model saw its central square.
+    """
+    found = _BOX.search(answer)
+    if found is None:
+        return None
+    side = min(size)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    x0, y0, x1, y1 = (round(int(value) * side / _BOX_RANGE) for value in found.groups())
+    return left + x0, top + y0, left + x1, top + y1
+
+
+def _question(path: Path, question: str) -> Document:
+    picture = Image(_checked_file(path), role="user", name=str(path))
+    return typed_document(str(path), [picture, Text(question, role="user")], layout="T")
+
+
+def _answers(
+    documents: list[Document], model: str, device: str, dtype: str, flags: Mapping[str, Any]
+) -> list[str]:
+    from mm_interleaved.generation.settings import settings_for
+    from mm_interleaved.generation_run import complete
+    from mm_interleaved.model_source import find_model, generation_defaults, load_generator, read_config
+
+    folder = find_model(model)
+    defaults = generation_defaults(read_config(folder))
+    settings = [settings_for(document, defaults, flags) for document in documents]
+    for document in documents:
+        document.images[0].load()
+    generator = load_generator(folder, device=device, dtype=dtype)
+    answers = []
+    for document, chosen in zip(documents, settings, strict=True):
+        completed = complete(generator, document, chosen, lambda event: None)
+        said = [part.text for part in completed.parts[len(document.parts) :] if isinstance(part, Text)]
+        answers.append(" ".join(said).strip())
+    return answers
+
+
+def _storyworld_opening(seed: int) -> list[Part]:
+    from mm_interleaved.storyworld.tasks import document
+
+    return list(document("test", seed, 0, "story").parts)
+
+
+def _draw_box(picture: Any, box: tuple[int, int, int, int], path: Path):
+    import io
+
+    from PIL import ImageDraw
+
+    from mm_interleaved.storage import write_file
+
+    marked = picture.copy()
+    ImageDraw.Draw(marked).rectangle(box, outline=(255, 60, 40), width=max(1, min(marked.size) // 100))
+    buffer = io.BytesIO()
+    marked.save(buffer, format="PNG")
+    write_file(path, buffer.getvalue())

@@ -1,0 +1,249 @@
+"""`generate` and `replay`: the main job, and the same again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mm_interleaved.cli.command import Flags, command, typed_in_order
+from mm_interleaved.cli.output import progress, say
+from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.errors import InputError, ModelFileError, UsageError
+from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, TextDelta
+
+SOME_FAILED = 7
+
+Model = Annotated[
+    str, typer.Option("--model", help="storyworld (shipped), a folder, or a hub id.", metavar="MODEL")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results.", metavar="DIR")]
+Texts = Annotated[list[str] | None, typer.Option("--text", help="A text part; parts keep the order typed.")]
+Pictures = Annotated[
+    list[Path] | None, typer.Option("--image", help="An image part; parts keep the order typed.")
+]
+NewRun = Annotated[bool, typer.Option("--new-run", help="Move an earlier run in DIR aside and begin anew.")]
+RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Make the documents that failed again.")]
+
+
+def add_to(app: typer.Typer):
+    """Register the commands of this file."""
+    command(app, "generate")(generate)
+    command(app, "replay")(replay)
+
+
+def generate(
+    context: typer.Context,
+    input: Annotated[
+        Path | None, typer.Argument(help="Documents: .json or .jsonl, in any known format.")
+    ] = None,
+    output: Output = None,
+    model: Model = "storyworld",
+    text: Texts = None,
+    image: Pictures = None,
+    image_root: Annotated[
+        Path | None,
+        typer.Option(help="Images may lie here and below (default: INPUT's folder).", metavar="DIR"),
+    ] = None,
+    retry_errors: RetryErrors = False,
+    new_run: NewRun = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    flags: Flags,
+) -> int:
+    """Continue documents: texts and images in, longer texts and images out.
+
+    Either INPUT holds the documents, or --text and --image give one, part by part. Writes results.jsonl,
+    images/, index.html and manifest.json into DIR. The same command again finishes what is missing.
+    """
+    parts = typed_parts(context, text, image)
+    if (input is None) == (not parts):
+        found = "both" if parts else "neither"
+        raise UsageError(f"expected either INPUT or --text/--image parts, found {found}")
+    documents = read_input(input, image_root) if input else [typed_document("story", parts)]
+    if input and output and output.resolve() in (input.resolve(), input.resolve().parent / "results.jsonl"):
+        raise UsageError(f"{output}: is the input, expected another folder for the results")
+    output = output or default_output(input.stem if input else "story", documents, model, flags)
+    return run_and_report(
+        documents, output, model, device, dtype, flags, new_run=new_run, retry_errors=retry_errors
+    )
+
+
+def replay(
+    manifest: Annotated[Path, typer.Argument(help="manifest.json of a finished run, in its folder.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Keep the second run here.", metavar="DIR")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is now, if its place has changed.", metavar="MODEL")
+    ] = None,
+) -> int:
+    """Make a run again and compare: every record and every image, bit for bit."""
+    from mm_interleaved.document_formats import read_documents
+    from mm_interleaved.model_source import find_model, hash_model
+    from mm_interleaved.run_folder import read_manifest
+
+    manifest = manifest / "manifest.json" if manifest.is_dir() else manifest
+    wanted = read_manifest(manifest)
+    if "outputs" not in wanted:
+        raise InputError(
+            f"{manifest}: tells of no outputs; the run is not finished, run its command again first"
+        )
+    name = model or wanted["model"]["name"]
+    if hash_model(find_model(name)) != wanted["model"]["sha256"]:
+        raise ModelFileError(f"model {name!r}: its files are not those of the run (SHA-256 differs)")
+    documents = read_documents(manifest.parent / "input" / "documents.jsonl")
+    _use_threads(wanted["threads"])
+    with tempfile.TemporaryDirectory(prefix="mm-interleaved-replay-") as temporary:
+        folder = output or Path(temporary) / "run"
+        run_and_report(
+            documents, folder, name, wanted["device"], wanted["dtype"], wanted["flags"], is_quiet=True
+        )
+        found = read_manifest(folder / "manifest.json")
+    return _report_replay(wanted["outputs"], found["outputs"])
+
+
+def typed_parts(context: typer.Context, text: list[str] | None, image: list[Path] | None) -> list[Part]:
+    """The parts given by --text and --image, in the order typed."""
+    parts: list[Part] = []
+    for name, value in typed_in_order(context, text=text or [], image=image or []):
+        if name == "text":
+            parts.append(Text(_checked_text(value)))
+        else:
+            parts.append(Image(_checked_file(value), name=str(value)))
+    return parts
+
+
+def typed_document(name: str, parts: Sequence[Part], layout: str | None = None) -> Document:
+    """A document made of what was typed."""
+    return Document(id=name, parts=tuple(parts), layout=layout)
+
+
+def read_input(path: Path, image_root: Path | None) -> list[Document]:
+    """All documents of a file, checked."""
+    from mm_interleaved.document_formats import read_documents
+
+    documents = read_documents(path, image_root=image_root)
+    if not documents:
+        raise InputError(f"{path}: holds no document, expected at least one")
+    return documents
+
+
+def default_output(name: str, documents: Sequence[Document], model: str, flags: Flags) -> Path:
+    """`out/<name>-<hash>`: the same command finds its folder again, another one gets another."""
+    described = [model, dict(flags), [repr((document.id, document.parts)) for document in documents]]
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return Path("out") / f"{name}-{digest[:6]}"
+
+
+def run_and_report(
+    documents: Sequence[Document],
+    output: Path,
+    model: str,
+    device: str,
+    dtype: str,
+    flags: Flags,
+    *,
+    new_run: bool = False,
+    retry_errors: bool = False,
+    is_quiet: bool = False,
+) -> int:
+    """Run documents with a progress bar, say what was written; the exit code."""
+    from mm_interleaved.cli.output import say_error
+    from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
+
+    request = RunRequest(
+        documents=documents,
+        output=output,
+        model=ModelChoice(name=model, device=device, dtype=dtype),
+        flags=flags,
+        new_run=new_run,
+        retry_errors=retry_errors,
+    )
+    with progress(len(documents), "reading the model") as bar:
+
+        def on_event(document: Document, event: Event | str):
+            if event in ("finished", "failed"):
+                bar.advance("")
+            else:
+                bar.tell(f"{document.id}: {event_words(event)}")
+
+        outcome = run_documents(request, on_event)
+    if not is_quiet:
+        say(_summary(outcome))
+    failed = [record for record in outcome.records if "error" in record]
+    if failed:
+        first = failed[0]
+        say_error(
+            f"{len(failed)} of {outcome.num_documents} documents failed, the first is {first['id']!r}: "
+            f"{first['error']['message']}"
+        )
+        return SOME_FAILED
+    return 0
+
+
+def event_words(event: Event | str) -> str:
+    """What an event says in a progress bar."""
+    match event:
+        case TextDelta():
+            return "writing"
+        case ImageStarted(index=index):
+            return f"drawing picture {index + 1}"
+        case ImagePreview(step=step):
+            return f"drawing, step {step}"
+    return ""
+
+
+def _summary(outcome: Any) -> str:
+    parts = [part for record in outcome.records for part in record.get("content", ())]
+    drawn = sum(1 for part in parts if part["type"] == "image" and part.get("generated"))
+    lines = [f"{outcome.num_documents} documents, {drawn} pictures drawn: {outcome.output / 'index.html'}"]
+    if outcome.num_already_finished:
+        lines.append(f"{outcome.num_already_finished} of them were finished before")
+    return "\n".join(lines)
+
+
+def _report_replay(wanted: dict[str, dict[str, str]], found: dict[str, dict[str, str]]) -> int:
+    same, differing = {}, []
+    for kind in ("records", "images"):
+        same[kind] = sum(found[kind].get(key) == value for key, value in wanted[kind].items())
+        differing += [
+            key for key in {**wanted[kind], **found[kind]} if found[kind].get(key) != wanted[kind].get(key)
+        ]
+    say(
+        f"replay: {same['records']} of {len(wanted['records'])} records and "
+        f"{same['images']} of {len(wanted['images'])} images are the same, bit for bit"
+    )
+    if differing:
+        say(f"different: {', '.join(differing)}")
+        return SOME_FAILED
+    return 0
+
+
+def _use_threads(number: int):
+    import torch
+
+    torch.set_num_threads(number)
+
+
+def _checked_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"--text: character {error.start} is not UTF-8", field="text") from error
+    return text
+
+
+def _checked_file(path: Path) -> Path:
+    if not path.is_file():
+        found = "is not a regular file" if path.exists() else "there is no such file"
+        raise InputError(f"--image {str(path)!r}: {found}", field="image")
+    return path

@@ -1,0 +1,104 @@
+"""The command `mm-interleaved`: which commands there are, and how every one of them ends.
+
+Nothing here or in the command modules imports torch or transformers before a command runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from mm_interleaved import __version__
+from mm_interleaved.cli import answers, chat, corpora, evaluate, generate, models, system
+from mm_interleaved.cli.output import say_error
+from mm_interleaved.errors import MMInterleavedError
+
+PROGRAM = "mm-interleaved"
+BUG, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
+# click's UsageError; some versions of typer import click, others carry a copy of it.
+_TyperUsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived. No Exception, so that nothing on the way takes it for a failed record."""
+
+
+def create_app() -> typer.Typer:
+    """All commands."""
+    app = typer.Typer(
+        name=PROGRAM,
+        help="A document of text and images goes in, a longer document of text and images comes out.",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def options(
+        version: bool = typer.Option(
+            False, "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ):
+        pass
+
+    for module in (generate, answers, chat, models, evaluate, corpora, system):
+        module.add_to(app)
+    return app
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code, with one sentence on stderr where it is not 0."""
+    logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s")
+    debug = "--debug" in arguments
+    try:
+        code = create_app()(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except MMInterleavedError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except _TyperUsageError as error:
+        return _fail(getattr(error, "format_message", error.__str__)(), USAGE, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", INTERRUPTED, debug=False)
+    except Stopped:
+        return _fail(
+            "stopped by a signal; what is finished is saved, run the same command again to go on",
+            STOPPED,
+            debug,
+        )
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody left to tell.
+        sys.stdout = None
+        return 0
+    except Exception as error:
+        sentence = f"{type(error).__name__}: {error}"
+        return _fail(f"a bug of ours: {sentence} (--debug shows where; please report it)", BUG, debug)
+
+
+def main() -> NoReturn:
+    """Entry point of the installed command."""
+    signal.signal(signal.SIGTERM, _stop)
+    sys.exit(run(sys.argv[1:]))
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise Stopped
+
+
+def _fail(sentence: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    say_error(sentence)
+    return code
+
+
+def _print_version(is_wanted: bool):
+    if is_wanted:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit

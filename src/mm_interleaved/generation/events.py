@@ -1,0 +1,56 @@
+"""What happens while a document is continued. The command line, a server and a studio all consume these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from PIL import Image as PILImage
+
+from mm_interleaved.document import Document
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More text; the deltas of a part, joined, are its text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStarted:
+    """An image has begun."""
+
+    index: int
+    """Counted over all images of the document, those of the prompt included."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePreview:
+    """How an image looks so far."""
+
+    image: PILImage.Image
+    step: int
+    """Denoising steps done."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDone:
+    """An image is finished."""
+
+    image: PILImage.Image
+    seed: int
+    """The seed that draws it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event."""
+
+    reason: str
+    """`stop` (the model ended it), `layout` (all parts wanted are there), `length` or `max_images` (a limit)."""
+    document: Document
+    """The completed document: the given parts, then the generated ones."""
+
+
+Event: TypeAlias = TextDelta | ImageStarted | ImagePreview | ImageDone | Finished

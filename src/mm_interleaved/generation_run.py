@@ -1,0 +1,196 @@
+"""Documents in, a finished run folder out: the main job, shared by `generate`, `replay` and `evaluate`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_interleaved.document import Document
+from mm_interleaved.errors import InputError
+from mm_interleaved.generation.events import Event, Finished
+from mm_interleaved.generation.settings import GenerationSettings, settings_for
+from mm_interleaved.images import open_image
+from mm_interleaved.model_source import (
+    find_model,
+    generation_defaults,
+    hash_model,
+    load_generator,
+    read_config,
+    torch_device,
+)
+from mm_interleaved.run_folder import RunFolder, RunIdentity, open_run
+from mm_interleaved.story_page import render_page, title_of
+
+if TYPE_CHECKING:
+    from mm_interleaved.generation import InterleavedGenerator
+
+_PACKAGES = (
+    "mm-interleaved",
+    "torch",
+    "transformers",
+    "diffusers",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "tokenizers",
+)
+
+OnEvent = Callable[[Document, Event | str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChoice:
+    """Which model, and how it computes."""
+
+    name: str = "storyworld"
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """A run that is wanted."""
+
+    documents: Sequence[Document]
+    """Read and checked, ids distinct."""
+    output: Path
+    model: ModelChoice = field(default_factory=ModelChoice)
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """Generation settings of the command line; they outrank the documents' own."""
+    new_run: bool = False
+    retry_errors: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """What became of it."""
+
+    output: Path
+    num_documents: int
+    num_failed: int
+    num_already_finished: int
+    records: Sequence[Mapping[str, Any]]
+
+
+def run_documents(
+    request: RunRequest, on_event: OnEvent, *, load: Callable[..., InterleavedGenerator] = load_generator
+) -> RunOutcome:
+    """Continue every document of a request that its folder does not hold yet, and write the page.
+
+    A document that cannot be read or does not fit the model fails alone; anything else that goes wrong stops
+    the run, which the same request takes up again.
+
+    Args:
+        on_event: is told every event of the generator, with the document it belongs to, and once more with
+            "finished" or "failed".
+        load: makes the generator from a model's folder; called only if there is something to do.
+    """
+    folder = find_model(request.model.name)
+    defaults = generation_defaults(read_config(folder))
+    run_settings = GenerationSettings.combine(defaults, request.flags)
+    settings = {
+        document.id: settings_for(document, defaults, request.flags) for document in request.documents
+    }
+    identity = RunIdentity(
+        model=request.model.name,
+        weights=hash_model(folder),
+        settings=run_settings.to_dict(),
+        flags=request.flags,
+        device=request.model.device,
+        dtype=request.model.dtype,
+    )
+
+    def facts() -> dict[str, Any]:
+        seeds = {key: chosen.seed for key, chosen in settings.items()}
+        return {"seeds": seeds, **machine_facts(request.model.device)}
+
+    with open_run(
+        request.output,
+        request.documents,
+        identity,
+        facts,
+        new_run=request.new_run,
+        retry_errors=request.retry_errors,
+    ) as run:
+        pending = run.pending()
+        if pending:
+            generator = load(folder, device=request.model.device, dtype=request.model.dtype)
+            for document in pending:
+                _continue(run, generator, document, settings[document.id], on_event)
+        run.close(_page(run, request.model.name, run_settings.seed))
+        return RunOutcome(
+            output=request.output,
+            num_documents=len(request.documents),
+            num_failed=len(run.failed),
+            num_already_finished=len(request.documents) - len(pending),
+            records=list(run.finished.values()),
+        )
+
+
+def complete(
+    generator: InterleavedGenerator,
+    document: Document,
+    settings: GenerationSettings,
+    on_event: Callable[[Event], None],
+) -> Document:
+    """The completed document, its events told on the way."""
+    for event in generator.stream(document, settings=settings):
+        on_event(event)
+        if isinstance(event, Finished):
+            return event.document
+    raise AssertionError("a stream ends with Finished")
+
+
+def machine_facts(device: str) -> dict[str, Any]:
+    """What a bit-for-bit repetition depends on beside the model and the settings."""
+    import torch
+
+    return {
+        "threads": torch.get_num_threads(),
+        "machine": {
+            "device": str(torch_device(device)),
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _continue(
+    run: RunFolder,
+    generator: InterleavedGenerator,
+    document: Document,
+    settings: GenerationSettings,
+    on_event: OnEvent,
+):
+    try:
+        completed = complete(generator, document, settings, lambda event: on_event(document, event))
+        run.commit(completed)
+    except InputError as error:
+        run.commit_error(document, error)
+        on_event(document, "failed")
+    else:
+        on_event(document, "finished")
+
+
+def _page(run: RunFolder, model: str, seed: int) -> bytes:
+    records = list(run.finished.values())
+    made_by = f"told and drawn by {Path(model).name} · seed {seed}"
+    return render_page(
+        records, lambda path: open_image(run.path / path), title=title_of(records), made_by=made_by
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,206 @@
+"""A model's name in, its folder out; what its files tell unread; the loaded generator.
+
+A name is `storyworld` (the shipped model), a folder, or an id on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_interleaved.errors import MMInterleavedError, ModelFileError, UsageError, escape
+
+if TYPE_CHECKING:
+    from mm_interleaved.generation import InterleavedGenerator
+
+SHIPPED = ("storyworld",)
+CONFIG = "config.json"
+_HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HEADER_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """What a safetensors file says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    file: str
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model. Raises ModelFileError, which tells where it was looked for."""
+    if name in SHIPPED:
+        folder = Path(str(files("mm_interleaved") / "assets" / name))
+        where = f"the shipped model {name!r}"
+    elif Path(name).exists():
+        folder, where = Path(name), f"model {escape(name)!r}"
+    else:
+        folder, where = _from_hub(name), f"model {escape(name)!r}"
+    if not (folder / CONFIG).is_file():
+        raise ModelFileError(
+            f"{where}: no {CONFIG} in {folder}, expected a folder that save_pretrained wrote"
+        )
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's configuration as JSON. Raises ModelFileError."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != "mm_interleaved":
+        raise ModelFileError(f"{folder / CONFIG}: model_type {found!r}, expected 'mm_interleaved'")
+    return config
+
+
+def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The generation settings that a model prefers over the general defaults."""
+    return dict(config.get("generation_settings") or {})
+
+
+def hash_model(folder: Path) -> str:
+    """SHA-256 over the names and contents of a model's files: the same hash, the same output."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _HASHED_SUFFIXES and path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Every tensor of a model's safetensors files, without reading a weight.
+
+    Raises ModelFileError for a file that is cut, that claims what it does not hold, or that is missing.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ModelFileError(f"{folder}: holds no *.safetensors file, expected the weights of a model")
+    headers: dict[str, TensorHeader] = {}
+    for path in paths:
+        headers.update(_read_header(path))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for shard in sorted(shards - {path.name for path in paths}):
+            raise ModelFileError(f"{index}: names {escape(shard)!r}, which is not in {folder}")
+    return headers
+
+
+def load_generator(folder: Path, *, device: str = "auto", dtype: str = "auto") -> InterleavedGenerator:
+    """The model of a folder, ready to continue documents.
+
+    Args:
+        device: a torch device, or "auto": a GPU where there is one.
+        dtype: "float32", "bfloat16", "float16", or "auto": as saved on a GPU, float32 on a CPU.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from mm_interleaved import (
+        InterleavedGenerator,
+        MMInterleavedForConditionalGeneration,
+        MMInterleavedProcessor,
+    )
+
+    transformers_logging.disable_progress_bar()
+    place = torch_device(device)
+    kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
+    tensor_headers(folder)
+    with _model_file_errors(folder):
+        model = MMInterleavedForConditionalGeneration.from_pretrained(folder, dtype=kind)
+        processor = MMInterleavedProcessor.from_pretrained(folder)
+    return InterleavedGenerator(model.to(place).eval(), processor)
+
+
+def torch_device(name: str):
+    """The torch device of that name; "auto" is a GPU where there is one. Raises UsageError."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        sentence = escape(str(error).splitlines()[0])
+        raise UsageError(
+            f"device {escape(name)!r}: cannot be used here ({sentence})", field="device"
+        ) from error
+    return device
+
+
+def _from_hub(name: str) -> Path:
+    nearest = get_close_matches(name, SHIPPED, n=1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    looked = f"model {escape(name)!r}: no such folder{hint}"
+    if not _HUB_ID.fullmatch(name) or name.startswith((".", "/")):
+        raise ModelFileError(f"{looked}, and not a hub id (owner/name); shipped is {', '.join(SHIPPED)}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    for is_local in (True, False):
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=is_local))
+        except Exception as error:  # the hub client raises a dozen kinds; all mean that it is not to be had
+            reason = error
+    raise ModelFileError(
+        f"{looked}, not in the hub cache {HF_HUB_CACHE}, and huggingface.co gave {type(reason).__name__}"
+    )
+
+
+def _read_header(path: Path) -> dict[str, TensorHeader]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_size > min(size - 8, _HEADER_LIMIT):
+            raise ModelFileError(
+                f"{path}: {size} bytes, its header alone tells of {header_size + 8}; the file is cut"
+            )
+        data = file.read(header_size)
+    try:
+        entries = {name: entry for name, entry in json.loads(data).items() if name != "__metadata__"}
+        spans = {name: entry["data_offsets"] for name, entry in entries.items()}
+        headers = {
+            name: TensorHeader(
+                entry["dtype"], tuple(entry["shape"]), spans[name][1] - spans[name][0], path.name
+            )
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelFileError(f"{path}: its header is damaged, expected a safetensors file") from error
+    expected = 8 + header_size + max((end for _, end in spans.values()), default=0)
+    if size != expected:
+        raise ModelFileError(
+            f"{path}: {size} bytes, its header tells of {expected}; the file is cut or damaged"
+        )
+    return headers
+
+
+@contextmanager
+def _model_file_errors(folder: Path):
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except MMInterleavedError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        sentence = escape(" ".join(str(error).split()), limit=400)
+        raise ModelFileError(f"{folder}: the model cannot be loaded ({sentence})") from error
