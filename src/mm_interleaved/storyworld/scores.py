@@ -1,0 +1,280 @@
+"""How right the predicted documents are, as a flat dict of numbers from 0 to 1: `<task>.<metric>`.
+
+A pure function of documents: no model here, and no files but the pictures that the documents name. Texts are read by the
+grammar of `language`, pictures by the oracle.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import mean
+
+from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.storyworld.language import (
+    Said,
+    read_actions,
+    read_figures,
+    read_introductions,
+    read_props,
+    read_setting,
+)
+from mm_interleaved.storyworld.oracle import FigureReading, attribute_matches, read_scene
+from mm_interleaved.storyworld.segmentation import class_map, mean_iou
+from mm_interleaved.storyworld.tasks import part_pixels
+from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
+
+_BOX = re.compile(r"\((\d{1,4}),\s*(\d{1,4})\)\s*\((\d{1,4}),\s*(\d{1,4})\)")
+_MIN_IOU = 0.5
+_LOOK_ATTRIBUTES = ("species", "body_colour", "pattern", "hat", "hat_colour")
+
+Found = dict[str, list[float]]
+
+
+def score(predictions: Iterable[Document], gold: Sequence[Document]) -> dict[str, float]:
+    """Every metric for which the gold documents have cases, averaged over the cases.
+
+    Args:
+        predictions: documents with the ids of the gold ones. Parts marked `generated` are the answer; where none is
+            marked, all parts are. A document that is missing counts as wrong. A dialogue may carry `meta["ranking"]`,
+            the indices of its candidates from best to worst; without it only the exact answer counts.
+        gold: documents of `tasks.document`, with their targets and meta.
+
+    Raises:
+        ValueError: a gold document has no task in its meta, or an id occurs twice.
+    """
+    by_id: dict[str, Document] = {}
+    for prediction in predictions:
+        if prediction.id in by_id:
+            raise ValueError(f"the prediction {prediction.id!r} occurs twice")
+        by_id[prediction.id] = prediction
+    found: Found = {}
+    for document in gold:
+        task = document.meta.get("task")
+        if task not in _SCORERS:
+            raise ValueError(f"document {document.id!r}: expected a task in its meta, found {task!r}")
+        prediction = by_id.get(document.id)
+        answer = () if prediction is None else answer_parts(prediction)
+        ranking = None if prediction is None else prediction.meta.get("ranking")
+        _add(found, "layout.correct", _kinds(answer) == _kinds(document.target))
+        _SCORERS[task](found, document, answer, ranking)
+    return {name: mean(values) for name, values in sorted(found.items())}
+
+
+def answer_parts(prediction: Document) -> tuple[Part, ...]:
+    """What was generated: the parts marked so, or all parts where none is marked."""
+    return tuple(part for part in prediction.parts if part.generated) or prediction.parts
+
+
+def _add(found: Found, name: str, value: float) -> None:
+    found.setdefault(name, []).append(float(value))
+
+
+def _kinds(parts: Sequence[Part]) -> list[type]:
+    """Text and Image in order; texts that follow each other are one."""
+    kinds: list[type] = []
+    for part in parts:
+        if not (isinstance(part, Text) and kinds and kinds[-1] is Text):
+            kinds.append(type(part))
+    return kinds
+
+
+def _text(parts: Sequence[Part]) -> str:
+    return " ".join(part.text for part in parts if isinstance(part, Text)).strip()
+
+
+def _last_scene(document: Document) -> Scene:
+    return scene_from_record(document.meta["scenes"][-1])
+
+
+def caption_matches(text: str, truth: Scene) -> list[bool]:
+    """For every attribute of the truth, and for everything too much in the text, whether the text is right.
+
+    The setting, each figure's species, colour, hat, hat colour, action (looked up by its position), each prop's kind
+    and colour.
+    """
+    setting = read_setting(text)
+    matches = [setting.get(name) == getattr(truth, name) for name in ("place", "time", "weather")]
+    figures = {said.position: said for said in read_figures(text)}
+    for figure in truth.figures:
+        matches += _said_matches(figures.pop(figure.position, None), figure)
+    props = {said.position: said for said in read_props(text)}
+    for prop in truth.props:
+        said = props.pop(prop.position, None)
+        matches += [said is not None and said.subject == prop.kind, said is not None and said.colour == prop.colour]
+    return matches + [False] * (len(figures) + len(props))
+
+
+def _said_matches(said: Said | None, figure: Figure) -> list[bool]:
+    if said is None:
+        return [False] * 5
+    character = figure.character
+    return [
+        said.subject == character.species,
+        said.colour == character.body_colour,
+        said.hat == character.hat,
+        said.hat_colour == character.hat_colour,
+        said.action == figure.action,
+    ]
+
+
+def _describing(metric: str) -> Callable[..., None]:
+    def score_text(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+        _add(found, metric, mean(caption_matches(_text(answer), _last_scene(document))))
+
+    return score_text
+
+
+def _normal(text: str) -> str:
+    return text.strip().rstrip(".!").strip().lower()
+
+
+def _is_answer(document: Document, answer: Sequence[Part]) -> bool:
+    return _normal(_text(answer)) == _normal(_text(document.target))
+
+
+def _vqa(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+    is_right = _is_answer(document, answer)
+    _add(found, "vqa.accuracy", is_right)
+    if document.meta["is_fine_detail"]:
+        _add(found, "vqa.fine_detail", is_right)
+
+
+def _few_shot(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+    _add(found, "few_shot.accuracy", _is_answer(document, answer))
+
+
+def _dialogue(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+    _add(found, "dialogue.accuracy", _is_answer(document, answer))
+    gold_index = document.meta["gold_index"]
+    if isinstance(ranking, Sequence):
+        rank = list(ranking).index(gold_index) + 1 if gold_index in ranking else 0
+    else:
+        rank = 1 if _is_answer(document, answer) else 0
+    _add(found, "dialogue.mrr", 1 / rank if rank else 0.0)
+
+
+def _ground(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+    predicted, truth = _box(_text(answer)), _box(_text(document.target))
+    assert truth is not None, f"{document.id}: the gold answer is a box"
+    _add(found, "ground.accuracy", predicted is not None and box_iou(predicted, truth) >= _MIN_IOU)
+
+
+def _box(text: str) -> tuple[int, int, int, int] | None:
+    match = _BOX.search(text)
+    if match is None:
+        return None
+    left, top, right, bottom = (int(number) for number in match.groups())
+    return left, top, right, bottom
+
+
+def box_iou(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> float:
+    """Intersection over union of two boxes (left, top, right, bottom), 0 where one is empty."""
+    width = max(0, min(one[2], other[2]) - max(one[0], other[0]))
+    height = max(0, min(one[3], other[3]) - max(one[1], other[1]))
+    areas = [max(0, box[2] - box[0]) * max(0, box[3] - box[1]) for box in (one, other)]
+    union = sum(areas) - width * height
+    return width * height / union if union else 0.0
+
+
+def _first_image(answer: Sequence[Part]) -> Image | None:
+    return next((part for part in answer if isinstance(part, Image)), None)
+
+
+def _drawing(metric: str) -> Callable[..., None]:
+    def score_picture(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+        image = _first_image(answer)
+        value = 0.0 if image is None else mean(attribute_matches(read_scene(part_pixels(image)), _last_scene(document)))
+        _add(found, metric, value)
+
+    return score_picture
+
+
+def _segmentation(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+    """The oracle stands for the segmenter: what it reads in the picture is mapped and compared with the given map."""
+    image = _first_image(answer)
+    if image is None:
+        _add(found, "segmentation.miou", 0.0)
+        return
+    reading = read_scene(part_pixels(image))
+    _add(found, "segmentation.miou", mean_iou(class_map(reading.to_scene()), class_map(_last_scene(document))))
+
+
+def _story(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+    """Whoever a panel's text names must stand where it says, and look as in the first panel in which it stands.
+
+    For somebody whose first picture is given, that look is the truth; for others it is what the oracle reads in the first
+    generated picture, after the text that introduces it. A picture that is missing, or whose text names nobody, counts as
+    one character not kept.
+    """
+    looks = _given_looks(document)
+    texts = [part.text for part in document.parts if isinstance(part, Text)]
+    num_images = 0
+    for part in answer:
+        if isinstance(part, Text):
+            texts.append(part.text)
+            continue
+        num_images += 1
+        _score_panel(found, texts, read_scene(part_pixels(part)).figures, looks)
+    num_wanted = sum(isinstance(part, Image) for part in document.target)
+    for _ in range(num_wanted - num_images):
+        _add(found, "story.character_kept", False)
+        _add(found, "story.badge_kept", False)
+
+
+def _given_looks(document: Document) -> dict[str, Mapping[str, str]]:
+    """By name: what the given pictures show of each character."""
+    num_given = sum(isinstance(part, Image) for part in document.parts)
+    looks: dict[str, Mapping[str, str]] = {}
+    for scene in document.meta["scenes"][:num_given]:
+        for figure in scene["figures"]:
+            looks.setdefault(figure["name"], figure)
+    return looks
+
+
+def _score_panel(
+    found: Found, texts: Sequence[str], figures: Sequence[FigureReading], looks: dict[str, Mapping[str, str]]
+) -> None:
+    """Scores one generated picture and adds to `looks` those who stand in it for the first time."""
+    named = read_actions(texts[-1]) if texts else {}
+    if not named:
+        _add(found, "story.character_kept", False)
+        _add(found, "story.badge_kept", False)
+    at = {figure.position: figure for figure in figures}
+    for name, said in named.items():
+        figure = at.get(said.position or "")
+        if name in looks:
+            look = looks[name]
+            is_kept = figure is not None and all(getattr(figure, key) == look[key] for key in _LOOK_ATTRIBUTES)
+            _add(found, "story.character_kept", is_kept)
+            _add(found, "story.badge_kept", figure is not None and figure.badge == look["badge"])
+        else:
+            introduced = read_introductions(" ".join(texts)).get(name)
+            _add(found, "story.character_kept", figure is not None and _is_as_told(figure, introduced))
+            if figure is not None:
+                looks[name] = {key: getattr(figure, key) for key in (*_LOOK_ATTRIBUTES, "badge")}
+        _add(found, "story.action", figure is not None and figure.action == said.action)
+
+
+def _is_as_told(figure: FigureReading, told: Said | None) -> bool:
+    """Whether somebody new looks as introduced; somebody never introduced does not."""
+    return told is not None and (told.subject, told.colour, told.hat, told.hat_colour) == (
+        figure.species,
+        figure.body_colour,
+        figure.hat,
+        figure.hat_colour,
+    )
+
+
+_SCORERS: dict[str, Callable[[Found, Document, Sequence[Part], object], None]] = {
+    "caption": _describing("caption.attributes"),
+    "paragraph": _describing("paragraph.attributes"),
+    "vqa": _vqa,
+    "dialogue": _dialogue,
+    "ground": _ground,
+    "draw": _drawing("draw.attributes"),
+    "segmentation": _segmentation,
+    "story": _story,
+    "story_last": _story,
+    "story_all": _story,
+    "few_shot": _few_shot,
+    "edit": _drawing("edit.attributes"),
+}
