@@ -70,6 +70,16 @@ def render_batch(seed: int, start: int, count: int, split: str = "train") -> np.
     return pixels
 
 
+def contact_sheet(seed: int, rows: int, columns: int, scale: int) -> np.ndarray:
+    """A sheet of `scene_at("train", seed, 0 ...)` with a white gap of one pixel between pictures, enlarged `scale` times."""
+    cell = PICTURE_SIZE + 1
+    sheet = np.full((rows * cell - 1, columns * cell - 1, 3), 255, np.uint8)
+    for number, pixels in enumerate(render_batch(seed, 0, rows * columns)):
+        top, left = number // columns * cell, number % columns * cell
+        sheet[top : top + PICTURE_SIZE, left : left + PICTURE_SIZE] = pixels
+    return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
 @cache
 def figure_palette(body_colour: str, hat_colour: str) -> np.ndarray:
     """(13, 3) uint8: the colour of each slot of a figure's sprite."""
