@@ -35,7 +35,12 @@ class Panel:
 
 
 def render_page(
-    records: Sequence[Mapping[str, Any]], open_image: OpenImage, *, title: str, made_by: str
+    records: Sequence[Mapping[str, Any]],
+    open_image: OpenImage,
+    *,
+    title: str,
+    made_by: str,
+    scores: Mapping[str, float] | None = None,
 ) -> bytes:
     """A whole page, UTF-8.
 
@@ -43,9 +48,11 @@ def render_page(
         records: canonical records, or failed ones with `error`.
         open_image: the picture at a path that a record names.
         made_by: the line under the title: model, seed, settings.
+        scores: metrics from 0 to 1, shown above the documents.
     """
     shown = records[:MAX_DOCUMENTS]
-    body = "\n".join(_document(record, open_image, with_heading=len(records) > 1) for record in shown)
+    body = _score_table(scores) if scores else ""
+    body += "\n".join(_document(record, open_image, with_heading=len(records) > 1) for record in shown)
     if len(records) > len(shown):
         body += f'<p class="note">{len(records) - len(shown)} more documents stand in results.jsonl.</p>'
     template = Template((files("mm_interleaved") / "story_page.html").read_text(encoding="utf-8"))
@@ -75,6 +82,15 @@ def panels(parts: Sequence[Mapping[str, Any]]) -> list[Panel]:
         else:
             pages[-1].texts.append(part)
     return [page for page in pages if page.picture or page.texts]
+
+
+def _score_table(scores: Mapping[str, float]) -> str:
+    rows = "".join(
+        f'<tr><th>{escape(name)}</th><td><meter min="0" max="1" value="{value:.4f}"></meter></td>'
+        f"<td>{100 * value:.1f} %</td></tr>"
+        for name, value in scores.items()
+    )
+    return f'<table class="scores">{rows}</table>'
 
 
 def _document(record: Mapping[str, Any], open_image: OpenImage, *, with_heading: bool) -> str:

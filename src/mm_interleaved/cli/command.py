@@ -60,6 +60,7 @@ def command(app: typer.Typer, name: str | None = None, *, panel: str | None = No
             if takes_flags:
                 given = {key: arguments.pop(key) for key in list(arguments) if key in names}
                 arguments["flags"] = {key: value for key, value in given.items() if value is not None}
+                GenerationSettings.combine(arguments["flags"])
             return function(**arguments)
 
         vars(run)["__signature__"] = signature.replace(parameters=parameters)

@@ -10,7 +10,7 @@ import typer
 
 from mm_interleaved.cli.command import command
 from mm_interleaved.cli.output import progress, say, say_error
-from mm_interleaved.errors import MMInterleavedError
+from mm_interleaved.errors import MMInterleavedError, UsageError
 
 SOME_FAILED = 7
 
@@ -73,14 +73,19 @@ def storyworld(
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other documents.")] = 0,
     split: Annotated[str, typer.Option(help="train, validation or test; they share no picture.")] = "test",
     form: Annotated[
-        str, typer.Option("--format", help="documents, or an official dataset's format.")
-    ] = "documents",
+        str, typer.Option("--format", help="jsonl, mmc4, obelics, llava, coco, vqav2, annt, webdataset ...")
+    ] = "jsonl",
 ):
     """Make fresh StoryWorld documents over all tasks."""
-    from mm_interleaved.storyworld.exports import export
+    from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
+    from mm_interleaved.storyworld.world import SPLITS
 
-    export(out, num_documents=documents, seed=seed, split=split, form=form)
-    say(f"{out}: {documents} documents of the {split} split")
+    if form not in EXPORTS:
+        raise UsageError(f"--format: found {form!r}, expected one of {', '.join(EXPORTS)}", field="format")
+    if split not in SPLITS:
+        raise UsageError(f"--split: found {split!r}, expected one of {', '.join(SPLITS)}", field="split")
+    path = write_storyworld(out, documents, seed, split, form)
+    say(f"{path}: {documents} documents of the {split} split")
 
 
 def _is_broken(image, document_id: str) -> bool:

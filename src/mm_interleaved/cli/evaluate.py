@@ -1,9 +1,69 @@
-"""`evaluate` and `train`."""
+"""`evaluate`: how good a model's documents are."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from mm_interleaved.cli.command import Flags, command
+from mm_interleaved.cli.generate import Device, Dtype, Model, NewRun, event_words
+from mm_interleaved.cli.output import progress, say, say_error
+from mm_interleaved.document import Document
+from mm_interleaved.errors import UsageError
+from mm_interleaved.generation.events import Event
+
+TASK_NAMES = ("storyworld",)
+"""Kept here too, so that the help does not import what scores."""
 
 
 def add_to(app: typer.Typer):
-    """Register the commands of this file."""
+    """Register the command of this file."""
+    command(app, panel="Data, training, evaluation")(evaluate)
+
+
+def evaluate(
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help=f"Out of: {', '.join(TASK_NAMES)}.")],
+    data: Annotated[Path, typer.Option(help="Folder of the task's documents.", metavar="DIR")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.", metavar="DIR")],
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score these answers; no model runs.", metavar="FILE")
+    ] = None,
+    model: Model = "storyworld",
+    new_run: NewRun = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    *,
+    flags: Flags,
+):
+    """Answer a task's documents and score the answers: predictions.jsonl, scores.json, report.html."""
+    for task in tasks:
+        if task not in TASK_NAMES:
+            raise UsageError(f"unknown task {task!r}: known are {', '.join(TASK_NAMES)}")
+    from mm_interleaved.evaluation.runner import evaluate_model, evaluate_predictions
+    from mm_interleaved.evaluation.tasks import TASKS
+    from mm_interleaved.generation_run import ModelChoice, RunRequest
+
+    for name in tasks:
+        out = output if len(tasks) == 1 else output / name
+        task = TASKS[name]
+        if predictions is not None:
+            scores = evaluate_predictions(task, data, predictions, out)
+        else:
+            chosen = ModelChoice(name=model, device=device, dtype=dtype)
+            request = RunRequest(documents=(), output=out, model=chosen, flags=flags, new_run=new_run)
+            with progress(len(task.read_gold(data)), "reading the model") as bar:
+
+                def on_event(document: Document, event: Event | str, bar=bar):
+                    if event == "failed":
+                        say_error(f"document {document.id!r} failed; it counts as wrong")
+                    if event in ("finished", "failed"):
+                        bar.advance("")
+                    else:
+                        bar.tell(f"{document.id}: {event_words(event)}")
+
+                scores = evaluate_model(task, data, request, on_event)
+        for metric, value in scores.items():
+            say(f"{metric:<24} {value:.4f}")
+        say(f"report: {out / 'report.html'}")

@@ -48,7 +48,7 @@ class Finished:
     """The last event."""
 
     reason: str
-    """`stop` (the model ended it), `layout` (all parts wanted are there), `length` or `max_images` (a limit)."""
+    """`stop` (the model ended it), `layout` (all wanted parts are there), or a limit: `length`, `max_images`."""
     document: Document
     """The completed document: the given parts, then the generated ones."""
 

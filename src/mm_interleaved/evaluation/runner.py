@@ -1,0 +1,113 @@
+"""Task x model -> predictions.jsonl -> scores.json -> report: answers, then a pure function of them.
+
+OUT/run/               the run folder of the generation, as `generate` writes it
+OUT/predictions.jsonl  {"id", "content"} a line: what was generated, nothing of the prompt
+OUT/scores.json        flat: "<task>.<metric>" -> number
+OUT/report.html        the scores, and the documents with the answers
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mm_interleaved.document import Document
+from mm_interleaved.document_formats import document_from_record, read_documents
+from mm_interleaved.errors import InputError
+from mm_interleaved.generation_run import OnEvent, RunRequest, run_documents
+from mm_interleaved.images import open_image
+from mm_interleaved.storage import make_folder, write_file
+from mm_interleaved.story_page import render_page
+from mm_interleaved.strict_json import read_records
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What an evaluation needs to know of a task."""
+
+    read_gold: Callable[[Path], list[Document]]
+    """All documents of a data folder, with their targets."""
+    score: Callable[[Sequence[Document], Sequence[Document]], dict[str, float]]
+    """(predictions, gold) -> metrics."""
+
+
+def evaluate_model(task: Task, data: Path, request: RunRequest, on_event: OnEvent) -> dict[str, float]:
+    """Let a model answer every document of a task, and score it.
+
+    Args:
+        request: its `documents` are replaced by the task's; its `output` is OUT above.
+    """
+    out = request.output
+    make_folder(out)
+    gold = task.read_gold(data)
+    # The model must not see the gold answers, and the run must not depend on them.
+    questions = [replace(document, target=()) for document in gold]
+    outcome = run_documents(replace(request, documents=questions, output=out / "run"), on_event)
+    lines = [json.dumps(_prediction(record), ensure_ascii=False) + "\n" for record in outcome.records]
+    write_file(out / "predictions.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
+    return evaluate_predictions(task, data, out / "predictions.jsonl", out, records=outcome.records)
+
+
+def evaluate_predictions(
+    task: Task,
+    data: Path,
+    predictions: Path,
+    out: Path,
+    *,
+    records: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, float]:
+    """Score answers that are there already; writes scores.json and report.html into `out`.
+
+    Args:
+        records: what the report shows, image paths relative to `out`/run; the predictions by default.
+    """
+    gold = task.read_gold(data)
+    answers = read_predictions(predictions)
+    unknown = {answer.id for answer in answers} - {document.id for document in gold}
+    if unknown:
+        raise InputError(f"{predictions}: id {min(unknown)!r} is not in {data}", field="id")
+    scores = task.score(answers, gold)
+    make_folder(out)
+    write_file(out / "scores.json", json.dumps(scores, indent=2).encode() + b"\n")
+    shown = [record.field.value for record in read_records(predictions)] if records is None else records
+    root = predictions.parent if records is None else out / "run"
+    made_by = f"{len(answers)} of {len(gold)} documents answered"
+    page = render_page(
+        shown, lambda path: open_image(root / path), title="Evaluation", made_by=made_by, scores=scores
+    )
+    write_file(out / "report.html", page)
+    return scores
+
+
+def read_predictions(path: Path) -> list[Document]:
+    """The answers of a predictions file. Failed and empty ones are left out: they count as wrong."""
+    answers: dict[str, Document] = {}
+    for record in read_records(path):
+        fields = record.field.object()
+        if "error" in fields or not fields.get("content", True):
+            continue
+        answer = document_from_record(fields, path.parent)
+        if answer.id in answers:
+            raise InputError(f"{record.place}: id {answer.id!r} occurs twice", field="id")
+        answers[answer.id] = answer
+    return list(answers.values())
+
+
+def read_document_folder(data: Path) -> list[Document]:
+    """The documents of a folder that `data storyworld` wrote, or of a file."""
+    return read_documents(data / "documents.jsonl" if data.is_dir() else data)
+
+
+def _prediction(record: Mapping[str, Any]) -> dict[str, Any]:
+    if "error" in record:
+        return dict(record)
+    turns = [part for message in record.get("messages", ()) for part in message["content"]]
+    parts = [part for part in (*record.get("content", ()), *turns) if part.get("generated")]
+    return {"id": record["id"], "content": [_relocated(part) for part in parts]}
+
+
+def _relocated(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {**part, "image": f"run/{part['image']}"} if part["type"] == "image" else dict(part)
