@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 40_000_000
-"""Read from the header, before decoding. Pillow's own limit still lets 20 KB of PNG become 800 MB of pixels."""
+"""Read from the header, before decoding. Pillow's own limit still lets 20 KB become 800 MB of pixels."""
 MAX_FILE_BYTES = 128 * 2**20
 MAX_ASPECT = 16
 """Longer strips are cut first: scaled up to the encoder's size, 1 x 20000 pixels would need gigabytes."""
@@ -99,28 +99,28 @@ def open_image(
 
 
 def read_regular_file(path: Path, name: str | None = None, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a regular file of at most `max_bytes`. Raises ImageError; never waits on a pipe or a
-    device.
-    """
+    """The bytes of a regular file of at most `max_bytes`; never waits on a pipe. Raises ImageError."""
     name = escape(name or str(path))
     try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever. The check is made on what was
-        # opened.
+        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError as error:
         raise ImageError(f"image {name!r}: there is no such file") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"image {name!r}: cannot be opened ({getattr(error, 'strerror', error)})") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
+        # Checked on what was opened, so that nothing can be put in its place in between.
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(f"image {name!r}: found a {file_kind(status.st_mode)}, expected a regular file")
         if status.st_size > max_bytes:
             raise ImageError(f"image {name!r}: found {status.st_size} bytes, expected at most {max_bytes}")
-        try:
-            return file.read(max_bytes + 1)
-        except OSError as error:
-            raise ImageError(f"image {name!r}: cannot be read ({error.strerror})") from error
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(max_bytes)
+    except OSError as error:
+        raise ImageError(f"image {name!r}: cannot be read ({error.strerror})") from error
+    finally:
+        os.close(descriptor)
 
 
 def file_kind(mode: int) -> str:
