@@ -17,7 +17,7 @@ from mm_interleaved.errors import escape
 from mm_interleaved.images import MAX_FILE_BYTES, file_kind
 from mm_interleaved.strict_json import Field, FieldError
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|file:", re.ASCII)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|file:", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
