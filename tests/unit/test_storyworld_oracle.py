@@ -7,7 +7,12 @@ import pytest
 from PIL import Image as PILImage
 from PIL import ImageFilter
 
-from mm_interleaved.storyworld.oracle import FIGURE_ATTRIBUTES, SETTING_ATTRIBUTES, attribute_matches, read_scene
+from mm_interleaved.storyworld.oracle import (
+    FIGURE_ATTRIBUTES,
+    SETTING_ATTRIBUTES,
+    attribute_matches,
+    read_scene,
+)
 from mm_interleaved.storyworld.renderer import render_scene, scene_at
 from mm_interleaved.storyworld.world import Scene
 
@@ -19,7 +24,9 @@ def _rates(damage, count):
         scene = scene_at(("train", "test")[index % 2], 12, index)
         reading = read_scene(damage(render_scene(scene), index))
         pairs = [(name, getattr(reading, name), getattr(scene, name)) for name in SETTING_ATTRIBUTES]
-        pairs.append(("positions", {f.position for f in reading.figures}, {f.position for f in scene.figures}))
+        pairs.append(
+            ("positions", {f.position for f in reading.figures}, {f.position for f in scene.figures})
+        )
         pairs.append(("props", set(reading.props), set(scene.props)))
         for figure in scene.figures:
             found = reading.figure_at(figure.position)

@@ -10,11 +10,12 @@ from mm_interleaved.document_formats import read_documents
 from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
 from mm_interleaved.storyworld.oracle import attribute_matches, read_scene
 from mm_interleaved.storyworld.scores import box_iou, score
-from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels
+from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels, picture
 from mm_interleaved.storyworld.world import scene_from_record
 
 REQUIRED = {
-    "caption.attributes", "vqa.accuracy", "vqa.fine_detail", "ground.accuracy", "draw.attributes", "segmentation.miou",
+    "caption.attributes", "vqa.accuracy", "vqa.fine_detail", "ground.accuracy", "draw.attributes",
+    "segmentation.miou",
     "story.character_kept", "story.badge_kept", "layout.correct", "dialogue.mrr",
 }  # fmt: skip
 
@@ -49,7 +50,9 @@ def test_meta_holds_the_truth_of_every_picture(task):
         images = [part for part in (*made.parts, *made.target) if isinstance(part, Image)]
         assert len(images) == len(made.meta["scenes"])
         for image, record in zip(images, made.meta["scenes"], strict=True):
-            assert all(attribute_matches(read_scene(part_pixels(image)), scene_from_record(record), badges=True))
+            assert all(
+                attribute_matches(read_scene(part_pixels(image)), scene_from_record(record), badges=True)
+            )
 
 
 def test_a_hundred_documents_in_a_row_hold_every_task():
@@ -98,7 +101,9 @@ def test_missing_answers_score_zero_in_everything(gold):
 
 def test_only_generated_parts_are_judged():
     one = document("test", 6, 0, "caption")
-    whole = replace(one, parts=(*one.parts, *(replace(part, generated=True) for part in one.target)), target=())
+    whole = replace(
+        one, parts=(*one.parts, *(replace(part, generated=True) for part in one.target)), target=()
+    )
     assert score([whole], [one]) == {"caption.attributes": 1.0, "layout.correct": 1.0}
 
 
@@ -119,15 +124,11 @@ def test_a_strangers_badge_is_not_kept_but_a_familiar_body_is():
     )
     truth = scene_from_record(one.meta["scenes"][-1])
     figure = truth.figures[0]
-    other = replace(figure, character=replace(figure.character, badge="7" if figure.character.badge != "7" else "A"))
-    scores = score([_answered(one, (_picture(replace(truth, figures=(other,))),))], [one])
+    other = replace(
+        figure, character=replace(figure.character, badge="7" if figure.character.badge != "7" else "A")
+    )
+    scores = score([_answered(one, (picture(replace(truth, figures=(other,))),))], [one])
     assert (scores["story.character_kept"], scores["story.badge_kept"]) == (1.0, 0.0)
-
-
-def _picture(scene):
-    from mm_interleaved.storyworld.tasks import picture
-
-    return picture(scene)
 
 
 def test_a_dialogue_is_scored_by_the_rank_of_its_answer():

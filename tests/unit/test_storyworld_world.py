@@ -1,7 +1,7 @@
-"""The world, its pictures and its stories: the same everywhere, split by rule, and silent about what only pictures tell."""
+"""The world, its pictures and stories: the same everywhere, split by rule, silent about badges."""
 
 import hashlib
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -74,7 +74,9 @@ def test_no_picture_of_one_split_occurs_in_another():
 
 
 def test_held_out_combinations_appear_in_the_test_split_only():
-    held_out = [(species, colour) for species in SPECIES for colour in BODY_COLOURS if is_held_out(species, colour)]
+    held_out = [
+        (species, colour) for species in SPECIES for colour in BODY_COLOURS if is_held_out(species, colour)
+    ]
     assert len(held_out) == len(SPECIES)
     shares = {}
     for split in SPLITS:
@@ -104,7 +106,14 @@ def test_captions_are_read_back_as_the_scene():
         assert read_setting(text) == {"place": scene.place, "time": scene.time, "weather": scene.weather}
         said = {(f.position, f.subject, f.colour, f.hat, f.hat_colour, f.action) for f in read_figures(text)}
         assert said == {
-            (f.position, f.character.species, f.character.body_colour, f.character.hat, f.character.hat_colour, f.action)
+            (
+                f.position,
+                f.character.species,
+                f.character.body_colour,
+                f.character.hat,
+                f.character.hat_colour,
+                f.action,
+            )
             for f in scene.figures
         }
         assert {(p.position, p.subject, p.colour) for p in read_props(text)} == {
@@ -119,7 +128,9 @@ def test_a_storys_texts_determine_its_scenes():
         looks, colours = {}, {}
         for panel in told.panels:
             setting |= read_setting(panel.text)
-            assert setting == {key: getattr(panel.scene, key) for key in ("place", "time", "weather")}, panel.text
+            assert setting == {key: getattr(panel.scene, key) for key in ("place", "time", "weather")}, (
+                panel.text
+            )
             looks |= read_introductions(panel.text)
             said = {(name, a.position, a.action) for name, a in read_actions(panel.text).items()}
             assert said == {(f.character.name, f.position, f.action) for f in panel.scene.figures}, panel.text
@@ -150,7 +161,7 @@ def test_stories_have_three_to_six_panels_and_no_two_alike_in_a_row():
     for index in range(100):
         panels = story("train", 10, index).panels
         lengths.add(len(panels))
-        for before, after in zip(panels, panels[1:], strict=False):
+        for before, after in pairwise(panels):
             assert before.scene != after.scene
     assert lengths == {3, 4, 5, 6}
 
@@ -159,7 +170,7 @@ def test_sentences_agree_in_article_and_number():
     for index in range(200):
         for panel in story("train", 11, index).panels:
             words = panel.text.replace(".", "").replace(",", "").split()
-            for article, word in zip(words, words[1:], strict=False):
+            for article, word in pairwise(words):
                 if article.lower() in ("a", "an"):
                     assert (article.lower() == "an") == (word[0] in "aeiou"), panel.text
             for line in panel.text.split(". "):

@@ -84,7 +84,18 @@ def _draw_lights(pixels: np.ndarray, time: str, weather: str) -> None:
     else:
         moon = canvas.ellipse(22, 7, 5, 5) & ~canvas.ellipse(25, 5, 4, 4)
         pixels[moon] = (250, 245, 205)
-        for x, y in ((3, 4), (12, 12), (33, 3), (41, 10), (50, 4), (59, 12), (6, 24), (42, 24), (61, 27), (22, 22)):
+        for x, y in (
+            (3, 4),
+            (12, 12),
+            (33, 3),
+            (41, 10),
+            (50, 4),
+            (59, 12),
+            (6, 24),
+            (42, 24),
+            (61, 27),
+            (22, 22),
+        ):
             pixels[canvas.rows(x - 1, y - 1, ".#.", "###", ".#.")] = (235, 235, 190)
 
 
@@ -94,7 +105,11 @@ def _draw_weather(pixels: np.ndarray, weather: str, time: str) -> None:
     canvas = _canvas()
     clouds = np.zeros((PICTURE_SIZE, PICTURE_SIZE), bool)
     for x, y in ((9, 6), (31, 5), (53, 7)):
-        clouds |= canvas.ellipse(x, y, 6, 3) | canvas.ellipse(x - 5, y + 2, 4, 2) | canvas.ellipse(x + 5, y + 1, 4, 3)
+        clouds |= (
+            canvas.ellipse(x, y, 6, 3)
+            | canvas.ellipse(x - 5, y + 2, 4, 2)
+            | canvas.ellipse(x + 5, y + 1, 4, 3)
+        )
     bright = {"cloudy": 250, "rainy": 140, "snowy": 215}[weather]
     shade = np.array((bright, bright, min(bright + 10, 255)))
     pixels[clouds] = shade * {"day": 16, "evening": 14, "night": 9}[time] // 16
@@ -122,8 +137,18 @@ def _meadow(canvas: Canvas):
 
 
 def _beach(canvas: Canvas):
-    waves = canvas.rows(0, 31, *(["####....####....####....####....####....####....####....####....", "." * 64, "." * 64,
-                                  "....####....####....####....####....####....####....####....####"]))
+    waves = canvas.rows(
+        0,
+        31,
+        *(
+            [
+                "####....####....####....####....####....####....####....####....",
+                "." * 64,
+                "." * 64,
+                "....####....####....####....####....####....####....####....####",
+            ]
+        ),
+    )
     return [
         (canvas.box(0, 27, 63, HORIZON), (50, 130, 200)),
         (waves, (150, 205, 240)),
@@ -143,7 +168,12 @@ def _forest(canvas: Canvas):
 
 def _town(canvas: Canvas):
     parts = []
-    for left, top, colour in ((-4, 20, (214, 120, 96)), (15, 15, (236, 206, 150)), (36, 18, (150, 160, 204)), (56, 14, (206, 150, 170))):
+    for left, top, colour in (
+        (-4, 20, (214, 120, 96)),
+        (15, 15, (236, 206, 150)),
+        (36, 18, (150, 160, 204)),
+        (56, 14, (206, 150, 170)),
+    ):
         parts.append((canvas.box(left, top, left + 14, HORIZON), colour))
         roof = np.zeros((PICTURE_SIZE, PICTURE_SIZE), bool)
         for row in range(6):
@@ -164,7 +194,10 @@ def _town_windows() -> np.ndarray:
 
 
 def _desert(canvas: Canvas):
-    parts = [(canvas.ellipse(40, 46, 30, 14), (240, 184, 116)), (canvas.ellipse(2, 46, 22, 12), (210, 140, 76))]
+    parts = [
+        (canvas.ellipse(40, 46, 30, 14), (240, 184, 116)),
+        (canvas.ellipse(2, 46, 22, 12), (210, 140, 76)),
+    ]
     for x, top in ((21, 20), (44, 22)):
         cactus = canvas.box(x, top, x + 2, HORIZON + 1) | canvas.box(x - 4, top + 4, x - 3, top + 8)
         cactus |= canvas.box(x - 4, top + 8, x + 6, top + 9) | canvas.box(x + 5, top + 2, x + 6, top + 8)
@@ -178,7 +211,9 @@ def _mountain(canvas: Canvas):
     for peak, top, colour in ((8, 14, (116, 122, 142)), (54, 12, (104, 112, 136)), (32, 8, (134, 140, 158))):
         for row in range(top, HORIZON + 1):
             half = (row - top) * 3 // 4
-            parts.append((canvas.box(peak - half, row, peak + half, row), (250, 252, 255) if row < top + 7 else colour))
+            parts.append(
+                (canvas.box(peak - half, row, peak + half, row), (250, 252, 255) if row < top + 7 else colour)
+            )
     return parts
 
 

@@ -1,7 +1,8 @@
 """Random choices that are the same on every machine and with every release of NumPy.
 
-NumPy promises that the raw words of a bit generator and of SeedSequence never change, but not how `Generator` turns them
-into numbers. So we draw raw 64-bit words and do the last step, an integer multiplication, ourselves.
+NumPy promises that the raw words of a bit generator and of SeedSequence never change, but not how `Generator`
+turns them into numbers. So we draw raw 64-bit words and do the last step, an integer multiplication,
+ourselves.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """StoryWorld on disk: our own documents, and the same world in the formats of the official corpora.
 
-Every file is whole or absent: pictures first, the files that name them last, each written beside its place and renamed.
+Every file is whole or absent: pictures first, the files that name them last, each written beside its place
+and renamed.
 """
 
 import csv
@@ -48,7 +49,9 @@ def write_storyworld(out: str | Path, documents: int, seed: int, split: str, for
         raise ValueError(f"expected at least 1 document, found {documents}")
     out = Path(out)
     make_folder(out / "images")
-    return EXPORTS[format](out, lambda task: (document(split, seed, index, task) for index in range(documents)))
+    return EXPORTS[format](
+        out, lambda task: (document(split, seed, index, task) for index in range(documents))
+    )
 
 
 Source = Callable[[str | None], Iterator[Document]]
@@ -118,7 +121,9 @@ def _write_mmc4(out: Path, source: Source) -> Path:
         infos = []
         for number, (_, image) in enumerate(panels):
             path = _write_image(out, image, f"{made.id}_{number}")
-            infos.append({"image_name": path, "raw_url": "", "matched_text_index": number, "matched_sim": 1.0})
+            infos.append(
+                {"image_name": path, "raw_url": "", "matched_text_index": number, "matched_sim": 1.0}
+            )
         similarity = np.eye(len(panels)).tolist()
         records.append(
             {
@@ -168,7 +173,8 @@ def _write_llava(out: Path, source: Source) -> Path:
         for made in source(task):
             texts = [part.text for part in (*made.parts, *made.target) if isinstance(part, Text)]
             turns = [
-                {"from": "human" if number % 2 == 0 else "gpt", "value": text} for number, text in enumerate(texts)
+                {"from": "human" if number % 2 == 0 else "gpt", "value": text}
+                for number, text in enumerate(texts)
             ]
             turns[0]["value"] = f"<image>\n{turns[0]['value']}"
             name = f"{made.id}_{task}"
@@ -211,7 +217,8 @@ def _write_vqav2(out: Path, source: Source) -> Path:
                 "answer_type": _answer_type(answer),
                 "multiple_choice_answer": answer,
                 "answers": [
-                    {"answer": answer, "answer_id": person, "answer_confidence": "yes"} for person in range(1, 11)
+                    {"answer": answer, "answer_id": person, "answer_confidence": "yes"}
+                    for person in range(1, 11)
                 ],
             }
         )
@@ -226,7 +233,7 @@ def _answer_type(answer: str) -> str:
 
 
 def _write_visdial(out: Path, source: Source) -> Path:
-    """`visdial.json`: dialogues with pools of questions and answers; the last round's options are the candidates."""
+    """`visdial.json`: dialogues with their pools; the last round's options are the candidates."""
     questions: dict[str, int] = {}
     answers: dict[str, int] = {}
     dialogs = []
@@ -302,7 +309,7 @@ def _write_vist(out: Path, source: Source) -> Path:
 
 
 def _write_annotation(out: Path, source: Source) -> Path:
-    """`annt.json`: the official input of interactive generation; a story to be gone on with, picture first."""
+    """`annt.json`: the official input of interactive generation; a story to go on with, picture first."""
     records = []
     for made in source("story"):
         (text, image), *rest = _panels(made)
@@ -329,12 +336,14 @@ def _pairs(source: Source) -> Iterator[tuple[str, Image, str]]:
 
 def _write_laion(out: Path, source: Source) -> Path:
     """`0000000.txt`: JSON lines of image and caption."""
-    records = [{"image": _write_image(out, image, name), "caption": text} for name, image, text in _pairs(source)]
+    records = [
+        {"image": _write_image(out, image, name), "caption": text} for name, image, text in _pairs(source)
+    ]
     return _write_lines(out / "0000000.txt", records)
 
 
 def _write_webdataset(out: Path, source: Source) -> Path:
-    """`00000.tar` and on: for each pair `<name>.png`, `<name>.txt`, `<name>.json`; `shards.csv` names the shards."""
+    """`00000.tar` and on: a `.png`, a `.txt` and a `.json` for each pair; `shards.csv` names the shards."""
     shards: list[tuple[str, int]] = []
     members: list[tuple[str, bytes]] = []
 
@@ -346,7 +355,11 @@ def _write_webdataset(out: Path, source: Source) -> Path:
 
     for name, image, text in _pairs(source):
         about = json.dumps({"key": name, "caption": text}).encode()
-        members += [(f"{name}.png", _png(image.load())), (f"{name}.txt", text.encode()), (f"{name}.json", about)]
+        members += [
+            (f"{name}.png", _png(image.load())),
+            (f"{name}.txt", text.encode()),
+            (f"{name}.json", about),
+        ]
         if len(members) == 3 * _SHARD_SIZE:
             end_shard()
     if members:

@@ -1,12 +1,13 @@
 """Scenes as sentences: the small, regular English of StoryWorld, and its reading back.
 
-`describe_*` and `tell_*` write; `read_*` find the same facts in any text, sentence by sentence, and ignore what they do
-not know. Badges and patterns are never written: only the pictures carry them.
+`describe_*` and `tell_*` write; `read_*` find the same facts in any text, sentence by sentence, and ignore
+what they do not know. Badges and patterns are never written: only the pictures carry them.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mm_interleaved.storyworld.dice import Dice
 from mm_interleaved.storyworld.world import (
@@ -59,7 +60,11 @@ def sentence(words: str) -> str:
 
 def look(character: Character) -> str:
     """What text may say of somebody: `red cat with a blue cap`."""
-    hat = "without a hat" if character.hat == "none" else f"with {with_article(f'{character.hat_colour} {character.hat}')}"
+    hat = (
+        "without a hat"
+        if character.hat == "none"
+        else f"with {with_article(f'{character.hat_colour} {character.hat}')}"
+    )
     return f"{character.body_colour} {character.species} {hat}"
 
 
@@ -79,7 +84,7 @@ def describe_prop(prop: Prop) -> str:
 
 
 def describe_scene(scene: Scene) -> str:
-    """Everything that can be seen but badges and patterns: figures, props (both from left to right), setting."""
+    """All that can be seen but badges and patterns: figures and props from left to right, setting."""
     lines = [describe_figure(figure) for figure in from_left(scene.figures)]
     lines += [describe_prop(prop) for prop in from_left(scene.props)]
     return " ".join([*lines, describe_setting(scene)])
@@ -89,7 +94,7 @@ def describe_relations(scene: Scene) -> str:
     """How many there are, and who is next to whom: what a paragraph says after the description."""
     figures, props = from_left(scene.figures), from_left(scene.props)
     lines = [count_sentence(len(figures), "animal")]
-    for one, other in zip(figures, figures[1:], strict=False):
+    for one, other in pairwise(figures):
         lines.append(f"The {one.character.species} is to the left of the {other.character.species}.")
     behind = {figure.position: figure for figure in figures}
     for prop in props:
@@ -108,7 +113,9 @@ def from_left(things):
     return sorted(things, key=lambda thing: POSITIONS.index(thing.position))
 
 
-def tell_panel(dice: Dice, scene: Scene, previous: Scene | None, introduced: Mapping[str, Character], props: set) -> str:
+def tell_panel(
+    dice: Dice, scene: Scene, previous: Scene | None, introduced: Mapping[str, Character], props: set
+) -> str:
     """The text of one panel: what is new against the previous one, and where everybody is.
 
     Args:
@@ -160,7 +167,9 @@ def _tell_prop(dice: Dice, prop: Prop, is_known: bool) -> str:
     if is_known:
         return f"The {prop.kind} is {AT[prop.position]}."
     words = with_article(f"{prop.colour} {prop.kind}")
-    return sentence(f"{words} is {AT[prop.position]}" if dice.chance(50) else f"there is {words} {AT[prop.position]}")
+    return sentence(
+        f"{words} is {AT[prop.position]}" if dice.chance(50) else f"there is {words} {AT[prop.position]}"
+    )
 
 
 def _listed(items: list[str]) -> str:
@@ -192,15 +201,22 @@ _LOOK = (
     rf"an? (?P<colour>{_any_of(_COLOURS)}) (?P<species>{_any_of(SPECIES)}) "
     rf"(?:with an? (?P<hat_colour>{_any_of(_COLOURS)}) (?P<hat>{_any_of(_REAL_HATS)})|without a hat)"
 )
-_FIGURE = re.compile(rf"\b{_LOOK} (?P<does>{_any_of(_ACTION_OF)}) (?P<at>{_any_of(_POSITION_AT)})", re.IGNORECASE)
+_FIGURE = re.compile(
+    rf"\b{_LOOK} (?P<does>{_any_of(_ACTION_OF)}) (?P<at>{_any_of(_POSITION_AT)})", re.IGNORECASE
+)
 _INTRODUCTION = re.compile(rf"\b(?P<name>{_any_of(NAMES)})(?: is|,) {_LOOK}")
-_NAMED = re.compile(rf"\b(?P<name>{_any_of(NAMES)}) (?P<does>{_any_of(_ACTION_OF)}) (?P<at>{_any_of(_POSITION_AT)})")
+_NAMED = re.compile(
+    rf"\b(?P<name>{_any_of(NAMES)}) (?P<does>{_any_of(_ACTION_OF)}) (?P<at>{_any_of(_POSITION_AT)})"
+)
 _NAMED_AFTER = re.compile(
     # At the start of a sentence only: in "A waves on the left, B sits ..." the place is A's.
-    rf"(?:^|(?<=\. ))(?P<at>{_any_of(_POSITION_AT)}), (?P<name>{_any_of(NAMES)}) (?P<does>{_any_of(_ACTION_OF)})", re.IGNORECASE
+    rf"(?:^|(?<=\. ))(?P<at>{_any_of(_POSITION_AT)}), "
+    rf"(?P<name>{_any_of(NAMES)}) (?P<does>{_any_of(_ACTION_OF)})",
+    re.IGNORECASE,
 )
 _PROP = re.compile(
-    rf"\b(?:an?|the)(?: (?P<colour>{_any_of(_COLOURS)}))? (?P<kind>{_any_of(PROPS)})(?: is)? (?P<at>{_any_of(_POSITION_AT)})",
+    rf"\b(?:an?|the)(?: (?P<colour>{_any_of(_COLOURS)}))? (?P<kind>{_any_of(PROPS)})(?: is)? "
+    rf"(?P<at>{_any_of(_POSITION_AT)})",
     re.IGNORECASE,
 )
 

@@ -1,15 +1,16 @@
 """Reads the truth back from a picture of this world, told nothing but the picture.
 
-Analysis by synthesis: every hypothesis (a background, a figure's sprite in its colours, a prop, a glyph) has its price, the
-distance between the picture and what the renderer would have drawn, and the cheapest wins. A pixel's price is capped, so that
-what covers a part of a hypothesis does not refute it. Stages: background, then for each position the badge plate (is
-somebody there, and how high), the body, the head, the glyph; last the props.
+Analysis by synthesis: every hypothesis (a background, a figure's sprite in its colours, a prop, a glyph) has
+its price, the distance between the picture and what the renderer would have drawn, and the cheapest wins. A
+pixel's price is capped, so that what covers a part of a hypothesis does not refute it. Stages: background,
+then for each position the badge plate (is somebody there, and how high), the body, the head, the glyph; last
+the props.
 
 Letters: P pixels of a region, S sprites, C colours.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -44,7 +45,8 @@ from mm_interleaved.storyworld.world import (
 
 # Squared distance in RGB, per pixel, beyond which a pixel speaks no more against a hypothesis: 100 levels.
 _PRICE_CAP = 100.0**2
-# Mean price of the bare background, where every figure's chest or face is, from which on somebody stands there.
+# Mean price of the bare background, where every figure's chest or face is, from which on somebody stands
+# there.
 _PRESENCE_PRICE = 0.35
 _CORE = (slice(28, 41), slice(5, 16))
 _PROP_MARGIN = 0.06
@@ -55,7 +57,7 @@ SETTING_ATTRIBUTES = ("place", "time", "weather")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FigureReading:
-    """What stands at one position. `confidence` holds, for each attribute, 0 (a tie) to 1 (no other fits at all)."""
+    """What stands at one position. `confidence` has for each attribute 0 (a tie) to 1 (no other fits)."""
 
     position: str
     species: str
@@ -70,7 +72,7 @@ class FigureReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a picture shows. `match` is 1 where the picture is what the renderer draws of it, towards 0 for noise."""
+    """What a picture shows. `match` is 1 where the renderer draws just that, towards 0 for noise."""
 
     place: str
     time: str
@@ -126,23 +128,33 @@ def read_scene(image: np.ndarray | PILImage.Image) -> Reading:
     found = (_read_figure(pixels, bare, position) for position in POSITIONS)
     figures = tuple(figure for figure in found if figure is not None)
     scene = Scene(
-        place=place, time=time, weather=weather, figures=tuple(_to_figure(figure, "Pip") for figure in figures)
+        place=place,
+        time=time,
+        weather=weather,
+        figures=tuple(_to_figure(figure, "Pip") for figure in figures),
     )
     with_figures = render_scene(scene).astype(np.float32)
     props = tuple(
         prop for position in POSITIONS if (prop := _read_prop(pixels, with_figures, position)) is not None
     )
-    reading = Reading(
-        place=place, time=time, weather=weather, figures=figures, props=props, confidence=confidence, match=0.0
+    drawn = render_scene(replace(scene, props=props)).astype(np.float32)
+    return Reading(
+        place=place,
+        time=time,
+        weather=weather,
+        figures=figures,
+        props=props,
+        confidence=confidence,
+        match=1.0 - float(_price(pixels, drawn).mean()),
     )
-    return _with_match(reading, pixels)
 
 
 def attribute_matches(reading: Reading, truth: Scene, *, badges: bool = False) -> list[bool]:
     """For every attribute of the truth, and everything too many in the picture, whether the picture is right.
 
-    Setting (3), each figure of the truth (presence at its position, species, body colour, hat, hat colour, action; with
-    `badges` also pattern and badge), each prop of the truth (kind, colour); False for every figure or prop too many.
+    Setting (3), each figure of the truth (presence at its position, species, body colour, hat, hat colour,
+    action; with `badges` also pattern and badge), each prop of the truth (kind, colour); False for every
+    figure or prop too many.
     """
     matches = [getattr(reading, name) == getattr(truth, name) for name in SETTING_ATTRIBUTES]
     for figure in truth.figures:
@@ -150,7 +162,10 @@ def attribute_matches(reading: Reading, truth: Scene, *, badges: bool = False) -
     found_props = {prop.position: prop for prop in reading.props}
     for prop in truth.props:
         found = found_props.get(prop.position)
-        matches += [found is not None and found.kind == prop.kind, found is not None and found.colour == prop.colour]
+        matches += [
+            found is not None and found.kind == prop.kind,
+            found is not None and found.colour == prop.colour,
+        ]
     extra = {figure.position for figure in reading.figures} - {figure.position for figure in truth.figures}
     extra_props = set(found_props) - {prop.position for prop in truth.props}
     return matches + [False] * (len(extra) + len(extra_props))
@@ -162,16 +177,22 @@ def figure_matches(found: FigureReading | None, truth: Figure, *, badges: bool =
     if badges:
         names += ["pattern", "badge"]
     wanted = [truth.action if name == "action" else getattr(truth.character, name) for name in names]
-    return [found is not None and getattr(found, name) == value for name, value in zip(names, wanted, strict=True)]
+    return [
+        found is not None and getattr(found, name) == value for name, value in zip(names, wanted, strict=True)
+    ]
 
 
 def _to_pixels(image: np.ndarray | PILImage.Image) -> np.ndarray:
     size = (PICTURE_SIZE, PICTURE_SIZE)
     if isinstance(image, PILImage.Image):
-        image = image.convert("RGB")
-        image = np.asarray(image if image.size == size else image.resize(size, PILImage.Resampling.BOX))
+        picture = image.convert("RGB")
+        return _to_pixels(
+            np.asarray(picture if picture.size == size else picture.resize(size, PILImage.Resampling.BOX))
+        )
     if image.shape != (*size, 3) or image.dtype != np.uint8:
-        raise ValueError(f"expected uint8 pixels of shape (64, 64, 3), found {image.dtype} of shape {image.shape}")
+        raise ValueError(
+            f"expected uint8 pixels of shape (64, 64, 3), found {image.dtype} of shape {image.shape}"
+        )
     return image.astype(np.float32)
 
 
@@ -265,7 +286,8 @@ def _plate_rings() -> tuple[np.ndarray, np.ndarray]:
 def _read_lift(region: np.ndarray, behind: np.ndarray) -> int | None:
     """How far the figure is moved down, by its badge plate; None where nobody is.
 
-    The plate's rim is the lightest and the line around it the darkest: their contrast survives a blur that shifts both.
+    The plate's rim is the lightest and the line around it the darkest: their contrast survives a blur that
+    shifts both.
     """
     if _price(region[_CORE], behind[_CORE]).mean() < _PRESENCE_PRICE:
         return None
@@ -280,7 +302,7 @@ def _read_lift(region: np.ndarray, behind: np.ndarray) -> int | None:
 
 
 def _slot_prices(region: np.ndarray, behind: np.ndarray) -> np.ndarray:
-    """(slots, P): the price of each fixed slot's colour at each pixel; the row of TRANSPARENT is the background's."""
+    """(slots, P): the price of each fixed colour at each pixel; that of TRANSPARENT is the background's."""
     palette = figure_palette("red", "none").astype(np.float32)
     prices = _price(region[None], palette[:, None, None, :])
     prices[sprites.TRANSPARENT] = _price(region, behind)
@@ -350,7 +372,7 @@ def _with_rows(prices: np.ndarray, pair: np.ndarray, colour_slot: int, shade_slo
 
 
 def _sprite_prices(slots_SP: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    """(S,): the mean price of each sprite. `slots_SP` holds indices into the flattened table, -1 for pixels left out."""
+    """(S,): the mean price of each sprite, given indices into the flat table, -1 for pixels left out."""
     padded = np.append(prices.ravel(), np.float32(0))
     return np.take(padded, slots_SP).mean(1)
 
@@ -360,7 +382,8 @@ def _body_sprites(actions: tuple[str, ...], lift: int) -> tuple[np.ndarray, list
     labels = [(action, pattern) for action in actions for pattern in PATTERNS]
     below_head = np.arange(sprites.FIGURE_ROWS)[:, None] >= 35 + lift
     rows = [
-        _table_indices(sprites.figure_sprite("cat", "none", action, pattern), below_head) for action, pattern in labels
+        _table_indices(sprites.figure_sprite("cat", "none", action, pattern), below_head)
+        for action, pattern in labels
     ]
     return np.stack(rows), labels
 
@@ -377,7 +400,7 @@ def _whole_sprites(actions: tuple[str, ...], pattern: str) -> tuple[np.ndarray, 
 
 
 def _table_indices(slots: np.ndarray, used_rows: np.ndarray) -> np.ndarray:
-    """(P,): where each pixel's price stands in the flattened (slots, P) table; -1 for the glyph and for unused rows."""
+    """(P,): where each pixel's price stands in the flat (slots, P) table; -1 for glyph and unused rows."""
     num_pixels = slots.size
     indices = slots.astype(np.int64).ravel() * num_pixels + np.arange(num_pixels)
     is_used = np.broadcast_to(used_rows, slots.shape) & (slots != sprites.PLATE)
@@ -400,7 +423,10 @@ def _read_badge(region: np.ndarray, lift: int) -> tuple[str, float]:
 def _read_prop(pixels: np.ndarray, without: np.ndarray, position: str) -> Prop | None:
     """The prop at a position; `without` is the picture as it would be with no props."""
     left = POSITION_X[position] - sprites.PROP_COLUMNS // 2
-    window = (slice(sprites.PROP_TOP, sprites.PROP_TOP + sprites.PROP_ROWS), slice(left, left + sprites.PROP_COLUMNS))
+    window = (
+        slice(sprites.PROP_TOP, sprites.PROP_TOP + sprites.PROP_ROWS),
+        slice(left, left + sprites.PROP_COLUMNS),
+    )
     region, behind = pixels[window], without[window]
     bare_price = _price(region, behind)
     best, best_gain = None, _PROP_MARGIN
@@ -413,16 +439,3 @@ def _read_prop(pixels: np.ndarray, without: np.ndarray, position: str) -> Prop |
             if gain > best_gain:
                 best, best_gain = Prop(kind=kind, colour=colour, position=position), gain
     return best
-
-
-def _with_match(reading: Reading, pixels: np.ndarray) -> Reading:
-    drawn = render_scene(reading.to_scene()).astype(np.float32)
-    return Reading(
-        place=reading.place,
-        time=reading.time,
-        weather=reading.weather,
-        figures=reading.figures,
-        props=reading.props,
-        confidence=reading.confidence,
-        match=1.0 - float(_price(pixels, drawn).mean()),
-    )

@@ -1,6 +1,7 @@
 """Questions about one scene, each with its exact answer of one or two words.
 
-A question's kind is its name in the table at the end; kinds in FINE_DETAIL ask what only a close look can tell.
+A question's kind is its name in the table at the end; kinds in FINE_DETAIL ask what only a close look can
+tell.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,10 +46,10 @@ def ask(dice: Dice, scene: Scene, kind: str | None = None) -> Question:
         if question is None:
             raise ValueError(f"this scene has no answer to a question of kind {kind!r}")
         return question
-    if dice.chance(35):
-        return QUESTIONS[dice.weighted(FINE_DETAIL, (70, 30))](dice, scene)
+    is_fine_detail = dice.chance(35)
     while True:
-        question = QUESTIONS[dice.pick(_COARSE)](dice, scene)
+        kind = dice.weighted(FINE_DETAIL, (70, 30)) if is_fine_detail else dice.pick(_COARSE)
+        question = QUESTIONS[kind](dice, scene)
         if question is not None:
             return question
 
@@ -65,7 +66,10 @@ def ask_several(dice: Dice, scene: Scene, count: int) -> list[Question]:
 def _badge(dice: Dice, scene: Scene) -> Question:
     character = dice.pick(scene.figures).character
     return Question(
-        kind="badge", text=f"What is on the badge of the {character.species}?", answer=character.badge, choices=BADGES
+        kind="badge",
+        text=f"What is on the badge of the {character.species}?",
+        answer=character.badge,
+        choices=BADGES,
     )
 
 
@@ -194,7 +198,11 @@ def _next_to(dice: Dice, scene: Scene) -> Question | None:
         text = text if number == 0 else f"Who is next to the left of the {other.character.species}?"
     else:
         text, answer = f"Who is to the right of the {one.character.species}?", other.character.species
-        text = text if number + 2 == len(figures) else f"Who is next to the right of the {one.character.species}?"
+        text = (
+            text
+            if number + 2 == len(figures)
+            else f"Who is next to the right of the {one.character.species}?"
+        )
     return Question(kind="next_to", text=text, answer=answer, choices=SPECIES)
 
 

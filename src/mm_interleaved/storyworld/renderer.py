@@ -24,7 +24,11 @@ BODY_RGB = {
     "pink": (250, 156, 190),
     "grey": (152, 156, 166),
 }
-ITEM_RGB = {**{colour: BODY_RGB[colour] for colour in BODY_COLOURS}, "white": (250, 250, 250), "none": (0, 0, 0)}
+ITEM_RGB = {
+    **{colour: BODY_RGB[colour] for colour in BODY_COLOURS},
+    "white": (250, 250, 250),
+    "none": (0, 0, 0),
+}
 _FIXED_RGB = {
     sprites.OUTLINE: (44, 34, 52),
     sprites.WHITE: (255, 252, 245),
@@ -71,7 +75,7 @@ def render_batch(seed: int, start: int, count: int, split: str = "train") -> np.
 
 
 def contact_sheet(seed: int, rows: int, columns: int, scale: int) -> np.ndarray:
-    """A sheet of `scene_at("train", seed, 0 ...)` with a white gap of one pixel between pictures, enlarged `scale` times."""
+    """The pictures of `scene_at("train", seed, 0 ...)` with white gaps, enlarged `scale` times."""
     cell = PICTURE_SIZE + 1
     sheet = np.full((rows * cell - 1, columns * cell - 1, 3), 255, np.uint8)
     for number, pixels in enumerate(render_batch(seed, 0, rows * columns)):
@@ -118,7 +122,9 @@ def figure_slots(figure: Figure) -> np.ndarray:
     character = figure.character
     slots = sprites.figure_sprite(character.species, character.hat, figure.action, character.pattern).copy()
     top = sprites.GLYPH_TOP + sprites.LIFT[figure.action]
-    plate = slots[top : top + sprites.GLYPH_ROWS, sprites.GLYPH_LEFT : sprites.GLYPH_LEFT + sprites.GLYPH_COLUMNS]
+    plate = slots[
+        top : top + sprites.GLYPH_ROWS, sprites.GLYPH_LEFT : sprites.GLYPH_LEFT + sprites.GLYPH_COLUMNS
+    ]
     plate[sprites.glyph(character.badge)] = sprites.INK
     return slots
 
@@ -152,6 +158,8 @@ def _draw_figure(pixels: np.ndarray, figure: Figure) -> None:
 
 def _draw_prop(pixels: np.ndarray, prop: Prop) -> None:
     left = POSITION_X[prop.position] - sprites.PROP_COLUMNS // 2
-    region = pixels[sprites.PROP_TOP : sprites.PROP_TOP + sprites.PROP_ROWS, left : left + sprites.PROP_COLUMNS]
+    region = pixels[
+        sprites.PROP_TOP : sprites.PROP_TOP + sprites.PROP_ROWS, left : left + sprites.PROP_COLUMNS
+    ]
     slots = sprites.prop_sprite(prop.kind)
     np.copyto(region, prop_palette(prop.colour)[slots], where=(slots != sprites.TRANSPARENT)[..., None])

@@ -1,7 +1,7 @@
 """How right the predicted documents are, as a flat dict of numbers from 0 to 1: `<task>.<metric>`.
 
-A pure function of documents: no model here, and no files but the pictures that the documents name. Texts are read by the
-grammar of `language`, pictures by the oracle.
+A pure function of documents: no model here, and no files but the pictures that the documents name. Texts are
+read by the grammar of `language`, pictures by the oracle.
 """
 
 import re
@@ -33,9 +33,10 @@ def score(predictions: Iterable[Document], gold: Sequence[Document]) -> dict[str
     """Every metric for which the gold documents have cases, averaged over the cases.
 
     Args:
-        predictions: documents with the ids of the gold ones. Parts marked `generated` are the answer; where none is
-            marked, all parts are. A document that is missing counts as wrong. A dialogue may carry `meta["ranking"]`,
-            the indices of its candidates from best to worst; without it only the exact answer counts.
+        predictions: documents with the ids of the gold ones. Parts marked `generated` are the answer; where
+            none is marked, all parts are. A document that is missing counts as wrong. A dialogue may carry
+            `meta["ranking"]`, the indices of its candidates from best to worst; without it only the exact
+            answer counts.
         gold: documents of `tasks.document`, with their targets and meta.
 
     Raises:
@@ -88,8 +89,8 @@ def _last_scene(document: Document) -> Scene:
 def caption_matches(text: str, truth: Scene) -> list[bool]:
     """For every attribute of the truth, and for everything too much in the text, whether the text is right.
 
-    The setting, each figure's species, colour, hat, hat colour, action (looked up by its position), each prop's kind
-    and colour.
+    The setting, each figure's species, colour, hat, hat colour, action (looked up by its position), each
+    prop's kind and colour.
     """
     setting = read_setting(text)
     matches = [setting.get(name) == getattr(truth, name) for name in ("place", "time", "weather")]
@@ -99,7 +100,10 @@ def caption_matches(text: str, truth: Scene) -> list[bool]:
     props = {said.position: said for said in read_props(text)}
     for prop in truth.props:
         said = props.pop(prop.position, None)
-        matches += [said is not None and said.subject == prop.kind, said is not None and said.colour == prop.colour]
+        matches += [
+            said is not None and said.subject == prop.kind,
+            said is not None and said.colour == prop.colour,
+        ]
     return matches + [False] * (len(figures) + len(props))
 
 
@@ -182,28 +186,32 @@ def _first_image(answer: Sequence[Part]) -> Image | None:
 def _drawing(metric: str) -> Callable[..., None]:
     def score_picture(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
         image = _first_image(answer)
-        value = 0.0 if image is None else mean(attribute_matches(read_scene(part_pixels(image)), _last_scene(document)))
+        value = (
+            0.0
+            if image is None
+            else mean(attribute_matches(read_scene(part_pixels(image)), _last_scene(document)))
+        )
         _add(found, metric, value)
 
     return score_picture
 
 
 def _segmentation(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
-    """The oracle stands for the segmenter: what it reads in the picture is mapped and compared with the given map."""
+    """The oracle is the segmenter: the map of what it reads is compared with the map that was given."""
     image = _first_image(answer)
     if image is None:
         _add(found, "segmentation.miou", 0.0)
         return
-    reading = read_scene(part_pixels(image))
-    _add(found, "segmentation.miou", mean_iou(class_map(reading.to_scene()), class_map(_last_scene(document))))
+    drawn = read_scene(part_pixels(image)).to_scene()
+    _add(found, "segmentation.miou", mean_iou(class_map(drawn), class_map(_last_scene(document))))
 
 
 def _story(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
-    """Whoever a panel's text names must stand where it says, and look as in the first panel in which it stands.
+    """Whom a panel's text names must stand where it says, and look as in the first panel in which it stands.
 
-    For somebody whose first picture is given, that look is the truth; for others it is what the oracle reads in the first
-    generated picture, after the text that introduces it. A picture that is missing, or whose text names nobody, counts as
-    one character not kept.
+    For somebody whose first picture is given, that look is the truth; for others it is what the oracle reads
+    in the first generated picture, after the text that introduces it. A picture that is missing, or whose
+    text names nobody, counts as one character not kept.
     """
     looks = _given_looks(document)
     texts = [part.text for part in document.parts if isinstance(part, Text)]
@@ -243,7 +251,9 @@ def _score_panel(
         figure = at.get(said.position or "")
         if name in looks:
             look = looks[name]
-            is_kept = figure is not None and all(getattr(figure, key) == look[key] for key in _LOOK_ATTRIBUTES)
+            is_kept = figure is not None and all(
+                getattr(figure, key) == look[key] for key in _LOOK_ATTRIBUTES
+            )
             _add(found, "story.character_kept", is_kept)
             _add(found, "story.badge_kept", figure is not None and figure.badge == look["badge"])
         else:

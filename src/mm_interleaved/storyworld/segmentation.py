@@ -24,15 +24,19 @@ CLASS_RGB = np.array(
 
 
 def class_map(scene: Scene) -> np.ndarray:
-    """(64, 64) uint8: for each pixel the index of its class in CLASSES. Shadows, notes and letters z are ground or sky."""
+    """(64, 64) uint8: the index in CLASSES of each pixel. Shadows, notes and letters z do not count."""
     classes = land_mask(scene.place).copy()
     for figure in scene.figures:
         left = POSITION_X[figure.position] - sprites.FIGURE_CENTRE
         region = classes[: sprites.FIGURE_ROWS, left : left + sprites.FIGURE_COLUMNS]
-        region[sprites.without_mark(figure_slots(figure), figure.action)] = CLASSES.index(figure.character.species)
+        region[sprites.without_mark(figure_slots(figure), figure.action)] = CLASSES.index(
+            figure.character.species
+        )
     for prop in scene.props:
         left = POSITION_X[prop.position] - sprites.PROP_COLUMNS // 2
-        region = classes[sprites.PROP_TOP : sprites.PROP_TOP + sprites.PROP_ROWS, left : left + sprites.PROP_COLUMNS]
+        region = classes[
+            sprites.PROP_TOP : sprites.PROP_TOP + sprites.PROP_ROWS, left : left + sprites.PROP_COLUMNS
+        ]
         region[sprites.prop_sprite(prop.kind) != sprites.TRANSPARENT] = CLASSES.index(prop.kind)
     return classes
 

@@ -1,7 +1,7 @@
 """Filled shapes on a small grid of palette indices, in integer arithmetic only.
 
-A canvas is (rows, columns) uint8 of palette slots, 0 = transparent. Coordinates are (x, y), whole pixels, y downwards.
-Masks are bool arrays of the canvas's shape.
+A canvas is (rows, columns) uint8 of palette slots, 0 = transparent. Coordinates are (x, y), whole pixels,
+y downwards. Masks are bool arrays of the canvas's shape.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ class Canvas:
         self._y, self._x = np.mgrid[0:num_rows, 0:num_columns]
 
     def ellipse(self, x: int, y: int, radius_x: int, radius_y: int) -> np.ndarray:
-        """Mask of the ellipse about the pixel (x, y); the half pixel added to the radii makes small ones round."""
+        """Mask of the ellipse about the pixel (x, y); half a pixel more makes small ones round."""
         across = (2 * (self._x - x)) ** 2 * (2 * radius_y + 1) ** 2
         down = (2 * (self._y - y)) ** 2 * (2 * radius_x + 1) ** 2
         return across + down <= ((2 * radius_x + 1) * (2 * radius_y + 1)) ** 2

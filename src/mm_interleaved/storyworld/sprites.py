@@ -1,8 +1,9 @@
 """The drawings of characters and props: grids of palette slots, coloured later by the renderer.
 
-A figure's sprite is as high as the picture above the foreground, so its row is the picture's row and only its column
-depends on the position. The three positions, and the heights of standing, jumping and sitting figures, differ by
-multiples of four pixels: a badge always lies in the same way on the latent grid of a factor-four VAE.
+A figure's sprite is as high as the picture above the foreground, so its row is the picture's row and only its
+column depends on the position. The three positions, and the heights of standing, jumping and sitting figures,
+differ by multiples of four pixels: a badge always lies in the same way on the latent grid of a factor-four
+VAE.
 """
 
 from functools import cache
@@ -20,7 +21,8 @@ FIGURE_CENTRE = 10
 PROP_ROWS, PROP_COLUMNS = 11, 11
 PROP_TOP = 53
 
-# Row of the glyph's first pixel for a standing figure; its first column in the sprite; how far an action moves it.
+# Row of the glyph's first pixel for a standing figure; its first column in the sprite; how far an action
+# moves it.
 GLYPH_TOP, GLYPH_LEFT = 36, 8
 GLYPH_ROWS, GLYPH_COLUMNS = 7, 5
 LIFT = {"stand": 0, "wave": 0, "sing": 0, "jump": -8, "sit": 4, "sleep": 4}
@@ -38,7 +40,7 @@ def figure_sprite(species: str, hat: str, action: str, pattern: str) -> np.ndarr
     lift = LIFT[action]
     canvas = Canvas(FIGURE_ROWS, FIGURE_COLUMNS, OUTLINE)
     _draw_body(canvas, action, lift)
-    _draw_head(canvas, species, action, lift)
+    _draw_head(canvas, species, lift)
     _draw_arms(canvas, action, lift)
     _lay_pattern(canvas, pattern, lift)
     _draw_plate(canvas, lift)
@@ -93,40 +95,69 @@ def _draw_arms(canvas: Canvas, action: str, lift: int) -> None:
             canvas.draw(canvas.ellipse(x, 39 + lift, 1, 3), BODY)
 
 
-def _draw_head(canvas: Canvas, species: str, action: str, lift: int) -> None:
-    top = lift
-    if species == "cat":
-        for x, rows in (
-            (3, ("#....", "##...", "###..", "####.", "#####", "#####", "#####")),
-            (13, ("....#", "...##", "..###", ".####", "#####", "#####", "#####")),
-        ):
-            canvas.draw(canvas.rows(x, 15 + top, *rows), BODY)
-        canvas.fill(canvas.rows(4, 18 + top, "#..", "##.", "###") | canvas.rows(14, 18 + top, "..#", ".##", "###"), PINK)
-    elif species == "rabbit":
-        for x in (5, 15):
-            canvas.draw(canvas.ellipse(x, 14 + top, 2, 6), BODY)
-            canvas.fill(canvas.ellipse(x, 14 + top, 0, 4), PINK)
-    elif species == "bear":
-        for x in (4, 16):
-            canvas.draw(canvas.ellipse(x, 20 + top, 2, 2), BODY)
-            canvas.fill(canvas.ellipse(x, 20 + top, 1, 1), SHADE)
-    elif species == "mouse":
-        for x in (4, 16):
-            canvas.draw(canvas.ellipse(x, 18 + top, 3, 4), BODY)
-            canvas.fill(canvas.ellipse(x, 18 + top, 2, 2), PINK)
-    elif species == "pig":
-        canvas.draw(canvas.rows(3, 17 + top, "##...", "####.", "#####", "#####", "#####"), BODY)
-        canvas.draw(canvas.rows(13, 17 + top, "...##", ".####", "#####", "#####", "#####"), BODY)
-    canvas.draw(canvas.ellipse(10, 27 + top, 7, 6), BODY)
-    if species == "frog":
-        for x in (5, 15):
-            canvas.draw(canvas.ellipse(x, 21 + top, 2, 3), BODY)
-    elif species == "dog":
-        for x in (3, 17):
-            canvas.draw(canvas.ellipse(x, 26 + top, 1, 5), SHADE)
-    elif species == "duck":
-        canvas.draw(canvas.rows(8, 17 + top, "..#..", ".##.#", ".####", "..###"), BODY)
+def _draw_head(canvas: Canvas, species: str, lift: int) -> None:
+    """The round head with the species' ears: behind it, or in front of it."""
+    if species in _EARS_BEHIND:
+        _EARS_BEHIND[species](canvas, lift)
+    canvas.draw(canvas.ellipse(10, 27 + lift, 7, 6), BODY)
+    if species in _EARS_BEFORE:
+        _EARS_BEFORE[species](canvas, lift)
 
+
+def _draw_cat_ears(canvas: Canvas, lift: int) -> None:
+    left = ("#....", "##...", "###..", "####.", "#####", "#####", "#####")
+    right = tuple(row[::-1] for row in left)
+    canvas.draw(canvas.rows(3, 15 + lift, *left), BODY)
+    canvas.draw(canvas.rows(13, 15 + lift, *right), BODY)
+    canvas.fill(canvas.rows(4, 18 + lift, "#..", "##.", "###"), PINK)
+    canvas.fill(canvas.rows(14, 18 + lift, "..#", ".##", "###"), PINK)
+
+
+def _draw_rabbit_ears(canvas: Canvas, lift: int) -> None:
+    for x in (5, 15):
+        canvas.draw(canvas.ellipse(x, 14 + lift, 2, 6), BODY)
+        canvas.fill(canvas.ellipse(x, 14 + lift, 0, 4), PINK)
+
+
+def _draw_bear_ears(canvas: Canvas, lift: int) -> None:
+    for x in (4, 16):
+        canvas.draw(canvas.ellipse(x, 20 + lift, 2, 2), BODY)
+        canvas.fill(canvas.ellipse(x, 20 + lift, 1, 1), SHADE)
+
+
+def _draw_mouse_ears(canvas: Canvas, lift: int) -> None:
+    for x in (4, 16):
+        canvas.draw(canvas.ellipse(x, 18 + lift, 3, 4), BODY)
+        canvas.fill(canvas.ellipse(x, 18 + lift, 2, 2), PINK)
+
+
+def _draw_pig_ears(canvas: Canvas, lift: int) -> None:
+    canvas.draw(canvas.rows(3, 17 + lift, "##...", "####.", "#####", "#####", "#####"), BODY)
+    canvas.draw(canvas.rows(13, 17 + lift, "...##", ".####", "#####", "#####", "#####"), BODY)
+
+
+def _draw_frog_eyelids(canvas: Canvas, lift: int) -> None:
+    for x in (5, 15):
+        canvas.draw(canvas.ellipse(x, 21 + lift, 2, 3), BODY)
+
+
+def _draw_dog_ears(canvas: Canvas, lift: int) -> None:
+    for x in (3, 17):
+        canvas.draw(canvas.ellipse(x, 26 + lift, 1, 5), SHADE)
+
+
+def _draw_duck_tuft(canvas: Canvas, lift: int) -> None:
+    canvas.draw(canvas.rows(8, 17 + lift, "..#..", ".##.#", ".####", "..###"), BODY)
+
+
+_EARS_BEHIND = {
+    "cat": _draw_cat_ears,
+    "rabbit": _draw_rabbit_ears,
+    "bear": _draw_bear_ears,
+    "mouse": _draw_mouse_ears,
+    "pig": _draw_pig_ears,
+}
+_EARS_BEFORE = {"frog": _draw_frog_eyelids, "dog": _draw_dog_ears, "duck": _draw_duck_tuft}
 
 # Two by two pixels each, where body, arms, feet and forehead of a standing figure are.
 _SPOT_CENTRES = (
@@ -189,7 +220,9 @@ def _draw_face(canvas: Canvas, species: str, action: str, lift: int) -> None:
 def _draw_hat(canvas: Canvas, hat: str, lift: int) -> None:
     top = lift
     if hat == "cap":
-        canvas.draw(canvas.rows(6, 16 + top, "..#####..", ".#######.", "#########", "#########", "#########"), HAT)
+        canvas.draw(
+            canvas.rows(6, 16 + top, "..#####..", ".#######.", "#########", "#########", "#########"), HAT
+        )
         canvas.draw(canvas.box(10, 21 + top, 17, 22 + top), HAT_SHADE)
     elif hat == "crown":
         rows = ("#...#...#", "#..###..#", "##.###.##", "#########", "#########", "#########")
@@ -200,9 +233,24 @@ def _draw_hat(canvas: Canvas, hat: str, lift: int) -> None:
         canvas.draw(canvas.box(5, 20 + top, 15, 21 + top), HAT)
         canvas.fill(canvas.box(7, 17 + top, 13, 18 + top), HAT_SHADE)
     elif hat == "party hat":
-        rows = ("....#....", "...###...", "...###...", "..#####..", "..#####..", ".#######.", ".#######.", "#########", "#########")
+        rows = (
+            "....#....",
+            "...###...",
+            "...###...",
+            "..#####..",
+            "..#####..",
+            ".#######.",
+            ".#######.",
+            "#########",
+            "#########",
+        )
         canvas.draw(canvas.rows(6, 13 + top, *rows), HAT)
-        canvas.fill(canvas.rows(6, 15 + top, ".........", "....##...", "......#..", "..##.....", "....##...", ".......#."), HAT_SHADE)
+        canvas.fill(
+            canvas.rows(
+                6, 15 + top, ".........", "....##...", "......#..", "..##.....", "....##...", ".......#."
+            ),
+            HAT_SHADE,
+        )
         canvas.draw(canvas.ellipse(10, 12 + top, 1, 1), WHITE)
 
 
@@ -237,7 +285,12 @@ def _draw_flower(canvas: Canvas) -> None:
 
 def _draw_cup(canvas: Canvas) -> None:
     canvas.draw(canvas.rows(6, 4, "####", "...#", "...#", "####"), HAT_SHADE)
-    canvas.draw(canvas.rows(1, 2, "#######", "#######", "#######", "#######", "#######", "#######", ".#####.", ".#####."), HAT)
+    canvas.draw(
+        canvas.rows(
+            1, 2, "#######", "#######", "#######", "#######", "#######", "#######", ".#####.", ".#####."
+        ),
+        HAT,
+    )
     canvas.fill(canvas.box(1, 2, 7, 2), WHITE)
 
 

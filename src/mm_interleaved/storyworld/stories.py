@@ -1,8 +1,8 @@
 """Stories of three to six panels, each a text and the scene of its picture.
 
-A panel's text and the panels before it determine its scene: who is named is there, and nobody else; a prop is there if it is
-named; place, time and weather stay until the text changes them. The look of a character is told when it first appears;
-its badge and pattern are never told, so that only earlier pictures know them.
+A panel's text and the panels before it determine its scene: who is named is there, and nobody else; a prop is
+there if it is named; place, time and weather stay until the text changes them. The look of a character is
+told when it first appears; its badge and pattern are never told, so that only earlier pictures know them.
 """
 
 from dataclasses import dataclass, replace
@@ -45,7 +45,7 @@ class Story:
 
 
 def story(split: str, seed: int, index: int) -> Story:
-    """One story, a pure function of its split ("train", "validation", "test"), seed and index (integers from 0)."""
+    """One story, a pure function of split ("train", "validation", "test"), seed and index (from 0)."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, found {split!r}")
     return random_story(Dice(_STORY_DOMAIN, SPLITS.index(split), seed, index), split)
@@ -57,7 +57,9 @@ def random_story(dice: Dice, split: str) -> Story:
     num_panels = dice.weighted((3, 4, 5, 6), (35, 40, 15, 10))
     # When each character first comes: the hero at once, the others then or up to two panels later.
     arrivals = [0] + [dice.weighted((0, 1, 2), (60, 25, 15)) for _ in cast[1:]]
-    props = [(kind, dice.pick(PROP_COLOURS)) for kind in dice.sample(PROPS, dice.weighted((0, 1, 2), (30, 50, 20)))]
+    props = [
+        (kind, dice.pick(PROP_COLOURS)) for kind in dice.sample(PROPS, dice.weighted((0, 1, 2), (30, 50, 20)))
+    ]
 
     panels: list[Panel] = []
     introduced: dict[str, Character] = {}
@@ -87,7 +89,9 @@ def _next_setting(dice: Dice, previous: Scene | None) -> Scene:
         return Scene(place=dice.pick(PLACES), time=dice.pick(TIMES), weather=dice.pick(WEATHERS))
     others = [weather for weather in WEATHERS if weather != previous.weather]
     return Scene(
-        place=dice.pick([place for place in PLACES if place != previous.place]) if dice.chance(30) else previous.place,
+        place=dice.pick([place for place in PLACES if place != previous.place])
+        if dice.chance(30)
+        else previous.place,
         time=TIMES[(TIMES.index(previous.time) + 1) % len(TIMES)] if dice.chance(25) else previous.time,
         weather=dice.pick(others) if dice.chance(20) else previous.weather,
     )

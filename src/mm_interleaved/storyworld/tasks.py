@@ -1,7 +1,8 @@
-"""Tasks as documents with a hole: what is given in `parts`, the gold continuation in `target`, the truth in `meta`.
+"""Tasks as documents with a hole: `parts` is given, `target` the gold continuation, `meta` the truth.
 
-Every document is a pure function of split, seed and index. `meta` holds `task`, `scenes` (the truth of each picture, in
-order of the pictures in parts and target), `is_held_out`, and what the task's score needs beside that.
+Every document is a pure function of split, seed and index. `meta` holds `task`, `scenes` (the truth of each
+picture, in order of the pictures in parts and target), `is_held_out`, and what the task's score needs beside
+that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +62,8 @@ def document(split: str, seed: int, index: int, task: str | None = None) -> Docu
     Args:
         split: "train", "validation" or "test"; no picture of one split occurs in another.
         seed, index: integers from 0.
-        task: a name out of TASKS; None takes the index's turn in a round of all tasks, as often as TASK_WEIGHTS says.
+        task: a name out of TASKS; None takes the index's turn in a round of all tasks, as often as
+            TASK_WEIGHTS says.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, found {split!r}")
@@ -72,12 +74,16 @@ def document(split: str, seed: int, index: int, task: str | None = None) -> Docu
     made = TASKS[task](dice, split)
     meta = {"task": task, "split": split, "seed": seed, "index": index, **made.meta}
     meta["is_held_out"] = any(
-        is_held_out(figure["species"], figure["body_colour"]) for scene in meta["scenes"] for figure in scene["figures"]
+        is_held_out(figure["species"], figure["body_colour"])
+        for scene in meta["scenes"]
+        for figure in scene["figures"]
     )
     return replace(made, id=f"storyworld-{split}-{seed}-{index}", meta=meta)
 
 
-def _document(parts: Sequence[Part], target: Sequence[Part], scenes: Sequence[Scene], **more: Any) -> Document:
+def _document(
+    parts: Sequence[Part], target: Sequence[Part], scenes: Sequence[Scene], **more: Any
+) -> Document:
     return Document(
         id="",
         parts=tuple(parts),
@@ -143,7 +149,7 @@ def _dialogue(dice: Dice, split: str) -> Document:
 
 
 def _candidates(dice: Dice, question: Question) -> list[str]:
-    """Ten different answers in random order, the right one among them, those of the same kind first chosen."""
+    """Ten different answers in random order: the right one, others of its kind, then any."""
     wrong = [choice for choice in question.choices if choice != question.answer]
     fillers = dict.fromkeys((*PROPS, *PLACES, *POSITIONS, *HATS, *HAT_COLOURS))
     others = [choice for choice in fillers if choice not in question.choices]
@@ -174,7 +180,8 @@ def box_text(box: tuple[int, int, int, int]) -> str:
         box: pixels, all four ends included, so that the right end gains one before it is scaled.
     """
     left, top, right, bottom = (
-        min(edge * BOX_RANGE // PICTURE_SIZE, BOX_RANGE - 1) for edge in (box[0], box[1], box[2] + 1, box[3] + 1)
+        min(edge * BOX_RANGE // PICTURE_SIZE, BOX_RANGE - 1)
+        for edge in (box[0], box[1], box[2] + 1, box[3] + 1)
     )
     return f"({left:03d},{top:03d})({right:03d},{bottom:03d})"
 
@@ -232,9 +239,7 @@ def _few_shot(dice: Dice, split: str) -> Document:
         assert question is not None
         scenes.append(scene)
         parts += [picture(scene), Text(question.answer)]
-    return _document(
-        parts[:-1], parts[-1:], scenes, question_kind=kind, is_fine_detail=kind == "badge"
-    )
+    return _document(parts[:-1], parts[-1:], scenes, question_kind=kind, is_fine_detail=kind == "badge")
 
 
 def _lonely_scene(dice: Dice, split: str) -> Scene:
@@ -280,7 +285,10 @@ def _edit_hat(dice: Dice, scene: Scene, split: str) -> _Edit:
     figure = dice.pick(scene.figures)
     character = figure.character
     hats = [
-        replace(character, hat=hat, hat_colour=colour) for hat in HATS if hat != "none" for colour in HAT_COLOURS
+        replace(character, hat=hat, hat_colour=colour)
+        for hat in HATS
+        if hat != "none"
+        for colour in HAT_COLOURS
     ]
     hats = [changed for changed in hats if split_of(changed) == split and changed != character]
     if not hats:

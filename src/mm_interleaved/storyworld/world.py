@@ -1,7 +1,8 @@
 """What exists in StoryWorld: characters, props, scenes, and the words for their attributes.
 
-A scene is everything that one picture shows. The picture (`renderer`), the sentences (`stories`, `tasks`) and the scores
-(`oracle`, `scores`) are all functions of it. Every attribute is a word out of a closed list, so that each has an exact answer.
+A scene is everything that one picture shows. The picture (`renderer`), the sentences (`stories`, `tasks`) and
+the scores (`oracle`, `scores`) are all functions of it. Every attribute is a word out of a closed list, so
+that each has an exact answer.
 """
 
 from dataclasses import dataclass, fields
@@ -10,7 +11,8 @@ from typing import Any
 from mm_interleaved.storyworld.dice import Dice
 
 NAMES = (
-    "Pip", "Mia", "Tom", "Lulu", "Max", "Zoe", "Ben", "Ivy", "Rex", "Nell", "Otto", "Fay", "Gus", "Kit", "Dot", "Sam",
+    "Pip", "Mia", "Tom", "Lulu", "Max", "Zoe", "Ben", "Ivy",
+    "Rex", "Nell", "Otto", "Fay", "Gus", "Kit", "Dot", "Sam",
 )  # fmt: skip
 SPECIES = ("cat", "dog", "rabbit", "bear", "mouse", "frog", "duck", "pig")
 BODY_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "grey")
@@ -25,7 +27,8 @@ ACTIONS = ("stand", "wave", "jump", "sit", "sleep", "sing")
 PROPS = ("ball", "box", "flower", "cup", "lamp", "book")
 PROP_COLOURS = HAT_COLOURS
 
-# Five columns by seven rows. Chosen among 37 candidates so that any two differ in at least 10 of the 35 cells.
+# Five columns by seven rows. Chosen among 37 candidates so that any two differ in at least 10 of the 35
+# cells.
 GLYPHS = {
     "2": "####. ....# ....# .###. #.... #.... #####",
     "4": "#.... #.... #..#. #..#. ##### ...#. ...#.",
@@ -104,7 +107,9 @@ class Scene:
 
 
 def appearance_number(character: Character) -> int:
-    """The character's place in the list of all appearances: one integer for each combination of what can be seen."""
+    """The character's place in the list of all appearances: one integer for each combination of what can
+    be seen.
+    """
     hats = ("none", *HAT_COLOURS)
     number = 0
     for value, words in (
@@ -120,7 +125,9 @@ def appearance_number(character: Character) -> int:
 
 
 def split_of(character: Character) -> str:
-    """The one split in which somebody who looks like this may appear: splits share no picture, whatever the seeds."""
+    """The one split in which somebody who looks like this may appear: splits share no picture, whatever
+    the seeds.
+    """
     residue = _mixed(appearance_number(character)) % 10
     return next(split for split, residues in _SPLIT_RESIDUES.items() if residue in residues)
 
@@ -130,8 +137,10 @@ def is_held_out(species: str, body_colour: str) -> bool:
     return (SPECIES.index(species) * 3 + BODY_COLOURS.index(body_colour)) % len(BODY_COLOURS) == 5
 
 
-def random_character(dice: Dice, split: str, *, names: tuple[str, ...] = NAMES, held_out: bool = False) -> Character:
-    """A character that belongs to the split; with `held_out` one whose species and colour training never shows.
+def random_character(
+    dice: Dice, split: str, *, names: tuple[str, ...] = NAMES, held_out: bool = False
+) -> Character:
+    """A character of the split; with `held_out` one whose species and colour training never shows.
 
     Args:
         names: the names to choose among; a cast gives names away only once.
