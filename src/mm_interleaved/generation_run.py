@@ -123,7 +123,7 @@ def run_documents(
             generator = load(folder, device=request.model.device, dtype=request.model.dtype)
             for document in pending:
                 _continue(run, generator, document, settings[document.id], on_event)
-        run.close(_page(run, request.model.name, run_settings.seed))
+        run.close(lambda records: _page(records, run.path, request.model.name, run_settings.seed))
         return RunOutcome(
             output=request.output,
             num_documents=len(request.documents),
@@ -181,11 +181,10 @@ def _continue(
         on_event(document, "finished")
 
 
-def _page(run: RunFolder, model: str, seed: int) -> bytes:
-    records = list(run.finished.values())
+def _page(records: Sequence[Mapping[str, Any]], folder: Path, model: str, seed: int) -> bytes:
     made_by = f"told and drawn by {Path(model).name} · seed {seed}"
     return render_page(
-        records, lambda path: open_image(run.path / path), title=title_of(records), made_by=made_by
+        records, lambda path: open_image(folder / path), title=title_of(records), made_by=made_by
     )
 
 

@@ -94,14 +94,18 @@ class RunFolder:
         record = {"code": error.code, "field": error.field, "message": str(error)}
         self._append({"id": document.id, "error": record})
 
-    def close(self, page: bytes):
-        """The run is over: results in input order, the page, the manifest with all hashes."""
+    def close(self, render: Callable[[Sequence[Mapping[str, Any]]], bytes]):
+        """The run is over: results in input order, the page, the manifest with all hashes.
+
+        Args:
+            render: makes the page of the records.
+        """
         order = {document.id: index for index, document in enumerate(self.documents)}
         in_order = sorted(self.finished, key=order.__getitem__)
         if in_order != list(self.finished):
             self.finished = {key: self.finished[key] for key in in_order}
             write_file(self.path / RESULTS, b"".join(map(_line, self.finished.values())))
-        write_file(self.path / PAGE, page)
+        write_file(self.path / PAGE, render(list(self.finished.values())))
         self.manifest["outputs"] = self.output_hashes()
         write_file(self.path / MANIFEST, _json_file(self.manifest))
 

@@ -1,0 +1,79 @@
+"""Settings say what is wrong with a value, and who outranks whom."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mm_interleaved.document import Document, Text
+from mm_interleaved.errors import InputError, UsageError
+from mm_interleaved.generation.settings import GenerationSettings, settings_for
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"top_p": 1.5}, "top_p: found 1.5, expected 0 to 1"),
+        ({"temperature": 0}, "temperature: found 0, expected more than 0"),
+        ({"seed": True}, "seed: found True, expected int"),
+        ({"seed": -1}, "seed: found -1, expected 0 or more"),
+        ({"temperature": float("nan")}, "temperature: found nan, expected float"),
+        ({"height": "64"}, "height: found '64', expected int or null"),
+        ({"layout": "T X"}, "layout: found 'T X', expected"),
+        ({"layout": " "}, "layout: found ' ', expected"),
+        ({"scheduler": "dimm"}, "did you mean 'ddim'"),
+        ({"num_inference_step": 3}, "unknown generation setting 'num_inference_step': did you mean"),
+        ({"num_beams": 2, "do_sample": True}, "num_beams: found 2, expected 1 together with do_sample"),
+        ({"context_images": "first"}, "context_images: found 'first'"),
+        ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens: found 9, expected at most"),
+    ],
+)
+def test_impossible_values_are_named(wrong, sentence):
+    with pytest.raises(UsageError) as caught:
+        GenerationSettings.combine(wrong)
+    assert sentence in str(caught.value)
+    assert caught.value.field in wrong
+
+
+def test_whole_numbers_are_welcome_where_fractions_are_meant():
+    assert GenerationSettings.combine({"guidance_scale": 3}).guidance_scale == 3
+
+
+def test_settings_survive_json():
+    settings = GenerationSettings(layout="T I", context_images="0,2", seed=2**40)
+    assert GenerationSettings.combine(json.loads(json.dumps(settings.to_dict()))) == settings
+    assert settings.context_image_indices() == (0, 2)
+    assert GenerationSettings(context_images="all").context_image_indices() is None
+
+
+def test_flags_outrank_documents_and_documents_outrank_models():
+    document = Document(id="a", parts=(Text("x"),), generation={"num_inference_steps": 5, "top_p": 0.5})
+    settings = settings_for(document, {"num_inference_steps": 9, "num_candidates": 3}, {"top_p": 0.25})
+    assert (settings.num_inference_steps, settings.num_candidates, settings.top_p) == (5, 3, 0.25)
+
+
+def test_layout_of_a_document_counts_as_its_own_argument():
+    document = Document(id="a", parts=(Text("x"),), layout="T I")
+    assert settings_for(document, {}, {}).layout == "T I"
+    assert settings_for(document, {}, {"layout": "I"}).layout == "I"
+
+
+def test_documents_draw_different_seeds_from_one_run_seed():
+    seeds = {
+        settings_for(Document(id=name, parts=(Text("x"),)), {}, {"seed": run}).seed
+        for name in "abc"
+        for run in range(3)
+    }
+    assert len(seeds) == 9
+
+
+def test_own_seed_of_a_document_is_taken_as_it_is():
+    document = Document(id="a", parts=(Text("x"),), generation={"seed": 11})
+    assert settings_for(document, {}, {}).seed == 11
+    assert settings_for(document, {}, {"seed": 1}).seed != 11
+
+
+def test_wrong_argument_of_a_document_is_an_error_of_the_input():
+    with pytest.raises(InputError, match=r"document 'a': generation\.top_p: found 2"):
+        settings_for(Document(id="a", parts=(Text("x"),), generation={"top_p": 2}), {}, {})

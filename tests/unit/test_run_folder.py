@@ -1,0 +1,306 @@
+"""A run's folder is finished by the same request, however it was interrupted, and refuses any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch  # noqa: F401  (imported before the forks below, which would each pay for it)
+from echo_generator import load_echo
+from PIL import Image as PILImage
+
+from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.document_formats import read_documents
+from mm_interleaved.errors import InputError, StorageError, UsageError
+from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
+from mm_interleaved.run_folder import file_stem, image_paths, read_manifest
+from mm_interleaved.storage import locked_folder, repair_tail
+
+
+def nothing(document, event):
+    pass
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "mm_interleaved", "generation_settings": {"num_inference_steps": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def request_(tmp_path, model) -> RunRequest:
+    picture = tmp_path / "given.png"
+    PILImage.new("RGB", (9, 7), (200, 30, 40)).save(picture)
+    documents = [
+        Document(id="a", parts=(Text("A story."), Image(picture)), layout="T I"),
+        Document(id="b/ü", parts=(Text("Another."),), layout="I"),
+        Document(id="c", parts=(Text("too long"),)),
+        Document(id="d", parts=(Text("Last."),), target=(Image(picture),), layout="T"),
+    ]
+    return RunRequest(
+        documents=documents, output=tmp_path / "out", model=ModelChoice(name=str(model), device="cpu")
+    )
+
+
+def run(request: RunRequest):
+    return run_documents(request, nothing, load=load_echo)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything that two runs of the same request must agree in."""
+    names = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in names if path.name != "manifest.json"
+    } | {"outputs": json.dumps(read_manifest(folder / "manifest.json")["outputs"]).encode()}
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_results_hold_whole_documents_and_failures(request_):
+    outcome = run(request_)
+    assert (outcome.num_documents, outcome.num_failed) == (4, 1)
+    first, second, failed, last = records(request_.output)
+    assert [part["type"] for part in first["content"]] == ["text", "image", "text", "image"]
+    assert "generated" not in first["content"][1]
+    assert first["content"][3]["generated"] is True and isinstance(first["content"][3]["seed"], int)
+    assert first["content"][3]["image"] == "images/a_1.png"
+    error = {
+        "code": "too_long",
+        "field": "content",
+        "message": "document: 9000 tokens, expected at most 2048",
+    }
+    assert failed == {"id": "c", "error": error}
+    assert all(
+        (request_.output / name).exists()
+        for record in records(request_.output)
+        for name in image_paths(record)
+    )
+    assert image_paths(last) == ["images/d_0.png"]
+    assert second["id"] == "b/ü"
+
+
+def test_results_can_be_read_as_documents(request_, tmp_path):
+    run(request_)
+    good = [json.dumps(record) for record in records(request_.output) if "error" not in record]
+    (request_.output / "good.jsonl").write_text("\n".join(good))
+    documents = read_documents(request_.output / "good.jsonl")
+    assert [document.id for document in documents] == ["a", "b/ü", "d"]
+    assert documents[0].parts[-1].generated
+
+
+def test_seed_of_a_document_does_not_depend_on_its_neighbours(request_):
+    run(request_)
+    alone = replace(request_, documents=request_.documents[3:], output=request_.output.with_name("alone"))
+    run(alone)
+    assert records(alone.output)[0] == records(request_.output)[3]
+
+
+def test_own_arguments_of_a_document_yield_to_flags(request_):
+    own = replace(request_.documents[0], generation={"seed": 7, "layout": "I"}, layout=None)
+    run(replace(request_, documents=[own]))
+    assert records(request_.output)[0]["content"][-1]["seed"] == 7
+    other = request_.output.with_name("other")
+    run(replace(request_, documents=[own], output=other, flags={"layout": "T T"}))
+    assert [part["type"] for part in records(other)[0]["content"][2:]] == ["text", "text"]
+
+
+def test_wrong_argument_of_a_document_stops_before_anything_runs(request_):
+    bad = replace(request_.documents[0], generation={"top_q": 1})
+    with pytest.raises(InputError, match=r"document 'a': generation.*'top_q'.*'top_p'"):
+        run(replace(request_, documents=[bad]))
+    assert not request_.output.exists()
+
+
+def test_rerun_does_nothing(request_):
+    run(request_)
+    before = contents(request_.output)
+    outcome = run_documents(request_, nothing, load=None)  # pyright: ignore: nothing is pending, nothing is loaded
+    assert outcome.num_already_finished == 4
+    assert contents(request_.output) == before
+
+
+def test_retry_makes_only_failed_documents_again(request_):
+    run(request_)
+    seen = []
+    run_documents(
+        replace(request_, retry_errors=True), lambda document, event: seen.append(document.id), load=load_echo
+    )
+    assert set(seen) == {"c"}
+    assert [record["id"] for record in records(request_.output)] == ["a", "b/ü", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda r: replace(r, flags={"seed": 3}), "settings.seed was 0, is now 3"),
+        (lambda r: replace(r, documents=r.documents[:2]), "input.c was .*, is now not there"),
+        (lambda r: replace(r, model=replace(r.model, dtype="bfloat16")), 'dtype was "auto"'),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(request_, change, key):
+    run(request_)
+    before = contents(request_.output)
+    with pytest.raises(UsageError, match=key):
+        run(change(request_))
+    assert contents(request_.output) == before
+    run(replace(change(request_), new_run=True))
+    assert (request_.output / "earlier" / "1" / "manifest.json").exists()
+
+
+def test_changed_picture_is_a_changed_input(request_, tmp_path):
+    run(request_)
+    PILImage.new("RGB", (9, 7), (0, 0, 0)).save(tmp_path / "given.png")
+    with pytest.raises(UsageError, match=r"input\.a"):
+        run(request_)
+
+
+def test_changed_model_is_refused(request_, model):
+    run(request_)
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"model\.sha256"):
+        run(request_)
+
+
+def test_folder_with_other_things_is_refused(request_):
+    request_.output.mkdir()
+    (request_.output / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        run(request_)
+    assert [path.name for path in request_.output.iterdir() if path.name != ".lock"] == ["thesis.tex"]
+
+
+def test_file_as_output_is_refused(request_):
+    request_.output.write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        run(request_)
+
+
+def test_two_documents_of_one_id_are_refused(request_):
+    with pytest.raises(InputError, match="documents 1 and 2"):
+        run(replace(request_, documents=[request_.documents[0]] * 2))
+
+
+def test_second_process_is_refused(request_):
+    request_.output.mkdir()
+    with locked_folder(request_.output), pytest.raises(UsageError, match=f"process {os.getpid()} on "):
+        run(request_)
+
+
+def test_full_disk_leaves_nothing_torn(request_, monkeypatch):
+    """The write after the k-th fails, for every k; then the disk has space again."""
+    whole = replace(request_, output=request_.output.with_name("whole"))
+    run(whole)
+    real_fsync, left = os.fsync, 0
+
+    def full_after(descriptor):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        return real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_after)
+    for number in range(100):
+        left = number
+        try:
+            run(request_)
+            break
+        except StorageError as error:
+            assert "No space left" in str(error)
+            assert not list(request_.output.rglob(".tmp-*"))
+    assert number >= 5
+    assert contents(request_.output) == contents(whole.output)
+
+
+def test_killed_at_every_event_then_finished(request_):
+    """SIGKILL before every change of the file system; the rerun gives what an uninterrupted run gives."""
+    whole = replace(request_, output=request_.output.with_name("whole"))
+    run(whole)
+    wanted = contents(whole.output)
+    num_events = 0
+    while killed_at(num_events, replace(request_, output=request_.output.with_name(f"out{num_events}"))):
+        again = replace(request_, output=request_.output.with_name(f"out{num_events}"))
+        run(again)
+        assert contents(again.output) == wanted, f"killed at event {num_events}"
+        num_events += 1
+    assert num_events >= 25
+
+
+def killed_at(number: int, request: RunRequest) -> bool:
+    """Run in a child that dies at the given event; False where it came to its end."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def hook(event, arguments):
+            nonlocal count
+            is_write = (
+                event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            )
+            is_change = event in ("os.rename", "os.remove", "os.mkdir", "os.truncate")
+            if (is_write or is_change) and str(request.output) in str(arguments[0]):
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
+
+        try:
+            sys.addaudithook(hook)
+            run(request)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_torn_tail_is_repaired(request_):
+    """The results cut at many places of their last line: the rest is kept, the torn document made again."""
+    run(request_)
+    wanted = contents(request_.output)
+    whole = (request_.output / "results.jsonl").read_bytes()
+    start = whole.rstrip(b"\n").rfind(b"\n") + 1
+    for length in range(start, len(whole), 9):
+        (request_.output / "results.jsonl").write_bytes(whole[:length])
+        run(request_)
+        assert contents(request_.output) == wanted, f"cut at byte {length}"
+
+
+def test_tail_inside_a_character_is_cut(tmp_path):
+    path = tmp_path / "lines"
+    line = '{"id": "ü"}'.encode()
+    path.write_bytes(line + b"\n" + line[: line.index(b"\xc3") + 1])
+    assert repair_tail(path) > 0
+    assert path.read_bytes() == line + b"\n"
+
+
+def test_missing_picture_is_made_again(request_):
+    run(request_)
+    wanted = contents(request_.output)
+    (request_.output / "images" / "a_1.png").unlink()
+    run(request_)
+    assert contents(request_.output) == wanted
+
+
+def test_broken_picture_fails_its_document_alone(request_, tmp_path):
+    (tmp_path / "broken.png").write_bytes((tmp_path / "given.png").read_bytes()[:40])
+    broken = Document(id="broken", parts=(Image(tmp_path / "broken.png"),))
+    outcome = run(replace(request_, documents=[broken, *request_.documents[:1]]))
+    assert outcome.num_failed == 1
+    assert records(request_.output)[0]["error"]["code"] == "image"
+    assert "content" in records(request_.output)[1]
+
+
+@pytest.mark.parametrize("name", ["a", "../a", "a/b", "", ".", "CON?*", "ü" * 300, "a b"])
+def test_file_stems_are_harmless_and_distinct(name):
+    stem = file_stem(name)
+    assert stem and not stem.startswith(".") and len(stem) < 100
+    assert all(character.isascii() and (character.isalnum() or character in "._-") for character in stem)
+    assert stem == name or stem != file_stem(stem + "x")
