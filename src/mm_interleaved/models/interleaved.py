@@ -22,6 +22,7 @@ from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.models.build import build_image_decoder, build_language_model, build_vision_tower
 from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.models.image_decoder import DiffusionDraws, EarlierImages
+from mm_interleaved.models.initialisation import OwnInitialisation, is_own
 from mm_interleaved.models.language import ImageView, TextHead
 from mm_interleaved.models.losses import image_loss, text_loss
 from mm_interleaved.models.prefix_cache import PrefixCache
@@ -51,7 +52,7 @@ class MMInterleavedOutput(ModelOutput):
     past_key_values: Any = None
 
 
-class MMInterleavedForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, GenerationMixin):
     """MM-Interleaved (arXiv 2401.10208): reads and writes documents of text and images.
 
     For documents in, documents out, see `InterleavedGenerator`. `forward` is the tensor level: with `labels`-like
@@ -83,12 +84,11 @@ class MMInterleavedForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Called, children first, for every module that a checkpoint does not fill. All parts know their own start.
-        reset = getattr(module, "reset_parameters", None)
+        # What is not ours and not a sub-model starts as torch or diffusers start it; ours: see OwnInitialisation.
         if module is self:
             init.zeros_(self.image_start_embedding)
-        elif reset is not None:
-            reset()
+        elif not is_own(module) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
     # ---- What generation and training are made of -------------------------------------------------------------
 
@@ -103,6 +103,17 @@ class MMInterleavedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return {}
         cells, level_sizes = flatten_pyramid(select_levels(pyramid, settings.levels))
         return self.language_model.project_images(cells, level_sizes)
+
+    def values_by_row(self, pyramid: tuple[Tensor, ...], image_start: Tensor) -> dict[int, ImageValues]:
+        """`project_images` by row: (B, N, S, H, d); `image_start` (B, N) says how the images spread over rows."""
+        index = torch.full_like(image_start, NO_IMAGE)
+        present = image_start != NO_IMAGE
+        index[present] = torch.arange(int(present.sum()), device=index.device)
+        by_row = {}
+        for layer, (value, level_sizes) in self.project_images(pyramid).items():
+            # Hidden images are never sampled with weight, so any image may stand in for padding.
+            by_row[layer] = ImageValues(value[index.clamp(min=0)], level_sizes)
+        return by_row
 
     def embed(self, input_ids: Tensor, image_start: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D) of tokens, with image slots filled.
@@ -210,7 +221,7 @@ class MMInterleavedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_start = torch.empty(rows, 0, dtype=torch.int64, device=inputs_embeds.device)
 
         # 2. Read, looking into the images.
-        values = {} if features is None else self._values_by_row(features.pyramid, image_start)
+        values = {} if features is None else self.values_by_row(features.pyramid, image_start)
         view = self.image_view(
             past_key_values, num_tokens, image_start=image_start, values=values, document_start=document_start
         )
@@ -316,17 +327,6 @@ class MMInterleavedForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.text_head.base
-
-    def _values_by_row(self, pyramid: tuple[Tensor, ...], image_start: Tensor) -> dict[int, ImageValues]:
-        """Projected values, from one axis of all images (I, ...) to rows padded with zeros (B, N, ...)."""
-        index = torch.full_like(image_start, NO_IMAGE)
-        present = image_start != NO_IMAGE
-        index[present] = torch.arange(int(present.sum()), device=index.device)
-        by_row = {}
-        for layer, (value, level_sizes) in self.project_images(pyramid).items():
-            # Hidden images are never sampled with weight, so any image may stand in for padding.
-            by_row[layer] = ImageValues(value[index.clamp(min=0)], level_sizes)
-        return by_row
 
     def _no_images(self, rows: int) -> dict[int, ImageValues]:
         """Values of no image at all: layers then add the constant that "look nowhere" means."""

@@ -17,6 +17,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
+from mm_interleaved.models.initialisation import OwnInitialisation, is_loaded
 from mm_interleaved.models.synchronizer import GatedSynchronizer, ImageValues
 
 
@@ -59,7 +60,7 @@ class InterleavedQwen3DecoderLayer(_InterleavedForward, Qwen3DecoderLayer):
     """Qwen3's layer that can look at images."""
 
 
-class _InterleavedModel:
+class _InterleavedModel(OwnInitialisation):
     """A stock language model, some of whose layers get a synchronizer."""
 
     layer_class: type[nn.Module]
@@ -79,22 +80,6 @@ class _InterleavedModel:
             index: self.layers[index].synchronizer.project_cells(cells, level_sizes)
             for index in self.synchronized_layers
         }
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # transformers initialises what a checkpoint lacks through the nearest PreTrainedModel, which is this class:
-        # our own modules know their own start, everything else starts as the family's.
-        if any(module is part for index in self.synchronized_layers for part in self._own_parts(index)):
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-        else:
-            super()._init_weights(module)
-
-    def _own_parts(self, index: int):
-        return self.layers[index].synchronizer.modules()
-
-    synchronized_layers: tuple[int, ...] = ()
 
 
 class InterleavedLlamaModel(_InterleavedModel, LlamaModel):
@@ -164,8 +149,10 @@ class TextHead(nn.Module):
     def reset_parameters(self) -> None:
         init.normal_(self.base.weight, std=0.02)
         init.zeros_(self.base.bias)
-        init.zeros_(self.base.weight[-self.num_new :])
-        init.constant_(self.base.bias[-self.num_new :], -100.0)
+        if not is_loaded(self.base.weight):
+            self.base.weight[-self.num_new :] = 0
+        if not is_loaded(self.base.bias):
+            self.base.bias[-self.num_new :] = -100
         init.zeros_(self.new.weight)
         init.constant_(self.new.bias, 95.0)
 

@@ -117,6 +117,13 @@ class VisionTower(nn.Module):
         """Tokens as the resampler reads them: projected, normalised, with their places."""
         return self.position_norm(self.token_norm(self.token_projection(token_I1TC)) + table)
 
+    def empty_pyramid(self) -> tuple[Tensor, ...]:
+        """The pyramid of no image at all: four maps (0, C, s, s)."""
+        embeddings = self.clip.embeddings
+        grid_size = embeddings.image_size // embeddings.patch_size
+        sizes = (4 * grid_size, 2 * grid_size, grid_size, grid_size // 2)
+        return tuple(self.mean.new_empty(0, embeddings.embed_dim, size, size) for size in sizes)
+
     def _embed(self, pixels_I3yx: Tensor) -> tuple[Tensor, Tensor]:
         height, width = pixels_I3yx.shape[-2:]
         patch_size = self.clip.embeddings.patch_size

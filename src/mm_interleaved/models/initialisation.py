@@ -1,0 +1,30 @@
+"""How our own modules get their first weights inside transformers' models.
+
+transformers initialises what a checkpoint lacks through `_init_weights` of the nearest `PreTrainedModel`, which knows
+nothing of our modules, and passes over modules of other packages that hold no parameter themselves. So our modules
+say how they start in `reset_parameters`, with `transformers.initialization`, which leaves loaded tensors alone.
+"""
+
+from torch import nn
+
+
+class OwnInitialisation:
+    """Mix-in for a `PreTrainedModel`: after transformers' own rules, our modules reset themselves, parents last."""
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        for module in reversed(list(self.modules())):
+            if is_own(module) and module is not self:
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether a module is of this package."""
+    return type(module).__module__.startswith(__package__)
+
+
+def is_loaded(tensor) -> bool:
+    """Whether a tensor came from a checkpoint, so that it must not be initialised (transformers' mark)."""
+    return getattr(tensor, "_is_hf_initialized", False)

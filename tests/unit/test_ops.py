@@ -1,0 +1,182 @@
+"""The synchronizer's arithmetic against loops written from the definition, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from mm_interleaved.ops import deformable_sampling, multi_image_deformable_attention, sampling_plan
+
+LEVELS = (4, 2)
+
+
+def bilinear(map_yxD, x, y):
+    """One sample at (x, y) in [0, 1], pixel centres at (i + 0.5) / size, zero outside: by hand, corner by corner."""
+    size = map_yxD.shape[0]
+    px, py = x * size - 0.5, y * size - 0.5
+    left, top = math.floor(px), math.floor(py)
+    out = torch.zeros(map_yxD.shape[-1], dtype=map_yxD.dtype)
+    for row, share_y in ((top, 1 - (py - top)), (top + 1, py - top)):
+        for column, share_x in ((left, 1 - (px - left)), (left + 1, px - left)):
+            if 0 <= row < size and 0 <= column < size:
+                out = out + share_x * share_y * map_yxD[row, column]
+    return out
+
+
+def by_hand(value, query_term, index_term, relative_index, reference, num_points, base_size, ignore):
+    """The definition (paper, section 3.2; facts sheet 1.3): softmax over all samples and one logit of zero."""
+    B, N, _, H, D = value.shape
+    Q, P, L = query_term.shape[1], num_points, len(LEVELS)
+    out = torch.zeros(B, Q, H, D, dtype=value.dtype)
+    for b in range(B):
+        for q in range(Q):
+            for h in range(H):
+                mass, total = 1.0, ignore[h].clone()
+                for n in range(N):
+                    k = int(relative_index[b, q, n])
+                    if k == 0:
+                        continue
+                    term = query_term[b, q, h] + index_term[k, h]
+                    start = 0
+                    for level, size in enumerate(LEVELS):
+                        cells = value[b, n, start : start + size * size, h].view(size, size, D)
+                        start += size * size
+                        for p in range(P):
+                            x, y = reference[0, 0] + term[2 * p : 2 * p + 2] / base_size
+                            weight = math.exp(term[2 * P + level * P + p])
+                            mass += weight
+                            total += weight * bilinear(cells, float(x), float(y))
+                assert L * P + 2 * P == query_term.shape[-1]
+                out[b, q, h] = total / mass
+    return out
+
+
+@pytest.fixture
+def case():
+    generator = torch.Generator().manual_seed(0)
+    B, N, Q, H, D, P, K = 2, 3, 4, 2, 3, 2, 5
+    S, E = sum(s * s for s in LEVELS), 2 * P + len(LEVELS) * P
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    relative_index = torch.tensor([[[2, 1, 0], [1, 0, 0], [0, 0, 0], [3, 2, 1]], [[0, 1, 0], [4, 3, 2], [2, 0, 1], [0, 0, 1]]])
+    return {
+        "value_BNSHD": normal(B, N, S, H, D),
+        "query_term_BQHE": 2 * normal(B, Q, H, E),
+        "index_term_KHE": normal(K, H, E),
+        "relative_index_BQN": relative_index,
+        "reference_BQ2": torch.tensor([[[0.5, 0.4]]], dtype=torch.float64),
+        "level_sizes": LEVELS,
+        "num_points": P,
+        "base_size": 4.0,
+        "ignore_HD": normal(H, D),
+    }
+
+
+@pytest.mark.parametrize("implementation", ["reference", "gather"])
+def test_every_implementation_equals_the_definition(case, implementation):
+    expected = by_hand(
+        case["value_BNSHD"], case["query_term_BQHE"], case["index_term_KHE"], case["relative_index_BQN"],
+        case["reference_BQ2"], case["num_points"], case["base_size"], case["ignore_HD"],
+    )  # fmt: skip
+    actual = multi_image_deformable_attention(**case, implementation=implementation)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_all_gradients_of_the_fast_path_equal_the_reference(case):
+    names = ("value_BNSHD", "query_term_BQHE", "index_term_KHE", "ignore_HD")
+    gradients = {}
+    for implementation in ("reference", "gather"):
+        leaves = {name: case[name].clone().requires_grad_() for name in names}
+        out = multi_image_deformable_attention(**{**case, **leaves}, implementation=implementation)
+        gradients[implementation] = torch.autograd.grad(out.square().sum(), list(leaves.values()))
+    for name, reference, fast in zip(names, *gradients.values(), strict=True):
+        torch.testing.assert_close(fast, reference, rtol=0, atol=1e-11, msg=name)
+
+
+def test_gradients_equal_finite_differences(case):
+    value = case["value_BNSHD"][:1].requires_grad_()
+    terms = case["query_term_BQHE"][:1].requires_grad_()
+
+    def attend(value, terms):
+        arguments = {**case, "value_BNSHD": value, "query_term_BQHE": terms}
+        return multi_image_deformable_attention(**{**arguments, "relative_index_BQN": case["relative_index_BQN"][:1]})
+
+    assert torch.autograd.gradcheck(attend, (value, terms))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "gather"])
+def test_hidden_images_change_nothing_to_the_bit(case, implementation):
+    changed = dict(case, value_BNSHD=case["value_BNSHD"].clone())
+    changed["value_BNSHD"][0, 2] = 1e6  # row 0: image 2 is seen by query 3 alone
+    before = multi_image_deformable_attention(**case, implementation=implementation)
+    after = multi_image_deformable_attention(**changed, implementation=implementation)
+    assert torch.equal(before[0, :3], after[0, :3])
+    assert not torch.equal(before[0, 3], after[0, 3])
+
+
+def test_padding_images_change_nothing(case):
+    B, N = case["value_BNSHD"].shape[:2]
+    padded = dict(case)
+    padded["value_BNSHD"] = torch.cat([case["value_BNSHD"], torch.ones_like(case["value_BNSHD"])], dim=1)
+    zeros = torch.zeros(B, 4, N, dtype=torch.int64)
+    padded["relative_index_BQN"] = torch.cat([case["relative_index_BQN"], zeros], dim=2)
+    torch.testing.assert_close(
+        multi_image_deformable_attention(**case), multi_image_deformable_attention(**padded), rtol=0, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "gather"])
+def test_a_query_without_images_gets_the_ignore_value(case, implementation):
+    hidden = dict(case, relative_index_BQN=torch.zeros_like(case["relative_index_BQN"]))
+    out = multi_image_deformable_attention(**hidden, implementation=implementation)
+    assert torch.equal(out, case["ignore_HD"].expand_as(out))
+
+
+def test_no_images_at_all_is_the_same_as_hidden_ones(case):
+    none = dict(case, value_BNSHD=case["value_BNSHD"][:, :0], relative_index_BQN=case["relative_index_BQN"][..., :0])
+    out = multi_image_deformable_attention(**none)
+    assert torch.equal(out, case["ignore_HD"].expand_as(out))
+
+
+def test_weights_and_the_weight_of_looking_nowhere_sum_to_one(case):
+    plan = sampling_plan(
+        case["query_term_BQHE"], case["index_term_KHE"], case["relative_index_BQN"], case["reference_BQ2"],
+        num_levels=len(LEVELS), num_points=case["num_points"], base_size=case["base_size"],
+    )  # fmt: skip
+    torch.testing.assert_close(plan.weight.sum((-1, -2)) + plan.ignore, torch.ones_like(plan.ignore))
+
+
+def test_sampling_equals_transformers_deformable_detr():
+    """An independent implementation of the sampling alone."""
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+    generator = torch.Generator().manual_seed(1)
+    value = torch.randn(2, 20, 2, 3, generator=generator, dtype=torch.float64)
+    location = torch.rand(2, 5, 2, 2, 4, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2
+    weight = torch.rand(2, 5, 2, 2, 4, generator=generator, dtype=torch.float64)
+    shapes = [(size, size) for size in LEVELS]
+    theirs = MultiScaleDeformableAttention()(
+        value, torch.tensor(shapes), shapes, torch.tensor([0, 16]), location, weight, 64
+    )
+    for implementation in ("reference", "gather"):
+        ours = deformable_sampling(value, LEVELS, location, weight, implementation=implementation)
+        torch.testing.assert_close(ours.flatten(2), theirs, rtol=0, atol=1e-12)
+
+
+def test_far_off_offsets_sample_nothing_and_stay_finite(case):
+    far = dict(case, query_term_BQHE=case["query_term_BQHE"].clone())
+    far["query_term_BQHE"][..., :4] = 1e30
+    far["ignore_HD"] = None
+    for implementation in ("gather",):
+        assert not multi_image_deformable_attention(**far, implementation=implementation).any()
+
+
+def test_wrong_sizes_and_names_are_refused():
+    value = torch.zeros(1, 5, 1, 2)
+    location, weight = torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="hold 4 cells, got 5"):
+        deformable_sampling(value, (2,), location, weight)
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        deformable_sampling(value[:, :4], (2,), location, weight, implementation="cuda")
