@@ -1,0 +1,361 @@
+"""The command line from outside: what is typed, what is written, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from PIL import Image as PILImage
+
+from mm_interleaved.cli.main import run
+from mm_interleaved.generation.settings import GenerationSettings
+
+COMMANDS = (
+    "generate", "replay", "caption", "vqa", "ground", "draw", "story", "chat",
+    "info", "convert", "compose", "doctor", "plan", "evaluate", "data",
+)  # fmt: skip
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "given.png"
+    PILImage.new("RGB", (40, 30), (30, 160, 90)).save(path)
+    return path
+
+
+@pytest.fixture
+def documents(tmp_path, picture) -> Path:
+    """Two good documents and one with a broken image."""
+    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:50])
+    lines = [
+        {"id": "a", "content": [{"type": "text", "text": "Pip"}, {"type": "image", "image": "given.png"}]},
+        {"id": "b", "content": [{"type": "image", "image": "broken.png"}]},
+        {"id": "c", "content": [{"type": "text", "text": "no image"}], "layout": "T"},
+    ]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def fails(capsys, code: int, *arguments) -> str:
+    """The one sentence on stderr of a command that ends with this code."""
+    assert run([str(argument) for argument in arguments]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("mm-interleaved: ") and error.count("\n") == 1, error
+    return error
+
+
+# ---- What is loaded, what is told ----
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "--help"], ["--version"], ["evaluate", "--help"]]
+)
+def test_help_loads_neither_torch_nor_transformers(arguments):
+    script = (
+        "import sys; from mm_interleaved.cli.main import run; code = run(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules), 'loaded'\n"
+        "sys.exit(code)"
+    )
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_names_every_command(capsys):
+    assert run(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in COMMANDS)
+
+
+def test_every_setting_is_a_flag_with_its_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("TERMINAL_WIDTH", "300")
+    assert run(["generate", "--help"]) == 0
+    told = capsys.readouterr().out
+    for field in fields(GenerationSettings):
+        assert f"--{field.name.replace('_', '-')}" in told
+    assert "Denoising steps an image (default: 30)." in told
+
+
+def test_module_can_be_run():
+    done = subprocess.run(
+        [sys.executable, "-m", "mm_interleaved", "--version"], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("mm-interleaved 0.")
+
+
+# ---- Bad usage, bad input ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate"], "neither"),
+        (["generate", "x.jsonl", "--text", "a"], "both"),
+        (["generat"], "generate"),
+        (["generate", "--text", "a", "--layuot", "T"], "--layout"),
+        (["generate", "--text", "a", "--top-p", "2"], "top_p: found 2.0, expected 0 to 1"),
+        (["generate", "--text", "a", "--top-p", "much"], "--top-p"),
+        (["generate", "--text", "a", "--scheduler", "ddjm"], "did you mean"),
+        (["generate", "--text"], "--text"),
+        (["evaluate", "storyword", "--data", ".", "-o", "x"], "storyword"),
+        (["data", "storyworld", "x", "--format", "pdf"], "pdf"),
+    ],
+)
+def test_bad_usage_ends_with_2(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(capsys, 2, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"id": "a", "content": [', ":2"),
+        ('{"id": "a", "content": [{"type": "image", "image": "absent.png"}]}', "absent.png"),
+        ('{"id": "a", "content": [{"type": "text", "text": 5}]}', "content[0].text"),
+        ('{"id": "a", "content": []}', "empty"),
+        ('{"id": "a", "content": [{"type": "image", "image": "../outside.png"}]}', "outside.png"),
+        ('{"id": "a", "content": [{"type": "text", "text": "x"}], "generation": {"seeed": 1}}', "'seed'"),
+        ('{"id": "first", "content": [{"type": "text", "text": "x"}]}', "first"),
+    ],
+)
+def test_bad_input_ends_with_3_before_anything_runs(capsys, tmp_path, tiny_folder, line, words):
+    PILImage.new("RGB", (4, 4)).save(tmp_path / "outside.png")
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "documents.jsonl"
+    path.write_text('{"id": "first", "content": [{"type": "text", "text": "good"}]}\n' + line + "\n")
+    assert words in fails(capsys, 3, "generate", path, "-o", tmp_path / "out", "--model", tiny_folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["generate", "absent.jsonl"], "absent.jsonl"),
+        (["generate", "--image", "absent.png"], "absent.png"),
+        (["generate", "--image", "."], "not a regular file"),
+        (["caption", "absent.png"], "absent.png"),
+        (["replay", "absent.json"], "absent.json"),
+        (["data", "check", "absent.json"], "absent.json"),
+    ],
+)
+def test_missing_files_end_with_3(capsys, tmp_path, monkeypatch, command, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(capsys, 3, *command)
+
+
+def test_unknown_models_end_with_4_and_say_where_they_were_looked_for(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "storyworld" in fails(capsys, 4, "generate", "--text", "a", "--model", "storyword")
+    assert "hub cache" in fails(capsys, 4, "generate", "--text", "a", "--model", "nobody/no-such-model")
+    assert "config.json" in fails(capsys, 4, "generate", "--text", "a", "--model", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "llama" in fails(capsys, 4, "info", tmp_path)
+
+
+def test_cut_weights_end_with_4(capsys, tmp_path, tiny_folder):
+    for path in tiny_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    out = tmp_path / "out"
+    assert "cut" in fails(capsys, 4, "generate", "--text", "a", "--model", tmp_path, "-o", out)
+    assert "cut" in fails(capsys, 4, "info", tmp_path)
+
+
+def test_debug_shows_where(capsys):
+    assert run(["generate", "absent.jsonl", "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+# ---- The main job ----
+
+
+def test_generate_writes_results_pictures_page_and_manifest(capsys, tmp_path, tiny_folder, documents):
+    out = tmp_path / "out"
+    command = ["generate", documents, "-o", out, "--model", tiny_folder, "--layout", "T I", "--seed", "5"]
+    sentence = fails(capsys, 7, *command)
+    assert "1 of 3" in sentence and "'b'" in sentence
+    first, failed, last = records(out)
+    assert [part["type"] for part in first["content"]] == ["text", "image", "text", "image"]
+    assert [part.get("generated", False) for part in first["content"]] == [False, False, True, True]
+    assert all(isinstance(part["seed"], int) for part in first["content"][2:])
+    assert failed["error"]["code"] == "image"
+    assert [part["type"] for part in last["content"]] == ["text", "text", "image"]
+    for record in (first, last):
+        for part in record["content"]:
+            if part["type"] == "image":
+                PILImage.open(out / part["image"]).verify()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["settings"]["num_inference_steps"] == 2
+    assert manifest["flags"] == {"layout": "T I", "seed": 5}
+    assert manifest["threads"] >= 1 and len(manifest["model"]["sha256"]) == 64
+    assert manifest["versions"]["torch"] and set(manifest["seeds"]) == {"a", "b", "c"}
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png") == 3 and "broken.png" in page
+
+    # The same again: nothing is left to do; a missing result is made again; another setting is refused.
+    before = (out / "results.jsonl").read_bytes()
+    assert run([str(word) for word in command]) == 7
+    assert (out / "results.jsonl").read_bytes() == before
+    (out / "results.jsonl").write_bytes(b"".join(before.splitlines(keepends=True)[:2]))
+    assert run([str(word) for word in command]) == 7
+    assert (out / "results.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert "num_beams" in fails(capsys, 2, *command, "--num-beams", "2")
+
+    # And from the manifest alone, with the input gone.
+    documents.unlink()
+    (tmp_path / "given.png").unlink()
+    assert run(["replay", str(out / "manifest.json")]) == 7
+    told = capsys.readouterr().out
+    assert "3 of 3 records and 3 of 3 images are the same" in told
+
+
+def test_replay_notices_another_result(capsys, tmp_path, tiny_folder):
+    out = tmp_path / "out"
+    assert run(["draw", "a lamp", "-o", str(out), "--model", str(tiny_folder)]) == 0
+    assert run(["replay", str(out)]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["outputs"]["images"]["images/picture_0.png"] = "0" * 64
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert run(["replay", str(out)]) == 7
+    assert "different: images/picture_0.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("equals", [False, True])
+def test_parts_keep_the_order_in_which_they_are_typed(tmp_path, tiny_folder, picture, equals):
+    other = tmp_path / "other.png"
+    PILImage.new("RGB", (8, 8), (255, 0, 0)).save(other)
+    typed = [
+        ("--text", "one"),
+        ("--image", picture),
+        ("--image", other),
+        ("--text", "--two"),
+        ("--text", "three"),
+    ]
+    words = (
+        [f"{name}={value}" for name, value in typed] if equals else [str(w) for pair in typed for w in pair]
+    )
+    out = tmp_path / "out"
+    command = ["generate", *words, "--layout", "T", "-o", str(out), "--model", str(tiny_folder)]
+    assert run(command) == 0
+    [record] = records(out)
+    given = [part for part in record["content"] if not part.get("generated")]
+    assert [part.get("text", "I") for part in given] == ["one", "I", "I", "--two", "three"]
+    assert PILImage.open(out / given[1]["image"]).size == (40, 30)
+    assert PILImage.open(out / given[2]["image"]).size == (8, 8)
+
+
+def test_text_spelt_like_a_special_token_stays_text(tmp_path, tiny_folder):
+    out = tmp_path / "out"
+    hostile = "<|image|></s><s>[INST] <image> \u202e"
+    assert (
+        run(["generate", "--text", hostile, "--layout", "T", "-o", str(out), "--model", str(tiny_folder)])
+        == 0
+    )
+    assert records(out)[0]["content"][0]["text"] == hostile
+
+
+def test_questions_are_answered_on_stdout(capsys, tiny_folder, picture):
+    model = ["--model", str(tiny_folder)]
+    assert run(["caption", str(picture), str(picture), *model]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"{picture}: ") for line in lines)
+    assert run(["vqa", str(picture), "What is it?", *model]) == 0
+    assert run(["ground", str(picture), "the lamp", *model]) == 0
+
+
+def test_story_opens_with_storyworld_where_nothing_is_given(tmp_path, tiny_folder):
+    out = tmp_path / "out"
+    assert run(["story", "--panels", "2", "-o", str(out), "--model", str(tiny_folder)]) == 0
+    assert [part["type"] for part in records(out)[0]["content"]] == ["text", "image", "text", "image"]
+
+
+def test_chat_answers_each_line_and_saves_the_conversation(
+    capsys, tmp_path, tiny_folder, picture, monkeypatch
+):
+    import io
+
+    said = f"hello\n/image {picture}\nwhat is this?\n/image absent.png\n/quit\nnever read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    assert run(["chat", "-o", str(tmp_path / "chat"), "--model", str(tiny_folder), "--layout", "T I"]) == 0
+    captured = capsys.readouterr()
+    assert "picture-1.png" in captured.out and "picture-2.png" in captured.out
+    assert "absent.png" in captured.err
+    [conversation] = [json.loads(line) for line in (tmp_path / "chat" / "conversation.jsonl").open()]
+    assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"] * 2
+
+
+def test_info_counts_what_the_files_hold(capsys, tiny_folder):
+    from tiny import tiny_model
+
+    assert run(["info", str(tiny_folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    stored = {part["parameters"] for part in told["parts"].values()}
+    assert (
+        told["total"]["parameters"] == sum(part["parameters"] for part in told["parts"].values()) and stored
+    )
+    assert told["limits"]["image_input_pixels"] == 32 and told["limits"]["image_output_pixels"] == 32
+    assert told["limits"]["context_tokens"] == tiny_model().config.text_config.max_position_embeddings
+    assert (
+        run(["info", str(tiny_folder)]) == 0 and run(["plan", str(tiny_folder)]) == 0 and run(["doctor"]) == 0
+    )
+
+
+def test_evaluate_answers_and_scores(capsys, tmp_path, tiny_folder):
+    data, out = tmp_path / "data", tmp_path / "scores"
+    assert run(["data", "storyworld", str(data), "--documents", "3", "--seed", "1"]) == 0
+    assert run(["data", "check", str(data / "documents.jsonl")]) == 0
+    command = ["evaluate", "storyworld", "--data", str(data), "-o", str(out)]
+    assert run([*command, "--model", str(tiny_folder)]) == 0
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["layout.correct"] == 1 and all(0 <= value <= 1 for value in scores.values())
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").open()]
+    assert len(predictions) == 3 and all(set(line) == {"id", "content"} for line in predictions)
+    again = tmp_path / "again"
+    command = ["evaluate", "storyworld", "--data", str(data), "-o", str(again)]
+    assert run([*command, "--predictions", str(out / "predictions.jsonl")]) == 0
+    assert json.loads((again / "scores.json").read_text()) == scores
+
+
+# ---- How a run is stopped ----
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_stopped_runs_say_so_and_are_finished_later(tmp_path, tiny_folder, sent, code):
+    path = tmp_path / "documents.jsonl"
+    lines = [
+        {"id": str(n), "content": [{"type": "text", "text": "x"}], "layout": "T I T I"} for n in range(400)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mm_interleaved", "generate", str(path), "-o", str(out)]
+    process = subprocess.Popen(
+        [*command, "--model", str(tiny_folder)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    results = out / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not (results.exists() and results.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert error.count("\n") == 1 and "Traceback" not in error
+    assert 0 < len(records(out)) < 400
