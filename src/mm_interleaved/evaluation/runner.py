@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mm_interleaved.document import Document
+from mm_interleaved.document import Document, Image, document_to_record
 from mm_interleaved.document_formats import document_from_record, read_documents
 from mm_interleaved.errors import InputError
 from mm_interleaved.generation_run import OnEvent, RunRequest, run_documents
-from mm_interleaved.images import open_image
+from mm_interleaved.images import open_image as load_image
 from mm_interleaved.storage import make_folder, write_file
-from mm_interleaved.story_page import render_page
+from mm_interleaved.story_page import OpenImage, render_page
 from mm_interleaved.strict_json import read_records
 
 
@@ -48,37 +48,26 @@ def evaluate_model(task: Task, data: Path, request: RunRequest, on_event: OnEven
     outcome = run_documents(replace(request, documents=questions, output=out / "run"), on_event)
     lines = [json.dumps(_prediction(record), ensure_ascii=False) + "\n" for record in outcome.records]
     write_file(out / "predictions.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
-    return evaluate_predictions(task, data, out / "predictions.jsonl", out, records=outcome.records)
-
-
-def evaluate_predictions(
-    task: Task,
-    data: Path,
-    predictions: Path,
-    out: Path,
-    *,
-    records: Sequence[Mapping[str, Any]] | None = None,
-) -> dict[str, float]:
-    """Score answers that are there already; writes scores.json and report.html into `out`.
-
-    Args:
-        records: what the report shows, image paths relative to `out`/run; the predictions by default.
-    """
-    gold = task.read_gold(data)
-    answers = read_predictions(predictions)
-    unknown = {answer.id for answer in answers} - {document.id for document in gold}
-    if unknown:
-        raise InputError(f"{predictions}: id {min(unknown)!r} is not in {data}", field="id")
-    scores = task.score(answers, gold)
-    make_folder(out)
-    write_file(out / "scores.json", json.dumps(scores, indent=2).encode() + b"\n")
-    shown = [record.field.value for record in read_records(predictions)] if records is None else records
-    root = predictions.parent if records is None else out / "run"
+    scores, answers = _score(task, gold, out / "predictions.jsonl")
     made_by = f"{len(answers)} of {len(gold)} documents answered"
-    page = render_page(
-        shown, lambda path: open_image(root / path), title="Evaluation", made_by=made_by, scores=scores
-    )
-    write_file(out / "report.html", page)
+    _write(out, scores, made_by, outcome.records, lambda path: load_image(out / "run" / path))
+    return scores
+
+
+def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -> dict[str, float]:
+    """Score answers that are there already; writes scores.json and report.html into `out`."""
+    gold = task.read_gold(data)
+    scores, answers = _score(task, gold, predictions)
+    pictures: dict[str, Image] = {}
+
+    def keep(image: Image, _: int) -> str:
+        name = str(len(pictures))
+        pictures[name] = image
+        return name
+
+    records = [document_to_record(answer, keep) for answer in answers]
+    made_by = f"{len(answers)} of {len(gold)} documents answered"
+    _write(out, scores, made_by, records, lambda name: pictures[name].load())
     return scores
 
 
@@ -99,6 +88,29 @@ def read_predictions(path: Path) -> list[Document]:
 def read_document_folder(data: Path) -> list[Document]:
     """The documents of a folder that `data storyworld` wrote, or of a file."""
     return read_documents(data / "documents.jsonl" if data.is_dir() else data)
+
+
+def _score(
+    task: Task, gold: Sequence[Document], predictions: Path
+) -> tuple[dict[str, float], Sequence[Document]]:
+    answers = read_predictions(predictions)
+    unknown = {answer.id for answer in answers} - {document.id for document in gold}
+    if unknown:
+        raise InputError(f"{predictions}: id {min(unknown)!r} is not in the task's documents", field="id")
+    return task.score(answers, gold), answers
+
+
+def _write(
+    out: Path,
+    scores: Mapping[str, float],
+    made_by: str,
+    records: Sequence[Mapping[str, Any]],
+    open_image: OpenImage,
+):
+    make_folder(out)
+    write_file(out / "scores.json", json.dumps(scores, indent=2).encode() + b"\n")
+    page = render_page(records, open_image, title="Evaluation", made_by=made_by, scores=scores)
+    write_file(out / "report.html", page)
 
 
 def _prediction(record: Mapping[str, Any]) -> dict[str, Any]:
