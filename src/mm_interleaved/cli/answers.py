@@ -11,6 +11,7 @@ import typer
 
 from mm_interleaved.cli.command import Flags, command
 from mm_interleaved.cli.generate import (
+    SOME_FAILED,
     Device,
     Dtype,
     Model,
@@ -18,7 +19,7 @@ from mm_interleaved.cli.generate import (
     Output,
     Pictures,
     Texts,
-    _checked_file,
+    checked_file,
     default_output,
     run_and_report,
     typed_document,
@@ -92,7 +93,7 @@ def ground(
     box = box_in_pixels(answer, picture.size)
     if box is None:
         say(f"no box in the answer {answer!r}")
-        return 1 if output else 0
+        return SOME_FAILED
     say(" ".join(map(str, box)))
     if output is not None:
         _draw_box(picture, box, output)
@@ -166,7 +167,7 @@ def box_in_pixels(answer: str, size: tuple[int, int]) -> tuple[int, int, int, in
 
 
 def _question(path: Path, question: str) -> Document:
-    picture = Image(_checked_file(path), role="user", name=str(path))
+    picture = Image(checked_file(path), role="user", name=str(path))
     return typed_document(str(path), [picture, Text(question, role="user")], layout="T")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mm_interleaved.cli.command import Flags, command
-from mm_interleaved.cli.generate import Device, Dtype, Model, _checked_file
+from mm_interleaved.cli.generate import Device, Dtype, Model, checked_file
 from mm_interleaved.cli.output import say, say_error
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.errors import InputError
@@ -106,7 +106,7 @@ class _Pictures:
 
 
 def _picture(name: str) -> Image:
-    picture = Image(_checked_file(Path(name)), role="user", name=name)
+    picture = Image(checked_file(Path(name)), role="user", name=name)
     picture.load()
     return picture
 

@@ -14,6 +14,7 @@ import typer
 from mm_interleaved.cli.command import Flags, command, typed_in_order
 from mm_interleaved.cli.output import progress, say
 from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, ModelFileError, UsageError
 from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, TextDelta
 
@@ -52,6 +53,9 @@ def generate(
         Path | None,
         typer.Option(help="Images may lie here and below (default: INPUT's folder).", metavar="DIR"),
     ] = None,
+    skip_missing_images: Annotated[
+        bool, typer.Option("--skip-missing-images", help="Leave out images whose files are absent.")
+    ] = False,
     retry_errors: RetryErrors = False,
     new_run: NewRun = False,
     device: Device = "auto",
@@ -68,7 +72,11 @@ def generate(
     if (input is None) == (not parts):
         found = "both" if parts else "neither"
         raise UsageError(f"expected either INPUT or --text/--image parts, found {found}")
-    documents = read_input(input, image_root) if input else [typed_document("story", parts)]
+    documents = (
+        read_documents(input, image_root=image_root, skip_missing_images=skip_missing_images)
+        if input
+        else [typed_document("story", parts)]
+    )
     if input and output and output.resolve() in (input.resolve(), input.resolve().parent / "results.jsonl"):
         raise UsageError(f"{output}: is the input, expected another folder for the results")
     output = output or default_output(input.stem if input else "story", documents, model, flags)
@@ -87,7 +95,6 @@ def replay(
     ] = None,
 ) -> int:
     """Make a run again and compare: every record and every image, bit for bit."""
-    from mm_interleaved.document_formats import read_documents
     from mm_interleaved.model_source import find_model, hash_model
     from mm_interleaved.run_folder import read_manifest
 
@@ -116,25 +123,15 @@ def typed_parts(context: typer.Context, text: list[str] | None, image: list[Path
     parts: list[Part] = []
     for name, value in typed_in_order(context, text=text or [], image=image or []):
         if name == "text":
-            parts.append(Text(_checked_text(value)))
+            parts.append(Text(checked_text(value)))
         else:
-            parts.append(Image(_checked_file(value), name=str(value)))
+            parts.append(Image(checked_file(value), name=str(value)))
     return parts
 
 
 def typed_document(name: str, parts: Sequence[Part], layout: str | None = None) -> Document:
     """A document made of what was typed."""
     return Document(id=name, parts=tuple(parts), layout=layout)
-
-
-def read_input(path: Path, image_root: Path | None) -> list[Document]:
-    """All documents of a file, checked."""
-    from mm_interleaved.document_formats import read_documents
-
-    documents = read_documents(path, image_root=image_root)
-    if not documents:
-        raise InputError(f"{path}: holds no document, expected at least one")
-    return documents
 
 
 def default_output(name: str, documents: Sequence[Document], model: str, flags: Flags) -> Path:
@@ -234,7 +231,7 @@ def _use_threads(number: int):
     torch.set_num_threads(number)
 
 
-def _checked_text(text: str) -> str:
+def checked_text(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -242,7 +239,7 @@ def _checked_text(text: str) -> str:
     return text
 
 
-def _checked_file(path: Path) -> Path:
+def checked_file(path: Path) -> Path:
     if not path.is_file():
         found = "is not a regular file" if path.exists() else "there is no such file"
         raise InputError(f"--image {str(path)!r}: {found}", field="image")
