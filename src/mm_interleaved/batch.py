@@ -32,9 +32,7 @@ class Batch:
     position_ids: Tensor
     """(B, T) int64, 0 at the first token of each document, and at padding."""
     document_start: Tensor
-    """(B, T) int64: index, in the row, of the first token of the token's document. Padding is a document of
-    its own.
-    """
+    """(B, T) int64: index of the first token of the token's document. Padding is a document of its own."""
     image_start: Tensor
     """(B, N) int64: index, in the row, of each image's start token; NO_IMAGE (-1) behind the last one."""
     pixel_values: Tensor
@@ -83,8 +81,7 @@ class PixelRule(Protocol):
 def pack(
     sequences: Iterable[Sequence], max_length: int, max_images: int | None = None
 ) -> list[list[Sequence]]:
-    """Rows of at most `max_length` tokens and `max_images` images, in the order given; nothing is cut or
-    lost.
+    """Rows of at most `max_length` tokens and `max_images` images, in order; nothing is cut or lost.
 
     Raises:
         TooLongError: one sequence alone does not fit (see `sequence.cut_sequence`).

@@ -103,8 +103,7 @@ def document_to_record(document: Document, image_path: ImagePath) -> dict[str, A
             relative to the file that the record goes into, or a `data:` URL.
 
     Returns:
-        A dict of JSON values; reading it back gives the same parts, roles, flags, layout, generation and
-        meta.
+        A dict of JSON values. Read back, it gives the same document.
     """
     image_count = 0
 

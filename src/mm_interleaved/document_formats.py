@@ -209,6 +209,7 @@ def _part(item: Field, folder: ImageFolder, role: str | None) -> list[Part]:
     own_role = item.get("role")
     role = role if own_role is None else own_role.text()
     kind = None if "type" not in item else item["type"].text()
+    found: list[Part]
     if kind is None:
         found = _pair(item, folder, role)
     elif kind in ("text", "input_text", "output_text"):
@@ -422,7 +423,8 @@ def _read_annotation(record: Field, folder: ImageFolder) -> Body:
     return Body(_before_dummy(parts, record) if paints_first else parts, layout=layout)
 
 
-def _before_dummy(parts: list[Part | None], record: Field) -> list[Part]:
+def _before_dummy(parts: list[Any], record: Field) -> list[Part]:
+    """The parts before the one image that is None, with its place checked."""
     end = parts.index(None)
     if any(isinstance(part, Image) for part in parts[end:]):
         record["sentence_ixs"].wrong("the image to generate, the last one named, to come last")
@@ -443,7 +445,7 @@ class _Placed:
 
 
 def _between(sentences: Sequence[str], images: Sequence[_Placed]) -> list[Any]:
-    """Sentences joined by a space, no space beside an image, each image before or after its sentence."""
+    """Parts: sentences joined by a space, none beside an image; each image (or None) at its sentence."""
     parts: list[Part | None] = []
     run: list[str] = []
 

@@ -65,8 +65,6 @@ class StorageError(MMInterleavedError):
 
 
 def escape(text: str, limit: int = 120) -> str:
-    """`text` made safe for one line of an error or a log: control and direction characters escaped, cut at
-    `limit`.
-    """
+    """`text` made safe for a line of a log: control and direction characters escaped, cut at `limit`."""
     shown = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)

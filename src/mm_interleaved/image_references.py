@@ -1,6 +1,4 @@
-"""What an image reference in a record means: a local file inside the allowed folder, or bytes in the record
-itself.
-"""
+"""What an image reference in a record means: a file inside the allowed folder, or bytes in the record."""
 
 from __future__ import annotations
 

@@ -67,9 +67,7 @@ def open_image(
         ImageError: missing, not a regular file, another format, damaged, or more than `max_pixels`.
     """
     if isinstance(source, PILImage.Image):
-        name = name or "image in memory"
-        _check_size(source, name, max_pixels)
-        return _decoded(source, name)
+        return _opened(source, b"", name or "image in memory", max_pixels)
     if isinstance(source, bytes):
         name, data = name or "image data", source
     else:
@@ -77,12 +75,20 @@ def open_image(
         data = read_regular_file(Path(source), name)
     if not data:
         raise ImageError(f"image {escape(name)!r}: the file is empty")
+    return _opened(io.BytesIO(data), data, name, max_pixels)
+
+
+def _opened(source: io.BytesIO | PILImage.Image, data: bytes, name: str, max_pixels: int) -> PILImage.Image:
+    """Decodes, whatever the decoder raises. `data` is what a message describes if it is no image."""
     try:
         with warnings.catch_warnings():
             # Our own limit below is stricter; damaged metadata is no reason to refuse pixels.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            with PILImage.open(io.BytesIO(data), formats=FORMATS) as image:
+            if isinstance(source, PILImage.Image):
+                _check_size(source, name, max_pixels)
+                return _decoded(source, name)
+            with PILImage.open(source, formats=FORMATS) as image:
                 _check_size(image, name, max_pixels)
                 return _decoded(image, name)
     except ImageError:

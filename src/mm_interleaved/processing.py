@@ -123,8 +123,11 @@ class MMInterleavedProcessor:
                 write_file(target, file.read_bytes())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> MMInterleavedProcessor:
+    def from_pretrained(cls, folder: str | Path, **of_transformers: Any) -> MMInterleavedProcessor:
         """The processor that `save_pretrained` wrote.
+
+        Args:
+            of_transformers: what `AutoProcessor` hands to every processor; none of it matters here.
 
         Raises:
             ModelFileError: the folder has no (valid) `processor_config.json` or no tokenizer that fits it.

@@ -9,7 +9,7 @@ Letters: T tokens, I images.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,9 +25,7 @@ class Sequence:
     input_ids: np.ndarray
     """(T,) int64."""
     image_starts: np.ndarray
-    """(I,) int64, ascending: where each image's start token stands; its slots are the next `num_slots`
-    ids.
-    """
+    """(I,) int64, ascending: index of each image's start token; its slots are the next `num_slots` ids."""
     images: tuple[Image, ...]
     """I images, in the same order."""
     text_is_target: np.ndarray
@@ -86,8 +84,7 @@ def decode_sequence(
     vocabulary: Vocabulary,
     images: SequenceABC[Image],
 ) -> tuple[Part, ...]:
-    """The parts that ids stand for: text between the images, and the images in order. Special ids are left
-    out.
+    """The parts that ids stand for: text between images, and the images. Special ids are left out.
 
     Two texts that touch come back as one; conversation markers come back as text.
     """
@@ -130,11 +127,10 @@ def _pieces(document: Document, include_target: bool) -> list[Piece]:
     if any(part.role is not None for part in document.parts):
         pieces = conversation_pieces(document.parts, target)
     else:
-        pieces = [Piece(part, is_target=True) for part in (*document.parts, *target)]
-    if document.target:
-        # Only the target counts; it stands at the end.
-        first = len(pieces) - len(target)
-        pieces = [Piece(p.part, p.is_target and i >= first, p.ends_turn) for i, p in enumerate(pieces)]
+        pieces = [Piece(part, is_target=not target) for part in document.parts]
+        pieces += [Piece(part, is_target=True) for part in target]
+    if document.target and not include_target:
+        return [replace(piece, is_target=False) for piece in pieces]
     return pieces
 
 

@@ -123,10 +123,9 @@ class Record:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The objects of a `.jsonl` file (one a line, blank lines skipped) or a `.json` file (one, or a list of
-    them).
+    """The objects of a `.jsonl` file (one a line) or of a `.json` file (one, or a list of them).
 
-    A byte-order mark, Windows line ends and a missing last line end are all right.
+    A byte-order mark, blank lines, Windows line ends and a missing last line end are all right.
 
     Raises:
         InputError: missing, not a regular file, not UTF-8, not strict JSON, or too large.

@@ -58,11 +58,11 @@ class Vocabulary:
         ids = {"image_start": image_start, "image": image, "bos": bos, "eos": eos, "pad": pad}
         if len(set(ids.values())) < len(ids) or min(ids.values()) < 0:
             raise ValueError(f"special ids must be different and not negative, found {ids}")
-        # The padding id of the released checkpoint, 31999, is also a piece of text: then it is no reserved
-        # id.
+        # The released checkpoint pads with 31999, which is also a piece of text: then it is not reserved.
         reserved = frozenset((image_start, image, bos, eos))
         self._reserved = reserved if pad in self._ids(self._spelling(pad)) else reserved | {pad}
-        self._unknown: int | None = tokenizer.unk_token_id
+        unknown = tokenizer.unk_token_id
+        self._unknown = unknown if isinstance(unknown, int) else None
         # A SentencePiece tokenizer of transformers marks the beginning of a piece of text by a space, unless
         # the text begins with one: that space would be lost, where SentencePiece itself keeps both.
         self._swallows_space = self._ids(" a") == self._ids("a")
@@ -122,7 +122,9 @@ class Vocabulary:
         """The text of ids; special ids, and ids beyond the tokenizer's own, are left out."""
         size = len(self.tokenizer)
         kept = [int(i) for i in ids if int(i) not in self._reserved and 0 <= int(i) < size]
-        return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
     def image_ids(self) -> list[int]:
         """The ids that stand for one image: its start token and its slots."""

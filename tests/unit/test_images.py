@@ -88,6 +88,15 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
     assert np.array_equal(found, np.arange(256))
 
 
+def test_a_picture_in_memory_passes_the_same_guard():
+    assert open_image(PILImage.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(ImageError, match="4 x 4 pixels, expected at most 15"):
+        open_image(PILImage.new("RGB", (4, 4)), max_pixels=15)
+    not_yet_decoded = PILImage.open(io.BytesIO(encoded(gradient())[:60]))
+    with pytest.raises(ImageError, match="'p': damaged"):
+        open_image(not_yet_decoded, name="p")
+
+
 def test_a_mode_without_a_range_is_refused():
     with pytest.raises(ImageError, match="mode F"):
         open_image(PILImage.new("F", (2, 2)))
