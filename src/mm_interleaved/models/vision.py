@@ -50,6 +50,8 @@ class ClipBackbone(nn.Module):
         init.normal_(self.embeddings.class_embedding, std=width**-0.5)
         init.normal_(self.embeddings.patch_embedding.weight, std=0.02)
         init.normal_(self.embeddings.position_embedding.weight, std=0.02)
+        # A buffer that no checkpoint holds: transformers leaves its memory unset when it loads a model.
+        init.copy_(self.embeddings.position_ids, torch.arange(self.embeddings.num_positions)[None])
 
     def embed(self, pixels_I3yx: Tensor) -> Tensor:
         """Tokens before the first layer, class token first: (I, 1 + T, C)."""
