@@ -9,6 +9,10 @@ from golden import Golden
 from torch import Tensor
 from torch.nn import functional as F
 
+from mm_interleaved.generation.diffusion import build_scheduler, denoise
+from mm_interleaved.generation.session import InterleavedSession
+from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.generation.text import TextRules, generate_text_batch, score_options
 from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.losses import denoising_errors
@@ -276,6 +280,150 @@ def unet_synchronizer(golden: Golden) -> dict[str, Tensor]:
     return out
 
 
+# ---- Text ---------------------------------------------------------------------------------------------------------
+
+# Defaults of the official generation functions (GOLDEN.md, section 4.9).
+TEXT_DEFAULTS = {"num_beams": 5, "max_length": 30, "min_length": 8, "top_p": 0.9, "temperature": 1.0}
+
+
+def text(golden: Golden) -> dict[str, Tensor]:
+    out = {}
+    ids = golden.inputs["gen_text.text_ids"]
+    for case in golden.cases("gen_text"):
+        arguments = TEXT_DEFAULTS | golden.meta[f"gen_text.{case}"]
+        samples = arguments.get("use_nucleus_sampling", False)
+        settings = GenerationSettings(
+            num_beams=1 if samples else arguments["num_beams"],
+            do_sample=samples,
+            top_p=arguments["top_p"],
+            temperature=arguments["temperature"],
+            repetition_penalty=arguments.get("repetition_penalty", 1.0),
+            length_penalty=arguments.get("length_penalty", 1.0),
+        )
+        rules = TextRules(
+            stop_ids=(golden.tokens["eos_token_id"], golden.tokens["soi_token_id"]),
+            max_new_tokens=arguments["max_length"],
+            # The official minimum counts the bos that decoding starts with.
+            min_new_tokens=arguments["min_length"] - 1,
+        )
+        seed = arguments.get("torch_manual_seed")
+        written = generate_text_batch(
+            golden.model,
+            ids,
+            golden.inputs["gen_text.attention_mask"],
+            golden.pixels(golden.inputs["gen_text.image_index"]),
+            golden.image_start(ids),
+            settings,
+            rules,
+            num_return_sequences=arguments.get("num_captions", 1),
+            generator=None if seed is None else torch.Generator().manual_seed(seed),
+            output_logits=f"gen_text.{case}.step_logits" in golden.outputs,
+        )
+        out[f"gen_text.{case}.text_ids"] = written.ids
+        if written.logits is not None:
+            out[f"gen_text.{case}.step_logits"] = torch.stack(written.logits)
+        if written.hypothesis_scores is not None:
+            out[f"gen_text.{case}.sequence_scores"] = written.sequence_scores
+            out[f"gen_text.{case}.final_hypothesis_scores"] = written.hypothesis_scores
+    return out
+
+
+def scores(golden: Golden) -> dict[str, Tensor]:
+    inputs, rows, image = golden.inputs, [], 0
+    prompts = sorted(int(key.split(".")[-1]) for key in inputs if key.startswith("scores.text_ids."))
+    for i in prompts:
+        mask = inputs[f"scores.attention_mask.{i}"].bool()
+        session = InterleavedSession(golden.model)
+        ids = inputs[f"scores.text_ids.{i}"][mask].tolist()
+        slots = golden.model.config.num_slots
+        while ids:
+            if ids[0] == golden.tokens["soi_token_id"]:
+                session.append_image(golden.pixels(inputs["scores.image_index"][image : image + 1]))
+                ids, image = ids[1 + slots :], image + 1
+            else:
+                session.append_text(ids[:1])
+                ids = ids[1:]
+        options = inputs[f"scores.options_ids.{i}"]
+        lengths = inputs[f"scores.options_attn_masks.{i}"].sum(1)
+        options = [option[:length].tolist() for option, length in zip(options, lengths, strict=True)]
+        rows.append(score_options(session, options))
+    return {"scores.scores": torch.stack(rows)[:, None]}
+
+
+# ---- Pictures -----------------------------------------------------------------------------------------------------
+
+# The official pipeline paints at most so many pictures at once, and its generator runs on from batch to batch.
+PICTURES_AT_ONCE = 8
+
+
+def pictures(golden: Golden) -> dict[str, Tensor]:
+    model, inputs = golden.model, golden.inputs
+    ids = inputs["gen_image.text_ids"]
+    image_start = golden.image_start(ids)
+    one_document = torch.zeros_like(ids)  # the official generation takes a row for one document
+    pixels = golden.pixels(inputs["gen_image.image_index"])
+    hidden = model(
+        input_ids=ids, attention_mask=inputs["gen_image.attention_mask"], pixel_values=pixels, image_start=image_start
+    ).hidden
+    pyramid = model.encode_images(pixels).pyramid
+    row, column = (image_start != NO_IMAGE).nonzero(as_tuple=True)
+    end = image_start[row, column]
+    conditioning, _ = model.condition(hidden, row, torch.zeros_like(end), end)
+    index = context_images(one_document, image_start, "previous", model.max_context_images)
+    out = _contexts(golden, hidden, image_start, one_document, prefix="gen_image")
+    for case in golden.cases("gen_image"):
+        if f"gen_image.{case}" in golden.meta:
+            out |= _painted(golden, case, conditioning, pyramid, index)
+    return out
+
+
+def _painted(golden: Golden, case: str, conditioning: Tensor, pyramid, index: Tensor) -> dict[str, Tensor]:
+    model, prefix, arguments = golden.model, f"gen_image.{case}", golden.meta[f"gen_image.{case}"]
+    targets = golden.inputs.get(f"{prefix}.target_image_idxs", torch.arange(len(conditioning)))
+    conditioning, index = conditioning[targets], index[targets]
+    seen = (index != NO_IMAGE).long()
+    rounds = arguments.get("num_validation_images", 1)
+    guidance = arguments["guidance_scale"]
+    out = {
+        f"{prefix}.perceiver_out": conditioning,
+        f"{prefix}.mmfs_mask_in_unet": torch.cat([seen, seen]) if guidance > 1 else seen,
+    }
+    images, decoder = [], model.image_decoder
+    for number in range(rounds):
+        suffix = f".val{number}" if rounds > 1 else ""
+        seed = golden.config["model"]["image_decoder_config"]["sd_base_seed"] + number
+        generator, finished, traces = torch.Generator().manual_seed(seed), [], []
+        for first in range(0, len(targets), PICTURES_AT_ONCE):
+            own = slice(first, first + PICTURES_AT_ONCE)
+            shape = golden.inputs[f"{prefix}.initial_latents{suffix}"][own].shape
+            noise = torch.randn(shape, generator=generator)
+            steps = denoise(
+                decoder,
+                build_scheduler(arguments["scheduler"], model.config.scheduler_config),
+                noise,
+                conditioning[own],
+                model.look_at(pyramid, index[own]),
+                num_inference_steps=arguments["num_inference_steps"],
+                guidance_scale=guidance,
+                generator=generator,
+            )
+            latents_in, predictions, latents = [], [], noise
+            for step in steps:
+                latents_in.append(latents)
+                predictions.append(step.prediction)
+                latents = step.latents
+            finished.append(latents)
+            traces.append((torch.stack(latents_in), torch.stack(predictions)))
+        latents = torch.cat(finished)
+        out[f"{prefix}.final_latents{suffix}"] = latents
+        out[f"{prefix}.trace.latents_in"], out[f"{prefix}.trace.unet_out"] = traces[0]
+        images.append(decoder.decode(latents))
+    out[f"{prefix}.image_first"] = images[0][:1]
+    # The official rounding: x * 255 + 0.5, cut.
+    out[f"{prefix}.image_u8"] = (torch.cat(images) * 255 + 0.5).to(torch.uint8)
+    return out
+
+
 # ---- Small things -----------------------------------------------------------------------------------------------
 
 
@@ -291,6 +439,9 @@ def schedule(golden: Golden) -> dict[str, Tensor]:
 PRODUCERS: dict[str, Callable[[Golden], dict[str, Tensor]]] = {
     "vt.": vision,
     "forward.": forward,
+    "gen_text.": text,
+    "scores.": scores,
+    "gen_image.": pictures,
     "mmfs_llm.": language_synchronizer,
     "mmfs_sd.": unet_synchronizer,
     "vae_decode.": vae_decode,

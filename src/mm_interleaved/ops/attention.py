@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mm_interleaved.ops.gather import sample_gather
+from mm_interleaved.ops.gather import attend_gather, sample_gather
 from mm_interleaved.ops.reference import sample_reference
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": sample_reference, "gather": sample_gather}
@@ -58,11 +58,25 @@ def deformable_sampling(
     cells = sum(size * size for size in level_sizes)
     if cells != value_BSHD.shape[1]:
         raise ValueError(f"levels of sizes {tuple(level_sizes)} hold {cells} cells, got {value_BSHD.shape[1]}")
+    sample = IMPLEMENTATIONS[choose_implementation(implementation, value_BSHD)]
+    return sample(value_BSHD, level_sizes, location_BQHLP2, weight_BQHLP)
+
+
+def choose_implementation(implementation: str, value: Tensor) -> str:
+    """Resolve "auto": the gather path, but for training on a CPU and for devices without `embedding_bag`.
+
+    Training on a CPU, grid_sample's backward is faster than embedding_bag's, which sorts (1.1 s against 1.7 s a step of
+    16 documents of the shipped model, one core, 2026-11).
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     if implementation == "auto":
-        implementation = "reference" if value_BSHD.device.type == "mps" else "gather"
+        is_cpu_training = value.device.type == "cpu" and value.requires_grad and torch.is_grad_enabled()
+        return "reference" if value.device.type == "mps" or is_cpu_training else "gather"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {sorted(IMPLEMENTATIONS)} or 'auto', got {implementation!r}")
-    return IMPLEMENTATIONS[implementation](value_BSHD, level_sizes, location_BQHLP2, weight_BQHLP)
+    return implementation
 
 
 def sampling_plan(
@@ -138,6 +152,22 @@ def multi_image_deformable_attention(
     """
     B, N, S, H, D = value_BNSHD.shape
     Q = query_term_BQHE.shape[1]
+    if N == 0:
+        # All weight is on looking nowhere.
+        nothing_BQHD = value_BNSHD.new_zeros(B, Q, H, D)
+        return nothing_BQHD if ignore_HD is None else nothing_BQHD + ignore_HD
+    if choose_implementation(implementation, value_BNSHD) == "gather":
+        return attend_gather(
+            value_BNSHD,
+            query_term_BQHE,
+            index_term_KHE,
+            relative_index_BQN,
+            reference_BQ2,
+            level_sizes,
+            num_points=num_points,
+            base_size=base_size,
+            ignore_HD=ignore_HD,
+        )
     plan = sampling_plan(
         query_term_BQHE,
         index_term_KHE,
@@ -147,16 +177,13 @@ def multi_image_deformable_attention(
         num_points=num_points,
         base_size=base_size,
     )
-    if N == 0:
-        out = value_BNSHD.new_zeros(B, Q, H, D)
-    else:
-        out = deformable_sampling(
-            value_BNSHD.reshape(B, N * S, H, D),
-            tuple(level_sizes) * N,
-            plan.location,
-            plan.weight,
-            implementation=implementation,
-        )
+    out = deformable_sampling(
+        value_BNSHD.reshape(B, N * S, H, D),
+        tuple(level_sizes) * N,
+        plan.location,
+        plan.weight,
+        implementation=implementation,
+    )
     if ignore_HD is None:
         return out
     return out + plan.ignore[..., None].to(out.dtype) * ignore_HD
