@@ -1,0 +1,207 @@
+"""The shipped model from scratch: VAE, then text side, then image side, on two CPU cores.
+
+`StoryWorldConfig` names every number; `build_*` make the parts; `storyworld_stages` says what is trained in which order.
+"""
+
+from dataclasses import dataclass, field
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
+
+from mm_interleaved.config import (
+    AdapterConfig,
+    MMInterleavedConfig,
+    ResamplerConfig,
+    SynchronizerConfig,
+)
+from mm_interleaved.document import Text
+from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.prompts import conversation_pieces
+from mm_interleaved.storyworld.tasks import TASK_WEIGHTS
+from mm_interleaved.training.data import INTERVIEW, Mixture, training_document
+from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.tokenizer import train_tokenizer
+
+PICTURE_SIZE = 64
+
+TEXT_MIXTURES = (
+    Mixture(share=7, batch_size=16, tasks={INTERVIEW: 55, "caption": 20, "paragraph": 5, "ground": 10, "draw": 10}),
+    Mixture(share=3, batch_size=5, tasks={"story": 65, "few_shot": 20, "edit": 10, "segmentation": 5}),
+)
+"""What the text side learns from; interviews stand for vqa and dialogue."""
+
+IMAGE_MIXTURES = (
+    Mixture(share=1, batch_size=24, tasks={"draw": 60, "segmentation": 12, "edit": 28}),
+    Mixture(share=2, batch_size=8, tasks={"story": 1}),
+)
+"""What the image side learns from: pictures that follow from text and earlier pictures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizesConfig:
+    """The numbers of the model."""
+
+    latent_channels: int = 4
+    """Channels of the VAE's latents, 16 × 16 for a picture."""
+    vae_channels: tuple[int, ...] = (32, 64, 64)
+    """Channels at 64, 32 and 16 pixels a side."""
+    vision_dim: int = 96
+    """Width of the vision tower and of its pyramid (32, 16, 8 and 4 cells a side)."""
+    num_slots: int = 4
+    """Image tokens an image takes in the language model."""
+    text_dim: int = 192
+    """Width of the language model."""
+    text_layers: int = 5
+    """Layers of the language model."""
+    max_length: int = 1024
+    """Tokens that the language model can read."""
+    unet_channels: tuple[int, ...] = (64, 96, 128, 128)
+    """Channels at 16, 8, 4 and 2 latent cells a side."""
+    conditioning_dim: int = 128
+    """Width of the U-Net's conditioning."""
+    num_conditioning: int = 16
+    """Conditioning vectors."""
+    use_synchronizers: bool = True
+    """False trains the twin that sees images through their slots only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoryWorldConfig:
+    """`mm-interleaved train storyworld`: one name below, e.g. `image.steps`, is what `--set` takes."""
+
+    seed: int = 1
+    """Seed of weights, data and noise."""
+    num_threads: int = 2
+    """Threads of PyTorch; the same number gives the same bits."""
+    device: str = "cpu"
+    """Where to train: "cpu", "cuda", ..."""
+    detail_weight: float = 4.0
+    """VAE: extra weight of pixels beside edges."""
+    kl_weight: float = 1e-5
+    """VAE: weight of the KL term."""
+    sizes: SizesConfig = field(default_factory=SizesConfig)
+    vae: StageConfig = StageConfig(
+        steps=4000, batch_size=16, learning_rate=1e-3, warmup_steps=50, ema_decay=0.995, use_bfloat16=True
+    )
+    text: StageConfig = StageConfig(steps=3000, batch_size=16, learning_rate=1e-3, warmup_steps=100)
+    image: StageConfig = StageConfig(
+        steps=4000, batch_size=8, learning_rate=1e-3, warmup_steps=100, ema_decay=0.998, use_bfloat16=True
+    )
+
+
+def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
+    """The tokenizer, trained on two thousand documents of the world."""
+    mixture = {**TASK_WEIGHTS, INTERVIEW: 10}
+    texts = []
+    for index in range(2000):
+        parts = training_document(seed, index, mixture).parts
+        if any(part.role for part in parts):
+            parts = tuple(piece.part for piece in conversation_pieces(parts))
+        texts += [part.text for part in parts if isinstance(part, Text)]
+    return train_tokenizer(texts, vocabulary_size=1024)
+
+
+def build_processor(config: StoryWorldConfig) -> MMInterleavedProcessor:
+    """Tokenizer and image rule of the model."""
+    return MMInterleavedProcessor(build_tokenizer(config.seed), PICTURE_SIZE, PICTURE_SIZE, config.sizes.num_slots)
+
+
+def build_vae(sizes: SizesConfig) -> AutoencoderKL:
+    """A stock autoencoder of factor 4."""
+    levels = len(sizes.vae_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=sizes.vae_channels,
+        layers_per_block=1,
+        latent_channels=sizes.latent_channels,
+        norm_num_groups=8,
+        sample_size=PICTURE_SIZE,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+
+
+def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInterleavedConfig:
+    """The configuration of the whole model."""
+    vocabulary = processor.vocabulary
+    unet = UNet2DConditionModel(
+        sample_size=PICTURE_SIZE // 4,
+        in_channels=sizes.latent_channels,
+        out_channels=sizes.latent_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=sizes.unet_channels,
+        layers_per_block=1,
+        cross_attention_dim=sizes.conditioning_dim,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        use_linear_projection=True,
+    )
+    scheduler = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "v_prediction",
+        # Without a pure-noise last step, training could read day or night off the mean of the noise.
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+    }
+    synchronizer = {"num_heads": 4, "num_points": 4, "value_dim": 96}
+    return MMInterleavedConfig(
+        text_config=LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=sizes.text_dim,
+            intermediate_size=512,
+            num_hidden_layers=sizes.text_layers,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            max_position_embeddings=sizes.max_length,
+            rms_norm_eps=1e-6,
+            pad_token_id=vocabulary.pad,
+            bos_token_id=vocabulary.bos,
+            eos_token_id=vocabulary.eos,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=sizes.vision_dim,
+            intermediate_size=3 * sizes.vision_dim,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=PICTURE_SIZE,
+            patch_size=8,
+        ),
+        unet_config=dict(unet.config),
+        vae_config=dict(build_vae(sizes).config),
+        scheduler_config=scheduler,
+        adapter=AdapterConfig(stem_dim=24),
+        slot_resampler=ResamplerConfig(
+            dim=sizes.vision_dim, num_queries=sizes.num_slots, num_layers=2, num_heads=4, mlp_dim=256,
+            query_key_norm=True,
+        ),
+        conditioning_resampler=ResamplerConfig(
+            dim=sizes.conditioning_dim, num_queries=sizes.num_conditioning, num_layers=2, num_heads=4, mlp_dim=256
+        ),
+        text_synchronizer=SynchronizerConfig(
+            **synchronizer, levels=(0, 1, 2), max_images=16, base_size=8, offset_spread=3.0, every=2
+        )
+        if sizes.use_synchronizers
+        else None,
+        image_synchronizer=SynchronizerConfig(
+            # Two earlier images, and the two levels around the latents' own resolution: all eight and four levels cost
+            # twice as much as the rest of a training step together.
+            **synchronizer, levels=(1, 2), max_images=3, base_size=16, offset_spread=4.0
+        )
+        if sizes.use_synchronizers
+        else None,
+        bos_token_id=vocabulary.bos,
+        eos_token_id=vocabulary.eos,
+        pad_token_id=vocabulary.pad,
+        image_start_token_id=vocabulary.image_start,
+        image_token_id=vocabulary.image,
+        context_images="all",
+        image_loss_weight=1.0,
+    )  # fmt: skip
