@@ -52,7 +52,10 @@ class Golden:
 
     @cached_property
     def model(self) -> MMInterleavedForConditionalGeneration:
-        """Our model with the folder's weights, loaded through the same key map as `convert`."""
+        """Our model with the folder's weights, loaded through the same key map as `convert`.
+
+        A folder may hold the weights of some parts only; then only their outputs can be asked for.
+        """
         config = released_config(
             llm=self.config["llm"],
             clip=self.config["clip"],
@@ -64,7 +67,9 @@ class Golden:
         model = MMInterleavedForConditionalGeneration(config).eval()
         official = load_file(self.folder / "model.safetensors")
         ours = dict(pair for key, tensor in official.items() if (pair := from_official(key, tensor)))
-        model.load_state_dict(ours, strict=True)
+        unexpected = model.load_state_dict(ours, strict=False).unexpected_keys
+        assert not unexpected, unexpected
+        self.unfilled = tuple(key for key in model.state_dict() if key not in ours)
         return model
 
     @cached_property
