@@ -41,6 +41,8 @@ class GenerationSettings:
     """Sample words instead of taking the likeliest."""
     temperature: float = 1.0
     """Flatten (above 1) or sharpen (below 1) the distribution that words are sampled from."""
+    top_k: int | None = None
+    """Sample from this many of the likeliest words; all where not given."""
     top_p: float = 1.0
     """Sample from the likeliest words that hold this much probability together."""
     repetition_penalty: float = 1.0
@@ -167,6 +169,7 @@ _RANGES = {
     "max_new_tokens": (0, _COUNT_LIMIT),
     "min_new_tokens": (0, _COUNT_LIMIT),
     "num_beams": (1, 64),
+    "top_k": (1, _COUNT_LIMIT),
     "top_p": (0.0, 1.0),
     "num_inference_steps": (1, 1000),
     "guidance_scale": (0.0, math.inf),

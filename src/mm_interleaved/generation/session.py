@@ -1,0 +1,150 @@
+"""A document while it is being read and written: tokens, images, and all that the model remembers of them.
+
+    append_text, append_image -> unread embeddings -> read() -> PrefixCache {keys, values, hidden states, image values}
+
+Whatever has been read is never computed again: each word, each picture costs only itself.
+Letters: T tokens so far, D hidden channels, N images so far.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mm_interleaved.models.image_decoder import EarlierImages
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.visibility import context_images
+
+
+class InterleavedSession:
+    """One growing document.
+
+    Attributes:
+        model: who reads and writes.
+        ids: all token ids so far, image starts and slots included.
+        image_starts: index of each image's start token.
+        cache: what has been read; its length may lag behind `ids`.
+        pyramid: the feature maps of all images, (N, C, s, s) a level, for the image decoder.
+    """
+
+    def __init__(self, model: MMInterleavedForConditionalGeneration):
+        self.model = model
+        self.ids: list[int] = []
+        self.image_starts: list[int] = []
+        self.cache = PrefixCache(model.config.text_config, device=model.device)
+        self.pyramid = model.vision.empty_pyramid()
+        # Embeddings of the tokens that the cache lacks, and of the last token. They are kept because the embedding
+        # of a slot stands in no table.
+        self._unread_1UD = torch.empty(1, 0, model.config.text_config.hidden_size, dtype=model.dtype, device=model.device)
+        self._last_11D = self._unread_1UD
+
+    # ---- How much fits -------------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit into the model's context."""
+        return self.model.config.text_config.max_position_embeddings - len(self.ids)
+
+    @property
+    def has_room_for_image(self) -> bool:
+        """Whether one more image fits: its start token and slots, and a row of the relative-index table."""
+        limit = max_images(self.model)
+        return self.room > self.model.config.num_slots and (limit is None or len(self.image_starts) < limit)
+
+    # ---- Growing -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def append_text(self, ids: Sequence[int]) -> None:
+        """Tokens that are no images. They are embedded now and read when somebody needs them."""
+        if len(ids):
+            table = torch.tensor([list(ids)], dtype=torch.int64, device=self.model.device)
+            self._append(ids, self.model.embed(table))
+
+    def start_image(self) -> None:
+        """The token that announces an image. What it looks like, `finish_image` says."""
+        self.image_starts.append(len(self.ids))
+        self.append_text([self.model.config.image_start_token_id])
+
+    @torch.no_grad()
+    def finish_image(self, pixel_values: Tensor) -> None:
+        """The slots of the image just started: RGB in [0, 1], (1, 3, H, W), square. Encoded once, for good."""
+        features = self.model.encode_images(pixel_values.to(self.model.device))
+        start = torch.tensor([[self.image_starts[-1]]], device=self.model.device)
+        # The synchronizers must know the image before its slots are read: slots look at their own image.
+        self.cache.append_images(start, self.model.values_by_row(features.pyramid, start))
+        is_first = len(self.image_starts) == 1
+        self.pyramid = (
+            features.pyramid
+            if is_first
+            else tuple(torch.cat(levels) for levels in zip(self.pyramid, features.pyramid, strict=True))
+        )
+        self._append([self.model.config.image_token_id] * features.slots.shape[1], features.slots)
+
+    def append_image(self, pixel_values: Tensor) -> None:
+        """An image that is given: RGB in [0, 1], (1, 3, H, W), square."""
+        self.start_image()
+        self.finish_image(pixel_values)
+
+    def accept(self, ids: Sequence[int]) -> None:
+        """Tokens that `generate` has chosen, and mostly read already: it reads each but the last."""
+        self.append_text(ids)
+        first_unread = len(self.ids) - self._unread_1UD.shape[1]
+        self._unread_1UD = self._unread_1UD[:, self.cache.get_seq_length() - first_unread :]
+
+    def _append(self, ids: Sequence[int], embeddings_1UD: Tensor) -> None:
+        self.ids.extend(ids)
+        self._unread_1UD = torch.cat([self._unread_1UD, embeddings_1UD.to(self._unread_1UD.dtype)], dim=1)
+        self._last_11D = embeddings_1UD[:, -1:]
+
+    # ---- Reading -------------------------------------------------------------------------------------------------
+
+    def read(self) -> Tensor:
+        """Final hidden states of the whole document, (1, T, D)."""
+        self._read(self._unread_1UD.shape[1])
+        return self.cache.hidden
+
+    def prompt(self) -> Tensor:
+        """What `generate` continues: (1, T, D), all read but the last token.
+
+        transformers cuts off as many of these as the cache holds, so only the last one is real.
+        """
+        if self._unread_1UD.shape[1] == 0:
+            self.cache.crop(-1)
+            self._unread_1UD = self._last_11D.to(self._unread_1UD.dtype)
+        self._read(self._unread_1UD.shape[1] - 1)
+        read = self._unread_1UD.new_zeros(1, self.cache.get_seq_length(), self._unread_1UD.shape[2])
+        return torch.cat([read, self._unread_1UD], dim=1)
+
+    @torch.no_grad()
+    def _read(self, count: int) -> None:
+        if count:
+            self.model(inputs_embeds=self._unread_1UD[:, :count], past_key_values=self.cache, logits_to_keep=1)
+            self._unread_1UD = self._unread_1UD[:, count:]
+
+    # ---- What an image is painted from -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def conditioning(self) -> Tensor:
+        """The document up to the image just started, as the U-Net's cross-attention reads it: (1, R, D)."""
+        hidden = self.read()
+        row = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+        return self.model.condition(hidden, row, start=row, end=row + self.image_starts[-1])[0]
+
+    @torch.no_grad()
+    def earlier_images(self, rule: str | Sequence[int]) -> EarlierImages | None:
+        """What the image just started may look at, see `visibility.context_images`."""
+        start = torch.tensor([self.image_starts])
+        chosen = context_images(
+            torch.zeros(1, len(self.ids), dtype=torch.int64), start, rule, self.model.max_context_images
+        )[-1]
+        chosen = chosen[chosen >= 0].to(self.model.device)
+        # The chosen are gathered first, so that only they are projected.
+        gathered = tuple(level[chosen] for level in self.pyramid)
+        return self.model.look_at(gathered, torch.arange(len(chosen), device=chosen.device)[None])
+
+
+def max_images(model: MMInterleavedForConditionalGeneration) -> int | None:
+    """How many images a document may hold before the language model cannot tell them apart; None: any number."""
+    synchronizer = model.config.part("text_synchronizer")
+    return None if synchronizer is None else synchronizer.max_images - 1

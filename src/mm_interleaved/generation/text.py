@@ -1,0 +1,325 @@
+"""Words: the text of a document through transformers' `generate`, and how likely given texts are.
+
+    session -> write_text -> runs of ids, the last one perhaps ended by a stop id
+    session, options -> score_options -> log-probabilities
+
+Letters: B rows, T tokens, D hidden channels, V vocabulary, O options, L tokens of the longest option.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mm_interleaved.generation.released_beam_search import released_beam_search
+from mm_interleaved.generation.session import InterleavedSession
+from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.prefix_cache import PrefixCache
+
+STREAM_EVERY = 4
+"""Tokens between two runs of streamed text: `generate` itself costs about as much as one token of a small model."""
+OPTIONS_AT_ONCE = 8
+RELEASED_TOP_K = 50
+"""transformers' default of the time, which nobody had switched off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRules:
+    """The frame of one text part, whatever the settings of its search."""
+
+    stop_ids: tuple[int, ...]
+    """Ids that end it; they are no part of it."""
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    forbidden_ids: tuple[int, ...] = ()
+
+
+class TextRun(NamedTuple):
+    """Some more text. `stop`: the id that ended it, in the last run, if one did."""
+
+    ids: list[int]
+    stop: int | None
+
+
+class TextBatch(NamedTuple):
+    """Texts of a batch, see `generate_text_batch`."""
+
+    ids: Tensor
+    logits: tuple[Tensor, ...] | None
+    sequence_scores: Tensor | None
+    hypothesis_scores: Tensor | None
+
+
+# ---- One document -------------------------------------------------------------------------------------------------
+
+
+def write_text(
+    session: InterleavedSession,
+    settings: GenerationSettings,
+    rules: TextRules,
+    generator: torch.Generator | None = None,
+) -> Iterator[TextRun]:
+    """Continue a document with text; the session grows by it, stop id excluded.
+
+    One beam comes in runs of `STREAM_EVERY` tokens, several beams in one run at the end.
+
+    Args:
+        generator: where sampled words come from; on the CPU, so that they are the same on any device.
+    """
+    if settings.num_beams > 1:
+        yield _write_beams(session, settings, rules)
+        return
+    written: list[int] = []
+    while len(written) < rules.max_new_tokens:
+        run_length = min(STREAM_EVERY, rules.max_new_tokens - len(written))
+        new_ids = _generate(session, settings, rules, written, run_length, generator)
+        run = _cut(new_ids, rules.stop_ids)
+        session.accept(run.ids)
+        yield run
+        if run.stop is not None:
+            return
+        written += run.ids
+
+
+def _write_beams(session: InterleavedSession, settings: GenerationSettings, rules: TextRules) -> TextRun:
+    num_read = len(session.ids) - 1
+    new_ids = _generate(session, settings, rules, [], rules.max_new_tokens, None)
+    # Back to the prompt, in one row: the chosen words are read again, in one pass, when they are needed.
+    session.cache.crop(num_read - session.cache.get_seq_length())
+    session.cache.batch_select_indices(torch.zeros(1, dtype=torch.int64, device=session.model.device))
+    run = _cut(new_ids, rules.stop_ids)
+    session.accept(run.ids)
+    return run
+
+
+def _generate(
+    session: InterleavedSession,
+    settings: GenerationSettings,
+    rules: TextRules,
+    written: list[int],
+    max_new_tokens: int,
+    generator: torch.Generator | None,
+) -> list[int]:
+    model = session.model
+    start = [*_decoder_start(model, settings), *written]
+    prompt = session.prompt()
+    output = _call_generate(
+        model,
+        prompt,
+        attention_mask=torch.ones(prompt.shape[:2], dtype=torch.int64, device=model.device),
+        cache=session.cache,
+        start_ids=torch.tensor([start], dtype=torch.int64, device=model.device),
+        processors=logits_processors(model, settings, rules, generator),
+        settings=settings,
+        stop_ids=rules.stop_ids,
+        max_new_tokens=max_new_tokens,
+    )
+    return output.sequences[0, len(start) :].tolist()
+
+
+def _cut(ids: list[int], stop_ids: Sequence[int]) -> TextRun:
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+    return TextRun(ids, None) if end is None else TextRun(ids[:end], ids[end])
+
+
+# ---- What `generate` is told --------------------------------------------------------------------------------------
+
+
+def logits_processors(
+    model: MMInterleavedForConditionalGeneration,
+    settings: GenerationSettings,
+    rules: TextRules,
+    generator: torch.Generator | None = None,
+) -> LogitsProcessorList:
+    """Everything that changes the logits, in order; all of it looks at the text part alone, never at the prompt."""
+    processors = LogitsProcessorList()
+    if settings.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if rules.min_new_tokens:
+        min_length = rules.min_new_tokens + len(_decoder_start(model, settings))
+        processors.append(MinLengthLogitsProcessor(min_length, list(rules.stop_ids), device=model.device))
+    if rules.forbidden_ids:
+        processors.append(SuppressTokensLogitsProcessor(list(rules.forbidden_ids), device=model.device))
+    if not settings.do_sample:
+        return processors
+    if settings.temperature != 1:
+        processors.append(TemperatureLogitsWarper(settings.temperature))
+    top_k = settings.top_k or (RELEASED_TOP_K if is_released(model, settings) else None)
+    if top_k is not None:
+        processors.append(TopKLogitsWarper(top_k))
+    if settings.top_p < 1:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    processors.append(DrawnWord(generator))
+    return processors
+
+
+class DrawnWord(LogitsProcessor):
+    """Draws the next word of each row from its own generator, and leaves no other choice.
+
+    `generate(do_sample=True)` draws from the global generator, which other threads and other libraries use too.
+    """
+
+    def __init__(self, generator: torch.Generator | None):
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        word = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self.generator).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, word, 0.0)
+
+
+def is_released(model: MMInterleavedForConditionalGeneration, settings: GenerationSettings) -> bool:
+    """Whether the published rules hold: asked for, or the model's own (converted checkpoints)."""
+    return "released" in (settings.compat, model.config.compat)
+
+
+def _decoder_start(model: MMInterleavedForConditionalGeneration, settings: GenerationSettings) -> list[int]:
+    """Ids that stand before the written ones in the eyes of penalties and length rules.
+
+    The released code starts the written part with one bos of its own, which is penalised and counted like any word.
+    """
+    return [model.config.bos_token_id] if is_released(model, settings) else []
+
+
+def _call_generate(
+    model: MMInterleavedForConditionalGeneration,
+    inputs_embeds: Tensor,
+    *,
+    attention_mask: Tensor,
+    cache: PrefixCache,
+    start_ids: Tensor,
+    processors: LogitsProcessorList,
+    settings: GenerationSettings,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    num_return_sequences: int = 1,
+    output_logits: bool = False,
+) -> Any:
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=settings.num_beams,
+        num_return_sequences=num_return_sequences,
+        eos_token_id=list(stop_ids),
+        pad_token_id=model.config.pad_token_id,
+        bos_token_id=model.config.bos_token_id,
+        return_dict_in_generate=True,
+        output_logits=output_logits,
+    )
+    search = None
+    if settings.num_beams > 1:
+        config.length_penalty = settings.length_penalty
+        config.output_scores = True
+        # `generate` repeats its tensors for the beams, but leaves a given cache to whoever gave it.
+        cache.batch_repeat_interleave(settings.num_beams)
+        search = released_beam_search if is_released(model, settings) else None
+    return model.generate(
+        input_ids=start_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        generation_config=config,
+        logits_processor=processors,
+        custom_generate=search,
+    )
+
+
+# ---- Several prompts at once ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate_text_batch(
+    model: MMInterleavedForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    pixel_values: Tensor,
+    image_start: Tensor,
+    settings: GenerationSettings,
+    rules: TextRules,
+    *,
+    num_return_sequences: int = 1,
+    generator: torch.Generator | None = None,
+    output_logits: bool = False,
+) -> TextBatch:
+    """Continue several prompts with text, in one batch.
+
+    Args:
+        input_ids: (B, T), padded on the left.
+        attention_mask: (B, T), 0 at padding.
+        pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order.
+        image_start: (B, N), index of each image's start token, `NO_IMAGE` where there is none.
+
+    Returns:
+        ids (B * num_return_sequences, n), ended by a stop id and padded, after the released rule's leading bos;
+        raw logits (B, V) a step, if asked for; scores of beams (B * num_return_sequences,), and under the released
+        rule those of all kept hypotheses (B, num_beams).
+    """
+    features = model.encode_images(pixel_values)
+    cache = PrefixCache(model.config.text_config, batch_size=len(input_ids), device=model.device)
+    cache.append_images(image_start, model.values_by_row(features.pyramid, image_start))
+    start = _decoder_start(model, settings)
+    output = _call_generate(
+        model,
+        model.embed(input_ids, image_start, features.slots),
+        attention_mask=attention_mask,
+        cache=cache,
+        start_ids=torch.tensor([start] * len(input_ids), dtype=torch.int64, device=model.device),
+        processors=logits_processors(model, settings, rules, generator),
+        settings=settings,
+        stop_ids=rules.stop_ids,
+        max_new_tokens=rules.max_new_tokens,
+        num_return_sequences=num_return_sequences,
+        output_logits=output_logits,
+    )
+    return TextBatch(
+        ids=output.sequences,
+        logits=getattr(output, "logits", None),
+        sequence_scores=getattr(output, "sequences_scores", None),
+        hypothesis_scores=getattr(output, "hypothesis_scores", None),
+    )
+
+
+# ---- How likely texts are -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score_options(session: InterleavedSession, options: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probability of each continuation, summed over its tokens: (O,) float32.
+
+    The document is read once, whatever the number of options, and is the same afterwards.
+    """
+    model, cache = session.model, session.cache
+    last_11D = session.prompt()[:, -1:]
+    scores = []
+    for first in range(0, len(options), OPTIONS_AT_ONCE):
+        group = options[first : first + OPTIONS_AT_ONCE]
+        length = max(1, max(len(option) for option in group))
+        ids_OL = torch.zeros(len(group), length, dtype=torch.int64)
+        for line, option in zip(ids_OL, group, strict=True):
+            line[: len(option)] = torch.tensor(list(option), dtype=torch.int64)
+        length_O = torch.tensor([len(option) for option in group])
+        counts_OL = (torch.arange(length) < length_O[:, None]).to(model.device)
+        ids_OL = ids_OL.to(model.device)
+
+        # Padding stands behind each option, where nothing that counts can see it.
+        embeddings_OLD = torch.cat([last_11D.expand(len(group), -1, -1), model.embed(ids_OL[:, :-1])], dim=1)
+        cache.batch_repeat_interleave(len(group))
+        logits_OLV = model(inputs_embeds=embeddings_OLD.to(last_11D.dtype), past_key_values=cache).logits
+        cache.crop(-length)
+        cache.batch_select_indices(torch.zeros(1, dtype=torch.int64, device=model.device))
+
+        log_probs_OL = logits_OLV.float().log_softmax(-1).gather(2, ids_OL[..., None])[..., 0]
+        scores.append((log_probs_OL * counts_OL).sum(1))
+    return torch.cat(scores) if scores else torch.empty(0, device=model.device)
