@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -319,6 +319,48 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         settings = self.config.part("image_synchronizer")
         return 0 if settings is None else settings.max_images - 1
 
+    # ---- As users of transformers expect -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_start: Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """transformers' `generate`, with images in the prompt: text only, prompt included, any of its arguments.
+
+        For documents, with images also in what is generated, see `InterleavedGenerator`.
+
+        Args:
+            inputs: (B, T) prompt ids (also as `input_ids`), images as their start token and slots.
+            pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order; encoded once.
+            image_start: (B, N), see `forward`; default: wherever the image-start token stands.
+        """
+        if arguments.get("past_key_values") is not None:
+            return super().generate(inputs, **arguments)
+        input_ids = arguments.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("generate needs input_ids: prompt ids of shape (rows, tokens)")
+        cache = PrefixCache(self.config.text_config, batch_size=len(input_ids), device=input_ids.device)
+        slots = None
+        if pixel_values is not None:
+            if image_start is None:
+                starts = [(row == self.config.image_start_token_id).nonzero()[:, 0] for row in input_ids]
+                image_start = nn.utils.rnn.pad_sequence(starts, batch_first=True, padding_value=NO_IMAGE)
+            features = self.encode_images(pixel_values)
+            slots = features.slots
+            cache.append_images(image_start, self.values_by_row(features.pyramid, image_start))
+        # `generate` repeats its tensors for beams and samples, but leaves a given cache to whoever gave it.
+        config = arguments.get("generation_config") or self.generation_config
+        repeats = [arguments.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+        if max(repeats) > 1:
+            cache.batch_repeat_interleave(max(repeats))
+        embeddings = self.embed(input_ids, image_start, slots)
+        return super().generate(input_ids, inputs_embeds=embeddings, past_key_values=cache, **arguments)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
@@ -347,3 +389,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
                 f"input_ids hold {int(is_slot.sum())} slot tokens, not all there"
             )
         return row.flatten(), position.flatten()
+
+
+# transformers' registries are filled by whoever defines a model; `registration.register` adds the processor.
+AutoConfig.register(MMInterleavedConfig.model_type, MMInterleavedConfig, exist_ok=True)
+AutoModel.register(MMInterleavedConfig, MMInterleavedForConditionalGeneration, exist_ok=True)
