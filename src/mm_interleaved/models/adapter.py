@@ -25,9 +25,17 @@ class ChannelNorm(nn.LayerNorm):
     def __init__(self, num_channels: int):
         super().__init__(num_channels, eps=STEM_NORM_EPS)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        # Not torch's own, which would overwrite what a checkpoint filled.
+        init.ones_(self.weight)
+        init.zeros_(self.bias)
+
     def forward(self, input: Tensor) -> Tensor:
         channels_last = input.permute(0, 2, 3, 1).float()
-        normed = F.layer_norm(channels_last, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        normed = F.layer_norm(
+            channels_last, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
         return normed.to(input.dtype).permute(0, 3, 1, 2)
 
 
@@ -45,7 +53,10 @@ class SpatialPrior(nn.Module):
             ]
 
         self.stem = nn.Sequential(
-            *step(3, width, 2), *step(width, width, 1), *step(width, width, 1), nn.MaxPool2d(3, stride=2, padding=1)
+            *step(3, width, 2),
+            *step(width, width, 1),
+            *step(width, width, 1),
+            nn.MaxPool2d(3, stride=2, padding=1),
         )
         self.conv2 = nn.Sequential(*step(width, 2 * width, 2))
         self.conv3 = nn.Sequential(*step(2 * width, 4 * width, 2))
@@ -143,7 +154,9 @@ class Injector(nn.Module):
 
     def forward(self, patch_ITC: Tensor, cells_ISC: Tensor, level_sizes: Sequence[int]) -> Tensor:
         reference = cell_centres([round(patch_ITC.shape[1] ** 0.5)], patch_ITC)
-        seen = self.attention(self.query_norm(patch_ITC), self.feature_norm(cells_ISC), level_sizes, reference)
+        seen = self.attention(
+            self.query_norm(patch_ITC), self.feature_norm(cells_ISC), level_sizes, reference
+        )
         return patch_ITC + self.gamma * seen
 
 
@@ -161,7 +174,9 @@ class Extractor(nn.Module):
     def forward(self, cells_ISC: Tensor, patch_ITC: Tensor, level_sizes: Sequence[int]) -> Tensor:
         grid_size = round(patch_ITC.shape[1] ** 0.5)
         reference = cell_centres(level_sizes, cells_ISC)
-        seen = self.attention(self.query_norm(cells_ISC), self.feature_norm(patch_ITC), [grid_size], reference)
+        seen = self.attention(
+            self.query_norm(cells_ISC), self.feature_norm(patch_ITC), [grid_size], reference
+        )
         cells_ISC = cells_ISC + seen
         return cells_ISC + self.feed_forward(self.feed_forward_norm(cells_ISC), level_sizes)
 
@@ -214,7 +229,11 @@ class VisionAdapter(nn.Module):
         num_extra_extractors: int = 2,
     ):
         super().__init__()
-        attention_sizes = {"num_heads": num_heads, "num_points": num_points, "value_dim": int(dim * value_ratio)}
+        attention_sizes = {
+            "num_heads": num_heads,
+            "num_points": num_points,
+            "value_dim": int(dim * value_ratio),
+        }
 
         def extractor() -> Extractor:
             attention = DeformableAttention(dim, num_levels=1, **attention_sizes)
@@ -255,7 +274,8 @@ class VisionAdapter(nn.Module):
         resized = F.interpolate(pixels_I3yx, size=(16 * G, 16 * G), mode="bilinear", align_corners=False)
         finest, *lower = self.spatial_prior(resized)
         cells_ISC = torch.cat(
-            [level.flatten(2).transpose(1, 2) + self.level_embedding[i] for i, level in enumerate(lower)], dim=1
+            [level.flatten(2).transpose(1, 2) + self.level_embedding[i] for i, level in enumerate(lower)],
+            dim=1,
         )
 
         # 2. Exchange with the transformer, and keep its patch map after each group of layers.
