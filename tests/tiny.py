@@ -1,9 +1,11 @@
 """A whole model of a few ten thousand parameters: every part real, nothing mocked."""
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from mm_interleaved.config import AdapterConfig, MMInterleavedConfig, ResamplerConfig, SynchronizerConfig
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.processing import MMInterleavedProcessor
 
 BOS, EOS, PAD = 0, 1, 2
 
@@ -68,3 +70,28 @@ def tiny_model(seed: int = 0, *, vocab_size: int = 300, **changes) -> MMInterlea
 def image_ids(config: MMInterleavedConfig) -> list[int]:
     """The ids of one image: start and slots."""
     return [config.image_start_token_id] + [config.image_token_id] * config.num_slots
+
+
+def tiny_processor(config: MMInterleavedConfig | None = None) -> MMInterleavedProcessor:
+    """The processor that belongs to `tiny_model`: a token a byte, so that any text is short to write down in ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    config = config or tiny_config()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {"<s>": BOS, "</s>": EOS, "<pad>": PAD} | {byte: 3 + i for i, byte in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return MMInterleavedProcessor(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"),
+        image_size=32,
+        target_size=32,
+        num_slots=config.num_slots,
+        special_ids={
+            "image_start": config.image_start_token_id,
+            "image": config.image_token_id,
+            "bos": BOS,
+            "eos": EOS,
+            "pad": PAD,
+        },
+    )

@@ -105,6 +105,20 @@ def build_scheduler(name: str, scheduler_config: Mapping[str, Any]) -> Scheduler
     return kind(**{key: value for key, value in scheduler_config.items() if key in known})
 
 
+def latent_shape(decoder: ImageDecoder, height: int, width: int) -> tuple[int, int, int]:
+    """(X, y, x) of the latents of one picture. Any size that the autoencoder can make will do.
+
+    Raises:
+        ValueError: a side is no multiple of the autoencoder's factor.
+    """
+    factor = decoder.latent_factor
+    if height % factor or width % factor:
+        raise ValueError(
+            f"height and width: found {height} and {width} pixels, expected multiples of {factor}"
+        )
+    return decoder.unet.config.in_channels, height // factor, width // factor
+
+
 def initial_latents(
     decoder: ImageDecoder, height: int, width: int, generators: Sequence[torch.Generator]
 ) -> Tensor:
@@ -113,12 +127,7 @@ def initial_latents(
     Raises:
         ValueError: the size does not fit the autoencoder.
     """
-    factor = decoder.latent_factor
-    if height % factor or width % factor:
-        raise ValueError(
-            f"generated images must have sides that are multiples of {factor} pixels, got {width} x {height}"
-        )
-    shape = (len(generators), decoder.unet.config.in_channels, height // factor, width // factor)
+    shape = (len(generators), *latent_shape(decoder, height, width))
     return randn_tensor(shape, generator=list(generators), device=decoder.negative_conditioning.device)
 
 

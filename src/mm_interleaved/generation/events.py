@@ -40,7 +40,7 @@ class ImageDone:
 
     image: PILImage.Image
     seed: int
-    """The seed that draws it again."""
+    """The seed of its noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,9 @@ class Finished:
     """The last event."""
 
     reason: str
-    """`stop` (the model ended it), `layout` (all wanted parts are there), or a limit: `length`, `max_images`."""
+    """`stop`: the model ended the document. `layout`: all parts wanted are there. `length`: the text budget or
+    the model's context is used up. `max_images`: the model wants one more image than it may paint.
+    """
     document: Document
     """The completed document: the given parts, then the generated ones."""
 

@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, UsageError, escape
+from mm_interleaved.generation.layout import TEXT, parse_layout
 
 SCHEDULERS = ("ddpm", "ddim", "dpm-solver++", "unipc")
 CONTEXT_RULES = ("previous", "all")
@@ -30,7 +31,7 @@ class GenerationSettings:
     layout: str = "auto"
     """Parts to generate in order, such as "T I T I" (T text, I image); "auto" lets the model decide."""
     max_images: int = 8
-    """Generate at most this many images a document."""
+    """Generate at most this many images a document; a layout that names its images outranks it."""
     max_new_tokens: int = 256
     """Generate at most this many text tokens a document."""
     min_new_tokens: int = 0
@@ -75,10 +76,7 @@ class GenerationSettings:
     def __post_init__(self):
         for name, value in asdict(self).items():
             _check_type(name, value, _ANNOTATIONS[name])
-        if self.layout != "auto":
-            is_layout = bool(self.layout.split()) and set(self.layout.split()) <= {"T", "I"}
-            expected = 'expected "auto" or the letters T and I separated by spaces, such as "T I T I"'
-            _check(is_layout, "layout", self.layout, expected)
+        layout = parse_layout(self.layout)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             _check(value is None or low <= value <= high, name, value, _range_text(low, high))
@@ -89,6 +87,13 @@ class GenerationSettings:
             "min_new_tokens",
             self.min_new_tokens,
             f"expected at most max_new_tokens = {self.max_new_tokens}",
+        )
+        num_texts = 0 if layout is None else layout.count(TEXT)
+        _check(
+            num_texts <= self.max_new_tokens,
+            "layout",
+            self.layout,
+            f"expected at most max_new_tokens = {self.max_new_tokens} texts, each of which takes a token",
         )
         _check(
             not (self.do_sample and self.num_beams > 1),

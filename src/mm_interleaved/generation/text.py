@@ -24,6 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from mm_interleaved.errors import NumericalError
 from mm_interleaved.generation.released_beam_search import released_beam_search
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
@@ -146,7 +147,7 @@ def logits_processors(
     generator: torch.Generator | None = None,
 ) -> LogitsProcessorList:
     """Everything that changes the logits, in order; all of it looks at the text part alone, never at the prompt."""
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([FiniteOnly()])
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if rules.min_new_tokens:
@@ -165,6 +166,15 @@ def logits_processors(
         processors.append(TopPLogitsWarper(settings.top_p))
     processors.append(DrawnWord(generator))
     return processors
+
+
+class FiniteOnly(LogitsProcessor):
+    """Lets logits pass, unless they are no numbers: the words drawn from those would be arbitrary."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.isfinite().all():
+            raise NumericalError("the logits of the next word are not finite, expected numbers")
+        return scores
 
 
 class DrawnWord(LogitsProcessor):

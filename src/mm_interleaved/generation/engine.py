@@ -1,0 +1,341 @@
+"""The interleaved loop: a document in, events out, a longer document at the end.
+
+    words until an image start -> paint -> the picture is looked at like any other -> words -> ...
+
+Nothing is read twice: one session keeps what the model remembers over all rounds.
+"""
+
+import hashlib
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from mm_interleaved.batch import check_fits
+from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.errors import NumericalError, UsageError
+from mm_interleaved.generation import diffusion
+from mm_interleaved.generation.events import Event, Finished, ImageDone, ImagePreview, ImageStarted, TextDelta
+from mm_interleaved.generation.layout import IMAGE, parse_layout, text_share
+from mm_interleaved.generation.session import InterleavedSession, max_images
+from mm_interleaved.generation.settings import GenerationSettings, settings_for
+from mm_interleaved.generation.text import TextRules, is_released, score_options, write_text
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.prompts import ANSWERING_ROLE
+
+logger = logging.getLogger(__name__)
+
+PICTURES_AT_ONCE = 8
+"""Candidates that are painted in one batch, as many as the released code paints."""
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer shows of a character whose last bytes are still to come."""
+
+
+class InterleavedGenerator:
+    """Continues documents with text and images.
+
+        >>> generator = InterleavedGenerator(model, processor)                                # doctest: +SKIP
+        >>> generator.generate(Document(id="s1", parts=[Text("Pip finds a lamp.")]), layout="I T I")   # doctest: +SKIP
+
+    Args:
+        model: put into eval mode.
+        processor: its tokenizer and its image rule.
+
+    Raises:
+        ValueError: the two do not belong together.
+    """
+
+    def __init__(self, model: MMInterleavedForConditionalGeneration, processor: MMInterleavedProcessor):
+        self.model, self.processor = model.eval(), processor
+        config, vocabulary = model.config, processor.vocabulary
+        wanted = {
+            "image_start": config.image_start_token_id, "image": config.image_token_id,
+            "bos": config.bos_token_id, "eos": config.eos_token_id, "num_slots": config.num_slots,
+        }  # fmt: skip
+        found = {name: getattr(vocabulary, name) for name in wanted}
+        if found != wanted:
+            raise ValueError(f"the processor does not fit the model: it has {found}, the model {wanted}")
+
+    def stream(
+        self,
+        document: Document,
+        settings: GenerationSettings | None = None,
+        *,
+        preview_every: int = 0,
+        **overrides: Any,
+    ) -> Iterator[Event]:
+        """Continue a document, telling what happens; the last event is `Finished`.
+
+        Args:
+            document: at most as long as the model's context; text alone, images alone, or nothing at all will do.
+            settings: taken as they are. Without them: the model's own defaults, overridden by the document's
+                `layout` and `generation`, overridden by `overrides`.
+            preview_every: show an image after so many denoising steps each; 0 is never.
+            overrides: settings by name, see `GenerationSettings`.
+
+        Raises:
+            UsageError: settings that cannot be, or that this model cannot follow.
+            InputError: the document's own settings are wrong, its text cannot be encoded, an image cannot be
+                read, or it does not fit into the context.
+            NumericalError: the model computed something that is not finite.
+        """
+        if settings is not None and overrides:
+            raise UsageError(f"give either settings or single ones by name, found both ({', '.join(overrides)})")
+        if settings is None:
+            defaults = getattr(self.model.config, "generation_settings", None) or {}
+            settings = settings_for(document, defaults, overrides)
+        return _Continuation(self.model, self.processor, document, settings, preview_every).events()
+
+    def generate(
+        self, document: Document, settings: GenerationSettings | None = None, **overrides: Any
+    ) -> Document:
+        """The completed document, its new parts marked as generated. Arguments and errors as `stream`."""
+        for event in self.stream(document, settings, **overrides):
+            if isinstance(event, Finished):
+                return event.document
+        raise AssertionError("a stream ends with Finished")
+
+
+def part_seed(seed: int, index: int) -> int:
+    """The seed of a part by its place in the document, so that each part can be drawn again by itself."""
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+class _Continuation:
+    """One document while it is continued."""
+
+    def __init__(
+        self,
+        model: MMInterleavedForConditionalGeneration,
+        processor: MMInterleavedProcessor,
+        document: Document,
+        settings: GenerationSettings,
+        preview_every: int,
+    ):
+        self.model, self.processor, self.vocabulary = model, processor, processor.vocabulary
+        self.document, self.settings, self.preview_every = document, settings, preview_every
+        self.layout = parse_layout(settings.layout)
+        self.role = ANSWERING_ROLE if any(part.role is not None for part in document.parts) else None
+        self.tokens_left = settings.max_new_tokens
+        self.num_painted = 0
+        self.height, self.width = self._picture_size()
+        self.sequence = processor.encode(document)
+        check_fits(self.sequence, model.config.text_config.max_position_embeddings, max_images(model))
+
+    @torch.no_grad()
+    def events(self) -> Iterator[Event]:
+        self.session = self._open_session()
+        if self.layout is None:
+            reason = yield from self._as_the_model_likes()
+        else:
+            reason = yield from self._as_laid_out(self.layout)
+        yield Finished(reason, self.document)
+
+    # ---- Which part comes next -----------------------------------------------------------------------------------
+
+    def _as_the_model_likes(self) -> Generator[Event, None, str]:
+        """Text until the model starts an image, the image, text again; returns why it ended."""
+        paints = self.model.image_decoder is not None and self.settings.max_images > 0
+        # Where no image is wanted, the model may not ask for one, but goes on in words.
+        asks = paints or is_released(self.model, self.settings)
+        while True:
+            limit = min(self.tokens_left, self.session.room)
+            stop = None
+            if limit:
+                stop = yield from self._write(limit, self.settings.min_new_tokens, may_ask_for_image=asks)
+            if stop is None:
+                return "length"
+            if stop == self.vocabulary.eos:
+                return "stop"
+            if not paints or self.num_painted == self.settings.max_images:
+                return "max_images"
+            if not self.session.has_room_for_image:
+                return "length"
+            yield from self._paint()
+
+    def _as_laid_out(self, layout: Sequence[str]) -> Generator[Event, None, str]:
+        """Exactly these parts, as far as the context goes; returns why it ended."""
+        image_tokens = 1 + self.vocabulary.num_slots
+        for position, letter in enumerate(layout):
+            if letter == IMAGE:
+                if not self.session.has_room_for_image:
+                    return "length"
+                yield from self._paint()
+                continue
+            limit = text_share(layout[position:], self.tokens_left, self.session.room, image_tokens)
+            if limit < 1:
+                return "length"
+            at_least = max(1, self.settings.min_new_tokens)
+            yield from self._write(limit, at_least, may_ask_for_image=True)
+        return "layout"
+
+    # ---- Words ---------------------------------------------------------------------------------------------------
+
+    def _write(
+        self, limit: int, at_least: int, *, may_ask_for_image: bool
+    ) -> Generator[TextDelta, None, int | None]:
+        """One text part; returns the id that ended it, None at the limit."""
+        vocabulary, seed = self.vocabulary, part_seed(self.settings.seed, len(self.document.parts))
+        stop_ids = (vocabulary.eos, vocabulary.image_start) if may_ask_for_image else (vocabulary.eos,)
+        rules = TextRules(
+            stop_ids=stop_ids,
+            max_new_tokens=limit,
+            min_new_tokens=min(at_least, limit),
+            forbidden_ids=tuple(i for i in self._ids_that_are_no_text if i not in stop_ids),
+        )
+        ids: list[int] = []
+        shown, stop = "", None
+        for run in write_text(self.session, self.settings, rules, torch.Generator().manual_seed(seed)):
+            ids += run.ids
+            stop = run.stop
+            text = vocabulary.decode(ids).rstrip(INCOMPLETE)
+            if text[len(shown) :]:
+                yield TextDelta(text[len(shown) :])
+                shown += text[len(shown) :]
+        rest = vocabulary.decode(ids)[len(shown) :]
+        if rest:
+            yield TextDelta(rest)
+        self.tokens_left -= len(ids)
+        if ids:
+            part = Text(shown + rest, role=self.role, generated=True, seed=seed)
+            self.document = self.document.extended(part)
+        return stop
+
+    @cached_property
+    def _ids_that_are_no_text(self) -> tuple[int, ...]:
+        """Special ids, and rows of the embedding table that the tokenizer has no token for."""
+        special = self.vocabulary.special_ids().values()
+        unused = range(len(self.vocabulary.tokenizer), self.model.config.text_config.vocab_size)
+        return tuple(sorted({*special, *unused}))
+
+    # ---- Pictures ------------------------------------------------------------------------------------------------
+
+    def _paint(self) -> Generator[Event, None, None]:
+        """One image part: painted, looked at, remembered."""
+        # 1. What it is painted from.
+        session, seed = self.session, part_seed(self.settings.seed, len(self.document.parts))
+        yield ImageStarted(len(session.image_starts))
+        text_before = self._text_since_last_image()
+        session.start_image()
+        conditioning, earlier = session.conditioning(), session.earlier_images(self._context_rule())
+
+        # 2. One picture, or several to choose from; the first is the one that would be painted alone.
+        seeds = [seed] + [part_seed(seed, k) for k in range(1, self.settings.num_candidates)]
+        pictures: list[PILImage.Image] = []
+        for first in range(0, len(seeds), PICTURES_AT_ONCE):
+            group = seeds[first : first + PICTURES_AT_ONCE]
+            pictures += yield from self._denoise(group, conditioning, earlier)
+        chosen = self._best_for(pictures, text_before)
+
+        # 3. From here on it is an image like any other, seen through the same 8 bits and the same resizing.
+        session.finish_image(self._pixels(pictures[chosen]))
+        self.num_painted += 1
+        part = Image(pictures[chosen], role=self.role, generated=True, seed=seeds[chosen])
+        self.document = self.document.extended(part)
+        yield ImageDone(pictures[chosen], seeds[chosen])
+
+    def _denoise(
+        self, seeds: list[int], conditioning: Tensor, earlier: Any
+    ) -> Generator[ImagePreview, None, list[PILImage.Image]]:
+        settings, decoder = self.settings, self.model.image_decoder
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = diffusion.initial_latents(decoder, self.height, self.width, generators)
+        steps = diffusion.denoise(
+            decoder,
+            diffusion.build_scheduler(settings.scheduler, self.model.config.scheduler_config),
+            latents,
+            conditioning.expand(len(seeds), -1, -1),
+            None if earlier is None else earlier.repeat(len(seeds)),
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            negative_conditioning=self._negative_conditioning,
+            context_strength=settings.context_strength,
+            generator=generators,
+        )
+        for step in steps:
+            latents = step.latents
+            is_last = step.number == settings.num_inference_steps
+            if self.preview_every and step.number % self.preview_every == 0 and not is_last:
+                yield ImagePreview(diffusion.decode_pictures(decoder, step.clean[:1])[0], step.number)
+        if not latents.isfinite().all():
+            raise NumericalError("the latents of a generated image are not finite, expected numbers")
+        return diffusion.decode_pictures(decoder, latents)
+
+    def _best_for(self, pictures: list[PILImage.Image], text_ids: list[int]) -> int:
+        """The picture that makes the text before it likeliest, as the model would caption it; the first of equals."""
+        if len(pictures) == 1 or not text_ids:
+            return 0
+        scores = []
+        for picture in pictures:
+            session = InterleavedSession(self.model)
+            session.append_text([self.vocabulary.bos])
+            session.append_image(self._pixels(picture))
+            scores.append(score_options(session, [text_ids[: session.room]]).item())
+        return max(range(len(scores)), key=scores.__getitem__)
+
+    def _text_since_last_image(self) -> list[int]:
+        starts = self.session.image_starts
+        first = starts[-1] + 1 + self.vocabulary.num_slots if starts else 1
+        return self.session.ids[first:]
+
+    def _context_rule(self) -> str | tuple[int, ...]:
+        indices = self.settings.context_image_indices()
+        rule = indices or self.settings.context_images or self.model.config.context_images
+        num_earlier, limit = len(self.session.image_starts) - 1, self.model.max_context_images
+        if rule == "all" and num_earlier > limit > 0:
+            logger.info("image %d looks at the newest %d of %d images", num_earlier, limit, num_earlier)
+        return rule
+
+    @cached_property
+    def _negative_conditioning(self) -> Tensor | None:
+        """What guidance pushes away from: the prompt's, or None for the learned one."""
+        if self.settings.negative_prompt is None:
+            return None
+        session = InterleavedSession(self.model)
+        session.append_text([self.vocabulary.bos, *self.vocabulary.encode_text(self.settings.negative_prompt)])
+        session.start_image()
+        return session.conditioning()
+
+    def _picture_size(self) -> tuple[int, int]:
+        """Height and width of generated images; refuses settings that this model cannot follow."""
+        settings, decoder = self.settings, self.model.image_decoder
+        if decoder is None:
+            if self.layout is not None and IMAGE in self.layout:
+                raise UsageError(f"layout: found {settings.layout!r}, but this model does not paint", field="layout")
+            return 0, 0
+        height, width = diffusion.default_size(decoder)
+        height, width = settings.height or height, settings.width or width
+        trained_steps = self.model.config.scheduler_config.get("num_train_timesteps", settings.num_inference_steps)
+        try:
+            diffusion.latent_shape(decoder, height, width)
+        except ValueError as error:
+            raise UsageError(str(error), field="height" if settings.height else "width") from error
+        if settings.num_inference_steps > trained_steps:
+            raise UsageError(
+                f"num_inference_steps: found {settings.num_inference_steps}, expected at most the "
+                f"{trained_steps} steps that the model was trained with",
+                field="num_inference_steps",
+            )
+        return height, width
+
+    # ---- Reading -------------------------------------------------------------------------------------------------
+
+    def _open_session(self) -> InterleavedSession:
+        """The given document, ready to be continued."""
+        session, sequence = InterleavedSession(self.model), self.sequence
+        position = 0
+        for start, image in zip(sequence.image_starts.tolist(), sequence.images, strict=True):
+            session.append_text(sequence.input_ids[position:start].tolist())
+            session.append_image(self._pixels(image.load()))
+            position = start + 1 + self.vocabulary.num_slots
+        session.append_text(sequence.input_ids[position:].tolist())
+        return session
+
+    def _pixels(self, picture: PILImage.Image) -> Tensor:
+        return torch.from_numpy(self.processor.encoder_pixels(picture))[None]
