@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is a folder `step-00001200` with one safetensors file a group of tensors, `state.json`, and, written last,
-`manifest.json` with the size and SHA-256 of every file. It is written beside its place and renamed, so a crash at any
-point leaves the earlier checkpoints untouched. Nothing in it is a pickle.
+A checkpoint is a folder `step-00001200` with one safetensors file a group of tensors, `state.json`, and,
+written last, `manifest.json` with the size and SHA-256 of every file. It is written beside its place and
+renamed, so a crash at any point leaves the earlier checkpoints untouched. Nothing in it is a pickle.
 """
 
 import hashlib
@@ -48,11 +48,16 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Pat
         remove_leftovers(root)
         temporary.mkdir()
         for group, tensors in checkpoint.tensors.items():
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / f"{group}.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                temporary / f"{group}.safetensors",
+            )
         _write_json(temporary / _STATE, {"step": checkpoint.step, **checkpoint.state})
         for path in temporary.iterdir():
             _sync(path)
-        _write_json(temporary / _MANIFEST, {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())})
+        _write_json(
+            temporary / _MANIFEST, {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        )
         _sync(temporary / _MANIFEST)
         _sync(temporary)
         if folder.exists():  # the same step again, e.g. after a stop right behind a periodic save
@@ -90,7 +95,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             if found != expected:
                 raise StorageError(f"{folder / name}: expected {expected}, found {found}")
         state = json.loads((folder / _STATE).read_text())
-        tensors = {Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")}
+        tensors = {
+            Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")
+        }
     except (OSError, ValueError) as error:
         raise StorageError(f"{folder}: not a whole checkpoint: {error}") from error
     return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)

@@ -15,7 +15,7 @@ from typing import NoReturn
 import typer
 
 from mm_interleaved import __version__
-from mm_interleaved.cli import answers, chat, corpora, evaluate, generate, models, system
+from mm_interleaved.cli import answers, chat, corpora, evaluate, generate, models, system, train
 from mm_interleaved.cli.output import say_error
 from mm_interleaved.errors import MMInterleavedError
 
@@ -48,7 +48,7 @@ def create_app() -> typer.Typer:
     ):
         pass
 
-    for module in (generate, answers, chat, models, evaluate, corpora, system):
+    for module in (generate, answers, chat, models, train, evaluate, corpora, system):
         module.add_to(app)
     return app
 

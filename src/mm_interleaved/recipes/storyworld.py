@@ -1,10 +1,15 @@
 """The shipped model from scratch: VAE, then text side, then image side, on two CPU cores.
 
-`StoryWorldConfig` names every number; `build_*` make the parts; `storyworld_stages` says what is trained in which order.
+`StoryWorldConfig` names every number; `build_*` make the parts; `train` says what is trained in which
+order.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
 
@@ -15,20 +20,40 @@ from mm_interleaved.config import (
     SynchronizerConfig,
 )
 from mm_interleaved.document import Text
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.prompts import conversation_pieces
 from mm_interleaved.storyworld.tasks import TASK_WEIGHTS
-from mm_interleaved.training.data import INTERVIEW, Mixture, training_document
-from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.data import (
+    INTERVIEW,
+    DocumentBatches,
+    Mixture,
+    storyworld_pixels,
+    training_document,
+)
+from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
+from mm_interleaved.training.image_side import ImageSideStage
+from mm_interleaved.training.loop import train_stage
+from mm_interleaved.training.settings import StageConfig, to_record
+from mm_interleaved.training.text_side import TextSideStage, open_to_images
 from mm_interleaved.training.tokenizer import train_tokenizer
+from mm_interleaved.training.vision_side import VisionSideStage
 
 PICTURE_SIZE = 64
 
 TEXT_MIXTURES = (
-    Mixture(share=7, batch_size=16, tasks={INTERVIEW: 55, "caption": 20, "paragraph": 5, "ground": 10, "draw": 10}),
+    Mixture(
+        share=7, batch_size=16, tasks={INTERVIEW: 55, "caption": 20, "paragraph": 5, "ground": 10, "draw": 10}
+    ),
     Mixture(share=3, batch_size=5, tasks={"story": 65, "few_shot": 20, "edit": 10, "segmentation": 5}),
 )
 """What the text side learns from; interviews stand for vqa and dialogue."""
+
+GENERATION_SETTINGS = {"num_inference_steps": 20, "guidance_scale": 2.0}
+"""What the finished model prefers over the general defaults."""
+
+DRAW_MIXTURES = (Mixture(share=1, batch_size=32, tasks={"draw": 1}),)
+"""What the U-Net begins with: pictures that follow from text alone."""
 
 IMAGE_MIXTURES = (
     Mixture(share=1, batch_size=24, tasks={"draw": 60, "segmentation": 12, "edit": 28}),
@@ -42,7 +67,7 @@ class SizesConfig:
     """The numbers of the model."""
 
     latent_channels: int = 4
-    """Channels of the VAE's latents, 16 × 16 for a picture."""
+    """Channels of the VAE's latents, 16 by 16 for a picture."""
     vae_channels: tuple[int, ...] = (32, 64, 64)
     """Channels at 64, 32 and 16 pixels a side."""
     vision_dim: int = 96
@@ -73,20 +98,51 @@ class StoryWorldConfig:
     """Seed of weights, data and noise."""
     num_threads: int = 2
     """Threads of PyTorch; the same number gives the same bits."""
-    device: str = "cpu"
-    """Where to train: "cpu", "cuda", ..."""
     detail_weight: float = 4.0
     """VAE: extra weight of pixels beside edges."""
     kl_weight: float = 1e-5
     """VAE: weight of the KL term."""
+    batch_size: int = 16
+    """Pictures a step in the first two stages; the mixtures say how many documents a step the others take."""
     sizes: SizesConfig = field(default_factory=SizesConfig)
-    vae: StageConfig = StageConfig(
-        steps=4000, batch_size=16, learning_rate=1e-3, warmup_steps=50, ema_decay=0.995, use_bfloat16=True
+    vae: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=2450, learning_rate=1e-3, warmup_steps=50, ema_decay=0.995, use_bfloat16=True
+        )
     )
-    text: StageConfig = StageConfig(steps=3000, batch_size=16, learning_rate=1e-3, warmup_steps=100)
-    image: StageConfig = StageConfig(
-        steps=4000, batch_size=8, learning_rate=1e-3, warmup_steps=100, ema_decay=0.998, use_bfloat16=True
+    """First stage: pixels to latents and back."""
+    vision: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=700,
+            learning_rate=1e-3,
+            ema_decay=0.99,
+            decay_fraction=0.0,
+            use_bfloat16=True,
+        )
     )
+    """Second stage: the vision tower learns to name what it sees."""
+    text: StageConfig = field(
+        default_factory=lambda: StageConfig(steps=2200, learning_rate=1e-3, ema_decay=0.99, use_bfloat16=True)
+    )
+    """Third stage: the language model learns to read pictures and to write."""
+    draw: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=1500,
+            learning_rate=1e-3,
+            ema_decay=0.998,
+            decay_fraction=0.0,
+            use_bfloat16=True,
+        )
+    )
+    """Fourth stage: the U-Net learns to paint from text alone, without synchronizers, which is the cheapest
+    way.
+    """
+    image: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=1500, learning_rate=1e-3, ema_decay=0.998, use_bfloat16=True
+        )
+    )
+    """Fifth stage: it learns to keep what earlier pictures show."""
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
@@ -103,7 +159,9 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
 
 def build_processor(config: StoryWorldConfig) -> MMInterleavedProcessor:
     """Tokenizer and image rule of the model."""
-    return MMInterleavedProcessor(build_tokenizer(config.seed), PICTURE_SIZE, PICTURE_SIZE, config.sizes.num_slots)
+    return MMInterleavedProcessor(
+        build_tokenizer(config.seed), PICTURE_SIZE, PICTURE_SIZE, config.sizes.num_slots
+    )
 
 
 def build_vae(sizes: SizesConfig) -> AutoencoderKL:
@@ -183,7 +241,8 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
             query_key_norm=True,
         ),
         conditioning_resampler=ResamplerConfig(
-            dim=sizes.conditioning_dim, num_queries=sizes.num_conditioning, num_layers=2, num_heads=4, mlp_dim=256
+            dim=sizes.conditioning_dim, num_queries=sizes.num_conditioning, num_layers=2, num_heads=4,
+            mlp_dim=256,
         ),
         text_synchronizer=SynchronizerConfig(
             **synchronizer, levels=(0, 1, 2), max_images=16, base_size=8, offset_spread=3.0, every=2
@@ -191,7 +250,8 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
         if sizes.use_synchronizers
         else None,
         image_synchronizer=SynchronizerConfig(
-            # Two earlier images, and the two levels around the latents' own resolution: all eight and four levels cost
+            # Two earlier images, and the two levels around the latents' own resolution: all eight and four
+            # levels cost
             # twice as much as the rest of a training step together.
             **synchronizer, levels=(1, 2), max_images=3, base_size=16, offset_spread=4.0
         )
@@ -205,3 +265,61 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
         context_images="all",
         image_loss_weight=1.0,
     )  # fmt: skip
+
+
+def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False) -> Path:
+    """Runs all stages in `folder`, each from its newest checkpoint, and returns the finished model's
+    folder.
+    """
+    torch.set_num_threads(config.num_threads)
+    processor = build_processor(config)
+    torch.manual_seed(config.seed)
+    model = MMInterleavedForConditionalGeneration(model_config(config.sizes, processor))
+    decoder = model.image_decoder
+    run = partial(train_stage, seed=config.seed, settings=to_record(config), show_progress=show_progress)
+    documents = partial(DocumentBatches, processor)
+
+    # 1. The VAE.
+    pixels = storyworld_pixels(config.seed)
+    vae_stage = ImageCodecStage(
+        decoder.vae,
+        pixels,
+        batch_size=config.batch_size,
+        detail_weight=config.detail_weight,
+        kl_weight=config.kl_weight,
+    )
+    run(vae_stage, config.vae, folder / "vae")
+    normalise_latents(decoder.vae, 2 * pixels(0, 256) - 1)
+
+    # 2. The vision tower, then all that reads and writes.
+    vision_stage = VisionSideStage(
+        model.vision,
+        dim=config.sizes.vision_dim,
+        grid_size=8,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    run(vision_stage, config.vision, folder / "vision")
+    open_to_images(model)
+    run(TextSideStage(model, documents(TEXT_MIXTURES, seed=config.seed)), config.text, folder / "text")
+
+    # 3. All that paints: from text alone, then from earlier pictures too.
+    synchronizers, decoder.synchronizers = decoder.synchronizers, None
+    drawings = documents(DRAW_MIXTURES, seed=config.seed, target_pixels=True)
+    run(ImageSideStage(model, drawings), config.draw, folder / "draw")
+    decoder.synchronizers = synchronizers
+    pictures = documents(IMAGE_MIXTURES, seed=config.seed, target_pixels=True)
+    run(ImageSideStage(model, pictures), config.image, folder / "image")
+    return save_model(model, processor, folder / "model")
+
+
+def save_model(
+    model: MMInterleavedForConditionalGeneration, processor: MMInterleavedProcessor, folder: Path
+) -> Path:
+    """Writes a model in float16, in files of at most 15 MB; returns its folder."""
+    copy = deepcopy(model).half().eval()
+    copy.config.vae_config = dict(model.image_decoder.vae.config)
+    copy.config.generation_settings = dict(GENERATION_SETTINGS)
+    copy.save_pretrained(folder, max_shard_size="15MB")
+    processor.save_pretrained(folder)
+    return folder

@@ -1,6 +1,7 @@
 """Batches of StoryWorld documents; what a step sees is a pure function of (seed, step).
 
-The tasks of the test set are mixed with one of training's own: an interview, many questions about one picture, which
+The tasks of the test set are mixed with one of training's own: an interview, many questions about one
+picture, which
 teaches more about it per second than one question does.
 """
 
@@ -35,7 +36,9 @@ class DocumentBatch(NamedTuple):
 
 
 def storyworld_pixels(seed: int):
-    """A source of training pictures without documents: (start, count) → (count, 3, 64, 64) float32 in [0, 1]."""
+    """A source of training pictures without documents: (start, count) → (count, 3, 64, 64) float32 in [0,
+    1].
+    """
 
     def pixels(start: int, count: int) -> Tensor:
         pictures = torch.from_numpy(render_batch(seed, start, count))
@@ -45,7 +48,8 @@ def storyworld_pixels(seed: int):
 
 
 def training_document(seed: int, index: int, task_weights: Mapping[str, int]) -> Document:
-    """Document number `index` of a training mixture, its target appended to its parts so that all of it is learned.
+    """Document number `index` of a training mixture, its target appended to its parts so that all of it is
+    learned.
 
     Args:
         task_weights: tasks of `storyworld.tasks`, or "interview", with integer weights.

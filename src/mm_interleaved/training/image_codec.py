@@ -25,14 +25,21 @@ class PixelSource(Protocol):
 class ImageCodecStage:
     """Trains an AutoencoderKL to give pictures back.
 
-    The loss of a pixel counts up to `1 + detail_weight` times as much where neighbouring pixels differ: a badge covers
+    The loss of a pixel counts up to `1 + detail_weight` times as much where neighbouring pixels differ: a
+    badge covers
     less than 2 % of a picture, and a plain mean would be content with a grey smudge.
     """
 
     name = "vae"
 
     def __init__(
-        self, vae: AutoencoderKL, pixels: PixelSource, *, batch_size: int, detail_weight: float, kl_weight: float
+        self,
+        vae: AutoencoderKL,
+        pixels: PixelSource,
+        *,
+        batch_size: int,
+        detail_weight: float,
+        kl_weight: float,
     ) -> None:
         self.vae, self.pixels, self.batch_size = vae, pixels, batch_size
         self.detail_weight, self.kl_weight = detail_weight, kl_weight
@@ -82,9 +89,11 @@ def detail(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Changes a trained VAE so that each latent channel has mean 0 and deviation 1; what it decodes stays the same.
+    """Changes a trained VAE so that each latent channel has mean 0 and deviation 1; what it decodes stays
+    the same.
 
-    The two 1 x 1 convolutions around the latents take up shift and scale, so that the stock `scaling_factor` is 1 and
+    The two 1 x 1 convolutions around the latents take up shift and scale, so that the stock
+    `scaling_factor` is 1 and
     noise weighs the same on every channel.
 
     Args:
@@ -93,7 +102,9 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     mean_C, std_C = (f(vae.encode(images).latent_dist.mean.float()) for f in (_channel_mean, _channel_std))
     channels = len(mean_C)
     before, after = vae.quant_conv, vae.post_quant_conv
-    assert before is not None and after is not None, "the VAE was built with both convolutions around its latents"
+    assert before is not None and after is not None, (
+        "the VAE was built with both convolutions around its latents"
+    )
     before.bias[:channels].sub_(mean_C).div_(std_C)
     before.weight[:channels].div_(std_C[:, None, None, None])
     before.bias[channels:].sub_(2 * std_C.log())  # the logarithm of the posterior's variance

@@ -1,4 +1,6 @@
-"""The stage that trains the image side: conditioning, U-Net and its synchronizers; what reads stays as it is."""
+"""The stage that trains the image side: conditioning, U-Net and its synchronizers; what reads stays as it
+is.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -11,7 +13,9 @@ from mm_interleaved.training.loop import Losses
 
 
 class ImageSideStage:
-    """Trains what paints, by the denoising loss, on the hidden states and pyramids of the frozen text side."""
+    """Trains what paints, by the denoising loss, on the hidden states and pyramids of the frozen text
+    side.
+    """
 
     name = "image"
 
@@ -24,7 +28,10 @@ class ImageSideStage:
         model.image_start_embedding.requires_grad_(False)
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
-        return {"image_decoder": self.model.image_decoder, "context_projection": self.model.context_projection}
+        return {
+            "image_decoder": self.model.image_decoder,
+            "context_projection": self.model.context_projection,
+        }
 
     def make_batch(self, step: int) -> DocumentBatch:
         return self.batches(step)

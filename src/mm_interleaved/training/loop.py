@@ -1,8 +1,8 @@
 """The training loop: batch, loss, backward, clip, step, average, log, save, in this order.
 
-A stage says what trains, makes a batch out of the step number, and computes named losses. Everything random in a step is
-seeded by (seed, step), so there is no hidden state: a resumed run equals an uninterrupted one to the bit (at the same
-number of threads).
+A stage says what trains, makes a batch out of the step number, and computes named losses. Everything random
+in a step is seeded by (seed, step), so there is no hidden state: a resumed run equals an uninterrupted one to
+the bit (at the same number of threads).
 """
 
 import json
@@ -34,7 +34,7 @@ from mm_interleaved.training.settings import StageConfig
 logger = logging.getLogger(__name__)
 
 
-class StoppedBySignal(MMInterleavedError):
+class StoppedBySignal(MMInterleavedError):  # noqa: N818 - nothing went wrong
     """A signal asked the run to stop; it saved first and can be resumed."""
 
     exit_code = 75
@@ -94,9 +94,10 @@ def train_stage(
     """
     run = _StageRun(stage, config, folder, settings or {})
     run.resume()
-    with _stop_signals() as stop, tqdm(
-        total=config.steps, initial=run.step, desc=stage.name, disable=not show_progress
-    ) as progress:
+    with (
+        _stop_signals() as stop,
+        tqdm(total=config.steps, initial=run.step, desc=stage.name, disable=not show_progress) as progress,
+    ):
         while run.step < config.steps:
             torch.manual_seed(step_seed(seed, run.step))
             batch = stage.make_batch(run.step)
@@ -105,7 +106,9 @@ def train_stage(
             run.log(losses, progress)
             if stop:
                 run.save()
-                raise StoppedBySignal(f"stopped by {stop[0]} after step {run.step} of stage {stage.name}; resume to go on")
+                raise StoppedBySignal(
+                    f"stopped by {stop[0]} after step {run.step} of stage {stage.name}; resume to go on"
+                )
             if run.step % config.save_every == 0 or run.step == config.steps:
                 run.save()
     run.hand_on()
@@ -199,7 +202,13 @@ class _StageRun:
         seconds = max(1e-9, time.monotonic() - self._since)
         means = {name: round(value / self.config.log_every, 6) for name, value in self._sums.items()}
         rates = {f"{name}/s": round(count / seconds, 1) for name, count in self._counts.items()}
-        line = {"stage": self.stage.name, "step": self.step, **means, **rates, "lr": learning_rate(self.step, self.config)}
+        line = {
+            "stage": self.stage.name,
+            "step": self.step,
+            **means,
+            **rates,
+            "lr": learning_rate(self.step, self.config),
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -210,13 +219,16 @@ class _StageRun:
 
 @torch.no_grad()
 def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
-    assert source.keys() == destination.keys(), f"tensors differ: {sorted(source.keys() ^ destination.keys())[:4]}"
+    assert source.keys() == destination.keys(), (
+        f"tensors differ: {sorted(source.keys() ^ destination.keys())[:4]}"
+    )
     for name, tensor in source.items():
         destination[name].copy_(tensor)
 
 
 def load_stage_weights(stage: Stage, folder: Path) -> int:
-    """Puts the newest checkpoint's weights (the averaged ones, where kept) into a stage's modules; returns its step.
+    """Puts the newest checkpoint's weights (the averaged ones, where kept) into a stage's modules; returns
+    its step.
 
     Raises:
         StorageError: there is no whole checkpoint.
@@ -236,7 +248,9 @@ def _stop_signals():
     previous = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
-            previous[number] = signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
+            previous[number] = signal.signal(
+                number, lambda number, _: received.append(signal.Signals(number).name)
+            )
         except ValueError:  # not the main thread: the caller's handlers stay in charge
             break
     try:

@@ -1,6 +1,7 @@
 """The settings of a run: frozen dataclasses whose field docstrings say what each is for.
 
-Default < recipe < `--set a.b=c`. `override` applies the last; `to_record` is what stands as JSON beside a checkpoint.
+Default < recipe < `--set a.b=c`. `override` applies the last; `to_record` is what stands as JSON beside a
+checkpoint.
 """
 
 import dataclasses
@@ -21,8 +22,6 @@ class StageConfig:
 
     steps: int
     """Optimizer steps in all; with `--resume` a larger number goes on from the last checkpoint."""
-    batch_size: int
-    """Samples (images or documents) a step."""
     learning_rate: float
     """Highest learning rate, reached after the warm-up and held until the decay."""
     warmup_steps: int = 100
@@ -45,10 +44,10 @@ class StageConfig:
     """Steps between two lines of the log."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.save_every < 1 or self.log_every < 1:
+        if self.steps < 1 or self.save_every < 1 or self.log_every < 1:
             raise UsageError(
-                "steps, batch_size, save_every and log_every must be 1 or more, found "
-                f"{self.steps}, {self.batch_size}, {self.save_every}, {self.log_every}"
+                "steps, save_every and log_every must be 1 or more, found "
+                f"{self.steps}, {self.save_every}, {self.log_every}"
             )
         if not 0 <= self.decay_fraction <= 1:
             raise UsageError(f"decay_fraction must lie in [0, 1], found {self.decay_fraction}")
@@ -93,7 +92,9 @@ def _assign(settings: Settings, path: list[str], value: str, full_name: str) -> 
     if field is None or dataclasses.is_dataclass(getattr(settings, name)) != bool(rest):
         raise UsageError(f"--set {full_name}: no such setting{_suggestion(settings, full_name, path)}")
     if rest:
-        return dataclasses.replace(settings, **{name: _assign(getattr(settings, name), rest, value, full_name)})
+        return dataclasses.replace(
+            settings, **{name: _assign(getattr(settings, name), rest, value, full_name)}
+        )
     hints = typing.get_type_hints(type(settings))
     return dataclasses.replace(settings, **{name: _parse(value, hints[name], full_name)})
 

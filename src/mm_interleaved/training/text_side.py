@@ -39,7 +39,8 @@ class TextSideStage:
 
     def compute_losses(self, batch: DocumentBatch) -> Losses:
         inputs = batch.batch
-        # On a CPU the backward of the fused attention takes three times as long as plain matrix products at these
+        # On a CPU the backward of the fused attention takes three times as long as plain matrix products at
+        # these
         # lengths in bfloat16 (0.37 s against 0.13 s a step, 2026-11).
         with sdpa_kernel(SDPBackend.MATH):
             loss = self.model(
@@ -60,11 +61,19 @@ class TextSideStage:
 
 @torch.no_grad()
 def open_to_images(model: MMInterleavedForConditionalGeneration) -> None:
-    """Lets a new language model hear images from the first step.
+    """Lets a new model hear from the first step what its resamplers and synchronizers have to say.
 
-    The parts start such that images do not disturb a pretrained language model: small slots, closed gates. A model that
-    starts from nothing has nothing to protect, and would only lose time.
+    These start such that they do not disturb pretrained neighbours: small weights, small slots, closed gates. A model
+    that starts from nothing has nothing to protect; with that start, slots differed by 0.02 % from image to image after
+    400 steps.
     """
     nn.init.normal_(model.vision.slot_projection.weight, std=model.vision.slot_projection.in_features**-0.5)
     for index in model.language_model.synchronized_layers:
         model.language_model.layers[index].synchronizer.gate.fill_(0.5)
+    resamplers = [model.vision.resampler]
+    if model.image_decoder is not None:
+        resamplers.append(model.image_decoder.resampler)
+    for resampler in resamplers:
+        for module in resampler.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)

@@ -28,7 +28,11 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> PreTrained
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
     )
     fast.add_special_tokens({"additional_special_tokens": [IMAGE_START_TOKEN, IMAGE_TOKEN]})
     return fast

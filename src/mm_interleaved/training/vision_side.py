@@ -1,6 +1,7 @@
 """The stage that teaches the vision tower to name what it sees, before a language model listens to it.
 
-It stands where the released model takes CLIP's weights: a tower that knows nothing gives the language model nothing to
+It stands where the released model takes CLIP's weights: a tower that knows nothing gives the language model
+nothing to
 listen to, and both wait for each other for thousands of steps.
 Letters: I images, C channels, A answers of one attribute.
 """
@@ -84,7 +85,9 @@ class NamedPictures:
 
 
 class VisionSideStage:
-    """Trains the tower through linear readers of its pyramid's levels of 16 and 8 cells, which are thrown away."""
+    """Trains the tower through linear readers of its pyramid's levels of 16 and 8 cells, which are thrown
+    away.
+    """
 
     name = "vision"
 

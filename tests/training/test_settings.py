@@ -1,0 +1,57 @@
+"""Settings of a run: what `--set` takes and what it refuses."""
+
+import pytest
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.recipes.storyworld import StoryWorldConfig
+from mm_interleaved.training.run import run_recipe
+from mm_interleaved.training.settings import override, setting_names
+
+
+def test_assignments_reach_nested_settings_and_keep_their_types():
+    config = override(
+        StoryWorldConfig(),
+        [
+            "image.steps=7",
+            "seed=3",
+            "sizes.use_synchronizers=false",
+            "sizes.unet_channels=32,64,64,64",
+            "text.learning_rate=2e-4",
+        ],
+    )
+    assert (config.image.steps, config.seed, config.sizes.use_synchronizers) == (7, 3, False)
+    assert config.sizes.unet_channels == (32, 64, 64, 64) and config.text.learning_rate == 2e-4
+    assert StoryWorldConfig().image.steps != 7
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("image.step=7", "did you mean image.steps"),
+        ("imag.steps=7", "did you mean image.steps"),
+        ("image=7", "no such setting"),
+        ("image.steps", "expected name=value"),
+        ("image.steps=many", "expected int, found 'many'"),
+        ("image.steps=0", "steps"),
+        ("image.ema_decay=1.5", "ema_decay"),
+        ("sizes.use_synchronizers=maybe", "expected bool"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_in_one_sentence(assignment, message):
+    with pytest.raises(UsageError, match=message):
+        override(StoryWorldConfig(), [assignment])
+
+
+def test_every_setting_is_listed():
+    names = setting_names(StoryWorldConfig())
+    assert {"seed", "vae.steps", "sizes.num_slots"} <= set(names)
+
+
+def test_an_unknown_recipe_and_a_folder_in_use_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="did you mean storyworld"):
+        run_recipe("storyword", out=tmp_path)
+    with pytest.raises(UsageError, match="holds no run"):
+        run_recipe("storyworld", out=tmp_path, resume=True)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds a run already"):
+        run_recipe("storyworld", out=tmp_path)

@@ -1,0 +1,203 @@
+"""Training: it learns, it resumes to the bit, it stops where it must."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mm_interleaved.checkpoint.store import load_newest_checkpoint
+from mm_interleaved.errors import NumericalError, StorageError
+from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture
+from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
+from mm_interleaved.training.image_side import ImageSideStage
+from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
+from mm_interleaved.training.optimizer import learning_rate
+from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.text_side import TextSideStage, open_to_images
+
+ONE_DRAWING = Mixture(share=1, batch_size=1, tasks={"draw": 1})
+QUICK = StageConfig(steps=6, learning_rate=3e-3, warmup_steps=2, ema_decay=0.9, save_every=3, log_every=2)
+
+
+def losses_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def final_tensors(folder):
+    return {path.name: load_file(path) for path in sorted((folder / "step-00000006").glob("*.safetensors"))}
+
+
+def test_one_document_is_learned_by_heart(model, processor, tmp_path):
+    open_to_images(model)
+    batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)(0)
+    config = StageConfig(steps=40, learning_rate=1e-2, warmup_steps=5, log_every=10)
+    train_stage(TextSideStage(model, lambda step: batch), config, tmp_path, seed=0)
+    lines = losses_of(tmp_path)
+    assert lines[-1]["text"] < 0.2 * lines[0]["text"], lines
+
+
+def test_the_denoising_loss_of_one_document_falls(model, processor, tmp_path):
+    batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)(0)
+    config = StageConfig(steps=60, learning_rate=1e-2, warmup_steps=5, log_every=20)
+    train_stage(ImageSideStage(model, lambda step: batch), config, tmp_path, seed=0)
+    lines = losses_of(tmp_path)
+    assert lines[-1]["image"] < 0.9 * lines[0]["image"], lines
+
+
+def test_the_image_stage_changes_nothing_that_reads(model, processor, tmp_path):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)
+    train_stage(ImageSideStage(model, batches), QUICK, tmp_path, seed=0)
+    changed = {
+        name.split(".")[0]
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert changed == {"image_decoder", "context_projection"}
+    for name, tensor in model.image_decoder.vae.state_dict().items():
+        assert torch.equal(tensor, before[f"image_decoder.vae.{name}"])
+
+
+class Interrupted(TextSideStage):
+    """Sends the process a SIGTERM while it makes the batch of one step."""
+
+    def make_batch(self, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().make_batch(step)
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(model, processor, tmp_path):
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = DocumentBatches(
+        processor, (Mixture(share=1, batch_size=2, tasks={"draw": 1, "story": 1}),), seed=1
+    )
+    train_stage(TextSideStage(model, batches), QUICK, tmp_path / "whole", seed=7)
+    handed_on = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    model.load_state_dict(start)
+    with pytest.raises(StoppedBySignal, match="SIGTERM after step 4") as stopped:
+        train_stage(Interrupted(model, batches), QUICK, tmp_path / "halves", seed=7)
+    assert stopped.value.exit_code == 75
+    model.load_state_dict(start)
+    train_stage(TextSideStage(model, batches), QUICK, tmp_path / "halves", seed=7)
+
+    whole, halves = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "halves")
+    assert (
+        whole.keys()
+        == halves.keys()
+        == {"weights.safetensors", "optimizer.safetensors", "average.safetensors"}
+    )
+    for file, tensors in whole.items():
+        differing = [name for name, tensor in tensors.items() if not torch.equal(tensor, halves[file][name])]
+        assert not differing, f"{file}: {differing[:3]}"
+    assert all(torch.equal(tensor, handed_on[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_batch_is_a_function_of_seed_and_step(processor):
+    mixtures = (
+        Mixture(share=1, batch_size=2, tasks={"interview": 1}),
+        Mixture(share=1, batch_size=3, tasks={"story": 1}),
+    )
+    batches, again = (DocumentBatches(processor, mixtures, seed=4) for _ in range(2))
+    assert batches(5).document_ids == again(5).document_ids
+    assert torch.equal(batches(5).batch.pixel_values, again(5).batch.pixel_values)
+    assert batches(5).document_ids != batches(6).document_ids
+    assert DocumentBatches(processor, mixtures, seed=5)(5).document_ids != batches(5).document_ids
+
+
+class Diverging:
+    """A stage whose loss is not a number from step 2 on."""
+
+    name = "diverging"
+
+    def __init__(self):
+        self.part = nn.Linear(2, 1)
+
+    def trained_parts(self):
+        return {"part": self.part}
+
+    def make_batch(self, step):
+        return step
+
+    def compute_losses(self, batch):
+        loss = self.part(torch.ones(1, 2)).sum() * (float("nan") if batch == 2 else 1.0)
+        return Losses(loss, {"loss": loss}, {"images": 1}, document_ids=("storyworld-train-1-2",))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    stage = Diverging()
+    config = StageConfig(steps=6, learning_rate=1e-2, warmup_steps=1, save_every=1)
+    with pytest.raises(NumericalError, match=r"step 2: loss nan.*storyworld-train-1-2") as stopped:
+        train_stage(stage, config, tmp_path, seed=0)
+    assert stopped.value.exit_code == 5
+    assert load_newest_checkpoint(tmp_path).step == 2
+    assert all(parameter.isfinite().all() for parameter in stage.part.parameters())
+
+
+def test_only_the_newest_checkpoints_stay_and_a_damaged_one_is_named(tmp_path):
+    config = StageConfig(steps=2, learning_rate=1e-2, save_every=1)
+    train_stage(Diverging(), config, tmp_path, seed=0)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000002"]
+    weights = tmp_path / "step-00000002" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(StorageError, match=r"step-00000002/weights\.safetensors"):
+        load_stage_weights(Diverging(), tmp_path)
+
+
+def test_a_save_that_was_cut_off_is_not_taken_for_a_checkpoint(tmp_path):
+    train_stage(Diverging(), StageConfig(steps=2, learning_rate=1e-2), tmp_path, seed=0)
+    (tmp_path / "step-00000009").mkdir()  # no manifest
+    (tmp_path / ".tmp-step-00000008-1").mkdir()
+    assert load_newest_checkpoint(tmp_path).step == 2
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_nearly_nothing():
+    config = StageConfig(steps=100, learning_rate=1.0, warmup_steps=10, decay_fraction=0.3)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[69] == pytest.approx(1.0)
+    assert rates[70:] == sorted(rates[70:], reverse=True) and rates[-1] < 0.01
+
+
+def test_normalised_latents_decode_to_the_same_pictures(model):
+    vae = model.image_decoder.vae.eval()
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before = vae.encode(images).latent_dist
+        pictures = vae.decode(before.mean).sample
+        normalise_latents(vae, images)
+        after = vae.encode(images).latent_dist
+        assert after.mean.mean((0, 2, 3)).abs().max() < 1e-4
+        assert (after.mean.std((0, 2, 3)) - 1).abs().max() < 1e-3
+        torch.testing.assert_close(
+            after.std / before.std,
+            after.mean.new_ones(1).expand_as(after.std) / before.mean.std((0, 2, 3))[:, None, None],
+            rtol=1e-3,
+            atol=1e-4,
+        )
+        torch.testing.assert_close(vae.decode(after.mean).sample, pictures, rtol=1e-3, atol=1e-3)
+
+
+def test_the_vae_learns(model, tmp_path):
+    pictures = torch.rand(2, 3, 32, 32)
+    stage = ImageCodecStage(
+        model.image_decoder.vae,
+        lambda start, count: pictures,
+        batch_size=2,
+        detail_weight=4.0,
+        kl_weight=1e-5,
+    )
+    config = StageConfig(steps=30, learning_rate=1e-2, warmup_steps=2, log_every=10)
+    train_stage(stage, config, tmp_path, seed=0)
+    lines = losses_of(tmp_path)
+    assert lines[-1]["pixel"] < lines[0]["pixel"]
+
+
+def test_document_batches_carry_their_documents_names(processor):
+    batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0)(0)
+    assert isinstance(batch, DocumentBatch)
+    assert batch.document_ids == ("storyworld-train-0-0",)
