@@ -43,15 +43,18 @@ def test_one_document_is_learned_by_heart(model, processor, tmp_path):
 def test_the_denoising_loss_of_one_document_falls(model, processor, tmp_path):
     batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)(0)
     config = StageConfig(steps=60, learning_rate=1e-2, warmup_steps=5, log_every=20)
-    train_stage(ImageSideStage(model, lambda step: batch), config, tmp_path, seed=0)
+    stage = ImageSideStage(model, lambda step: batch, batch_size=4, pool_batches=1, repeats=60)
+    train_stage(stage, config, tmp_path, seed=0)
     lines = losses_of(tmp_path)
     assert lines[-1]["image"] < 0.9 * lines[0]["image"], lines
 
 
 def test_the_image_stage_changes_nothing_that_reads(model, processor, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    batches = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)
-    train_stage(ImageSideStage(model, batches), QUICK, tmp_path, seed=0)
+    stories = Mixture(share=1, batch_size=1, tasks={"story": 1})
+    batches = DocumentBatches(processor, (stories,), seed=0, target_pixels=True)
+    stage = ImageSideStage(model, batches, batch_size=2, pool_batches=1, repeats=3)
+    train_stage(stage, QUICK, tmp_path, seed=0)
     changed = {
         name.split(".")[0]
         for name, tensor in model.state_dict().items()
@@ -108,6 +111,23 @@ def test_a_batch_is_a_function_of_seed_and_step(processor):
     assert torch.equal(batches(5).batch.pixel_values, again(5).batch.pixel_values)
     assert batches(5).document_ids != batches(6).document_ids
     assert DocumentBatches(processor, mixtures, seed=5)(5).document_ids != batches(5).document_ids
+
+
+def test_pictures_of_a_pool_are_what_the_model_would_paint_from(model, processor):
+    """The stage's own path (pools) computes the loss that the model's forward computes."""
+    documents = DocumentBatches(
+        processor, (Mixture(share=1, batch_size=2, tasks={"story": 1}),), seed=3, target_pixels=True
+    )
+    model.eval()
+    inputs = documents(0).batch
+    stage = ImageSideStage(model, documents, batch_size=1, pool_batches=1, repeats=1)
+    tasks = stage.read(documents(0))
+    assert len(tasks) == inputs.image_target.sum()
+    with torch.no_grad():
+        hidden = stage._hidden(inputs)
+    first_image = int(inputs.image_start[0, 0])
+    torch.testing.assert_close(tasks[0].context, hidden[0, : first_image + 1].flip(0), rtol=0.05, atol=0.05)
+    assert [len(task.earlier) for task in tasks][:3] == [0, 1, 2]
 
 
 class Diverging:

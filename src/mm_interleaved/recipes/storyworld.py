@@ -103,7 +103,9 @@ class StoryWorldConfig:
     kl_weight: float = 1e-5
     """VAE: weight of the KL term."""
     batch_size: int = 16
-    """Pictures a step in the first two stages; the mixtures say how many documents a step the others take."""
+    """Pictures a step in the first two stages."""
+    image_batch_size: int = 32
+    """Pictures a step in the last two stages."""
     sizes: SizesConfig = field(default_factory=SizesConfig)
     vae: StageConfig = field(
         default_factory=lambda: StageConfig(
@@ -305,11 +307,12 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
 
     # 3. All that paints: from text alone, then from earlier pictures too.
     synchronizers, decoder.synchronizers = decoder.synchronizers, None
-    drawings = documents(DRAW_MIXTURES, seed=config.seed, target_pixels=True)
-    run(ImageSideStage(model, drawings), config.draw, folder / "draw")
+    paint = partial(ImageSideStage, model, batch_size=config.image_batch_size, pool_batches=24, repeats=4)
+    drawings = documents(DRAW_MIXTURES, seed=config.seed + 100, target_pixels=True)
+    run(paint(drawings), config.draw, folder / "draw")
     decoder.synchronizers = synchronizers
-    pictures = documents(IMAGE_MIXTURES, seed=config.seed, target_pixels=True)
-    run(ImageSideStage(model, pictures), config.image, folder / "image")
+    pictures = documents(IMAGE_MIXTURES, seed=config.seed + 200, target_pixels=True)
+    run(paint(pictures), config.image, folder / "image")
     return save_model(model, processor, folder / "model")
 
 

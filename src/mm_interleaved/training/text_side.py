@@ -64,8 +64,8 @@ def open_to_images(model: MMInterleavedForConditionalGeneration) -> None:
     """Lets a new model hear from the first step what its resamplers and synchronizers have to say.
 
     These start such that they do not disturb pretrained neighbours: small weights, small slots, closed gates.
-    A model that starts from nothing has nothing to protect; with that start, slots differed by 0.02 % from image
-    to image after 400 steps.
+    A model that starts from nothing has nothing to protect; with that start, slots differed by 0.02 % from
+    image to image after 400 steps.
     """
     nn.init.normal_(model.vision.slot_projection.weight, std=model.vision.slot_projection.in_features**-0.5)
     for index in model.language_model.synchronized_layers:
