@@ -25,6 +25,9 @@ __all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
 
 def __getattr__(name: str):
     if name in _PUBLIC:
+        if name == "MMInterleavedForConditionalGeneration":
+            # Who has the model at hand may load any part of it through transformers' Auto classes.
+            import_module("mm_interleaved.registration").register()
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -9,14 +9,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_interleaved.errors import MMInterleavedError, ModelFileError, UsageError, escape
+from mm_interleaved.errors import ModelFileError, UsageError, escape
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator
@@ -25,17 +23,6 @@ SHIPPED = ("storyworld",)
 CONFIG = "config.json"
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HEADER_LIMIT = 100_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class TensorHeader:
-    """What a safetensors file says of one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-    file: str
 
 
 def find_model(name: str) -> Path:
@@ -82,25 +69,6 @@ def hash_model(folder: Path) -> str:
     return total.hexdigest()
 
 
-def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Every tensor of a model's safetensors files, without reading a weight.
-
-    Raises ModelFileError for a file that is cut, that claims what it does not hold, or that is missing.
-    """
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ModelFileError(f"{folder}: holds no *.safetensors file, expected the weights of a model")
-    headers: dict[str, TensorHeader] = {}
-    for path in paths:
-        headers.update(_read_header(path))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for shard in sorted(shards - {path.name for path in paths}):
-            raise ModelFileError(f"{index}: names {escape(shard)!r}, which is not in {folder}")
-    return headers
-
-
 def load_generator(folder: Path, *, device: str = "auto", dtype: str = "auto") -> InterleavedGenerator:
     """The model of a folder, ready to continue documents.
 
@@ -110,20 +78,16 @@ def load_generator(folder: Path, *, device: str = "auto", dtype: str = "auto") -
     """
     from transformers.utils import logging as transformers_logging
 
-    from mm_interleaved import (
-        InterleavedGenerator,
-        MMInterleavedForConditionalGeneration,
-        MMInterleavedProcessor,
-    )
+    from mm_interleaved import InterleavedGenerator, MMInterleavedProcessor
+    from mm_interleaved.checkpoint.load import load_model, model_file_errors
 
     transformers_logging.disable_progress_bar()
     place = torch_device(device)
     kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
-    tensor_headers(folder)
-    with _model_file_errors(folder):
-        model = MMInterleavedForConditionalGeneration.from_pretrained(folder, dtype=kind)
+    model = load_model(folder, dtype=kind)
+    with model_file_errors(folder):
         processor = MMInterleavedProcessor.from_pretrained(folder)
-    return InterleavedGenerator(model.to(place).eval(), processor)
+    return InterleavedGenerator(model.to(place), processor)
 
 
 def torch_device(name: str):
@@ -163,44 +127,3 @@ def _from_hub(name: str) -> Path:
     raise ModelFileError(
         f"{looked}, not in the hub cache {HF_HUB_CACHE}, and huggingface.co gave {type(reason).__name__}"
     )
-
-
-def _read_header(path: Path) -> dict[str, TensorHeader]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_size > min(size - 8, _HEADER_LIMIT):
-            raise ModelFileError(
-                f"{path}: {size} bytes, its header alone tells of {header_size + 8}; the file is cut"
-            )
-        data = file.read(header_size)
-    try:
-        entries = {name: entry for name, entry in json.loads(data).items() if name != "__metadata__"}
-        spans = {name: entry["data_offsets"] for name, entry in entries.items()}
-        headers = {
-            name: TensorHeader(
-                entry["dtype"], tuple(entry["shape"]), spans[name][1] - spans[name][0], path.name
-            )
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelFileError(f"{path}: its header is damaged, expected a safetensors file") from error
-    expected = 8 + header_size + max((end for _, end in spans.values()), default=0)
-    if size != expected:
-        raise ModelFileError(
-            f"{path}: {size} bytes, its header tells of {expected}; the file is cut or damaged"
-        )
-    return headers
-
-
-@contextmanager
-def _model_file_errors(folder: Path):
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except MMInterleavedError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        sentence = escape(" ".join(str(error).split()), limit=400)
-        raise ModelFileError(f"{folder}: the model cannot be loaded ({sentence})") from error

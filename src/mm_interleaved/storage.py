@@ -5,8 +5,10 @@ Every function turns a failing disk into StorageError and leaves what was there 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +18,7 @@ from mm_interleaved.errors import StorageError, UsageError
 
 LOCK_NAME = ".lock"
 _TEMPORARY = ".tmp-"
+_DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def write_file(path: Path, data: bytes):
@@ -88,6 +91,38 @@ def make_folder(path: Path):
         path.mkdir(parents=True, exist_ok=True)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that is whole or not there: fill the one that is yielded; it takes its place when all is
+    written.
+
+    Raises:
+        UsageError: something other than an empty folder is there already.
+        StorageError: the disk failed or is full.
+    """
+    path = path.absolute()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UsageError(f"{path}: is there already, expected a new or an empty folder")
+    make_folder(path.parent)
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with _storage_errors(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        yield temporary
+        with _storage_errors(path):
+            for file in sorted(temporary.rglob("*")):
+                _sync_file(file) if file.is_file() else _sync_folder(file)
+            _sync_folder(temporary)
+            os.replace(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _DISK_FAILURES:
+            raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+    _sync_folder(path.parent)
+
+
 def remove_temporary_files(folder: Path):
     """Delete what interrupted writes left behind, in `folder` and its subfolders."""
     with _storage_errors(folder):
@@ -126,6 +161,11 @@ def _storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _sync_file(path: Path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path):

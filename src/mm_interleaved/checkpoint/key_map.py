@@ -184,6 +184,12 @@ class KeyReport:
     def fits(self) -> bool:
         return not (self.missing or self.unexpected or self.misshapen)
 
+    def __str__(self) -> str:
+        """Every name that does not fit, a line each, and `mapped N of N` last."""
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "misshapen": self.misshapen}
+        lines = [f"{kind}: {name}" for kind, names in kinds.items() for name in names]
+        return "\n".join([*lines, f"mapped {self.mapped} of {self.total}"])
+
 
 def our_key(official: str) -> str | None:
     """Our name for an official one; None if no rule knows it (or it is derived, see `DERIVED_POSITION_IDS`)."""

@@ -111,22 +111,36 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="Save as float32, bfloat16 or float16; as found by default.")
     ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels a side for the encoder, if other than released.")
+    ] = None,
+    allow_non_finite: Annotated[
+        bool, typer.Option("--allow-non-finite", help="Take NaN and infinite weights too.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only map the names and say what does not fit.")
     ] = False,
-) -> int | None:
+):
     """Turn the official checkpoint into a folder that --model takes."""
     from mm_interleaved.checkpoint import convert as conversion
 
     if dry_run:
-        report = conversion.dry_run(source)
+        report = conversion.dry_run(source, components=components)
         say(str(report))
-        return None
+        conversion.refuse_misfit(report, source)
+        return
     if out is None:
         raise UsageError("convert: expected OUT, the folder to write (or --dry-run)")
-    conversion.convert_checkpoint(source, out, components=components, dtype=dtype)
+    report = conversion.convert_checkpoint(
+        source,
+        out,
+        components=components,
+        dtype=dtype,
+        image_size=image_size,
+        allow_non_finite=allow_non_finite,
+    )
+    say(str(report))
     say(f"converted: {out}")
-    return None
 
 
 def compose(
@@ -134,11 +148,19 @@ def compose(
     llm: Annotated[str, typer.Option(help="Language model: folder or hub id.")],
     vision: Annotated[str, typer.Option(help="CLIP vision tower: folder or hub id.")],
     diffusion: Annotated[str, typer.Option(help="Stable Diffusion 1.x or 2.x: folder or hub id.")],
+    num_slots: Annotated[int, typer.Option(help="Tokens per image.")] = 64,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; by default as the language model is saved."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the new parts' first weights.")] = 0,
 ):
     """Build a new, untrained model out of pretrained parts."""
     from mm_interleaved.checkpoint.compose import compose as compose_model
 
-    compose_model(out, llm=llm, vision=vision, diffusion=diffusion)
+    compose_model(
+        out, llm=llm, vision=vision, diffusion=diffusion, num_slots=num_slots, dtype=dtype, seed=seed
+    )
     say(f"composed: {out}")
 
 

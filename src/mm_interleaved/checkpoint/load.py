@@ -1,0 +1,134 @@
+"""A saved model in, a built one out; what does not fit is named before a weight is read.
+
+transformers' `from_pretrained` works too; it fills gaps with fresh weights, where this refuses them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from mm_interleaved.checkpoint.headers import read_json, tensor_headers
+from mm_interleaved.config import MMInterleavedConfig
+from mm_interleaved.errors import MMInterleavedError, ModelFileError, escape
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MAX_NAMED = 10
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    allow_missing: Sequence[str] = (),
+    **settings: Any,
+) -> MMInterleavedForConditionalGeneration:
+    """The model of a folder that `save_pretrained` or `convert` wrote, in evaluation mode.
+
+    Args:
+        dtype: "auto" (as saved), "float32", "bfloat16", "float16", or a torch dtype.
+        device_map: as transformers: None, "auto", a device, or a device for each module.
+        allow_missing: patterns (`*` stands for anything) of tensors that may start fresh.
+        settings: further arguments of transformers' `from_pretrained`.
+
+    Raises:
+        ModelFileError: the folder holds no whole model of ours.
+    """
+    folder = Path(folder)
+    config = read_model_config(folder)
+    headers = tensor_headers(folder)
+    found = {name: header.shape for name, header in headers.items()}
+    refuse_unfit(str(folder), model_shapes(config), found, allow_missing=allow_missing)
+    with model_file_errors(folder):
+        model = MMInterleavedForConditionalGeneration.from_pretrained(
+            folder, config=config, dtype=dtype, device_map=device_map, **settings
+        )
+    return model.eval()
+
+
+def read_model_config(folder: Path) -> MMInterleavedConfig:
+    """The configuration of a model folder. Raises ModelFileError."""
+    path = folder / "config.json"
+    settings = read_json(path)
+    found = settings.get("model_type") if isinstance(settings, dict) else None
+    if found != MMInterleavedConfig.model_type:
+        raise ModelFileError(
+            f"{path}: model_type {escape(str(found))!r}, expected {MMInterleavedConfig.model_type!r}"
+        )
+    if "auto_map" in settings:
+        raise ModelFileError(f"{path}: asks for code of its own (auto_map), which is never run")
+    with model_file_errors(path):
+        return MMInterleavedConfig.from_dict(settings)
+
+
+def model_shapes(config: MMInterleavedConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model; nothing is allocated.
+
+    Raises:
+        ModelFileError: the configuration describes no model.
+    """
+    return dict(_model_shapes(config.to_json_string(use_diff=False)))
+
+
+@lru_cache(maxsize=4)
+def _model_shapes(config: str) -> dict[str, tuple[int, ...]]:
+    # Building the modules takes seconds at full size, and a conversion asks for one model more than once.
+    with model_file_errors("configuration"), torch.device("meta"):
+        model = MMInterleavedForConditionalGeneration(MMInterleavedConfig.from_dict(json.loads(config)))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def refuse_unfit(
+    place: str,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    *,
+    allow_missing: Sequence[str] = (),
+) -> None:
+    """Refuse tensors that do not fit a model, naming the first ten of each kind. Raises ModelFileError."""
+    missing = [
+        name
+        for name in sorted(expected.keys() - found.keys())
+        if not any(fnmatchcase(name, pattern) for pattern in allow_missing)
+    ]
+    unexpected = sorted(found.keys() - expected.keys())
+    misshapen = [
+        f"{name} (expected {expected[name]}, got {found[name]})"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    refuse_names(place, missing=missing, unexpected=unexpected, misshapen=misshapen)
+
+
+def refuse_names(place: str, **names_by_kind: Iterable[str]) -> None:
+    """Refuse tensors by name, e.g. `missing=[...]`, unless there are none. Raises ModelFileError."""
+    problems = []
+    for kind, names in names_by_kind.items():
+        names = [escape(name) for name in names]
+        if names:
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            problems.append(f"{len(names)} {kind} tensors: {', '.join(names[:_MAX_NAMED])}{more}")
+    if problems:
+        raise ModelFileError(f"{place}: does not fit the model; {'; '.join(problems)}")
+
+
+@contextmanager
+def model_file_errors(place: Path | str):
+    """Turn what libraries raise over model files into one sentence."""
+    try:
+        yield
+    except MMInterleavedError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        sentence = escape(" ".join(str(error).split()), limit=400)
+        raise ModelFileError(f"{place}: the model cannot be loaded ({sentence})") from error
