@@ -174,8 +174,9 @@ def run_and_report(
                 bar.tell(f"{document.id}: {event_words(event)}")
 
         outcome = run_documents(request, on_event)
-    if not is_quiet:
-        say(_summary(outcome))
+    if is_quiet:
+        return 0
+    say(_summary(outcome))
     failed = [record for record in outcome.records if "error" in record]
     if failed:
         first = failed[0]

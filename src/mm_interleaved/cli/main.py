@@ -59,6 +59,8 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = create_app()(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into an exit code by itself
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except MMInterleavedError as error:
         return _fail(str(error), error.exit_code, debug)
@@ -83,11 +85,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Entry point of the installed command."""
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(run(sys.argv[1:]))
 
 
-def _stop(number: int, frame: object) -> NoReturn:
+def stop(number: int, frame: object) -> NoReturn:
+    """The handler of SIGTERM."""
     raise Stopped
 
 
