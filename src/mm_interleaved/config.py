@@ -4,7 +4,7 @@ Nothing here builds anything: `models/build.py` reads these and hands plain dime
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
@@ -87,18 +87,19 @@ class MMInterleavedConfig(PreTrainedConfig):
     """
 
     model_type = "mm_interleaved"
-    sub_configs = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
+    sub_configs: ClassVar[Any] = {"text_config": AutoConfig, "vision_config": CLIPVisionConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    unet_config: dict | None = None
-    vae_config: dict | None = None
-    scheduler_config: dict | None = None
-    adapter: dict | None = None
-    slot_resampler: dict | None = None
-    conditioning_resampler: dict | None = None
-    text_synchronizer: dict | None = None
-    image_synchronizer: dict | None = None
+    # Given as dictionaries or configurations, kept as configurations (see `__post_init__`): hence Any.
+    text_config: Any = None
+    vision_config: Any = None
+    unet_config: Any = None
+    vae_config: Any = None
+    scheduler_config: Any = None
+    adapter: Any = None
+    slot_resampler: Any = None
+    conditioning_resampler: Any = None
+    text_synchronizer: Any = None
+    image_synchronizer: Any = None
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 0

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import BOS, EOS, PAD, image_ids, tiny_config, tiny_model
 
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.visibility import NO_IMAGE
+from tiny import BOS, EOS, PAD, image_ids, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,9 @@ def model():
 
 
 def pixels(count, size=32, seed=0):
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(
+        count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def row(config, *parts):
@@ -61,10 +63,16 @@ def test_a_padded_batch_equals_its_rows_alone(model):
 
 @torch.no_grad()
 def test_packed_documents_equal_the_documents_alone(model):
-    documents = [row(model.config, [5, 6], "I", [7], "I", [4, EOS]), row(model.config, "I", [8, 9], "I", [EOS])]
+    documents = [
+        row(model.config, [5, 6], "I", [7], "I", [4, EOS]),
+        row(model.config, "I", [8, 9], "I", [EOS]),
+    ]
     images, noise = pixels(4), draws(4)
     lengths = [len(ids) for ids, _ in documents]
-    packed_row = (documents[0][0] + documents[1][0], documents[0][1] + [lengths[0] + s for s in documents[1][1]])
+    packed_row = (
+        documents[0][0] + documents[1][0],
+        documents[0][1] + [lengths[0] + s for s in documents[1][1]],
+    )
     packed = model(
         **batch_of(model.config, [packed_row], pixel_values=images, target_pixel_values=images, draws=noise),
         position_ids=torch.tensor([[*range(lengths[0]), *range(lengths[1])]]),
@@ -78,8 +86,12 @@ def test_packed_documents_equal_the_documents_alone(model):
             **batch_of(model.config, [document], pixel_values=images[own], target_pixel_values=images[own]),
             draws=own_draws,
         )
-        torch.testing.assert_close(packed.logits[0, start : start + lengths[i]], alone.logits[0], rtol=0, atol=1e-10)
-        losses.append((alone.image_loss, 2 if i == 0 else 1))  # an image that opens its document does not count
+        torch.testing.assert_close(
+            packed.logits[0, start : start + lengths[i]], alone.logits[0], rtol=0, atol=1e-10
+        )
+        losses.append(
+            (alone.image_loss, 2 if i == 0 else 1)
+        )  # an image that opens its document does not count
     expected = sum(loss * count for loss, count in losses) / 3
     torch.testing.assert_close(packed.image_loss, expected, rtol=0, atol=1e-10)
 
@@ -142,7 +154,9 @@ def test_dropped_conditioning_is_the_negative_one(model):
     other_text = dict(arguments, input_ids=arguments["input_ids"].clone())
     other_text["input_ids"][0, 1] = 9
     assert torch.equal(before, model(**other_text, draws=dropped).image_loss)
-    assert not torch.equal(model(**arguments, draws=noise).image_loss, model(**other_text, draws=noise).image_loss)
+    assert not torch.equal(
+        model(**arguments, draws=noise).image_loss, model(**other_text, draws=noise).image_loss
+    )
 
 
 @torch.no_grad()
@@ -169,7 +183,9 @@ def test_other_input_resolutions_run(model, size):
     grid = size // 8
     assert [level.shape[-1] for level in features.pyramid] == [4 * grid, 2 * grid, grid, grid // 2]
     document = row(model.config, [5], "I", [6])
-    assert torch.isfinite(model(**batch_of(model.config, [document], pixel_values=pixels(1, size))).logits).all()
+    assert torch.isfinite(
+        model(**batch_of(model.config, [document], pixel_values=pixels(1, size))).logits
+    ).all()
 
 
 @torch.no_grad()
@@ -189,7 +205,9 @@ def test_wrong_image_sizes_are_refused(model):
 def test_slots_are_checked_against_the_table_not_counted(model):
     ids, starts = row(model.config, [5], "I", [6, 7])
     with pytest.raises(ValueError, match="1 images need 3 slot tokens at the places of image_start"):
-        model(input_ids=torch.tensor([ids]), image_start=torch.tensor([[starts[0] + 1]]), pixel_values=pixels(1))
+        model(
+            input_ids=torch.tensor([ids]), image_start=torch.tensor([[starts[0] + 1]]), pixel_values=pixels(1)
+        )
 
 
 @pytest.mark.parametrize("without", ["text_synchronizer", "image_synchronizer"])
@@ -198,7 +216,8 @@ def test_the_twin_that_cannot_look_trains(without):
     document = row(model.config, [5], "I", [6], "I")
     ids = torch.tensor([document[0]])
     output = model(
-        **batch_of(model.config, [document], pixel_values=pixels(2), target_pixel_values=pixels(2)), text_target=ids > 4
+        **batch_of(model.config, [document], pixel_values=pixels(2), target_pixel_values=pixels(2)),
+        text_target=ids > 4,
     )
     output.loss.backward()
     assert torch.isfinite(output.loss)
@@ -229,7 +248,9 @@ def test_parts_that_do_not_fit_are_refused_naming_the_numbers():
     unet = tiny_config().unet_config
     with pytest.raises(ValueError, match="cross_attention_dim 20 must equal conditioning_resampler.dim 16"):
         MMInterleavedForConditionalGeneration(tiny_config(unet_config={**unet, "cross_attention_dim": 20}))
-    with pytest.raises(ValueError, match="num_hidden_layers 5 must be a multiple of adapter.num_interactions 4"):
+    with pytest.raises(
+        ValueError, match="num_hidden_layers 5 must be a multiple of adapter.num_interactions 4"
+    ):
         vision = tiny_config().vision_config.to_dict() | {"num_hidden_layers": 5}
         MMInterleavedForConditionalGeneration(tiny_config(vision_config=vision))
 

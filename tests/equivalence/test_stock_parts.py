@@ -3,7 +3,14 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
@@ -24,7 +31,9 @@ FAMILIES = {
 
 def gated(dim=32):
     return GatedSynchronizer(
-        FeatureSynchronizer(dim, 16, value_dim=16, num_heads=2, num_levels=1, num_points=2, max_images=5, base_size=4),
+        FeatureSynchronizer(
+            dim, 16, value_dim=16, num_heads=2, num_levels=1, num_points=2, max_images=5, base_size=4
+        ),
         dim,
         16,
     )
@@ -60,7 +69,9 @@ def test_a_closed_gate_changes_nothing_and_an_open_one_does(family):
     cells = torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(2))
     view = ImageView(ours.project_images(cells, (4,)), torch.tensor([2, 1]).expand(1, 7, 2))
     expected = stock(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(ours(input_ids=ids, image_view=view).last_hidden_state, expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        ours(input_ids=ids, image_view=view).last_hidden_state, expected, rtol=0, atol=0
+    )
     with torch.no_grad():
         ours.layers[2].synchronizer.gate.fill_(0.5)
     assert not torch.allclose(ours(input_ids=ids, image_view=view).last_hidden_state, expected)
@@ -82,7 +93,9 @@ def tiny_unet(**changes):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20), (9, 13)])
-@pytest.mark.parametrize("sd", [{}, {"use_linear_projection": False, "attention_head_dim": 2}], ids=["sd2", "sd1"])
+@pytest.mark.parametrize(
+    "sd", [{}, {"use_linear_projection": False, "attention_head_dim": 2}], ids=["sd2", "sd1"]
+)
 def test_unet_without_callback_equals_the_stock_unet_to_the_bit(size, sd):
     unet = tiny_unet(**sd)
     generator = torch.Generator().manual_seed(1)
@@ -102,7 +115,9 @@ def test_unet_callback_sees_twelve_skips_and_the_middle():
         return middle, skips
 
     unet_forward(unet, torch.zeros(1, 4, 16, 16), torch.tensor(1), torch.zeros(1, 5, 12), between)
-    assert [(shape[1], 16 // shape[2]) for shape in seen["skips"]] == [(c, 2**d) for c, d in skip_channels(unet)]
+    assert [(shape[1], 16 // shape[2]) for shape in seen["skips"]] == [
+        (c, 2**d) for c, d in skip_channels(unet)
+    ]
     assert len(seen["skips"]) == 12 and seen["middle"] == seen["skips"][-1]
 
 
@@ -124,7 +139,10 @@ def test_clip_backbone_equals_the_stock_model(size):
     names = {"pre_norm": "pre_layrnorm", "layers": "encoder.layers"}
     theirs = {key.removeprefix("vision_model."): value for key, value in stock.state_dict().items()}
     ours.load_state_dict(
-        {k: theirs[k.replace(k.split(".")[0], names.get(k.split(".")[0], k.split(".")[0]), 1)] for k in ours.state_dict()}
+        {
+            k: theirs[k.replace(k.split(".")[0], names.get(k.split(".")[0], k.split(".")[0]), 1)]
+            for k in ours.state_dict()
+        }
     )
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     expected = stock(pixels, interpolate_pos_encoding=size != 32).last_hidden_state

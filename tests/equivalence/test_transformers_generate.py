@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_model import batch_of, pixels, row
+
 from tiny import tiny_model
 
 
@@ -13,7 +14,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def prompt(model):
-    batch = batch_of(model.config, [row(model.config, [5, 6], "I", [7, 8]), row(model.config, [9, 4], "I", [3, 4])])
+    batch = batch_of(
+        model.config, [row(model.config, [5, 6], "I", [7, 8]), row(model.config, [9, 4], "I", [3, 4])]
+    )
     return {"input_ids": batch["input_ids"], "pixel_values": pixels(2).float()}
 
 
@@ -36,7 +39,12 @@ def test_greedy_with_cache_equals_a_loop_without(model, prompt):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3, "num_return_sequences": 2}]
+    "options",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+    ],
 )
 def test_beams_and_samples_equal_those_without_cache_reuse(model, prompt, options):
     arguments = {"max_new_tokens": 5, "suppress_tokens": [298, 299], "eos_token_id": None, **options}
@@ -46,7 +54,9 @@ def test_beams_and_samples_equal_those_without_cache_reuse(model, prompt, option
     assert together.shape == (expected_rows, 9 + 5)
     if "do_sample" not in options:
         alone = [
-            model.generate(prompt["input_ids"][i : i + 1], pixel_values=prompt["pixel_values"][i : i + 1], **arguments)
+            model.generate(
+                prompt["input_ids"][i : i + 1], pixel_values=prompt["pixel_values"][i : i + 1], **arguments
+            )
             for i in range(2)
         ]
         assert torch.equal(together, torch.cat(alone))

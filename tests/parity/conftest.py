@@ -10,10 +10,6 @@ SHARED = HERE.parents[2] / "shared" / "reference" / "golden-a"
 CARRIED = HERE / "data" / "golden-subset"
 
 
-def pytest_addoption(parser):
-    parser.addoption("--golden", type=Path, default=None, help="golden folder to compare with")
-
-
 def golden_folder(config) -> Path:
     chosen = config.getoption("--golden")
     if chosen is not None:

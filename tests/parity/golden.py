@@ -108,7 +108,13 @@ class Golden:
 
     def valid(self, key: str) -> Tensor | None:
         """Which positions of (B, L, ...) outputs are no padding; None if the output has no such axes."""
-        by_position = ("mm_embeds", "cross_attention_mask", "llm_hidden_states", "mm_hidden_state", "text_logits")
+        by_position = (
+            "mm_embeds",
+            "cross_attention_mask",
+            "llm_hidden_states",
+            "mm_hidden_state",
+            "text_logits",
+        )
         if key.startswith("forward.") and key.split(".")[1] in by_position:
             return self.inputs["forward.attention_mask"].bool()
         return None

@@ -17,7 +17,6 @@ from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.losses import denoising_errors
 from mm_interleaved.models.synchronizer import flatten_pyramid
-from mm_interleaved.models.vision import select_levels
 from mm_interleaved.visibility import (
     NO_IMAGE,
     context_images,
@@ -55,7 +54,11 @@ def recorded(**modules: torch.nn.Module):
 def vision(golden: Golden) -> dict[str, Tensor]:
     tower = golden.model.vision
     interactions = tower.adapter.interactions
-    modules = {"pre": tower.clip.pre_norm, "spatial": tower.adapter.spatial_prior, "resampler": tower.resampler}
+    modules = {
+        "pre": tower.clip.pre_norm,
+        "spatial": tower.adapter.spatial_prior,
+        "resampler": tower.resampler,
+    }
     modules |= {f"injector{i}": interaction.injector for i, interaction in enumerate(interactions)}
     modules |= {f"interaction{i}": interaction for i, interaction in enumerate(interactions)}
     with recorded(**modules) as record:
@@ -144,7 +147,12 @@ def forward(golden: Golden) -> dict[str, Tensor]:
 
 def _text_targets(golden: Golden, ids: Tensor, mask: Tensor, first_target=0) -> Tensor:
     tokens = golden.tokens
-    names = {"bos": "bos_token_id", "pad": "pad_token_id", "image_start": "soi_token_id", "image": "image_token_id"}
+    names = {
+        "bos": "bos_token_id",
+        "pad": "pad_token_id",
+        "image_start": "soi_token_id",
+        "image": "image_token_id",
+    }
     special = {ours: tokens[official] for ours, official in names.items()}
     first = torch.tensor(first_target).view(-1, 1)
     return text_targets(ids, mask, **special, first_target=first)
@@ -156,7 +164,11 @@ def _language_features(golden: Golden, pyramid, image_start: Tensor) -> dict[str
     for key in golden.outputs:
         named = re.fullmatch(r"forward\.mmfs_features_mm\.level([\d_]+)", key)
         if named or key == "forward.mmfs_features_mm":
-            sizes = [int(size) for size in named[1].split("_")] if named else golden.config["model"]["spatial_shapes"]
+            sizes = (
+                [int(size) for size in named[1].split("_")]
+                if named
+                else golden.config["model"]["spatial_shapes"]
+            )
             cells, _ = flatten_pyramid([level for level in pyramid if level.shape[-1] in sizes])
             by_row = cells.new_zeros(*image_start.shape, *cells.shape[1:])
             by_row[image_start != NO_IMAGE] = cells
@@ -174,7 +186,9 @@ def _contexts(golden: Golden, hidden: Tensor, image_start: Tensor, document_star
     }
 
 
-def _painting(golden, pyramid, image_start, document_start, record, draws, target_pixels) -> dict[str, Tensor]:
+def _painting(
+    golden, pyramid, image_start, document_start, record, draws, target_pixels
+) -> dict[str, Tensor]:
     model, decoder = golden.model, golden.model.image_decoder
     index = context_images(document_start, image_start, "previous", model.max_context_images)
     posterior = decoder.vae.encode(2 * target_pixels - 1).latent_dist
@@ -266,7 +280,9 @@ def language_synchronizer(golden: Golden) -> dict[str, Tensor]:
 
 def unet_synchronizer(golden: Golden) -> dict[str, Tensor]:
     out, synchronizers = {}, golden.model.image_decoder.synchronizers
-    pool = [golden.inputs[key].float() / 32 for key in sorted(golden.inputs) if key.startswith("mmfs_sd.pool_i8.")]
+    pool = [
+        golden.inputs[key].float() / 32 for key in sorted(golden.inputs) if key.startswith("mmfs_sd.pool_i8.")
+    ]
     for case in golden.cases("mmfs_sd"):
         name = golden.meta[f"mmfs_sd.{case}"]["block"]
         block = synchronizers.middle if name == "mid" else synchronizers.skips[int(name)]
@@ -363,7 +379,10 @@ def pictures(golden: Golden) -> dict[str, Tensor]:
     one_document = torch.zeros_like(ids)  # the official generation takes a row for one document
     pixels = golden.pixels(inputs["gen_image.image_index"])
     hidden = model(
-        input_ids=ids, attention_mask=inputs["gen_image.attention_mask"], pixel_values=pixels, image_start=image_start
+        input_ids=ids,
+        attention_mask=inputs["gen_image.attention_mask"],
+        pixel_values=pixels,
+        image_start=image_start,
     ).hidden
     pyramid = model.encode_images(pixels).pyramid
     row, column = (image_start != NO_IMAGE).nonzero(as_tuple=True)
@@ -428,7 +447,11 @@ def _painted(golden: Golden, case: str, conditioning: Tensor, pyramid, index: Te
 
 
 def vae_decode(golden: Golden) -> dict[str, Tensor]:
-    return {"vae_decode.image_raw": golden.model.image_decoder.vae.decode(golden.inputs["vae_decode.latents"]).sample}
+    return {
+        "vae_decode.image_raw": golden.model.image_decoder.vae.decode(
+            golden.inputs["vae_decode.latents"]
+        ).sample
+    }
 
 
 def schedule(golden: Golden) -> dict[str, Tensor]:

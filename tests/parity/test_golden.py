@@ -8,14 +8,20 @@ def test_output_equals_the_official_one(golden, output_key):
     expected = golden.outputs[output_key]
     actual = golden.ours(output_key, PRODUCERS)
     assert actual is not None, f"nothing of ours produces {output_key}"
-    assert tuple(actual.shape) == tuple(expected.shape), f"shape {tuple(actual.shape)}, golden {tuple(expected.shape)}"
+    assert tuple(actual.shape) == tuple(expected.shape), (
+        f"shape {tuple(actual.shape)}, golden {tuple(expected.shape)}"
+    )
 
     tolerance = golden.tolerances[output_key]
     actual, expected = actual.double(), expected.double()
     valid = golden.valid(output_key)
     if valid is not None:
         # (B, L, ...) or (layers, B, L, ...): padding is not compared.
-        index = (..., valid) if expected.dim() == 2 else ((slice(None), valid) if expected.dim() == 4 else (valid,))
+        index = (
+            (..., valid)
+            if expected.dim() == 2
+            else ((slice(None), valid) if expected.dim() == 4 else (valid,))
+        )
         actual, expected = actual[index], expected[index]
     allowed = 1 if output_key.split(".")[-1].startswith("image_u8") else tolerance.get("suggested_atol", 0)
     difference = (actual - expected).abs()

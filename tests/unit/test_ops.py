@@ -46,7 +46,7 @@ def by_hand(value, query_term, index_term, relative_index, reference, num_points
                             weight = math.exp(term[2 * P + level * P + p])
                             mass += weight
                             total += weight * bilinear(cells, float(x), float(y))
-                assert L * P + 2 * P == query_term.shape[-1]
+                assert query_term.shape[-1] == L * P + 2 * P
                 out[b, q, h] = total / mass
     return out
 
@@ -60,7 +60,9 @@ def case():
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    relative_index = torch.tensor([[[2, 1, 0], [1, 0, 0], [0, 0, 0], [3, 2, 1]], [[0, 1, 0], [4, 3, 2], [2, 0, 1], [0, 0, 1]]])
+    relative_index = torch.tensor(
+        [[[2, 1, 0], [1, 0, 0], [0, 0, 0], [3, 2, 1]], [[0, 1, 0], [4, 3, 2], [2, 0, 1], [0, 0, 1]]]
+    )
     return {
         "value_BNSHD": normal(B, N, S, H, D),
         "query_term_BQHE": 2 * normal(B, Q, H, E),
@@ -101,7 +103,9 @@ def test_gradients_equal_finite_differences(case):
 
     def attend(value, terms):
         arguments = {**case, "value_BNSHD": value, "query_term_BQHE": terms}
-        return multi_image_deformable_attention(**{**arguments, "relative_index_BQN": case["relative_index_BQN"][:1]})
+        return multi_image_deformable_attention(
+            **{**arguments, "relative_index_BQN": case["relative_index_BQN"][:1]}
+        )
 
     assert torch.autograd.gradcheck(attend, (value, terms))
 
@@ -123,7 +127,10 @@ def test_padding_images_change_nothing(case):
     zeros = torch.zeros(B, 4, N, dtype=torch.int64)
     padded["relative_index_BQN"] = torch.cat([case["relative_index_BQN"], zeros], dim=2)
     torch.testing.assert_close(
-        multi_image_deformable_attention(**case), multi_image_deformable_attention(**padded), rtol=0, atol=1e-14
+        multi_image_deformable_attention(**case),
+        multi_image_deformable_attention(**padded),
+        rtol=0,
+        atol=1e-14,
     )
 
 
@@ -135,7 +142,9 @@ def test_a_query_without_images_gets_the_ignore_value(case, implementation):
 
 
 def test_no_images_at_all_is_the_same_as_hidden_ones(case):
-    none = dict(case, value_BNSHD=case["value_BNSHD"][:, :0], relative_index_BQN=case["relative_index_BQN"][..., :0])
+    none = dict(
+        case, value_BNSHD=case["value_BNSHD"][:, :0], relative_index_BQN=case["relative_index_BQN"][..., :0]
+    )
     out = multi_image_deformable_attention(**none)
     assert torch.equal(out, case["ignore_HD"].expand_as(out))
 

@@ -3,6 +3,8 @@
 Parts never see the configuration; what does not fit together is refused here, in one sentence.
 """
 
+from typing import Any
+
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from mm_interleaved.config import MMInterleavedConfig, ResamplerConfig, SynchronizerConfig
@@ -51,7 +53,7 @@ def build_vision_tower(config: MMInterleavedConfig) -> VisionTower:
     )
 
 
-def build_language_model(config: MMInterleavedConfig):
+def build_language_model(config: MMInterleavedConfig) -> Any:
     """The language model with its synchronizers.
 
     Raises:
@@ -84,8 +86,8 @@ def build_image_decoder(config: MMInterleavedConfig) -> ImageDecoder | None:
     """
     if not config.has_image_decoder:
         return None
-    unet = UNet2DConditionModel.from_config(config.unet_config)
-    vae = AutoencoderKL.from_config(config.vae_config)
+    unet: Any = UNet2DConditionModel.from_config(config.unet_config)
+    vae: Any = AutoencoderKL.from_config(config.vae_config)
     check_unet(unet)
     resampler = config.part("conditioning_resampler")
     if unet.config.cross_attention_dim != resampler.dim:
@@ -106,7 +108,9 @@ def build_image_decoder(config: MMInterleavedConfig) -> ImageDecoder | None:
     )
 
 
-def _build_unet_synchronizers(config: MMInterleavedConfig, unet: UNet2DConditionModel) -> UNetSynchronizers | None:
+def _build_unet_synchronizers(
+    config: MMInterleavedConfig, unet: UNet2DConditionModel
+) -> UNetSynchronizers | None:
     settings, feature_dim = config.part("image_synchronizer"), config.vision_config.hidden_size
     if settings is None:
         return None

@@ -9,7 +9,9 @@ from torch import Tensor
 from mm_interleaved.models.positions import sincos_1d_table
 
 
-def gather_contexts(hidden_BTD: Tensor, row_I: Tensor, start_I: Tensor, end_I: Tensor) -> tuple[Tensor, Tensor]:
+def gather_contexts(
+    hidden_BTD: Tensor, row_I: Tensor, start_I: Tensor, end_I: Tensor
+) -> tuple[Tensor, Tensor]:
     """Hidden states from a document's start to an image's start token, inclusive and reversed.
 
     Reversed, the image's own start token always stands first, however long the document is.

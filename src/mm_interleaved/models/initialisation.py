@@ -5,10 +5,15 @@ nothing of our modules, and passes over modules of other packages that hold no p
 say how they start in `reset_parameters`, with `transformers.initialization`, which leaves loaded tensors alone.
 """
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-class OwnInitialisation:
+
+class OwnInitialisation(PreTrainedModel if TYPE_CHECKING else object):
     """Mix-in for a `PreTrainedModel`: after transformers' own rules, our modules reset themselves, parents last."""
 
     def initialize_weights(self) -> None:
@@ -22,7 +27,7 @@ class OwnInitialisation:
 
 def is_own(module: nn.Module) -> bool:
     """Whether a module is of this package."""
-    return type(module).__module__.startswith(__package__)
+    return type(module).__module__.startswith("mm_interleaved.")
 
 
 def is_loaded(tensor) -> bool:

@@ -62,7 +62,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
     config_class = MMInterleavedConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -75,11 +75,12 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         super().__init__(config)
         dim = config.text_config.hidden_size
         self.vision = build_vision_tower(config)
-        self.language_model = build_language_model(config)
+        self.language_model: Any = build_language_model(config)
         self.text_head = TextHead(dim, config.text_config.vocab_size, config.num_new_tokens)
         self.image_start_embedding = nn.Parameter(torch.zeros(dim))
-        self.image_decoder = build_image_decoder(config)
-        self.context_projection = nn.Linear(dim, dim) if self.image_decoder is not None else None
+        # None in a model that only writes.
+        self.image_decoder: Any = build_image_decoder(config)
+        self.context_projection: Any = nn.Linear(dim, dim) if self.image_decoder is not None else None
         self.post_init()
 
     @torch.no_grad()
@@ -115,7 +116,9 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             by_row[layer] = ImageValues(value[index.clamp(min=0)], level_sizes)
         return by_row
 
-    def embed(self, input_ids: Tensor, image_start: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, image_start: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
         """Embeddings (B, T, D) of tokens, with image slots filled.
 
         Args:
@@ -133,7 +136,9 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         row, position = self._slot_places(input_ids, image_start, slots.shape[1])
         return hidden.index_put((row, position), slots.flatten(0, 1).to(hidden.dtype))
 
-    def image_view(self, past_key_values: PrefixCache | None, num_tokens: int, **images: Any) -> ImageView | None:
+    def image_view(
+        self, past_key_values: PrefixCache | None, num_tokens: int, **images: Any
+    ) -> ImageView | None:
         """Who sees which images in this pass: those of the cache (generation) or of the batch (training)."""
         if not self.language_model.synchronized_layers:
             return None
@@ -201,22 +206,27 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order.
             image_start: (B, N) int64, index of each image's start token, `NO_IMAGE` where there is none.
             document_start: (B, T) int64, first token of each token's document; default: one document a row.
-                Documents of a row do not see each other, unless the model's `compat` is "released".
+                Documents of a row do not see each other and count their positions from zero, unless the model's
+                `compat` is "released".
             text_target: (B, T) bool, tokens that count in the text loss.
             image_target: (I,) bool, images that count in the image loss; default all.
             target_pixel_values: (I, 3, h, w) RGB in [0, 1], what the image decoder shall paint.
             draws: random numbers of the image loss; drawn here by default.
             logits_to_keep: only the last so many logits; 0 = all.
         """
-        # 1. See the images, embed the tokens.
+        # 1. See the images, embed the tokens, keep packed documents apart.
         features = None if pixel_values is None else self.encode_images(pixel_values)
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("forward needs input_ids or inputs_embeds, got neither")
             inputs_embeds = self.embed(input_ids, image_start, None if features is None else features.slots)
         rows, num_tokens = inputs_embeds.shape[:2]
-        if document_start is None and past_key_values is None:
+        if document_start is None:
             document_start = torch.zeros(rows, num_tokens, dtype=torch.int64, device=inputs_embeds.device)
         elif past_key_values is None and self.config.compat != "released":
             attention_mask = isolated_causal_mask(document_start, attention_mask)
+            if position_ids is None:
+                position_ids = torch.arange(num_tokens, device=document_start.device) - document_start
         if image_start is None:
             image_start = torch.empty(rows, 0, dtype=torch.int64, device=inputs_embeds.device)
 
@@ -239,9 +249,9 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
 
         # 3. Losses.
         output = MMInterleavedOutput(logits=logits, hidden=hidden, past_key_values=past_key_values)
-        if text_target is not None:
+        if text_target is not None and input_ids is not None:
             output.text_loss = text_loss(logits, input_ids, text_target)
-        if target_pixel_values is not None and len(target_pixel_values):
+        if target_pixel_values is not None and len(target_pixel_values) and features is not None:
             output.image_loss = self.painting_loss(
                 hidden, features, image_start, document_start, target_pixel_values, image_target, draws
             )
@@ -309,8 +319,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         )
 
     @property
-    def training_scheduler(self) -> DDPMScheduler:
-        """The noise schedule of the configuration; a stateless object, made on demand."""
+    def training_scheduler(self) -> Any:
+        """The noise schedule of the configuration, a `DDPMScheduler`; stateless, made on demand."""
         return DDPMScheduler.from_config(self.config.scheduler_config)
 
     @property
@@ -355,7 +365,10 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             cache.append_images(image_start, self.values_by_row(features.pyramid, image_start))
         # `generate` repeats its tensors for beams and samples, but leaves a given cache to whoever gave it.
         config = arguments.get("generation_config") or self.generation_config
-        repeats = [arguments.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+        repeats = [
+            arguments.get(name) or getattr(config, name, None) or 1
+            for name in ("num_beams", "num_return_sequences")
+        ]
         if max(repeats) > 1:
             cache.batch_repeat_interleave(max(repeats))
         embeddings = self.embed(input_ids, image_start, slots)

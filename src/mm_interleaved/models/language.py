@@ -35,12 +35,16 @@ class ImageView:
 class _InterleavedForward:
     """A Llama-shaped layer's forward with the synchronizer between self-attention and feed-forward."""
 
-    def forward(self, hidden_states: Tensor, image_view: ImageView | None = None, **attention_arguments) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, image_view: ImageView | None = None, **attention_arguments
+    ) -> Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_arguments)
         hidden_states = hidden_states + attended
         if image_view is not None:
             values = image_view.values[self.self_attn.layer_idx]
-            hidden_states = hidden_states + self.synchronizer(hidden_states, values, image_view.relative_index_BTN)
+            hidden_states = hidden_states + self.synchronizer(
+                hidden_states, values, image_view.relative_index_BTN
+            )
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -64,8 +68,11 @@ class _InterleavedModel(OwnInitialisation):
     """A stock language model, some of whose layers get a synchronizer."""
 
     layer_class: type[nn.Module]
+    layers: nn.ModuleList
 
-    def __init__(self, config: PreTrainedConfig, synchronizers: Mapping[int, GatedSynchronizer] | None = None):
+    def __init__(
+        self, config: PreTrainedConfig, synchronizers: Mapping[int, GatedSynchronizer] | None = None
+    ):
         super().__init__(config)
         for index, synchronizer in (synchronizers or {}).items():
             layer = self.layer_class(config, index)

@@ -23,7 +23,9 @@ def text_loss(logits_BTV: Tensor, input_ids_BT: Tensor, text_target_BT: Tensor) 
     return loss / (label_BT != IGNORED).sum().clamp(min=1)
 
 
-def image_loss(prediction: Tensor, target: Tensor, image_target_I: Tensor, *, count_all: bool = False) -> Tensor:
+def image_loss(
+    prediction: Tensor, target: Tensor, image_target_I: Tensor, *, count_all: bool = False
+) -> Tensor:
     """Mean squared error over the images that count; 0 if none counts.
 
     Args:

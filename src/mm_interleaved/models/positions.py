@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def sincos_1d_table(num_positions: int, dim: int, *, device=None, dtype: torch.dtype = torch.float32) -> Tensor:
+def sincos_1d_table(
+    num_positions: int, dim: int, *, device=None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """(T, D) table: the first half of the channels are sines, the second cosines, of position / 10000^(2i / D)."""
     return _sincos(torch.arange(num_positions, device=device, dtype=torch.float64), dim).to(dtype)
 

@@ -63,7 +63,7 @@ class PrefixCache(DynamicCache):
         if self.hidden is not None and tokens_to_remove:
             self.hidden = self.hidden[:, : -abs(tokens_to_remove)]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._select_rows(beam_idx)
 

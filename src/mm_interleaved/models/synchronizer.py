@@ -167,7 +167,9 @@ class FeatureSynchronizer(nn.Module):
         )
         return self.output_projection(out_BQHd.flatten(2).to(self.output_projection.weight.dtype))
 
-    def plan(self, query_BQD: Tensor, visible_BQN: Tensor, reference_BQ2: Tensor | None = None) -> SamplingPlan:
+    def plan(
+        self, query_BQD: Tensor, visible_BQN: Tensor, reference_BQ2: Tensor | None = None
+    ) -> SamplingPlan:
         """Where the queries look and how much each place weighs; arguments as `forward`."""
         query_term, index_term = self._terms(query_BQD)
         return sampling_plan(
@@ -191,8 +193,12 @@ class FeatureSynchronizer(nn.Module):
 
     def _offsets_and_logits(self, x: Tensor, *, with_bias: bool) -> Tensor:
         H, L, P = self.num_heads, self.num_levels, self.num_points
-        offsets = nn.functional.linear(x, self.sampling_offsets.weight, self.sampling_offsets.bias if with_bias else None)
-        logits = nn.functional.linear(x, self.attention_logits.weight, self.attention_logits.bias if with_bias else None)
+        offsets = nn.functional.linear(
+            x, self.sampling_offsets.weight, self.sampling_offsets.bias if with_bias else None
+        )
+        logits = nn.functional.linear(
+            x, self.attention_logits.weight, self.attention_logits.bias if with_bias else None
+        )
         logits = logits.unflatten(-1, (H, L, P + 1))[..., :P].flatten(-2)
         terms = torch.cat([offsets.unflatten(-1, (H, 2 * P)), logits], dim=-1)
         # Coordinates in half precision are off by up to an eighth of a cell on a map of 64: keep them in float32.
@@ -207,7 +213,9 @@ class FeatureSynchronizer(nn.Module):
         index = relative_image_index(visible_BQN) if visible_BQN.dtype == torch.bool else visible_BQN
         # The maximum is only read (a device sync) where so many images are there at all.
         if index.shape[-1] >= self.max_images and int(index.max()) >= self.max_images:
-            raise ValueError(f"a query sees {int(index.max())} images, at most {self.max_images - 1} are possible")
+            raise ValueError(
+                f"a query sees {int(index.max())} images, at most {self.max_images - 1} are possible"
+            )
         return index
 
 
@@ -217,7 +225,9 @@ class GatedSynchronizer(nn.Module):
     The gate starts at zero, so a pretrained language model starts unchanged (paper, section 3.2).
     """
 
-    def __init__(self, synchronizer: FeatureSynchronizer, query_dim: int, feature_dim: int, *, norm_eps: float = 1e-6):
+    def __init__(
+        self, synchronizer: FeatureSynchronizer, query_dim: int, feature_dim: int, *, norm_eps: float = 1e-6
+    ):
         super().__init__()
         self.synchronizer = synchronizer
         self.query_norm = nn.RMSNorm(query_dim, eps=norm_eps)
@@ -234,4 +244,3 @@ class GatedSynchronizer(nn.Module):
     def forward(self, hidden_BTD: Tensor, values: ImageValues, relative_index_BTN: Tensor) -> Tensor:
         """What is added to the residual stream: (B, T, D)."""
         return self.gate.tanh() * self.synchronizer(self.query_norm(hidden_BTD), values, relative_index_BTN)
-

@@ -22,7 +22,11 @@ Between = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...
 
 
 def unet_forward(
-    unet: UNet2DConditionModel, latents: Tensor, timesteps: Tensor, conditioning: Tensor, between: Between | None = None
+    unet: UNet2DConditionModel,
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Tensor,
+    between: Between | None = None,
 ) -> Tensor:
     """A stock U-Net's forward with a callback between its middle and its upward path.
 
@@ -86,7 +90,9 @@ def check_unet(unet: UNet2DConditionModel) -> None:
                 "time_embedding_act_fn", "num_class_embeds")  # fmt: skip
     for name in unwanted:
         if getattr(config, name, None) is not None:
-            raise ValueError(f"U-Net does not have the shape of SD 1.x/2.x: expected no {name}, got {config[name]!r}")
+            raise ValueError(
+                f"U-Net does not have the shape of SD 1.x/2.x: expected no {name}, got {config[name]!r}"
+            )
     if config.mid_block_type != "UNetMidBlock2DCrossAttn":
         raise ValueError(
             "U-Net does not have the shape of SD 1.x/2.x: expected mid_block_type 'UNetMidBlock2DCrossAttn', "
@@ -112,6 +118,8 @@ class MapSynchronizer(nn.Module):
     Args:
         grid_size: cells along one side of the position table, the U-Net's training latents.
     """
+
+    position_table: Tensor
 
     def __init__(self, synchronizer: FeatureSynchronizer, channels: int, feature_dim: int, *, grid_size: int):
         super().__init__()
@@ -165,7 +173,9 @@ class UNetSynchronizers(nn.Module):
         """Each map's projection of earlier images, the middle last; the same at every denoising step, so keep it."""
         return [block.project_cells(cells_IKSC, level_sizes) for block in (*self.skips, self.middle)]
 
-    def callback(self, values: Sequence[ImageValues], relative_index_IK: Tensor, strength: float = 1.0) -> Between:
+    def callback(
+        self, values: Sequence[ImageValues], relative_index_IK: Tensor, strength: float = 1.0
+    ) -> Between:
         """What `unet_forward` calls between its middle and its upward path.
 
         Args:

@@ -8,12 +8,13 @@ D channels of the language model.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionConfig, CLIPVisionEmbeddings
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from mm_interleaved.models.adapter import VisionAdapter
 from mm_interleaved.models.positions import resize_grid_table, sincos_2d_table
@@ -40,6 +41,9 @@ class ClipBackbone(nn.Module):
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
+        # Annotated in the library as possibly pairs; `build.py` refuses anything but square ones.
+        self.patch_size: Any = config.patch_size
+        self.image_size: Any = config.image_size
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -55,7 +59,7 @@ class ClipBackbone(nn.Module):
 
     def embed(self, pixels_I3yx: Tensor) -> Tensor:
         """Tokens before the first layer, class token first: (I, 1 + T, C)."""
-        resized = pixels_I3yx.shape[-1] != self.embeddings.image_size
+        resized = pixels_I3yx.shape[-1] != self.image_size
         return self.pre_norm(self.embeddings(pixels_I3yx, interpolate_pos_encoding=resized))
 
 
@@ -69,10 +73,16 @@ class VisionTower(nn.Module):
         slot_dim: width of the language model.
     """
 
-    def __init__(self, clip: ClipBackbone, adapter: VisionAdapter, resampler: Resampler, *, dim: int, slot_dim: int):
+    mean: Tensor
+    std: Tensor
+    position_table: Tensor
+
+    def __init__(
+        self, clip: ClipBackbone, adapter: VisionAdapter, resampler: Resampler, *, dim: int, slot_dim: int
+    ):
         super().__init__()
         self.clip, self.adapter, self.resampler = clip, adapter, resampler
-        grid_size = clip.embeddings.image_size // clip.embeddings.patch_size
+        grid_size = clip.image_size // clip.patch_size
         self.token_projection = nn.Linear(dim, dim)
         self.token_norm = nn.LayerNorm(dim, eps=TOKEN_NORM_EPS)
         self.position_norm = nn.LayerNorm(dim, eps=TOKEN_NORM_EPS)
@@ -104,9 +114,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: the images do not fit the patch grid.
         """
-        token_I1TC, maps = self.adapter(
-            *self._embed(pixels_I3yx), self.clip.layers
-        )
+        token_I1TC, maps = self.adapter(*self._embed(pixels_I3yx), list(self.clip.layers))
         grid_size = maps[2].shape[-1]
         table = torch.cat(
             [self.position_table[:1], resize_grid_table(self.position_table[1:], (grid_size, grid_size))]
@@ -121,14 +129,13 @@ class VisionTower(nn.Module):
 
     def empty_pyramid(self) -> tuple[Tensor, ...]:
         """The pyramid of no image at all: four maps (0, C, s, s)."""
-        embeddings = self.clip.embeddings
-        grid_size = embeddings.image_size // embeddings.patch_size
+        grid_size = self.clip.image_size // self.clip.patch_size
         sizes = (4 * grid_size, 2 * grid_size, grid_size, grid_size // 2)
-        return tuple(self.mean.new_empty(0, embeddings.embed_dim, size, size) for size in sizes)
+        return tuple(self.mean.new_empty(0, self.position_table.shape[1], size, size) for size in sizes)
 
     def _embed(self, pixels_I3yx: Tensor) -> tuple[Tensor, Tensor]:
         height, width = pixels_I3yx.shape[-2:]
-        patch_size = self.clip.embeddings.patch_size
+        patch_size = self.clip.patch_size
         if height != width or height % (2 * patch_size):
             raise ValueError(
                 f"images must be square with sides a multiple of {2 * patch_size} (two patches), "

@@ -57,7 +57,9 @@ def deformable_sampling(
     """
     cells = sum(size * size for size in level_sizes)
     if cells != value_BSHD.shape[1]:
-        raise ValueError(f"levels of sizes {tuple(level_sizes)} hold {cells} cells, got {value_BSHD.shape[1]}")
+        raise ValueError(
+            f"levels of sizes {tuple(level_sizes)} hold {cells} cells, got {value_BSHD.shape[1]}"
+        )
     sample = IMPLEMENTATIONS[choose_implementation(implementation, value_BSHD)]
     return sample(value_BSHD, level_sizes, location_BQHLP2, weight_BQHLP)
 
@@ -75,7 +77,9 @@ def choose_implementation(implementation: str, value: Tensor) -> str:
         is_cpu_training = value.device.type == "cpu" and value.requires_grad and torch.is_grad_enabled()
         return "reference" if value.device.type == "mps" or is_cpu_training else "gather"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {sorted(IMPLEMENTATIONS)} or 'auto', got {implementation!r}")
+        raise ValueError(
+            f"implementation must be one of {sorted(IMPLEMENTATIONS)} or 'auto', got {implementation!r}"
+        )
     return implementation
 
 
