@@ -1,1 +1,1 @@
-
+"""The command `mm-interleaved`: ordinary typed functions whose docstrings are their help."""

@@ -1,1 +1,1 @@
-
+"""Training: batches, stages, the loop, optimizers; what is trained in which order stands in `recipes`."""
