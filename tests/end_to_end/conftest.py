@@ -12,7 +12,7 @@ def tiny_folder(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     from mm_interleaved.processing import MMInterleavedProcessor
-    from tiny import tiny_model
+    from tiny import tiny_config, tiny_model
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,7 +30,9 @@ def tiny_folder(tmp_path_factory):
     )
     # The model's two new tokens are the last ones.
     fast.add_special_tokens({"extra_special_tokens": ["<|beginofimage|>", "<|image|>"]})
-    model = tiny_model(vocab_size=len(fast))
+    # Bytes are many tokens: a longer context than other tests have.
+    text_config = tiny_config(len(fast)).text_config.to_dict() | {"max_position_embeddings": 2048}
+    model = tiny_model(vocab_size=len(fast), text_config=text_config)
     model.config.generation_settings = {"num_inference_steps": 2, "max_new_tokens": 12}
     folder = tmp_path_factory.mktemp("tiny")
     model.save_pretrained(folder)

@@ -13,8 +13,10 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image as PILImage
+from skimage import data as skimage_data
 
 from mm_interleaved.cli.main import run, stop
 from mm_interleaved.generation.settings import GenerationSettings
@@ -227,6 +229,46 @@ def test_generate_writes_results_pictures_page_and_manifest(capsys, tmp_path, ti
     assert "3 of 3 records and 3 of 3 images are the same" in told
 
 
+def test_photographs_of_every_kind_are_taken(tmp_path, tiny_folder):
+    photo = PILImage.fromarray(skimage_data.astronaut()).resize((96, 64))
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    photo.convert("RGBA").save(tmp_path / "alpha.png")
+    photo.convert("P").save(tmp_path / "palette.png")
+    photo.convert("L").save(tmp_path / "grey.webp")
+    PILImage.fromarray(np.arange(96 * 64, dtype=np.uint16).reshape(64, 96) * 10).save(tmp_path / "deep.png")
+    names = ("turned.jpg", "cmyk.jpg", "alpha.png", "palette.png", "grey.webp", "deep.png")
+    content = [{"type": "image", "image": name} for name in names]
+    (tmp_path / "documents.json").write_text(
+        json.dumps([{"id": "photos", "content": content, "layout": "T"}])
+    )
+    command = ["generate", str(tmp_path / "documents.json"), "-o", str(tmp_path / "out")]
+    assert run([*command, "--model", str(tiny_folder)]) == 0
+    [record] = records(tmp_path / "out")
+    sizes = [PILImage.open(tmp_path / "out" / part["image"]).size for part in record["content"][:6]]
+    assert sizes == [(64, 96)] + [(96, 64)] * 5
+
+
+@pytest.mark.parametrize("form", ["annt", "mmc4", "llava"])
+def test_documents_in_foreign_formats_are_continued(capsys, tmp_path, tiny_folder, form):
+    assert run(["data", "storyworld", str(tmp_path / "in"), "--documents", "2", "--format", form]) == 0
+    path = capsys.readouterr().out.split(":")[0]
+    command = [
+        "generate",
+        path,
+        "-o",
+        str(tmp_path / "out"),
+        "--max-images",
+        "1",
+        "--model",
+        str(tiny_folder),
+    ]
+    assert run(command) == 0
+    assert len(records(tmp_path / "out")) == 2
+
+
 def test_replay_notices_another_result(capsys, tmp_path, tiny_folder):
     out = tmp_path / "out"
     assert run(["draw", "a lamp", "-o", str(out), "--model", str(tiny_folder)]) == 0
@@ -303,8 +345,6 @@ def test_chat_answers_each_line_and_saves_the_conversation(
 
 
 def test_info_counts_what_the_files_hold(capsys, tiny_folder):
-    from tiny import tiny_model
-
     assert run(["info", str(tiny_folder), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     stored = {part["parameters"] for part in told["parts"].values()}
@@ -312,7 +352,7 @@ def test_info_counts_what_the_files_hold(capsys, tiny_folder):
         told["total"]["parameters"] == sum(part["parameters"] for part in told["parts"].values()) and stored
     )
     assert told["limits"]["image_input_pixels"] == 32 and told["limits"]["image_output_pixels"] == 32
-    assert told["limits"]["context_tokens"] == tiny_model().config.text_config.max_position_embeddings
+    assert told["limits"]["context_tokens"] == 2048
     assert (
         run(["info", str(tiny_folder)]) == 0 and run(["plan", str(tiny_folder)]) == 0 and run(["doctor"]) == 0
     )
