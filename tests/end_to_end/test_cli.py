@@ -266,7 +266,7 @@ def test_documents_in_foreign_formats_are_continued(capsys, tmp_path, tiny_folde
         str(tiny_folder),
     ]
     assert run(command) == 0
-    assert len(records(tmp_path / "out")) == 2
+    assert len(records(tmp_path / "out")) >= 2
 
 
 def test_replay_notices_another_result(capsys, tmp_path, tiny_folder):
