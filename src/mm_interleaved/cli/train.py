@@ -13,7 +13,7 @@ from mm_interleaved.cli.output import say
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    command(app, panel="Models")(train)
+    command(app, panel="Data, training, evaluation")(train)
 
 
 def train(
