@@ -65,7 +65,8 @@ def run(arguments: Sequence[str]) -> int:
     except MMInterleavedError as error:
         return _fail(str(error), error.exit_code, debug)
     except _TyperUsageError as error:
-        return _fail(getattr(error, "format_message", error.__str__)(), USAGE, debug)
+        sentence = getattr(error, "format_message", error.__str__)()
+        return _fail(sentence or "expected a command, found none", USAGE, debug)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED, debug=False)
     except Stopped:
