@@ -13,21 +13,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+PACKAGE = "mm_interleaved."
+
+
 class OwnInitialisation(PreTrainedModel if TYPE_CHECKING else object):
     """Mix-in for a `PreTrainedModel`: after transformers' own rules, our modules reset themselves, parents last."""
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
         for module in reversed(list(self.modules())):
-            if is_own(module) and module is not self:
-                reset = getattr(module, "reset_parameters", None)
-                if reset is not None:
-                    reset()
+            reset = getattr(type(module), "reset_parameters", None)
+            # A rule inherited from torch (ours may be a linear layer too) would overwrite what was loaded.
+            if reset is not None and reset.__module__.startswith(PACKAGE) and module is not self:
+                reset(module)
 
 
 def is_own(module: nn.Module) -> bool:
     """Whether a module is of this package."""
-    return type(module).__module__.startswith("mm_interleaved.")
+    return type(module).__module__.startswith(PACKAGE)
 
 
 def is_loaded(tensor) -> bool:

@@ -43,6 +43,16 @@ def flatten_pyramid(maps: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
     return torch.cat(cells, dim=-2), tuple(level_map.shape[-1] for level_map in maps)
 
 
+class PointLinear(nn.Linear):
+    """A linear layer that can be called without its bias.
+
+    Called, and not read by attribute: weights that transformers offloads are only there during a call.
+    """
+
+    def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
+        return nn.functional.linear(input, self.weight, self.bias if with_bias else None)
+
+
 class FeatureSynchronizer(nn.Module):
     """Lets any queries look into the multi-scale feature maps of any number of images.
 
@@ -96,10 +106,10 @@ class FeatureSynchronizer(nn.Module):
         self.implementation = implementation
         self.query_projection = nn.Linear(query_dim, query_dim)
         self.relative_index_embedding = nn.Embedding(max_images, query_dim)
-        self.sampling_offsets = nn.Linear(query_dim, num_heads * num_points * 2)
+        self.sampling_offsets = PointLinear(query_dim, num_heads * num_points * 2)
         # One row a level more than there are points: the released checkpoint carries it, and nothing reads it,
         # because the weight of looking nowhere is the constant logit zero.
-        self.attention_logits = nn.Linear(query_dim, num_heads * num_levels * (num_points + 1))
+        self.attention_logits = PointLinear(query_dim, num_heads * num_levels * (num_points + 1))
         self.value_projection = nn.Linear(feature_dim, value_dim)
         self.output_projection = nn.Linear(value_dim, query_dim)
         self.ignore_value = nn.Parameter(torch.zeros(value_dim), requires_grad=False)
@@ -188,17 +198,14 @@ class FeatureSynchronizer(nn.Module):
         Linear in the sum of both, so each is projected once instead of once per query and image.
         """
         query_BQHE = self._offsets_and_logits(self.query_projection(query_BQD), with_bias=True)
-        index_KHE = self._offsets_and_logits(self.relative_index_embedding.weight, with_bias=False)
+        index_K = torch.arange(self.max_images, device=query_BQD.device)
+        index_KHE = self._offsets_and_logits(self.relative_index_embedding(index_K), with_bias=False)
         return query_BQHE, index_KHE
 
     def _offsets_and_logits(self, x: Tensor, *, with_bias: bool) -> Tensor:
         H, L, P = self.num_heads, self.num_levels, self.num_points
-        offsets = nn.functional.linear(
-            x, self.sampling_offsets.weight, self.sampling_offsets.bias if with_bias else None
-        )
-        logits = nn.functional.linear(
-            x, self.attention_logits.weight, self.attention_logits.bias if with_bias else None
-        )
+        offsets = self.sampling_offsets(x, with_bias=with_bias)
+        logits = self.attention_logits(x, with_bias=with_bias)
         logits = logits.unflatten(-1, (H, L, P + 1))[..., :P].flatten(-2)
         terms = torch.cat([offsets.unflatten(-1, (H, 2 * P)), logits], dim=-1)
         # Coordinates in half precision are off by up to an eighth of a cell on a map of 64: keep them in float32.
