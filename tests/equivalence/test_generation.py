@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import BOS, EOS, tiny_model
 
 from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.generation.text import TextRules, generate_text_batch, score_options, write_text
 from mm_interleaved.visibility import context_images
+from tiny import BOS, EOS, tiny_model
 
 EXACT = 1e-10
 
@@ -80,7 +80,13 @@ def test_latents_of_a_later_image_equal_a_full_recomputation(model, pictures, ru
     def paint(conditioning, earlier):
         scheduler = diffusion.build_scheduler("ddim", model.config.scheduler_config)
         steps = diffusion.denoise(
-            model.image_decoder, scheduler, noise, conditioning, earlier, num_inference_steps=2, guidance_scale=3
+            model.image_decoder,
+            scheduler,
+            noise,
+            conditioning,
+            earlier,
+            num_inference_steps=2,
+            guidance_scale=3,
         )
         return [step.latents for step in steps][-1]
 
@@ -170,7 +176,9 @@ def test_a_left_padded_batch_equals_its_rows_alone(model, pictures, compat, num_
         limits,
     ).ids
     for line, row, picture in zip(together, rows, pictures, strict=False):
-        session = open_session(model, row[: row.index(slots[0])], picture, row[row.index(slots[0]) + len(slots) :])
+        session = open_session(
+            model, row[: row.index(slots[0])], picture, row[row.index(slots[0]) + len(slots) :]
+        )
         runs = write_text(session, settings, limits)
         expected = [token for run in runs for token in run.ids]
         assert line.tolist()[int(compat is not None) :][: len(expected)] == expected

@@ -1,9 +1,9 @@
 """Pictures: from noise to latents under the document's conditioning, and from latents to pixels.
 
-Network (`ImageDecoder`), sampler (a scheduler of diffusers) and loop (`denoise`) are three things; the scheduler owns
-all mathematics of time.
-Letters: I images painted at once, X latent channels, y and x rows and columns of the latents, R conditioning vectors,
-D their channels.
+Network (`ImageDecoder`), sampler (a scheduler of diffusers) and loop (`denoise`) are three things; the
+scheduler owns all mathematics of time.
+Letters: I images painted at once, X latent channels, y and x rows and columns of the latents, R conditioning
+vectors, D their channels.
 """
 
 import inspect
@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image as PILImage
 from torch import Tensor
@@ -31,8 +37,8 @@ class DenoisingStep(NamedTuple):
     """Where the loop stands after a step.
 
     `number`: steps done, from 1. `latents`: (I, X, y, x), less noisy than before. `clean`: what the scheduler
-    thinks the clean latents are, for previews. `prediction`: the U-Net's own words, unguided half first if there is
-    guidance.
+    thinks the clean latents are, for previews. `prediction`: the U-Net's own words, unguided half first if
+    there is guidance.
     """
 
     number: int
@@ -77,15 +83,21 @@ def denoise(
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     accepted = inspect.signature(scheduler.step).parameters
     noise = {"generator": generator} if "generator" in accepted else {}
-    # The loop adds small differences up: it runs in single precision or better, whatever the network computes in.
+    # The loop adds small differences up: single precision or better, whatever the network computes in.
     latents = latents.to(torch.promote_types(conditioning.dtype, torch.float32)) * scheduler.init_noise_sigma
 
     for number, timestep in enumerate(scheduler.timesteps, start=1):
         # 1. Expand.
-        model_input = scheduler.scale_model_input(torch.cat([latents, latents]) if is_guided else latents, timestep)
+        model_input = scheduler.scale_model_input(
+            torch.cat([latents, latents]) if is_guided else latents, timestep
+        )
         # 2. Predict.
         prediction = decoder.predict(
-            model_input.to(conditioning.dtype), timestep, conditioning, earlier, context_strength=context_strength
+            model_input.to(conditioning.dtype),
+            timestep,
+            conditioning,
+            earlier,
+            context_strength=context_strength,
         )
         # 3. Guide.
         guided = prediction.to(latents.dtype)

@@ -39,8 +39,10 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class InterleavedGenerator:
     """Continues documents with text and images.
 
-        >>> generator = InterleavedGenerator(model, processor)                                # doctest: +SKIP
-        >>> generator.generate(Document(id="s1", parts=[Text("Pip finds a lamp.")]), layout="I T I")   # doctest: +SKIP
+        generator = InterleavedGenerator(model, processor)
+        document = Document(id="s1", parts=[Text("Pip finds a lamp.")])
+        for event in generator.stream(document, layout="I T I"):
+            ...
 
     Args:
         model: put into eval mode.
@@ -72,7 +74,7 @@ class InterleavedGenerator:
         """Continue a document, telling what happens; the last event is `Finished`.
 
         Args:
-            document: at most as long as the model's context; text alone, images alone, or nothing at all will do.
+            document: at most as long as the model's context; text alone, images alone, or nothing will do.
             settings: taken as they are. Without them: the model's own defaults, overridden by the document's
                 `layout` and `generation`, overridden by `overrides`.
             preview_every: show an image after so many denoising steps each; 0 is never.
@@ -85,7 +87,9 @@ class InterleavedGenerator:
             NumericalError: the model computed something that is not finite.
         """
         if settings is not None and overrides:
-            raise UsageError(f"give either settings or single ones by name, found both ({', '.join(overrides)})")
+            raise UsageError(
+                f"give either settings or single ones by name, found both ({', '.join(overrides)})"
+            )
         if settings is None:
             defaults = getattr(self.model.config, "generation_settings", None) or {}
             settings = settings_for(document, defaults, overrides)
@@ -137,7 +141,7 @@ class _Continuation:
             reason = yield from self._as_laid_out(self.layout)
         yield Finished(reason, self.document)
 
-    # ---- Which part comes next -----------------------------------------------------------------------------------
+    # ---- Which part comes next -----------------------------------------------------------------------------
 
     def _as_the_model_likes(self) -> Generator[Event, None, str]:
         """Text until the model starts an image, the image, text again; returns why it ended."""
@@ -175,7 +179,7 @@ class _Continuation:
             yield from self._write(limit, at_least, may_ask_for_image=True)
         return "layout"
 
-    # ---- Words ---------------------------------------------------------------------------------------------------
+    # ---- Words ---------------------------------------------------------------------------------------------
 
     def _write(
         self, limit: int, at_least: int, *, may_ask_for_image: bool
@@ -214,7 +218,7 @@ class _Continuation:
         unused = range(len(self.vocabulary.tokenizer), self.model.config.text_config.vocab_size)
         return tuple(sorted({*special, *unused}))
 
-    # ---- Pictures ------------------------------------------------------------------------------------------------
+    # ---- Pictures ------------------------------------------------------------------------------------------
 
     def _paint(self) -> Generator[Event, None, None]:
         """One image part: painted, looked at, remembered."""
@@ -268,7 +272,7 @@ class _Continuation:
         return diffusion.decode_pictures(decoder, latents)
 
     def _best_for(self, pictures: list[PILImage.Image], text_ids: list[int]) -> int:
-        """The picture that makes the text before it likeliest, as the model would caption it; the first of equals."""
+        """The picture for which the model would likeliest write the text before it; the first of equals."""
         if len(pictures) == 1 or not text_ids:
             return 0
         scores = []
@@ -298,7 +302,9 @@ class _Continuation:
         if self.settings.negative_prompt is None:
             return None
         session = InterleavedSession(self.model)
-        session.append_text([self.vocabulary.bos, *self.vocabulary.encode_text(self.settings.negative_prompt)])
+        session.append_text(
+            [self.vocabulary.bos, *self.vocabulary.encode_text(self.settings.negative_prompt)]
+        )
         session.start_image()
         return session.conditioning()
 
@@ -307,11 +313,15 @@ class _Continuation:
         settings, decoder = self.settings, self.model.image_decoder
         if decoder is None:
             if self.layout is not None and IMAGE in self.layout:
-                raise UsageError(f"layout: found {settings.layout!r}, but this model does not paint", field="layout")
+                raise UsageError(
+                    f"layout: found {settings.layout!r}, but this model does not paint", field="layout"
+                )
             return 0, 0
         height, width = diffusion.default_size(decoder)
         height, width = settings.height or height, settings.width or width
-        trained_steps = self.model.config.scheduler_config.get("num_train_timesteps", settings.num_inference_steps)
+        trained_steps = self.model.config.scheduler_config.get(
+            "num_train_timesteps", settings.num_inference_steps
+        )
         try:
             diffusion.latent_shape(decoder, height, width)
         except ValueError as error:
@@ -324,7 +334,7 @@ class _Continuation:
             )
         return height, width
 
-    # ---- Reading -------------------------------------------------------------------------------------------------
+    # ---- Reading -------------------------------------------------------------------------------------------
 
     def _open_session(self) -> InterleavedSession:
         """The given document, ready to be continued."""

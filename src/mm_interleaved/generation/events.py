@@ -48,8 +48,8 @@ class Finished:
     """The last event."""
 
     reason: str
-    """`stop`: the model ended the document. `layout`: all parts wanted are there. `length`: the text budget or
-    the model's context is used up. `max_images`: the model wants one more image than it may paint.
+    """`stop`: the model ended the document. `layout`: all parts wanted are there. `length`: the text budget
+    or the model's context is used up. `max_images`: the model wants one more image than it may paint.
     """
     document: Document
     """The completed document: the given parts, then the generated ones."""

@@ -25,7 +25,9 @@ def parse_layout(layout: str) -> tuple[str, ...] | None:
         raise UsageError(f"layout: found no part, {expected}", field="layout")
     for position, word in enumerate(words, start=1):
         if word not in (TEXT, IMAGE):
-            raise UsageError(f"layout: found {escape(repr(word))} as part {position}, {expected}", field="layout")
+            raise UsageError(
+                f"layout: found {escape(repr(word))} as part {position}, {expected}", field="layout"
+            )
     return words
 
 

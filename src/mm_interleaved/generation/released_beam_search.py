@@ -1,7 +1,7 @@
 """The released code's beam search, for numbers that were published with it.
 
-Today's transformers counts a hypothesis' length and its stop token differently (GOLDEN of the reference, section
-4.9); as a callable for `generate(custom_generate=...)` the old rule needs nothing private.
+Today's transformers counts a hypothesis' length and its stop token differently; as a callable for
+`generate(custom_generate=...)` the old rule needs nothing private.
 Letters: B rows, K beams a row, C candidates a row, V vocabulary, T tokens of a sequence.
 """
 
@@ -41,10 +41,10 @@ def released_beam_search(
 ) -> ReleasedBeams:
     """Beam search by the rule of the released code; called by `generate` with rows already repeated K times.
 
-    A step keeps (1 + number of stop ids) * K candidates a row. A stop id ends a hypothesis only if it is among the
-    best K of them; its score is the sum of log-probabilities divided by the length, stop id not counted, to the power
-    of `length_penalty`. A row is done when K hypotheses are kept and the best candidate, its new token counted here,
-    would not beat the worst of them.
+    A step keeps (1 + number of stop ids) * K candidates a row. A stop id ends a hypothesis only if it is
+    among the best K of them; its score is the sum of log-probabilities divided by the length, stop id not counted,
+    to the power of `length_penalty`. A row is done when K hypotheses are kept and the best candidate, its new
+    token counted here, would not beat the worst of them.
     """
     num_beams, stop_ids = generation_config.num_beams, generation_config.eos_token_id
     num_candidates = max(2, 1 + len(stop_ids)) * num_beams
@@ -61,9 +61,7 @@ def released_beam_search(
 
     while True:
         # 1. Score all continuations.
-        output = model(
-            **step, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1
-        )
+        output = model(**step, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
         log_probs = logits_processor(input_ids, output.logits[:, -1].float().log_softmax(-1))
         total_BKV = scores_BK[..., None] + log_probs.unflatten(0, (-1, num_beams))
         top_BC, index_BC = total_BKV.flatten(1).topk(num_candidates)
@@ -73,7 +71,9 @@ def released_beam_search(
         chosen, tokens, scores = [], [], []
         for index, row in enumerate(rows):
             first_beam = index * num_beams
-            candidates = list(zip(top_BC[index].tolist(), beam_BC[index].tolist(), token_BC[index].tolist(), strict=True))
+            candidates = list(
+                zip(top_BC[index].tolist(), beam_BC[index].tolist(), token_BC[index].tolist(), strict=True)
+            )
             live = row.advance(candidates, input_ids[first_beam : first_beam + num_beams], stop_ids)
             scores.append([score for score, _, _ in live])
             chosen += [first_beam + beam for _, beam, _ in live]

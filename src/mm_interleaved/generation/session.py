@@ -1,6 +1,6 @@
 """A document while it is being read and written: tokens, images, and all that the model remembers of them.
 
-    append_text, append_image -> unread embeddings -> read() -> PrefixCache {keys, values, hidden states, image values}
+    append_text, append_image -> unread embeddings -> read() -> PrefixCache (keys, values, hidden, images)
 
 Whatever has been read is never computed again: each word, each picture costs only itself.
 Letters: T tokens so far, D hidden channels, N images so far.
@@ -34,12 +34,14 @@ class InterleavedSession:
         self.image_starts: list[int] = []
         self.cache = PrefixCache(model.config.text_config, device=model.device)
         self.pyramid = model.vision.empty_pyramid()
-        # Embeddings of the tokens that the cache lacks, and of the last token. They are kept because the embedding
-        # of a slot stands in no table.
-        self._unread_1UD = torch.empty(1, 0, model.config.text_config.hidden_size, dtype=model.dtype, device=model.device)
+        # Embeddings of the tokens that the cache lacks, and of the last token. They are kept because the
+        # embedding of a slot stands in no table.
+        self._unread_1UD = torch.empty(
+            1, 0, model.config.text_config.hidden_size, dtype=model.dtype, device=model.device
+        )
         self._last_11D = self._unread_1UD
 
-    # ---- How much fits -------------------------------------------------------------------------------------------
+    # ---- How much fits -------------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
@@ -52,7 +54,7 @@ class InterleavedSession:
         limit = max_images(self.model)
         return self.room > self.model.config.num_slots and (limit is None or len(self.image_starts) < limit)
 
-    # ---- Growing -------------------------------------------------------------------------------------------------
+    # ---- Growing -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def append_text(self, ids: Sequence[int]) -> None:
@@ -68,7 +70,7 @@ class InterleavedSession:
 
     @torch.no_grad()
     def finish_image(self, pixel_values: Tensor) -> None:
-        """The slots of the image just started: RGB in [0, 1], (1, 3, H, W), square. Encoded once, for good."""
+        """The slots of the image just started: RGB in [0, 1], (1, 3, H, W), square. Encoded once."""
         features = self.model.encode_images(pixel_values.to(self.model.device))
         start = torch.tensor([[self.image_starts[-1]]], device=self.model.device)
         # The synchronizers must know the image before its slots are read: slots look at their own image.
@@ -97,7 +99,7 @@ class InterleavedSession:
         self._unread_1UD = torch.cat([self._unread_1UD, embeddings_1UD.to(self._unread_1UD.dtype)], dim=1)
         self._last_11D = embeddings_1UD[:, -1:]
 
-    # ---- Reading -------------------------------------------------------------------------------------------------
+    # ---- Reading -------------------------------------------------------------------------------------------
 
     def read(self) -> Tensor:
         """Final hidden states of the whole document, (1, T, D)."""
@@ -119,10 +121,12 @@ class InterleavedSession:
     @torch.no_grad()
     def _read(self, count: int) -> None:
         if count:
-            self.model(inputs_embeds=self._unread_1UD[:, :count], past_key_values=self.cache, logits_to_keep=1)
+            self.model(
+                inputs_embeds=self._unread_1UD[:, :count], past_key_values=self.cache, logits_to_keep=1
+            )
             self._unread_1UD = self._unread_1UD[:, count:]
 
-    # ---- What an image is painted from -----------------------------------------------------------------------------
+    # ---- What an image is painted from ---------------------------------------------------------------------
 
     @torch.no_grad()
     def conditioning(self) -> Tensor:
@@ -145,6 +149,6 @@ class InterleavedSession:
 
 
 def max_images(model: MMInterleavedForConditionalGeneration) -> int | None:
-    """How many images a document may hold before the language model cannot tell them apart; None: any number."""
+    """How many images of a document the language model can tell apart; None: any number."""
     synchronizer = model.config.part("text_synchronizer")
     return None if synchronizer is None else synchronizer.max_images - 1

@@ -32,7 +32,7 @@ from mm_interleaved.models.interleaved import MMInterleavedForConditionalGenerat
 from mm_interleaved.models.prefix_cache import PrefixCache
 
 STREAM_EVERY = 4
-"""Tokens between two runs of streamed text: `generate` itself costs about as much as one token of a small model."""
+"""Tokens between two runs of streamed text; a call of `generate` costs a small model about a token's time."""
 OPTIONS_AT_ONCE = 8
 RELEASED_TOP_K = 50
 """transformers' default of the time, which nobody had switched off."""
@@ -65,7 +65,7 @@ class TextBatch(NamedTuple):
     hypothesis_scores: Tensor | None
 
 
-# ---- One document -------------------------------------------------------------------------------------------------
+# ---- One document ------------------------------------------------------------------------------------------
 
 
 def write_text(
@@ -137,7 +137,7 @@ def _cut(ids: list[int], stop_ids: Sequence[int]) -> TextRun:
     return TextRun(ids, None) if end is None else TextRun(ids[:end], ids[end])
 
 
-# ---- What `generate` is told --------------------------------------------------------------------------------------
+# ---- What `generate` is told -------------------------------------------------------------------------------
 
 
 def logits_processors(
@@ -146,7 +146,7 @@ def logits_processors(
     rules: TextRules,
     generator: torch.Generator | None = None,
 ) -> LogitsProcessorList:
-    """Everything that changes the logits, in order; all of it looks at the text part alone, never at the prompt."""
+    """Everything that changes the logits, in order; it looks at the text part alone, never at the prompt."""
     processors = LogitsProcessorList([FiniteOnly()])
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
@@ -180,7 +180,7 @@ class FiniteOnly(LogitsProcessor):
 class DrawnWord(LogitsProcessor):
     """Draws the next word of each row from its own generator, and leaves no other choice.
 
-    `generate(do_sample=True)` draws from the global generator, which other threads and other libraries use too.
+    `generate(do_sample=True)` draws from the global generator, which other threads and libraries use too.
     """
 
     def __init__(self, generator: torch.Generator | None):
@@ -199,7 +199,7 @@ def is_released(model: MMInterleavedForConditionalGeneration, settings: Generati
 def _decoder_start(model: MMInterleavedForConditionalGeneration, settings: GenerationSettings) -> list[int]:
     """Ids that stand before the written ones in the eyes of penalties and length rules.
 
-    The released code starts the written part with one bos of its own, which is penalised and counted like any word.
+    The released code starts the written part with a bos of its own, penalised and counted like any word.
     """
     return [model.config.bos_token_id] if is_released(model, settings) else []
 
@@ -246,7 +246,7 @@ def _call_generate(
     )
 
 
-# ---- Several prompts at once ----------------------------------------------------------------------------------------
+# ---- Several prompts at once -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -272,9 +272,9 @@ def generate_text_batch(
         image_start: (B, N), index of each image's start token, `NO_IMAGE` where there is none.
 
     Returns:
-        ids (B * num_return_sequences, n), ended by a stop id and padded, after the released rule's leading bos;
-        raw logits (B, V) a step, if asked for; scores of beams (B * num_return_sequences,), and under the released
-        rule those of all kept hypotheses (B, num_beams).
+        ids (B * num_return_sequences, n), ended by a stop id and padded, after the released rule's leading
+        bos; raw logits (B, V) a step, if asked for; scores of beams (B * num_return_sequences,), and under
+        the released rule those of all kept hypotheses (B, num_beams).
     """
     features = model.encode_images(pixel_values)
     cache = PrefixCache(model.config.text_config, batch_size=len(input_ids), device=model.device)
@@ -301,7 +301,7 @@ def generate_text_batch(
     )
 
 
-# ---- How likely texts are -------------------------------------------------------------------------------------------
+# ---- How likely texts are ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
