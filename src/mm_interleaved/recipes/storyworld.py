@@ -34,6 +34,7 @@ from mm_interleaved.training.data import (
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.loop import train_stage
+from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig, to_record
 from mm_interleaved.training.text_side import TextSideStage, open_to_images
 from mm_interleaved.training.tokenizer import train_tokenizer
@@ -42,18 +43,14 @@ from mm_interleaved.training.vision_side import VisionSideStage
 PICTURE_SIZE = 64
 
 TEXT_MIXTURES = (
-    Mixture(
-        share=7, batch_size=16, tasks={INTERVIEW: 55, "caption": 20, "paragraph": 5, "ground": 10, "draw": 10}
-    ),
-    Mixture(share=3, batch_size=5, tasks={"story": 65, "few_shot": 20, "edit": 10, "segmentation": 5}),
+    Mixture(share=4, batch_size=16, tasks={INTERVIEW: 60, "caption": 25, "paragraph": 5, "ground": 10}),
+    Mixture(share=3, batch_size=5, tasks={"story": 65, "few_shot": 12, "edit": 18, "segmentation": 5}),
+    Mixture(share=3, batch_size=48, tasks={"draw": 1}),
 )
 """What the text side learns from; interviews stand for vqa and dialogue."""
 
-GENERATION_SETTINGS = {"num_inference_steps": 20, "guidance_scale": 2.0}
+GENERATION_SETTINGS = {"scheduler": "ddim", "num_inference_steps": 25, "guidance_scale": 2.0}
 """What the finished model prefers over the general defaults."""
-
-DRAW_MIXTURES = (Mixture(share=1, batch_size=32, tasks={"draw": 1}),)
-"""What the U-Net begins with: pictures that follow from text alone."""
 
 IMAGE_MIXTURES = (
     Mixture(share=1, batch_size=24, tasks={"draw": 60, "segmentation": 12, "edit": 28}),
@@ -127,7 +124,7 @@ class StoryWorldConfig:
         default_factory=lambda: StageConfig(steps=2200, learning_rate=1e-3, ema_decay=0.99, use_bfloat16=True)
     )
     """Third stage: the language model learns to read pictures and to write."""
-    draw: StageConfig = field(
+    painter: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=1500,
             learning_rate=1e-3,
@@ -136,15 +133,13 @@ class StoryWorldConfig:
             use_bfloat16=True,
         )
     )
-    """Fourth stage: the U-Net learns to paint from text alone, without synchronizers, which is the cheapest
-    way.
-    """
+    """Fourth stage: the U-Net learns to paint from codes of scenes, without language model."""
     image: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=1500, learning_rate=1e-3, ema_decay=0.998, use_bfloat16=True
         )
     )
-    """Fifth stage: it learns to keep what earlier pictures show."""
+    """Fifth stage: it learns to paint from documents, and to keep what earlier pictures show."""
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
@@ -305,14 +300,16 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     open_to_images(model)
     run(TextSideStage(model, documents(TEXT_MIXTURES, seed=config.seed)), config.text, folder / "text")
 
-    # 3. All that paints: from text alone, then from earlier pictures too.
+    # 3. The U-Net from codes of scenes; then all that paints, from documents and from earlier pictures.
     synchronizers, decoder.synchronizers = decoder.synchronizers, None
-    paint = partial(ImageSideStage, model, batch_size=config.image_batch_size, pool_batches=24, repeats=4)
-    drawings = documents(DRAW_MIXTURES, seed=config.seed + 100, target_pixels=True)
-    run(paint(drawings), config.draw, folder / "draw")
+    painter = PainterStage(model, seed=config.seed, batch_size=config.image_batch_size)
+    run(painter, config.painter, folder / "painter")
     decoder.synchronizers = synchronizers
-    pictures = documents(IMAGE_MIXTURES, seed=config.seed + 200, target_pixels=True)
-    run(paint(pictures), config.image, folder / "image")
+    pictures = documents(IMAGE_MIXTURES, seed=config.seed, target_pixels=True)
+    image_stage = ImageSideStage(
+        model, pictures, batch_size=config.image_batch_size, pool_batches=24, repeats=4
+    )
+    run(image_stage, config.image, folder / "image")
     return save_model(model, processor, folder / "model")
 
 

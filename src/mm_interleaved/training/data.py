@@ -32,7 +32,11 @@ class DocumentBatch(NamedTuple):
     """A batch and where it comes from."""
 
     batch: Batch
-    document_ids: tuple[str, ...]
+    documents: tuple[Document, ...]
+
+    @property
+    def document_ids(self) -> tuple[str, ...]:
+        return tuple(document.id for document in self.documents)
 
 
 def storyworld_pixels(seed: int):
@@ -129,4 +133,4 @@ class DocumentBatches:
         """The batch of a step."""
         documents = self.documents(step)
         batch = self.processor(documents, eos=True, target_pixels=self.target_pixels)
-        return DocumentBatch(batch, tuple(document.id for document in documents))
+        return DocumentBatch(batch, tuple(documents))

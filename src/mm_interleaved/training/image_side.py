@@ -1,8 +1,8 @@
 """The stage that trains the image side: conditioning, U-Net and its synchronizers; what reads stays as it is.
 
-What is frozen costs more than half of a step (language model, vision tower, VAE), and its output for a document
-is always the same. So documents are read in pools, and each picture of a pool is painted several times, each time
-with other noise at another time step (16 pictures a second became 27, two cores, 2026-11).
+What is frozen costs more than half of a step (language model, vision tower, VAE), and its output for a
+document is always the same. So documents are read in pools, and each picture of a pool is painted several
+times, each time with other noise at another time step (16 pictures a second became 27, two cores, 2026-11).
 Letters: I pictures, C context tokens, D hidden channels, K earlier images, J images that are looked at.
 """
 

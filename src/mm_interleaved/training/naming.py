@@ -1,0 +1,159 @@
+"""Naming: what a picture shows as numbers of right answers, and the loss of a linear reader that guesses
+them.
+
+Letters: I pictures, A answers of one attribute, N attributes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mm_interleaved.document import Document, Image
+from mm_interleaved.storyworld.world import (
+    ACTIONS,
+    BADGES,
+    BODY_COLOURS,
+    HAT_COLOURS,
+    HATS,
+    PATTERNS,
+    PLACES,
+    POSITIONS,
+    PROP_COLOURS,
+    PROPS,
+    SPECIES,
+    TIMES,
+    WEATHERS,
+    Scene,
+    scene_from_record,
+)
+
+NOT_THERE = -100
+_NOBODY = "nobody"
+ONLY_SEEN = ("pattern", "badge")
+"""Attributes that no text tells."""
+
+_AT_POSITION: dict[str, Sequence[str]] = {
+    "species": (_NOBODY, *SPECIES),
+    "body_colour": BODY_COLOURS,
+    "pattern": PATTERNS,
+    "hat": HATS,
+    "hat_colour": HAT_COLOURS,
+    "badge": BADGES,
+    "action": ACTIONS,
+    "prop": (_NOBODY, *PROPS),
+    "prop_colour": PROP_COLOURS,
+}
+_SETTING: dict[str, Sequence[str]] = {"place": PLACES, "time": TIMES, "weather": WEATHERS}
+NAMES = [f"{name}@{position}" for position in POSITIONS for name in _AT_POSITION] + list(_SETTING)
+SIZES = [len(answers) for _ in POSITIONS for answers in _AT_POSITION.values()]
+SIZES += [len(answers) for answers in _SETTING.values()]
+
+
+def scene_labels(scene: Scene, unknown: frozenset[str] = frozenset()) -> list[int]:
+    """For each attribute at each position, and of the setting, the number of its answer, or NOT_THERE.
+
+    Args:
+        unknown: names of characters whose badge and pattern are not to be named.
+    """
+    labels = []
+    for position in POSITIONS:
+        figure = next((figure for figure in scene.figures if figure.position == position), None)
+        prop = next((prop for prop in scene.props if prop.position == position), None)
+        values = {"species": _NOBODY, "prop": _NOBODY}
+        if figure is not None:
+            names = ["species", "body_colour", "hat", "hat_colour"]
+            names += [] if figure.character.name in unknown else list(ONLY_SEEN)
+            values |= {name: getattr(figure.character, name) for name in names}
+            values["action"] = figure.action
+        if prop is not None:
+            values["prop"], values["prop_colour"] = prop.kind, prop.colour
+        for name, answers in _AT_POSITION.items():
+            value = values.get(name)
+            labels.append(answers.index(value) if value in answers else NOT_THERE)
+    return labels + [answers.index(getattr(scene, name)) for name, answers in _SETTING.items()]
+
+
+def painting_labels(documents: Sequence[Document]) -> Tensor:
+    """What the words before each picture, and the pictures before it, tell of it: (I, N) int64.
+
+    The pictures are those of all documents in order. Badge and pattern count as told if the character stands
+    in an earlier picture of its document. A document without scenes, and a picture without anything before
+    it, tell nothing.
+    """
+    rows = []
+    for document in documents:
+        scenes = [scene_from_record(record) for record in document.meta.get("scenes", ())]
+        is_map_first = document.meta.get("task") == "segmentation"
+        seen: set[str] = set()
+        images = [index for index, part in enumerate(document.parts) if isinstance(part, Image)]
+        for number, index in enumerate(images):
+            if not scenes or index == 0:
+                rows.append([NOT_THERE] * len(SIZES))
+            else:
+                names = {figure.character.name for figure in scenes[number].figures}
+                rows.append(scene_labels(scenes[number], frozenset(names - seen)))
+            if scenes and not is_map_first:
+                seen |= {figure.character.name for figure in scenes[number].figures}
+    return torch.tensor(rows, dtype=torch.int64).view(-1, len(SIZES))
+
+
+def naming_losses(answers: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
+    """Mean cross-entropy of each attribute, over the pictures that have it (0 if none has).
+
+    Args:
+        answers: (I, sum(SIZES)) logits.
+        labels: (I, N), see `scene_labels`.
+    """
+    return {
+        name: F.cross_entropy(logits_IA, labels_I, ignore_index=NOT_THERE, reduction="sum")
+        / (labels_I != NOT_THERE).sum().clamp(min=1)
+        for name, logits_IA, labels_I in zip(
+            NAMES, answers.float().split(SIZES, dim=1), labels.T, strict=True
+        )
+    }
+
+
+def mean_loss(losses: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+    """Mean over the attributes whose name begins with the prefix."""
+    return torch.stack([loss for name, loss in losses.items() if name.startswith(prefix)]).mean()
+
+
+class SceneCode:
+    """A fixed code of what a picture shows, in the shape of an image's conditioning.
+
+    Each attribute has half a vector: one of some random ones, by its answer, or the one that says "not
+    told". The U-Net can learn to paint from codes, and the language model to write them, before they meet.
+
+    Args:
+        num_vectors, dim: shape of the conditioning; it has room for `2 * num_vectors` attributes.
+    """
+
+    def __init__(self, num_vectors: int, dim: int) -> None:
+        assert 2 * num_vectors >= len(SIZES), (
+            f"{num_vectors} vectors have no room for {len(SIZES)} attributes"
+        )
+        generator = torch.Generator().manual_seed(0)
+        sizes = [*SIZES, *[0] * (2 * num_vectors - len(SIZES))]
+        self.num_vectors = num_vectors
+        # Row 0 says "not told". Each row has mean 0 and deviation 1, as what a LayerNorm puts out.
+        self.tables = [
+            F.layer_norm(torch.randn(size + 1, dim // 2, generator=generator), (dim // 2,)) for size in sizes
+        ]
+
+    def encode(self, labels: Tensor) -> Tensor:
+        """Codes (I, num_vectors, dim) of labels (I, N), see `scene_labels`."""
+        row_IN = torch.where(labels == NOT_THERE, 0, labels + 1)
+        row_IN = F.pad(row_IN, (0, len(self.tables) - row_IN.shape[1]))
+        halves = [table[row_I] for table, row_I in zip(self.tables, row_IN.T, strict=True)]
+        return torch.stack(halves, dim=1).view(len(labels), self.num_vectors, -1)
+
+    def answers(self, conditioning: Tensor) -> Tensor:
+        """Logits (I, sum(SIZES)) of all answers: how much a conditioning resembles the code of each."""
+        half_INd = conditioning.reshape(len(conditioning), len(self.tables), -1)
+        sharpness = 8.0 / half_INd.shape[-1]
+        logits = [
+            sharpness * half_INd[:, n] @ table[1:].T for n, table in enumerate(self.tables[: len(SIZES)])
+        ]
+        return torch.cat(logits, dim=1)
