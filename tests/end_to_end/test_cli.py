@@ -360,14 +360,16 @@ def test_info_counts_what_the_files_hold(capsys, tiny_folder):
 
 def test_evaluate_answers_and_scores(capsys, tmp_path, tiny_folder):
     data, out = tmp_path / "data", tmp_path / "scores"
-    assert run(["data", "storyworld", str(data), "--documents", "3", "--seed", "1"]) == 0
+    assert run(["data", "storyworld", str(data), "--documents", "7", "--seed", "2"]) == 0
     assert run(["data", "check", str(data / "documents.jsonl")]) == 0
     command = ["evaluate", "storyworld", "--data", str(data), "-o", str(out)]
     assert run([*command, "--model", str(tiny_folder)]) == 0
     scores = json.loads((out / "scores.json").read_text())
     assert scores["layout.correct"] == 1 and all(0 <= value <= 1 for value in scores.values())
     predictions = [json.loads(line) for line in (out / "predictions.jsonl").open()]
-    assert len(predictions) == 3 and all(set(line) == {"id", "content"} for line in predictions)
+    assert len(predictions) == 7 and all({"id", "content"} <= set(line) for line in predictions)
+    [ranking] = [line["meta"]["ranking"] for line in predictions if "meta" in line]
+    assert sorted(ranking) == list(range(10))
     again = tmp_path / "again"
     command = ["evaluate", "storyworld", "--data", str(data), "-o", str(again)]
     assert run([*command, "--predictions", str(out / "predictions.jsonl")]) == 0

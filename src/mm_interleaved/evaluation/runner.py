@@ -1,7 +1,8 @@
 """Task x model -> predictions.jsonl -> scores.json -> report: answers, then a pure function of them.
 
 OUT/run/               the run folder of the generation, as `generate` writes it
-OUT/predictions.jsonl  {"id", "content"} a line: what was generated, nothing of the prompt
+OUT/predictions.jsonl  {"id", "content"} a line: what was generated, nothing of the prompt; and
+                       {"meta": {"ranking"}} where there are candidate answers to rank
 OUT/scores.json        flat: "<task>.<metric>" -> number
 OUT/report.html        the scores, and the documents with the answers
 """
@@ -11,17 +12,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.document import Document, Image, document_to_record
 from mm_interleaved.document_formats import document_from_record, read_documents
 from mm_interleaved.errors import InputError
 from mm_interleaved.generation_run import OnEvent, RunRequest, run_documents
 from mm_interleaved.images import open_image as load_image
+from mm_interleaved.model_source import find_model, load_generator
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.story_page import OpenImage, render_page
 from mm_interleaved.strict_json import read_records
+
+if TYPE_CHECKING:
+    from mm_interleaved.generation import InterleavedGenerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +43,26 @@ class Task:
 def evaluate_model(task: Task, data: Path, request: RunRequest, on_event: OnEvent) -> dict[str, float]:
     """Let a model answer every document of a task, and score it.
 
+    Documents with `candidates` in their meta get a ranking of them too.
+
     Args:
         request: its `documents` are replaced by the task's; its `output` is OUT above.
     """
+    load = cache(load_generator)
     out = request.output
     make_folder(out)
     gold = task.read_gold(data)
     # The model must not see the gold answers, and the run must not depend on them.
     questions = [replace(document, target=()) for document in gold]
-    outcome = run_documents(replace(request, documents=questions, output=out / "run"), on_event)
-    lines = [json.dumps(_prediction(record), ensure_ascii=False) + "\n" for record in outcome.records]
+    outcome = run_documents(replace(request, documents=questions, output=out / "run"), on_event, load=load)
+    predictions = [_prediction(record) for record in outcome.records]
+    asked = {document.id: document for document in questions if "candidates" in document.meta}
+    for prediction in predictions:
+        if prediction["id"] in asked and "error" not in prediction:
+            model = request.model
+            generator = load(find_model(model.name), device=model.device, dtype=model.dtype)
+            prediction["meta"] = {"ranking": rank_candidates(generator, asked[prediction["id"]])}
+    lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     write_file(out / "predictions.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
     scores, answers = _score(task, gold, out / "predictions.jsonl")
     made_by = f"{len(answers)} of {len(gold)} documents answered"
@@ -69,6 +85,12 @@ def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -
     made_by = f"{len(answers)} of {len(gold)} documents answered"
     _write(out, scores, made_by, records, lambda name: pictures[name].load())
     return scores
+
+
+def rank_candidates(generator: InterleavedGenerator, document: Document) -> list[int]:
+    """Indices of a document's candidate answers, from the likeliest to the least likely."""
+    scores = generator.score_options(document, document.meta["candidates"])
+    return sorted(range(len(scores)), key=lambda index: -scores[index])
 
 
 def read_predictions(path: Path) -> list[Document]:

@@ -104,6 +104,21 @@ class InterleavedGenerator:
                 return event.document
         raise AssertionError("a stream ends with Finished")
 
+    @torch.no_grad()
+    def score_options(self, document: Document, options: Sequence[str]) -> list[float]:
+        """How likely each text is as the document's end: its log-probability, the end of text included.
+
+        Args:
+            options: may be of any number; the document is read once.
+
+        Raises:
+            InputError: the document or an option cannot be encoded or does not fit into the context.
+        """
+        continuation = _Continuation(self.model, self.processor, document, GenerationSettings(layout="T"), 0)
+        vocabulary = self.processor.vocabulary
+        ids = [[*vocabulary.encode_text(option), vocabulary.eos] for option in options]
+        return score_options(continuation.open_session(), ids).tolist()
+
 
 def part_seed(seed: int, index: int) -> int:
     """The seed of a part by its place in the document, so that each part can be drawn again by itself."""
@@ -134,7 +149,7 @@ class _Continuation:
 
     @torch.no_grad()
     def events(self) -> Iterator[Event]:
-        self.session = self._open_session()
+        self.session = self.open_session()
         if self.layout is None:
             reason = yield from self._as_the_model_likes()
         else:
@@ -336,7 +351,7 @@ class _Continuation:
 
     # ---- Reading -------------------------------------------------------------------------------------------
 
-    def _open_session(self) -> InterleavedSession:
+    def open_session(self) -> InterleavedSession:
         """The given document, ready to be continued."""
         session, sequence = InterleavedSession(self.model), self.sequence
         position = 0
