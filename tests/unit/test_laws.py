@@ -1,0 +1,243 @@
+"""Rules of the whole code base, read off its syntax trees, so that no file can break them unnoticed."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "mm_interleaved"
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+# Storeys, low to high: a file imports from its own storey and from those below it. A file belongs to the
+# storey with the longest matching prefix.
+STOREYS = (
+    ("__init__", "errors", "storage", "strict_json", "images", "image_references", "document"),
+    (
+        "document_formats",
+        "vocabulary",
+        "sequence",
+        "visibility",
+        "prompts",
+        "storyworld",
+        "checkpoint.headers",
+    ),
+    ("batch", "processing", "data"),
+    ("config", "ops"),
+    ("models",),
+    ("checkpoint", "generation", "training", "registration"),
+    ("recipes", "training.run", "model_source", "generation_run", "run_folder", "story_page"),
+    ("evaluation",),
+    ("cli", "serving", "studio", "__main__"),
+)
+# `a ← b` of DESIGN: the left one never imports the right one.
+CHAINS = (
+    ("document", "sequence", "batch", "data"),
+    ("ops", "models", "generation"),
+    ("ops", "models", "training"),
+)
+UNWANTED = (
+    "torchvision",
+    "timm",
+    "open_clip",
+    "xformers",
+    "flash_attn",
+    "mmcv",
+    "pickle",
+    "dill",
+    "joblib",
+    "shelve",
+)
+
+
+def module_of(name):
+    """Dotted name of a file, without the package's."""
+    dotted = name.removesuffix(".py").replace("/", ".")
+    return dotted.removesuffix(".__init__") if dotted != "__init__" else dotted
+
+
+def nodes(kind):
+    """(file, node) of every node of a kind."""
+    return [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def imports():
+    """(file, line, imported module) of all imports, also inside functions, but not those for types alone."""
+    found = []
+    for name, tree in TREES.items():
+        for_types = {
+            id(child)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+            for statement in node.body
+            for child in ast.walk(statement)
+        }
+        for node in ast.walk(tree):
+            if id(node) in for_types:
+                continue
+            if isinstance(node, ast.Import):
+                found += [(name, node.lineno, alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{name}:{node.lineno} imports relatively"
+                found += [(name, node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
+def storey(module):
+    best, height = "", None
+    for i, prefixes in enumerate(STOREYS):
+        for prefix in prefixes:
+            if (module == prefix or module.startswith(prefix + ".")) and len(prefix) > len(best):
+                best, height = prefix, i
+    return height
+
+
+def called(node):
+    """The dotted name of what a call calls, as far as it is one."""
+    parts, target = [], node.func
+    while isinstance(target, ast.Attribute):
+        parts.append(target.attr)
+        target = target.value
+    # Of what another call returned (`f().eval()`), the root has no name.
+    return ".".join([target.id if isinstance(target, ast.Name) else "?", *reversed(parts)])
+
+
+def test_every_file_has_its_storey():
+    assert [name for name in FILES if storey(module_of(name)) is None] == []
+
+
+def own_imports():
+    """(file, line, importing module, imported module) within the package; its lazy top is looked through."""
+    import mm_interleaved
+
+    for name, line, imported in imports():
+        if imported.startswith("mm_interleaved."):
+            target = imported.removeprefix("mm_interleaved.")
+            public = mm_interleaved._PUBLIC.get(target)
+            yield name, line, module_of(name), public.removeprefix("mm_interleaved.") if public else target
+
+
+def test_imports_point_one_way():
+    wrong = [
+        f"{name}:{line} imports {target}"
+        for name, line, module, target in own_imports()
+        if storey(target) is not None and storey(target) > storey(module) and module != "__init__"
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=" < ".join)
+def test_a_lower_part_never_imports_a_higher_one(chain):
+    def place(module):
+        return next(
+            (i for i, part in enumerate(chain) if module == part or module.startswith(part + ".")), None
+        )
+
+    wrong = [
+        f"{name}:{line} imports {target}"
+        for name, line, module, target in own_imports()
+        if place(module) is not None and place(target) is not None and place(target) > place(module)
+    ]
+    assert wrong == []
+
+
+def test_unwanted_packages_are_imported_nowhere():
+    assert [i for i in imports() if i[2].split(".")[0] in UNWANTED] == []
+
+
+def test_pickles_are_read_with_weights_only():
+    loads = [(name, node) for name, node in nodes(ast.Call) if called(node) == "torch.load"]
+    assert loads  # the official checkpoint
+    for name, node in loads:
+        safe = [
+            k.value.value
+            for k in node.keywords
+            if k.arg == "weights_only" and isinstance(k.value, ast.Constant)
+        ]
+        assert safe == [True], f"{name}:{node.lineno}"
+    assert "load" not in [
+        alias.name for _, node in nodes(ast.ImportFrom) if node.module == "torch" for alias in node.names
+    ]
+
+
+def test_nothing_runs_code_out_of_data():
+    forbidden = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+    forbidden |= {"os.system", "pickle.load", "pickle.loads"}
+    assert [f"{name}:{node.lineno}" for name, node in nodes(ast.Call) if called(node) in forbidden] == []
+    # Not even named: code of others is never trusted.
+    assert [name for name, path in FILES.items() if "trust_remote" in path.read_text(encoding="utf-8")] == []
+    assert [
+        f"{name}:{node.lineno}"
+        for name, node in nodes(ast.keyword)
+        if node.arg == "shell" and not (isinstance(node.value, ast.Constant) and node.value.value is False)
+    ] == []
+
+
+def test_only_the_command_line_prints():
+    assert [
+        f"{name}:{node.lineno}"
+        for name, node in nodes(ast.Call)
+        if called(node) == "print" and not name.startswith("cli/")
+    ] == []
+
+
+def test_every_test_that_the_porting_notes_name_exists():
+    notes = (PACKAGE.parents[1] / "docs" / "porting.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+/test_\w+\.py)::(\w+)`", notes))
+    assert len(named) > 30
+    tests = PACKAGE.parents[1] / "tests"
+    wrong = [
+        f"{file}::{name}" for file, name in named if f"def {name}(" not in (tests / file).read_text("utf-8")
+    ]
+    assert wrong == []
+
+
+def test_errors_are_never_swallowed_by_a_bare_except():
+    assert [f"{name}:{node.lineno}" for name, node in nodes(ast.ExceptHandler) if node.type is None] == []
+
+
+def test_no_file_is_called_by_a_word_that_says_nothing():
+    words = {"utils", "util", "helpers", "helper", "misc", "common", "base", "custom", "tmp"}
+    assert [name for name in FILES if words & set(Path(name).with_suffix("").parts)] == []
+
+
+def test_no_foreign_class_or_module_is_patched():
+    """No assignment to an attribute of an imported name."""
+    wrong = []
+    for name, tree in TREES.items():
+        imported = {
+            (alias.asname or alias.name).split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            for target in node.targets if isinstance(node, ast.Assign) else []:
+                root = target
+                while isinstance(root, ast.Attribute):
+                    root = root.value
+                is_foreign = isinstance(root, ast.Name) and root.id in imported and root is not target
+                # Standard streams are given to programs to set.
+                if is_foreign and ast.unparse(target) not in ("sys.stdout", "sys.stderr"):
+                    wrong.append(f"{name}:{node.lineno} sets {ast.unparse(target)}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import mm_interleaved",
+        "import mm_interleaved.document_formats, mm_interleaved.errors, mm_interleaved.checkpoint.headers",
+        "from mm_interleaved.cli.main import run; run(['--help'])",
+        "from mm_interleaved.cli.main import run; run(['generate', '--help'])",
+        "from mm_interleaved.cli.main import run; run(['convert', '--help'])",
+    ],
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(program):
+    heavy = "{'torch', 'transformers', 'diffusers', 'scipy', 'pandas', 'matplotlib'}"
+    check = f"import sys\n{program}\nfound = sorted({heavy} & set(sys.modules))\nassert not found, found"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
