@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -40,6 +41,8 @@ _PACKAGES = (
     "safetensors",
     "tokenizers",
 )
+
+logger = logging.getLogger(__name__)
 
 OnEvent = Callable[[Document, Event | str], None]
 
@@ -120,6 +123,10 @@ def run_documents(
     ) as run:
         pending = run.pending()
         if pending:
+            for difference in facts_that_differ(run.manifest, machine_facts(request.model.device)):
+                logger.warning(
+                    "%s: %s; what is still to be made may differ in its last bits", run.path, difference
+                )
             generator = load(folder, device=request.model.device, dtype=request.model.dtype)
             for document in pending:
                 _continue(run, generator, document, settings[document.id], on_event)
@@ -162,6 +169,12 @@ def machine_facts(device: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def facts_that_differ(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """What is not as it was when a run began, of all that its bits may depend on: one phrase each."""
+    then, now = ({"threads": f["threads"], **f["machine"], **f["versions"]} for f in (manifest, facts))
+    return [f"{key} was {then[key]}, is {now.get(key)}" for key in then if then[key] != now.get(key)]
 
 
 def _continue(

@@ -157,6 +157,18 @@ def test_another_run_in_the_same_folder_is_refused(request_, change, key):
     assert (request_.output / "earlier" / "1" / "manifest.json").exists()
 
 
+def test_other_threads_or_versions_are_told_but_not_refused(request_, caplog):
+    run(request_)
+    path = request_.output / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["threads"] += 1
+    manifest["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(manifest))
+    (request_.output / "results.jsonl").unlink()
+    run(request_)
+    assert "torch was 1.0, is " in caplog.text and "threads was " in caplog.text
+
+
 def test_changed_picture_is_a_changed_input(request_, tmp_path):
     run(request_)
     PILImage.new("RGB", (9, 7), (0, 0, 0)).save(tmp_path / "given.png")

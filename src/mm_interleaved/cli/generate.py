@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mm_interleaved.cli.command import Flags, command, typed_in_order
-from mm_interleaved.cli.output import progress, say
+from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, ModelFileError, UsageError
@@ -95,6 +95,7 @@ def replay(
     ] = None,
 ) -> int:
     """Make a run again and compare: every record and every image, bit for bit."""
+    from mm_interleaved.generation_run import facts_that_differ
     from mm_interleaved.model_source import find_model, hash_model
     from mm_interleaved.run_folder import read_manifest
 
@@ -115,6 +116,8 @@ def replay(
             documents, folder, name, wanted["device"], wanted["dtype"], wanted["flags"], is_quiet=True
         )
         found = read_manifest(folder / "manifest.json")
+    for difference in facts_that_differ(wanted, found):
+        say_error(f"{difference}: the same bits are not promised")
     return _report_replay(wanted["outputs"], found["outputs"])
 
 
@@ -154,7 +157,6 @@ def run_and_report(
     is_quiet: bool = False,
 ) -> int:
     """Run documents with a progress bar, say what was written; the exit code."""
-    from mm_interleaved.cli.output import say_error
     from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
 
     request = RunRequest(
