@@ -83,11 +83,13 @@ def model_limits(config: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a configuration that bound a document."""
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     unet, vae = config.get("unet_config") or {}, config.get("vae_config") or {}
-    synchronizer = config.get("text_synchronizer") or {}
+    # A synchronizer sees fewer images than its table of relative indices has rows.
+    rows = {side: (config.get(f"{side}_synchronizer") or {}).get("max_images") for side in ("text", "image")}
     limits = {
         "context_tokens": text.get("max_position_embeddings"),
         "tokens_per_image": (config.get("slot_resampler") or {}).get("num_queries"),
-        "images_seen_at_once": synchronizer.get("max_images"),
+        "images_a_document": None if rows["text"] is None else rows["text"] - 1,
+        "images_the_painter_sees": None if rows["image"] is None else rows["image"] - 1,
         "image_input_pixels": vision.get("image_size"),
         "image_output_pixels": _output_pixels(unet, vae),
         "vocabulary": text.get("vocab_size"),
