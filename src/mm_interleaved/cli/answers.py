@@ -168,7 +168,7 @@ def box_in_pixels(answer: str, size: tuple[int, int]) -> tuple[int, int, int, in
 
 def _question(path: Path, question: str) -> Document:
     picture = Image(checked_file(path), role="user", name=str(path))
-    return typed_document(str(path), [picture, Text(question, role="user")], layout="T")
+    return Document(id=str(path), parts=(picture, Text(question, role="user")), layout="T")
 
 
 def _answers(

@@ -134,7 +134,7 @@ def typed_parts(context: typer.Context, text: list[str] | None, image: list[Path
 
 def typed_document(name: str, parts: Sequence[Part], layout: str | None = None) -> Document:
     """A document made of what was typed."""
-    return Document(id=name, parts=tuple(parts), layout=layout)
+    return Document(id=name, parts=tuple(parts), layout=layout, meta={"title": f"A {name}"})
 
 
 def default_output(name: str, documents: Sequence[Document], model: str, flags: Flags) -> Path:
