@@ -175,7 +175,7 @@ def test_a_left_padded_batch_equals_its_rows_alone(model, pictures, compat, num_
         settings,
         limits,
     ).ids
-    for line, row, picture in zip(together, rows, pictures, strict=False):
+    for line, row, picture in zip(together, rows, pictures[:2], strict=True):
         session = open_session(
             model, row[: row.index(slots[0])], picture, row[row.index(slots[0]) + len(slots) :]
         )

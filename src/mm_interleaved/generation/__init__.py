@@ -5,7 +5,7 @@ Importing this package loads no torch: `InterleavedGenerator` is resolved on fir
 
 from importlib import import_module
 
-__all__ = ["InterleavedGenerator"]  # noqa: PLE0604
+__all__ = ["InterleavedGenerator"]
 
 
 def __getattr__(name: str):

@@ -42,9 +42,9 @@ def released_beam_search(
     """Beam search by the rule of the released code; called by `generate` with rows already repeated K times.
 
     A step keeps (1 + number of stop ids) * K candidates a row. A stop id ends a hypothesis only if it is
-    among the best K of them; its score is the sum of log-probabilities divided by the length, stop id not counted,
-    to the power of `length_penalty`. A row is done when K hypotheses are kept and the best candidate, its new
-    token counted here, would not beat the worst of them.
+    among the best K of them; its score is the sum of log-probabilities divided by the length, stop id not
+    counted, to the power of `length_penalty`. A row is done when K hypotheses are kept and the best
+    candidate, its new token counted here, would not beat the worst of them.
     """
     num_beams, stop_ids = generation_config.num_beams, generation_config.eos_token_id
     num_candidates = max(2, 1 + len(stop_ids)) * num_beams
