@@ -189,9 +189,8 @@ def test_every_test_that_the_porting_notes_name_exists():
     named = set(re.findall(r"`(\w+/test_\w+\.py)::(\w+)`", notes))
     assert len(named) > 30
     tests = PACKAGE.parents[1] / "tests"
-    wrong = [
-        f"{file}::{name}" for file, name in named if f"def {name}(" not in (tests / file).read_text("utf-8")
-    ]
+    texts = {file: (tests / file).read_text("utf-8") for file, _ in named if (tests / file).is_file()}
+    wrong = [f"{file}::{name}" for file, name in named if f"def {name}(" not in texts.get(file, "")]
     assert wrong == []
 
 
