@@ -95,6 +95,12 @@ class Document:
 ImagePath: TypeAlias = Callable[[Image, int], str]
 
 
+def part_records(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parts of a canonical record, in order, whether they stand in its `content` or in `messages`."""
+    turns = [part for message in record.get("messages", ()) for part in message["content"]]
+    return [*record.get("content", ()), *turns]
+
+
 def document_to_record(document: Document, image_path: ImagePath) -> dict[str, Any]:
     """The canonical JSON record of a document.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -30,11 +31,11 @@ def find_model(name: str) -> Path:
     if name in SHIPPED:
         folder = Path(str(files("mm_interleaved") / "assets" / name))
         where = f"the shipped model {name!r}"
-    elif Path(name).exists():
+    elif os.path.exists(name):
         folder, where = Path(name), f"model {escape(name)!r}"
     else:
         folder, where = _from_hub(name), f"model {escape(name)!r}"
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         raise ModelFileError(
             f"{where}: no {CONFIG} in {folder}, expected a folder that save_pretrained wrote"
         )
@@ -54,8 +55,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation settings that a model prefers over the general defaults."""
-    return dict(config.get("generation_settings") or {})
+    """The generation settings that a model prefers over the general defaults. Raises ModelFileError."""
+    found = config.get("generation_settings") or {}
+    if not isinstance(found, Mapping):
+        raise ModelFileError(
+            f"{CONFIG}: generation_settings: found {escape(repr(found))}, expected an object"
+        )
+    return dict(found)
 
 
 def hash_model(folder: Path) -> str:
@@ -84,7 +90,7 @@ def load_generator(folder: Path, *, device: str = "auto", dtype: str = "auto") -
     transformers_logging.disable_progress_bar()
     place = torch_device(device)
     kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
-    model = load_model(folder, dtype=kind)
+    model: Any = load_model(folder, dtype=kind)
     with model_file_errors(folder):
         processor = MMInterleavedProcessor.from_pretrained(folder)
     return InterleavedGenerator(model.to(place), processor)

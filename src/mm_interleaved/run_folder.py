@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, document_to_record
+from mm_interleaved.document import Document, Image, document_to_record, part_records
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError
 from mm_interleaved.images import read_regular_file
 from mm_interleaved.storage import (
@@ -34,12 +35,17 @@ from mm_interleaved.storage import (
     repair_tail,
     write_file,
 )
+from mm_interleaved.strict_json import describe
 
 MANIFEST = "manifest.json"
 RESULTS = "results.jsonl"
 PAGE = "index.html"
 FORMAT = "mm-interleaved run 1"
 _OURS = (MANIFEST, RESULTS, PAGE, "images", "input")
+_MANIFEST_FIELDS = {
+    "model": dict, "device": str, "dtype": str, "settings": dict, "flags": dict, "input": dict,
+    "threads": int, "machine": dict, "versions": dict,
+}  # fmt: skip
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 
 
@@ -144,11 +150,11 @@ def open_run(
         StorageError: it cannot be written.
     """
     _refuse_duplicate_ids(documents)
-    if path.exists() and not path.is_dir():
+    # Not Path.exists, which raises where a name is too long or a folder is closed to us.
+    if os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"{path}: is a file, expected a folder to write results to")
     make_folder(path)
     with locked_folder(path):
-        remove_temporary_files(path)
         if new_run:
             _put_aside(path)
         input_record = _input_record(documents)
@@ -159,6 +165,8 @@ def open_run(
             write_file(path / MANIFEST, _json_file(manifest))
         else:
             _refuse_difference(path, manifest, {**_identity_record(identity), "input": input_record})
+        # Only now is it sure that the folder is ours, and what lies in it too.
+        remove_temporary_files(path)
         _keep_input(path, documents)
         folder = RunFolder(path, manifest, documents)
         folder.finished = _finished_records(path, {document.id for document in documents}, retry_errors)
@@ -176,6 +184,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: format {found!r}, expected {FORMAT!r}", field="format")
+    for name, kind in _MANIFEST_FIELDS.items():
+        if not isinstance(manifest.get(name), kind):
+            raise InputError(
+                f"{path}: {name}: found {describe(manifest.get(name))}, expected what a run writes there",
+                field=name,
+            )
     return manifest
 
 
@@ -187,8 +201,7 @@ def file_stem(document_id: str) -> str:
 
 def image_paths(record: Mapping[str, Any]) -> list[str]:
     """The image paths that a canonical record names, in order."""
-    turns = [part for turn in record.get("messages", ()) for part in turn["content"]]
-    parts = [*record.get("content", ()), *turns, *record.get("target", ())]
+    parts = [*part_records(record), *record.get("target", ())]
     return [part["image"] for part in parts if part["type"] == "image"]
 
 
@@ -345,7 +358,8 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _json_file(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, indent=2).encode("utf-8") + b"\n"
+    # An argument of the command line may be no UTF-8; as an escape it is JSON still.
+    return json.dumps(record, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _sha256(data: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 
 from mm_interleaved.cli.command import Flags, command, typed_in_order
 from mm_interleaved.cli.output import progress, say, say_error
-from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.document import Document, Image, Part, Text, part_records
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, ModelFileError, UsageError
 from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, TextDelta
@@ -126,14 +127,17 @@ def typed_parts(context: typer.Context, text: list[str] | None, image: list[Path
     parts: list[Part] = []
     for name, value in typed_in_order(context, text=text or [], image=image or []):
         if name == "text":
-            parts.append(Text(checked_text(value)))
+            parts.append(Text(value))
         else:
             parts.append(Image(checked_file(value), name=str(value)))
     return parts
 
 
 def typed_document(name: str, parts: Sequence[Part], layout: str | None = None) -> Document:
-    """A document made of what was typed."""
+    """A document made of what was typed. Raises InputError where that is no Unicode."""
+    for part in parts:
+        if isinstance(part, Text):
+            _check_typed(part.text)
     return Document(id=name, parts=tuple(parts), layout=layout, meta={"title": f"A {name}"})
 
 
@@ -203,12 +207,17 @@ def event_words(event: Event | str) -> str:
 
 
 def _summary(outcome: Any) -> str:
-    parts = [part for record in outcome.records for part in record.get("content", ())]
+    parts = [part for record in outcome.records for part in part_records(record)]
     drawn = sum(1 for part in parts if part["type"] == "image" and part.get("generated"))
-    lines = [f"{outcome.num_documents} documents, {drawn} pictures drawn: {outcome.output / 'index.html'}"]
+    documents, pictures = _counted(outcome.num_documents, "document"), _counted(drawn, "picture")
+    lines = [f"{documents}, {pictures} drawn: {outcome.output / 'index.html'}"]
     if outcome.num_already_finished:
         lines.append(f"{outcome.num_already_finished} of them were finished before")
     return "\n".join(lines)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _report_replay(wanted: dict[str, dict[str, str]], found: dict[str, dict[str, str]]) -> int:
@@ -234,16 +243,16 @@ def _use_threads(number: int):
     torch.set_num_threads(number)
 
 
-def checked_text(text: str) -> str:
+def _check_typed(text: str):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"--text: character {error.start} is not UTF-8", field="text") from error
-    return text
+        raise InputError(f"text as typed: character {error.start} is not UTF-8", field="text") from error
 
 
 def checked_file(path: Path) -> Path:
-    if not path.is_file():
-        found = "is not a regular file" if path.exists() else "there is no such file"
+    # Not Path.is_file, which raises where a name is too long or a folder is closed to us.
+    if not os.path.isfile(path):
+        found = "is not a regular file" if os.path.exists(path) else "there is no such file"
         raise InputError(f"--image {str(path)!r}: {found}", field="image")
     return path

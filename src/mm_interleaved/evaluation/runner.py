@@ -16,10 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_interleaved.document import Document, Image, document_to_record
-from mm_interleaved.document_formats import document_from_record, read_documents
+from mm_interleaved.document import Document, Image, document_to_record, part_records
+from mm_interleaved.document_formats import read_documents, read_record
 from mm_interleaved.errors import InputError
 from mm_interleaved.generation_run import OnEvent, RunRequest, run_documents
+from mm_interleaved.image_references import ImageFolder
 from mm_interleaved.images import open_image as load_image
 from mm_interleaved.model_source import find_model, load_generator
 from mm_interleaved.storage import make_folder, write_file
@@ -50,8 +51,8 @@ def evaluate_model(task: Task, data: Path, request: RunRequest, on_event: OnEven
     """
     load = cache(load_generator)
     out = request.output
-    make_folder(out)
     gold = task.read_gold(data)
+    make_folder(out)
     # The model must not see the gold answers, and the run must not depend on them.
     questions = [replace(document, target=()) for document in gold]
     outcome = run_documents(replace(request, documents=questions, output=out / "run"), on_event, load=load)
@@ -95,12 +96,13 @@ def rank_candidates(generator: InterleavedGenerator, document: Document) -> list
 
 def read_predictions(path: Path) -> list[Document]:
     """The answers of a predictions file. Failed and empty ones are left out: they count as wrong."""
+    folder = ImageFolder(path.parent, path.parent)
     answers: dict[str, Document] = {}
     for record in read_records(path):
         fields = record.field.object()
         if "error" in fields or not fields.get("content", True):
             continue
-        answer = document_from_record(fields, path.parent)
+        answer = read_record(record, folder)
         if answer.id in answers:
             raise InputError(f"{record.place}: id {answer.id!r} occurs twice", field="id")
         answers[answer.id] = answer
@@ -138,8 +140,7 @@ def _write(
 def _prediction(record: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in record:
         return dict(record)
-    turns = [part for message in record.get("messages", ()) for part in message["content"]]
-    parts = [part for part in (*record.get("content", ()), *turns) if part.get("generated")]
+    parts = [part for part in part_records(record) if part.get("generated")]
     return {"id": record["id"], "content": [_relocated(part) for part in parts]}
 
 
