@@ -149,8 +149,8 @@ def _few_shot(found: Found, document: Document, answer: Sequence[Part], ranking:
 def _dialogue(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
     _add(found, "dialogue.accuracy", _is_answer(document, answer))
     gold_index = document.meta["gold_index"]
-    if isinstance(ranking, Sequence):
-        rank = list(ranking).index(gold_index) + 1 if gold_index in ranking else 0
+    if isinstance(ranking, list):
+        rank = ranking.index(gold_index) + 1 if gold_index in ranking else 0
     else:
         rank = 1 if _is_answer(document, answer) else 0
     _add(found, "dialogue.mrr", 1 / rank if rank else 0.0)
