@@ -130,6 +130,11 @@ class Vocabulary:
         """The ids that stand for one image: its start token and its slots."""
         return [self.image_start] + [self.image] * self.num_slots
 
+    @property
+    def reserved_ids(self) -> frozenset[int]:
+        """The special ids that never stand for text. `pad` is missing where it is an ordinary piece of it."""
+        return self._reserved
+
     def special_ids(self) -> dict[str, int]:
         """The constructor's ids by name, for a configuration file."""
         names = ("image_start", "image", "bos", "eos", "pad")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mm_interleaved.batch import check_fits
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.errors import NumericalError, UsageError
+from mm_interleaved.errors import NumericalError, TooLongError, UsageError
 from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.events import Event, Finished, ImageDone, ImagePreview, ImageStarted, TextDelta
 from mm_interleaved.generation.layout import IMAGE, parse_layout, text_share
@@ -117,7 +117,13 @@ class InterleavedGenerator:
         continuation = _Continuation(self.model, self.processor, document, GenerationSettings(layout="T"), 0)
         vocabulary = self.processor.vocabulary
         ids = [[*vocabulary.encode_text(option), vocabulary.eos] for option in options]
-        return score_options(continuation.open_session(), ids).tolist()
+        session = continuation.open_session()
+        longest = max(map(len, ids), default=0)
+        if longest > session.room:
+            raise TooLongError(
+                f"an option has {longest} tokens, expected at most {session.room} after the document"
+            )
+        return score_options(session, ids).tolist()
 
 
 def part_seed(seed: int, index: int) -> int:
@@ -229,7 +235,7 @@ class _Continuation:
     @cached_property
     def _ids_that_are_no_text(self) -> tuple[int, ...]:
         """Special ids, and rows of the embedding table that the tokenizer has no token for."""
-        special = self.vocabulary.special_ids().values()
+        special = self.vocabulary.reserved_ids
         unused = range(len(self.vocabulary.tokenizer), self.model.config.text_config.vocab_size)
         return tuple(sorted({*special, *unused}))
 
