@@ -67,7 +67,7 @@ def read_documents(
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
-    if not root.is_dir():
+    if image_root is not None and not os.path.isdir(root):
         raise InputError(f"{root}: there is no such folder, expected the one that holds the images")
     folder = ImageFolder(path.parent, root, skip_missing_images)
     documents: list[Document] = []

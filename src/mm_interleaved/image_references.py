@@ -13,7 +13,7 @@ from pathlib import Path
 from mm_interleaved.document import Image
 from mm_interleaved.errors import escape
 from mm_interleaved.images import MAX_FILE_BYTES, file_kind
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.strict_json import MAX_RECORD_BYTES, Field, FieldError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|file:", re.ASCII | re.IGNORECASE)
 
@@ -39,7 +39,7 @@ class ImageFolder:
         Raises FieldError: a remote address, a path out of the folder, no such file, not a regular file, bad
         base64.
         """
-        text = reference.text()
+        text = reference.text(MAX_RECORD_BYTES)
         if text.startswith("data:"):
             return Image(_data_url(reference), role=role)
         if _SCHEME.match(text):
@@ -54,7 +54,7 @@ class ImageFolder:
 
     def encoded(self, reference: Field, role: str | None = None) -> Image:
         """The image in a string of base64."""
-        return Image(_base64(reference, reference.text()), role=role)
+        return Image(_base64(reference, reference.text(MAX_RECORD_BYTES)), role=role)
 
     def _resolved(self, reference: Field) -> Path | None:
         text = reference.text()
