@@ -56,7 +56,8 @@ def dry_run(path: Path, *, components: Path | None = None) -> KeyReport:
     if path.is_file() and path.suffix == ".json":
         content = read_json(path)
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            shapes = {name: tuple(entry["shape"]) for name, entry in content["state_dict"].items()}
+            with model_file_errors(path):
+                shapes = {name: tuple(entry["shape"]) for name, entry in content["state_dict"].items()}
             return compare_keys(shapes, model_shapes(_config_of_manifest(path, content)))
         names = _names_of_index(path)
         return compare_keys(names, model_shapes(_official_config(path.parent, _find(components))))

@@ -104,10 +104,11 @@ def _check_files(files: list[Path]) -> None:
     hashes = files[0].parent / HASHES
     if not hashes.is_file():
         return
-    expected = dict(
-        reversed(line.split(maxsplit=1)) for line in hashes.read_text().splitlines() if line.strip()
-    )
-    expected = {name.strip().lstrip("*"): digest for name, digest in expected.items()}
+    try:
+        lines = [line.split(maxsplit=1) for line in hashes.read_text("utf-8").splitlines() if line.strip()]
+        expected = {name.strip().lstrip("*"): digest for digest, name in lines}
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{hashes}: cannot be read, expected lines of hash and file name") from error
     for file in files:
         with open(file, "rb") as data:
             found = hashlib.file_digest(data, "sha256").hexdigest()
@@ -125,8 +126,11 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 def _load_bin(file: Path, device: str) -> dict[str, Tensor]:
     """A flat dictionary of tensors; on "cpu" they stay mapped to the file."""
-    with open(file, "rb") as data:
-        is_archive = data.read(2) == b"PK"
+    try:
+        with open(file, "rb") as data:
+            is_archive = data.read(2) == b"PK"
+    except OSError as error:
+        raise ModelFileError(f"{file}: cannot be read ({error.strerror})") from error
     if is_archive and not zipfile.is_zipfile(file):
         raise ModelFileError(f"{file}: {file.stat().st_size} bytes, its end is missing; the file is cut")
     try:
@@ -141,8 +145,8 @@ def _load_bin(file: Path, device: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise ModelFileError(f"{file}: holds {type(state).__name__}, expected a dictionary of tensors")
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ModelFileError(
-                f"{file}: {escape(str(name))!r} is {type(value).__name__}, expected a tensor"
+                f"{file}: {escape(str(name))!r} is {type(value).__name__}, expected a name and its tensor"
             )
     return state
