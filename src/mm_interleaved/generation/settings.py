@@ -152,7 +152,8 @@ def settings_for(
     try:
         settings = GenerationSettings.combine(defaults, own, flags)
     except UsageError as error:
-        place = f"document {escape(document.id)!r}: generation.{error}"
+        dot = "." if str(error).startswith(f"{error.field}:") else ": "
+        place = f"document {escape(document.id)!r}: generation{dot}{error}"
         raise InputError(place, field=f"generation.{error.field}") from error
     if "seed" in own and "seed" not in flags:
         return settings

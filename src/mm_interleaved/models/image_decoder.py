@@ -78,7 +78,7 @@ class ImageDecoder(nn.Module):
         init.zeros_(self.negative_conditioning)
 
     def condition(self, context_ITD: Tensor, mask_IT: Tensor) -> Tensor:
-        """Read contexts (see `context.image_contexts`) into conditioning: (I, R, D)."""
+        """Read contexts (see `context.gather_contexts`) into conditioning: (I, R, D)."""
         return self.resampler(context_ITD, mask_IT)
 
     def look_at(self, pyramid: Sequence[Tensor], context_index_IK: Tensor) -> EarlierImages | None:
