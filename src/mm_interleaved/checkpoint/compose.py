@@ -5,6 +5,7 @@ The parts keep their weights and, with all gates closed, their behaviour; what i
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,9 @@ def compose(
     tokens = _special_tokens(text, tokenizer, llm)
     vision_config = _vision_config(vision)
     with _part_errors("diffusion", diffusion):
-        unet_config, vae_config = (
-            kind.load_config(diffusion, subfolder=name)
-            for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-        )
-        noise = DDPMScheduler.load_config(diffusion, subfolder="scheduler")
+        unet_config = _diffusers_config(UNet2DConditionModel, diffusion, "unet")
+        vae_config = _diffusers_config(AutoencoderKL, diffusion, "vae")
+        noise = _diffusers_config(DDPMScheduler, diffusion, "scheduler")
     config = _config(text, vision_config, unet_config, vae_config, noise, tokens, joints)
 
     # 2. The whole with fresh weights, then the parts' own over them.
@@ -109,7 +108,7 @@ def compose(
         torch.manual_seed(seed)
         model = MMInterleavedForConditionalGeneration._from_config(config, dtype=kind)
     with torch.no_grad():
-        _take_language_model(model, llm)
+        _take_language_model(model, llm, tokens.copied)
         _take_clip(model, vision)
         _take_diffusion(model, diffusion)
 
@@ -246,7 +245,9 @@ def _config(
         )
 
 
-def _take_language_model(model: MMInterleavedForConditionalGeneration, llm: str) -> None:
+def _take_language_model(
+    model: MMInterleavedForConditionalGeneration, llm: str, copied: Mapping[int, int]
+) -> None:
     """Layers, embeddings and head; rows of the new tokens stay fresh, or copy old ones."""
     with _part_errors("llm", llm):
         stock = AutoModelForCausalLM.from_pretrained(llm, dtype=model.dtype)
@@ -267,7 +268,7 @@ def _take_language_model(model: MMInterleavedForConditionalGeneration, llm: str)
     table[old:] = embeddings.float().std() * torch.randn(
         table[old:].shape, generator=torch.Generator().manual_seed(old)
     )
-    for new_id, old_id in _copies(model.config, old).items():
+    for new_id, old_id in copied.items():
         table[new_id] = table[old_id]
 
     head, base = stock.get_output_embeddings(), model.text_head.base
@@ -275,19 +276,12 @@ def _take_language_model(model: MMInterleavedForConditionalGeneration, llm: str)
     base.bias[:-num_new] = 0 if head.bias is None else head.bias
 
 
-def _copies(config: MMInterleavedConfig, old_size: int) -> dict[int, int]:
-    """New ids of beginning and padding, which start as the end-of-text token."""
-    image_ids = (config.image_start_token_id, config.image_token_id)
-    new = {id for id in (config.bos_token_id, config.pad_token_id) if id >= old_size} - set(image_ids)
-    return dict.fromkeys(sorted(new), config.eos_token_id)
-
-
 def _take_clip(model: MMInterleavedForConditionalGeneration, vision: str) -> None:
     with _part_errors("vision", vision):
         # A folder holds either CLIP as a whole or its vision side.
         is_whole = AutoConfig.from_pretrained(vision).model_type == "clip"
         stock = (CLIPModel if is_whole else CLIPVisionModel).from_pretrained(vision, dtype=model.dtype)
-    stock = getattr(stock, "vision_model", stock)
+    stock: Any = getattr(stock, "vision_model", stock)
     clip = model.vision.clip
     _copy(stock.embeddings, clip.embeddings)
     _copy(stock.pre_layrnorm, clip.pre_norm)
@@ -329,6 +323,10 @@ def _empty_prompt(diffusion: str) -> Tensor | None:
 
 def _copy(stock: nn.Module, ours: nn.Module) -> None:
     ours.load_state_dict(stock.state_dict(), strict=True)
+
+
+def _diffusers_config(kind: Any, diffusion: str, subfolder: str) -> dict[str, Any]:
+    return dict(kind.load_config(diffusion, subfolder=subfolder))
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Official parameter names and ours, both ways.
 
-Every official key is matched by exactly one rule below; nothing is guessed, so what a rule does not name is reported
-by name. `{n}` stands for a number, `{p}` for `weight` or `bias`.
+Every official key is matched by exactly one rule below; nothing is guessed, so what a rule does not name is
+reported by name. `{n}` stands for a number, `{p}` for `weight` or `bias`.
 """
 
 import re
@@ -107,7 +107,11 @@ def _vision() -> dict[str, str]:
         f"{official_interaction}.injector.gamma": f"{interaction}.injector.gamma",
         f"{official_interaction}.injector.query_norm.{{p}}": f"{interaction}.injector.query_norm.{{p}}",
         f"{official_interaction}.injector.feat_norm.{{p}}": f"{interaction}.injector.feature_norm.{{p}}",
-        **_under(f"{official_interaction}.injector.attn", f"{interaction}.injector.attention", _DEFORMABLE_ATTENTION),
+        **_under(
+            f"{official_interaction}.injector.attn",
+            f"{interaction}.injector.attention",
+            _DEFORMABLE_ATTENTION,
+        ),
         **_extractor(f"{official_interaction}.extractor", f"{interaction}.extractors.0"),
         # Extra extractors are counted from zero there, and follow the first one here.
         **_extractor(f"{official_interaction}.extra_extractors.0", f"{interaction}.extractors.1"),
@@ -192,7 +196,7 @@ class KeyReport:
 
 
 def our_key(official: str) -> str | None:
-    """Our name for an official one; None if no rule knows it (or it is derived, see `DERIVED_POSITION_IDS`)."""
+    """Our name for an official one; None for `DERIVED_POSITION_IDS` and where no rule knows it."""
     return _translate(official, _TO_OURS)
 
 
