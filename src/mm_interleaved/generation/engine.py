@@ -24,6 +24,7 @@ from mm_interleaved.generation.layout import IMAGE, parse_layout, text_share
 from mm_interleaved.generation.session import InterleavedSession, max_images
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.generation.text import TextRules, is_released, score_options, write_text
+from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.prompts import ANSWERING_ROLE
@@ -266,7 +267,7 @@ class _Continuation:
         yield ImageDone(pictures[chosen], seeds[chosen])
 
     def _denoise(
-        self, seeds: list[int], conditioning: Tensor, earlier: Any
+        self, seeds: list[int], conditioning: Tensor, earlier: EarlierImages | None
     ) -> Generator[ImagePreview, None, list[PILImage.Image]]:
         settings, decoder = self.settings, self.model.image_decoder
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -32,7 +32,9 @@ from mm_interleaved.models.interleaved import MMInterleavedForConditionalGenerat
 from mm_interleaved.models.prefix_cache import PrefixCache
 
 STREAM_EVERY = 4
-"""Tokens between two runs of streamed text; a call of `generate` costs a small model about a token's time."""
+"""Tokens between two runs of streamed text. A call of `generate` takes about 1 ms beside the 8 ms of a token
+of a model of the shipped size (one core, 2026-11).
+"""
 OPTIONS_AT_ONCE = 8
 RELEASED_TOP_K = 50
 """transformers' default of the time, which nobody had switched off."""
