@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.document import Document
-from mm_interleaved.errors import InputError
+from mm_interleaved.errors import InputError, UsageError
 from mm_interleaved.generation.events import Event, Finished
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.images import open_image
@@ -190,8 +190,19 @@ def _continue(
     except InputError as error:
         run.commit_error(document, error)
         on_event(document, "failed")
+    except UsageError as error:
+        # What the command asks of a model that cannot do it stops the run; what a document asks, that
+        # document.
+        if not _asks_for(document, error.field):
+            raise
+        run.commit_error(document, error)
+        on_event(document, "failed")
     else:
         on_event(document, "finished")
+
+
+def _asks_for(document: Document, setting: str | None) -> bool:
+    return setting in document.generation or (setting == "layout" and document.layout is not None)
 
 
 def _page(records: Sequence[Mapping[str, Any]], folder: Path, model: str, seed: int) -> bytes:

@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 
 from mm_interleaved.cli.command import command
+from mm_interleaved.cli.generate import SOME_FAILED
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.errors import MMInterleavedError, UsageError
-
-SOME_FAILED = 7
 
 
 def add_to(app: typer.Typer):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mm_interleaved.cli.command import Flags, command
-from mm_interleaved.cli.generate import Device, Dtype, Model, NewRun, event_words
+from mm_interleaved.cli.generate import SOME_FAILED, Device, Dtype, Model, NewRun, event_words
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.document import Document
 from mm_interleaved.errors import UsageError
@@ -36,7 +36,7 @@ def evaluate(
     dtype: Dtype = "auto",
     *,
     flags: Flags,
-):
+) -> int:
     """Answer a task's documents and score the answers: predictions.jsonl, scores.json, report.html."""
     for task in tasks:
         if task not in TASK_NAMES:
@@ -45,6 +45,7 @@ def evaluate(
     from mm_interleaved.evaluation.tasks import TASKS
     from mm_interleaved.generation_run import ModelChoice, RunRequest
 
+    num_failed = 0
     for name in tasks:
         out = output if len(tasks) == 1 else output / name
         task = TASKS[name]
@@ -63,7 +64,9 @@ def evaluate(
                     else:
                         bar.tell(f"{document.id}: {event_words(event)}")
 
-                scores = evaluate_model(task, data, request, on_event)
+                scores, failed = evaluate_model(task, data, request, on_event)
+                num_failed += failed
         for metric, value in scores.items():
             say(f"{metric:<24} {value:.4f}")
         say(f"report: {out / 'report.html'}")
+    return SOME_FAILED if num_failed else 0

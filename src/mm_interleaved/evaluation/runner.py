@@ -41,8 +41,10 @@ class Task:
     """(predictions, gold) -> metrics."""
 
 
-def evaluate_model(task: Task, data: Path, request: RunRequest, on_event: OnEvent) -> dict[str, float]:
-    """Let a model answer every document of a task, and score it.
+def evaluate_model(
+    task: Task, data: Path, request: RunRequest, on_event: OnEvent
+) -> tuple[dict[str, float], int]:
+    """Let a model answer every document of a task, and score it: the scores, and how many documents failed.
 
     Documents with `candidates` in their meta get a ranking of them too.
 
@@ -68,7 +70,7 @@ def evaluate_model(task: Task, data: Path, request: RunRequest, on_event: OnEven
     scores, answers = _score(task, gold, out / "predictions.jsonl")
     made_by = f"{len(answers)} of {len(gold)} documents answered"
     _write(out, scores, made_by, outcome.records, lambda path: load_image(out / "run" / path))
-    return scores
+    return scores, outcome.num_failed
 
 
 def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -> dict[str, float]:
