@@ -1,4 +1,6 @@
-"""Shared by all tests: the tiny model's module is importable by name; `--golden` names a folder for tests/parity."""
+"""Shared by all tests: the tiny model's module is importable by name; `--golden` names a folder for
+tests/parity.
+"""
 
 import sys
 from pathlib import Path

@@ -246,10 +246,10 @@ def test_every_trainable_parameter_gets_a_gradient():
 
 def test_parts_that_do_not_fit_are_refused_naming_the_numbers():
     unet = tiny_config().unet_config
-    with pytest.raises(ValueError, match="cross_attention_dim 20 must equal conditioning_resampler.dim 16"):
+    with pytest.raises(ValueError, match=r"cross_attention_dim 20 must equal conditioning_resampler\.dim 16"):
         MMInterleavedForConditionalGeneration(tiny_config(unet_config={**unet, "cross_attention_dim": 20}))
     with pytest.raises(
-        ValueError, match="num_hidden_layers 5 must be a multiple of adapter.num_interactions 4"
+        ValueError, match=r"num_hidden_layers 5 must be a multiple of adapter\.num_interactions 4"
     ):
         vision = tiny_config().vision_config.to_dict() | {"num_hidden_layers": 5}
         MMInterleavedForConditionalGeneration(tiny_config(vision_config=vision))

@@ -42,9 +42,15 @@ def gated(dim=32):
 def language_pair(family):
     config_class, stock_class = FAMILIES[family]
     config = config_class(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
     torch.manual_seed(0)
     stock = stock_class(config).eval()
     ours = language_family(family)(config, {0: gated(), 2: gated()}).eval()
@@ -84,10 +90,16 @@ def test_an_unfit_language_family_is_refused_in_one_sentence():
 
 def tiny_unet(**changes):
     settings = {
-        "sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 8, 16, 16),
-        "layers_per_block": 2, "attention_head_dim": (1, 1, 2, 2), "cross_attention_dim": 12, "norm_num_groups": 4,
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 8, 16, 16),
+        "layers_per_block": 2,
+        "attention_head_dim": (1, 1, 2, 2),
+        "cross_attention_dim": 12,
+        "norm_num_groups": 4,
         "use_linear_projection": True,
-    } | changes  # fmt: skip
+    } | changes
     torch.manual_seed(0)
     return UNet2DConditionModel(**settings).eval()
 
@@ -130,9 +142,14 @@ def test_an_unfit_unet_is_refused_in_one_sentence():
 @pytest.mark.parametrize("size", [32, 48])
 def test_clip_backbone_equals_the_stock_model(size):
     config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     stock = CLIPVisionModel(config).eval()
     ours = ClipBackbone(config).eval()

@@ -2,8 +2,8 @@
 
     python tests/parity/make_subset.py ../shared/reference/golden-a tests/parity/data/golden-subset
 
-The subset holds one synchronizer of each side and the noise schedule: what fits into one megabyte. Parts whose weights
-it lacks stay random and are not asked.
+The subset holds one synchronizer of each side and the noise schedule: what fits into one megabyte. Parts
+whose weights it lacks stay random and are not asked.
 """
 
 import json

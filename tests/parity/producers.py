@@ -1,4 +1,6 @@
-"""Our side of a golden folder: one function a group of outputs, each returning tensors under the golden keys."""
+"""Our side of a golden folder: one function a group of outputs, each returning tensors under the golden
+keys.
+"""
 
 import re
 from collections.abc import Callable
@@ -30,7 +32,9 @@ from mm_interleaved.visibility import (
 
 @contextmanager
 def recorded(**modules: torch.nn.Module):
-    """Outputs of modules while they run: `record["name"]` is the last output, `record["name.in"]` the first input."""
+    """Outputs of modules while they run: `record["name"]` is the last output, `record["name.in"]` the first
+    input.
+    """
     record: dict[str, Tensor] = {}
 
     def keep(name):
@@ -48,7 +52,7 @@ def recorded(**modules: torch.nn.Module):
             handle.remove()
 
 
-# ---- Vision -----------------------------------------------------------------------------------------------------
+# ---- Vision --------------------------------------------------------------------------------------
 
 
 def vision(golden: Golden) -> dict[str, Tensor]:
@@ -85,7 +89,7 @@ def vision(golden: Golden) -> dict[str, Tensor]:
     return out
 
 
-# ---- One training pass ------------------------------------------------------------------------------------------
+# ---- One training pass ---------------------------------------------------------------------------
 
 # Arguments of the variants, which the folder's config names only in words (GOLDEN.md, section 3).
 PROMPT_OFFSETS = {"prompt_offset_int": 7, "prompt_offset_list": (4, 9)}
@@ -254,7 +258,7 @@ def _targets_after_image(golden: Golden, ids: Tensor, targets: Tensor, document_
     return targets & ((images_so_far > images_before_document) | always)
 
 
-# ---- The synchronizer alone -------------------------------------------------------------------------------------
+# ---- The synchronizer alone ----------------------------------------------------------------------
 
 
 def language_synchronizer(golden: Golden) -> dict[str, Tensor]:
@@ -296,7 +300,7 @@ def unet_synchronizer(golden: Golden) -> dict[str, Tensor]:
     return out
 
 
-# ---- Text ---------------------------------------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 
 # Defaults of the official generation functions (GOLDEN.md, section 4.9).
 TEXT_DEFAULTS = {"num_beams": 5, "max_length": 30, "min_length": 8, "top_p": 0.9, "temperature": 1.0}
@@ -366,9 +370,10 @@ def scores(golden: Golden) -> dict[str, Tensor]:
     return {"scores.scores": torch.stack(rows)[:, None]}
 
 
-# ---- Pictures -----------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
-# The official pipeline paints at most so many pictures at once, and its generator runs on from batch to batch.
+# The official pipeline paints at most so many pictures at once, and its generator runs on from batch to
+# batch.
 PICTURES_AT_ONCE = 8
 
 
@@ -443,7 +448,7 @@ def _painted(golden: Golden, case: str, conditioning: Tensor, pyramid, index: Te
     return out
 
 
-# ---- Small things -----------------------------------------------------------------------------------------------
+# ---- Small things --------------------------------------------------------------------------------
 
 
 def vae_decode(golden: Golden) -> dict[str, Tensor]:

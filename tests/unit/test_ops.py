@@ -11,7 +11,9 @@ LEVELS = (4, 2)
 
 
 def bilinear(map_yxD, x, y):
-    """One sample at (x, y) in [0, 1], pixel centres at (i + 0.5) / size, zero outside: by hand, corner by corner."""
+    """One sample at (x, y) in [0, 1], pixel centres at (i + 0.5) / size, zero outside: by hand, corner by
+    corner.
+    """
     size = map_yxD.shape[0]
     px, py = x * size - 0.5, y * size - 0.5
     left, top = math.floor(px), math.floor(py)
@@ -24,7 +26,9 @@ def bilinear(map_yxD, x, y):
 
 
 def by_hand(value, query_term, index_term, relative_index, reference, num_points, base_size, ignore):
-    """The definition (paper, section 3.2; facts sheet 1.3): softmax over all samples and one logit of zero."""
+    """The definition (paper, section 3.2; facts sheet 1.3): softmax over all samples and one logit of
+    zero.
+    """
     B, N, _, H, D = value.shape
     Q, P, L = query_term.shape[1], num_points, len(LEVELS)
     out = torch.zeros(B, Q, H, D, dtype=value.dtype)

@@ -163,7 +163,7 @@ class _Continuation:
             reason = yield from self._as_laid_out(self.layout)
         yield Finished(reason, self.document)
 
-    # ---- Which part comes next -----------------------------------------------------------------------------
+    # ---- Which part comes next -------------------------------------------------------------------
 
     def _as_the_model_likes(self) -> Generator[Event, None, str]:
         """Text until the model starts an image, the image, text again; returns why it ended."""
@@ -201,7 +201,7 @@ class _Continuation:
             yield from self._write(limit, at_least, may_ask_for_image=True)
         return "layout"
 
-    # ---- Words ---------------------------------------------------------------------------------------------
+    # ---- Words -----------------------------------------------------------------------------------
 
     def _write(
         self, limit: int, at_least: int, *, may_ask_for_image: bool
@@ -240,7 +240,7 @@ class _Continuation:
         unused = range(len(self.vocabulary.tokenizer), self.model.config.text_config.vocab_size)
         return tuple(sorted({*special, *unused}))
 
-    # ---- Pictures ------------------------------------------------------------------------------------------
+    # ---- Pictures --------------------------------------------------------------------------------
 
     def _paint(self) -> Generator[Event, None, None]:
         """One image part: painted, looked at, remembered."""
@@ -356,7 +356,7 @@ class _Continuation:
             )
         return height, width
 
-    # ---- Reading -------------------------------------------------------------------------------------------
+    # ---- Reading ---------------------------------------------------------------------------------
 
     def open_session(self) -> InterleavedSession:
         """The given document, ready to be continued."""

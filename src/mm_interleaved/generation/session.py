@@ -41,7 +41,7 @@ class InterleavedSession:
         )
         self._last_11D = self._unread_1UD
 
-    # ---- How much fits -------------------------------------------------------------------------------------
+    # ---- How much fits ---------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
@@ -54,7 +54,7 @@ class InterleavedSession:
         limit = max_images(self.model)
         return self.room > self.model.config.num_slots and (limit is None or len(self.image_starts) < limit)
 
-    # ---- Growing -------------------------------------------------------------------------------------------
+    # ---- Growing ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def append_text(self, ids: Sequence[int]) -> None:
@@ -99,11 +99,12 @@ class InterleavedSession:
         self._unread_1UD = torch.cat([self._unread_1UD, embeddings_1UD.to(self._unread_1UD.dtype)], dim=1)
         self._last_11D = embeddings_1UD[:, -1:]
 
-    # ---- Reading -------------------------------------------------------------------------------------------
+    # ---- Reading ---------------------------------------------------------------------------------
 
     def read(self) -> Tensor:
         """Final hidden states of the whole document, (1, T, D)."""
         self._read(self._unread_1UD.shape[1])
+        assert self.cache.hidden is not None, "a document holds at least its first token"
         return self.cache.hidden
 
     def prompt(self) -> Tensor:
@@ -126,7 +127,7 @@ class InterleavedSession:
             )
             self._unread_1UD = self._unread_1UD[:, count:]
 
-    # ---- What an image is painted from ---------------------------------------------------------------------
+    # ---- What an image is painted from -----------------------------------------------------------
 
     @torch.no_grad()
     def conditioning(self) -> Tensor:

@@ -67,7 +67,7 @@ class TextBatch(NamedTuple):
     hypothesis_scores: Tensor | None
 
 
-# ---- One document ------------------------------------------------------------------------------------------
+# ---- One document --------------------------------------------------------------------------------
 
 
 def write_text(
@@ -139,7 +139,7 @@ def _cut(ids: list[int], stop_ids: Sequence[int]) -> TextRun:
     return TextRun(ids, None) if end is None else TextRun(ids[:end], ids[end])
 
 
-# ---- What `generate` is told -------------------------------------------------------------------------------
+# ---- What `generate` is told ---------------------------------------------------------------------
 
 
 def logits_processors(
@@ -154,9 +154,11 @@ def logits_processors(
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if rules.min_new_tokens:
         min_length = rules.min_new_tokens + len(_decoder_start(model, settings))
-        processors.append(MinLengthLogitsProcessor(min_length, list(rules.stop_ids), device=model.device))
+        stop_ids = list(rules.stop_ids)
+        processors.append(MinLengthLogitsProcessor(min_length, stop_ids, device=str(model.device)))
     if rules.forbidden_ids:
-        processors.append(SuppressTokensLogitsProcessor(list(rules.forbidden_ids), device=model.device))
+        forbidden = list(rules.forbidden_ids)
+        processors.append(SuppressTokensLogitsProcessor(forbidden, device=str(model.device)))
     if not settings.do_sample:
         return processors
     if settings.temperature != 1:
@@ -248,7 +250,7 @@ def _call_generate(
     )
 
 
-# ---- Several prompts at once -------------------------------------------------------------------------------
+# ---- Several prompts at once ---------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -303,7 +305,7 @@ def generate_text_batch(
     )
 
 
-# ---- How likely texts are ----------------------------------------------------------------------------------
+# ---- How likely texts are ------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """ViT-Adapter: a convolutional pyramid that talks with a plain vision transformer (arXiv 2205.08534).
 
-Beside the transformer runs a pyramid of feature maps. Between groups of transformer layers an injector lets the
-patch tokens look into the pyramid, and an extractor lets the pyramid look at the patch tokens.
-Letters: I images, G cells along one side of the patch grid, C channels, T patch tokens (G * G), S cells of the
-pyramid's three lower levels (sizes 2G, G, G/2), H heads, P points.
+Beside the transformer runs a pyramid of feature maps. Between groups of transformer layers an injector lets
+the patch tokens look into the pyramid, and an extractor lets the pyramid look at the patch tokens.
+Letters: I images, G cells along one side of the patch grid, C channels, T patch tokens (G * G), S cells of
+the pyramid's three lower levels (sizes 2G, G, G/2), H heads, P points.
 """
 
 from collections.abc import Sequence
@@ -182,7 +182,7 @@ class Extractor(nn.Module):
 
 
 class Interaction(nn.Module):
-    """One exchange: inject, run a group of transformer layers, extract (the last exchange extracts three times)."""
+    """One exchange: inject, run a group of transformer layers, extract (three times in the last one)."""
 
     def __init__(self, injector: Injector, extractors: Sequence[Extractor]):
         super().__init__()
@@ -270,7 +270,7 @@ class VisionAdapter(nn.Module):
         G = round((token_I1TC.shape[1] - 1) ** 0.5)
         level_sizes = (2 * G, G, G // 2)
 
-        # 1. Sixteen pixels a patch, whatever the transformer's patch size, give levels of 4G, 2G, G, G/2 cells.
+        # 1. Sixteen pixels a patch, whatever the transformer's patch size, give these level sizes.
         resized = F.interpolate(pixels_I3yx, size=(16 * G, 16 * G), mode="bilinear", align_corners=False)
         finest, *lower = self.spatial_prior(resized)
         cells_ISC = torch.cat(

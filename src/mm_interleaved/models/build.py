@@ -29,7 +29,8 @@ def build_vision_tower(config: MMInterleavedConfig) -> VisionTower:
         raise ValueError(f"adapter.num_interactions must be at least 4, got {adapter.num_interactions}")
     if vision.image_size % (2 * vision.patch_size):
         raise ValueError(
-            f"vision_config.image_size {vision.image_size} must be a multiple of two patches of {vision.patch_size}"
+            f"vision_config.image_size {vision.image_size} must be a multiple of two patches "
+            f"of {vision.patch_size}"
         )
     if vision._attn_implementation is None:
         # Only sub-models that are PreTrainedModels get one by themselves; these layers stand alone.

@@ -1,9 +1,9 @@
 """The image decoder: context in, pictures out.
 
-    context (hidden states) -> resampler -> conditioning -> U-Net, looking into earlier images -> VAE -> pixels
+    context (hidden states) -> resampler -> conditioning -> U-Net, looking into earlier images -> VAE
 
-Letters: I images being painted, K earlier images each looks at, T context tokens, D hidden channels, R conditioning
-vectors, X latent channels, y and x rows and columns of the latents.
+Letters: I images being painted, K earlier images each looks at, T context tokens, D hidden channels, R
+conditioning vectors, X latent channels, y and x rows and columns of the latents.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class EarlierImages:
     """
 
     values: tuple[ImageValues, ...]
-    relative_index_IK: Tensor
+    relative_index_IK: Tensor  # noqa: N815
 
     def repeat(self, times: int) -> "EarlierImages":
         """The same, for a batch that is repeated along its first axis (guidance)."""
@@ -40,8 +40,9 @@ class EarlierImages:
 class DiffusionDraws(NamedTuple):
     """The random numbers of one denoising loss; drawn when not given.
 
-    `timestep`: (I,) int64. `noise`, `latent_noise`: (I, X, y, x), standard normal; the first is predicted, the
-    second picks a latent from the VAE's posterior. `drop`: (I,) bool, True where the conditioning is dropped.
+    `timestep`: (I,) int64. `noise`, `latent_noise`: (I, X, y, x), standard normal; the first is predicted,
+    the second picks a latent from the VAE's posterior. `drop`: (I,) bool, True where the conditioning is
+    dropped.
     """
 
     timestep: Tensor
@@ -69,8 +70,8 @@ class ImageDecoder(nn.Module):
     ):
         super().__init__()
         self.resampler, self.unet, self.vae, self.synchronizers = resampler, unet, vae, synchronizers
-        # What the conditioning is replaced by when it is dropped, and in the unguided half (released code: starts
-        # from the text encoder's reading of the empty string).
+        # What the conditioning is replaced by when it is dropped, and in the unguided half (released code:
+        # starts from the text encoder's reading of the empty string).
         self.negative_conditioning = nn.Parameter(torch.zeros_like(resampler.queries))
 
     @torch.no_grad()
@@ -107,7 +108,7 @@ class ImageDecoder(nn.Module):
         *,
         context_strength: float = 1.0,
     ) -> Tensor:
-        """The U-Net's prediction (noise or velocity, as the scheduler says), shaped as the latents (I, X, y, x)."""
+        """The U-Net's prediction (noise or velocity, as the scheduler says): (I, X, y, x)."""
         between = None
         if earlier is not None and self.synchronizers is not None:
             between = self.synchronizers.callback(earlier.values, earlier.relative_index_IK, context_strength)

@@ -1,8 +1,9 @@
 """How our own modules get their first weights inside transformers' models.
 
-transformers initialises what a checkpoint lacks through `_init_weights` of the nearest `PreTrainedModel`, which knows
-nothing of our modules, and passes over modules of other packages that hold no parameter themselves. So our modules
-say how they start in `reset_parameters`, with `transformers.initialization`, which leaves loaded tensors alone.
+transformers initialises what a checkpoint lacks through `_init_weights` of the nearest `PreTrainedModel`,
+which knows nothing of our modules, and passes over modules of other packages that hold no parameter
+themselves. So our modules say how they start in `reset_parameters`, with `transformers.initialization`, which
+leaves loaded tensors alone.
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ PACKAGE = "mm_interleaved."
 
 
 class OwnInitialisation(PreTrainedModel if TYPE_CHECKING else object):
-    """Mix-in for a `PreTrainedModel`: after transformers' own rules, our modules reset themselves, parents last."""
+    """Mix-in for a `PreTrainedModel`: after transformers' own rules, ours, children first."""
 
     def initialize_weights(self) -> None:
         super().initialize_weights()

@@ -4,8 +4,8 @@
         -> language model, looking into the pyramids of visible images -> text head -> next word
         -> hidden states before an image -> image decoder, looking into earlier images -> pixels
 
-Letters: B rows, T tokens, V vocabulary, D hidden channels, N images a row, I images of all rows in row-major order,
-K earlier images a painted image looks at, H and W pixels.
+Letters: B rows, T tokens, V vocabulary, D hidden channels, N images a row, I images of all rows in row-major
+order, K earlier images a painted image looks at, H and W pixels.
 """
 
 from dataclasses import dataclass
@@ -55,8 +55,8 @@ class MMInterleavedOutput(ModelOutput):
 class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, GenerationMixin):
     """MM-Interleaved (arXiv 2401.10208): reads and writes documents of text and images.
 
-    For documents in, documents out, see `InterleavedGenerator`. `forward` is the tensor level: with `labels`-like
-    targets it returns losses, with a `PrefixCache` it is one step of transformers' `generate`.
+    For documents in, documents out, see `InterleavedGenerator`. `forward` is the tensor level: with
+    `labels`-like targets it returns losses, with a `PrefixCache` it is one step of transformers' `generate`.
     """
 
     config_class = MMInterleavedConfig
@@ -85,13 +85,13 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # What is not ours and not a sub-model starts as torch or diffusers start it; ours: see OwnInitialisation.
+        # What is not ours and not a sub-model starts as torch or diffusers start it; ours: OwnInitialisation.
         if module is self:
             init.zeros_(self.image_start_embedding)
         elif not is_own(module) and hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
-    # ---- What generation and training are made of -------------------------------------------------------------
+    # ---- What generation and training are made of ------------------------------------------------
 
     def encode_images(self, pixel_values: Tensor) -> ImageFeatures:
         """Slots and pyramid of images: RGB in [0, 1], (I, 3, H, W), square."""
@@ -106,7 +106,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         return self.language_model.project_images(cells, level_sizes)
 
     def values_by_row(self, pyramid: tuple[Tensor, ...], image_start: Tensor) -> dict[int, ImageValues]:
-        """`project_images` by row: (B, N, S, H, d); `image_start` (B, N) says how the images spread over rows."""
+        """`project_images` by row: (B, N, S, H, d); `image_start` (B, N) spreads them over rows."""
         index = torch.full_like(image_start, NO_IMAGE)
         present = image_start != NO_IMAGE
         index[present] = torch.arange(int(present.sum()), device=index.device)
@@ -122,7 +122,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         """Embeddings (B, T, D) of tokens, with image slots filled.
 
         Args:
-            image_start: (B, N) index of each image's start token; its slots follow. `NO_IMAGE` where there is none.
+            image_start: (B, N) index of each image's start token; its slots follow. `NO_IMAGE` where there is
+                none.
             slots: (I, num_slots, D), in row-major order of the images.
 
         Raises:
@@ -137,18 +138,19 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         return hidden.index_put((row, position), slots.flatten(0, 1).to(hidden.dtype))
 
     def image_view(
-        self, past_key_values: PrefixCache | None, num_tokens: int, **images: Any
+        self,
+        document_start: Tensor,
+        image_start: Tensor,
+        values: dict[int, ImageValues],
+        past_key_values: PrefixCache | None = None,
     ) -> ImageView | None:
-        """Who sees which images in this pass: those of the cache (generation) or of the batch (training)."""
+        """Who sees which images in this pass: those of the batch (training), or of the cache (generation)."""
         if not self.language_model.synchronized_layers:
             return None
+        first = 0
         if isinstance(past_key_values, PrefixCache):
             image_start, values = past_key_values.images_of_rows()
-            first = past_key_values.get_seq_length()
-            document_start = image_start.new_zeros(image_start.shape[0], num_tokens)
-        else:
-            image_start, values = images["image_start"], images["values"]
-            first, document_start = 0, images["document_start"]
+            first, document_start = past_key_values.get_seq_length(), torch.zeros_like(document_start)
         visible = visible_images(document_start, image_start, first_position=first)
         if not values:
             values = self._no_images(image_start.shape[0])
@@ -170,13 +172,13 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         return self.image_decoder.condition(context, mask), mask.sum(1)
 
     def look_at(self, pyramid: tuple[Tensor, ...], context_index: Tensor) -> EarlierImages | None:
-        """What painted images see of earlier ones; `context_index` (I, K) counts images of `pyramid`, -1 = none."""
+        """What painted images see of earlier ones; `context_index` (I, K) counts in `pyramid`, -1 = none."""
         settings = self.config.part("image_synchronizer")
         if settings is None:
             return None
         return self.image_decoder.look_at(select_levels(pyramid, settings.levels), context_index)
 
-    # ---- One pass -----------------------------------------------------------------------------------------------
+    # ---- One pass --------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -206,8 +208,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order.
             image_start: (B, N) int64, index of each image's start token, `NO_IMAGE` where there is none.
             document_start: (B, T) int64, first token of each token's document; default: one document a row.
-                Documents of a row do not see each other and count their positions from zero, unless the model's
-                `compat` is "released".
+                Documents of a row do not see each other and count their positions from zero, unless the
+                model's `compat` is "released".
             text_target: (B, T) bool, tokens that count in the text loss.
             image_target: (I,) bool, images that count in the image loss; default all.
             target_pixel_values: (I, 3, h, w) RGB in [0, 1], what the image decoder shall paint.
@@ -232,9 +234,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
 
         # 2. Read, looking into the images.
         values = {} if features is None else self.values_by_row(features.pyramid, image_start)
-        view = self.image_view(
-            past_key_values, num_tokens, image_start=image_start, values=values, document_start=document_start
-        )
+        view = self.image_view(document_start, image_start, values, past_key_values)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -329,7 +329,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         settings = self.config.part("image_synchronizer")
         return 0 if settings is None else settings.max_images - 1
 
-    # ---- As users of transformers expect -------------------------------------------------------------------------
+    # ---- As users of transformers expect ---------------------------------------------------------
 
     @torch.no_grad()
     def generate(
@@ -340,7 +340,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         image_start: Tensor | None = None,
         **arguments: Any,
     ) -> Any:
-        """transformers' `generate`, with images in the prompt: text only, prompt included, any of its arguments.
+        """transformers' `generate`, with images in the prompt: text only, any of its arguments.
 
         For documents, with images also in what is generated, see `InterleavedGenerator`.
 
@@ -352,8 +352,9 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         if arguments.get("past_key_values") is not None:
             return super().generate(inputs, **arguments)
         input_ids = arguments.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None:
-            raise ValueError("generate needs input_ids: prompt ids of shape (rows, tokens)")
+        if input_ids is None or "inputs_embeds" in arguments:
+            found = "inputs_embeds" if "inputs_embeds" in arguments else "nothing"
+            raise ValueError(f"generate needs prompt ids of shape (rows, tokens) as input_ids, found {found}")
         cache = PrefixCache(self.config.text_config, batch_size=len(input_ids), device=input_ids.device)
         slots = None
         if pixel_values is not None:
@@ -398,12 +399,13 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         is_slot = input_ids == self.config.image_token_id
         if position.numel() != int(is_slot.sum()) or not bool(is_slot[row, position].all()):
             raise ValueError(
-                f"{position.shape[0]} images need {position.numel()} slot tokens at the places of image_start; "
+                f"{position.shape[0]} images need {position.numel()} slot tokens "
+                "at the places of image_start; "
                 f"input_ids hold {int(is_slot.sum())} slot tokens, not all there"
             )
         return row.flatten(), position.flatten()
 
 
-# transformers' registries are filled by whoever defines a model; `registration.register` adds the processor.
+# transformers' registries are filled by whoever defines a model; `registration` adds the processor.
 AutoConfig.register(MMInterleavedConfig.model_type, MMInterleavedConfig, exist_ok=True)
 AutoModel.register(MMInterleavedConfig, MMInterleavedForConditionalGeneration, exist_ok=True)

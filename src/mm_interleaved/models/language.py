@@ -1,7 +1,7 @@
 """Language models whose layers look into images between self-attention and feed-forward.
 
-Any family with the anatomy of Llama fits: its own decoder layer is subclassed with the few lines of `forward` that
-the synchronizer needs, and every stock parameter keeps its name.
+Any family with the anatomy of Llama fits: its own decoder layer is subclassed with the few lines of `forward`
+that the synchronizer needs, and every stock parameter keeps its name.
 Letters: B rows, T tokens, V vocabulary, D hidden channels, N images a row.
 """
 
@@ -25,11 +25,12 @@ from mm_interleaved.models.synchronizer import GatedSynchronizer, ImageValues
 class ImageView:
     """What the layers need in order to look at images during one forward pass.
 
-    `values`: projected features by layer index. `relative_index_BTN`: int64, 1 = newest visible image, 0 = hidden.
+    `values`: projected features by layer index. `relative_index_BTN`: int64, 1 = newest visible image, 0 =
+    hidden.
     """
 
     values: Mapping[int, ImageValues]
-    relative_index_BTN: Tensor
+    relative_index_BTN: Tensor  # noqa: N815
 
 
 class _InterleavedForward:
@@ -82,7 +83,7 @@ class _InterleavedModel(OwnInitialisation):
         self.post_init()
 
     def project_images(self, cells: Tensor, level_sizes: tuple[int, ...]) -> dict[int, ImageValues]:
-        """Each synchronized layer's projection of features (..., S, C); depends on the images alone, so keep it."""
+        """Each synchronized layer's projection of features (..., S, C); keep it."""
         return {
             index: self.layers[index].synchronizer.project_cells(cells, level_sizes)
             for index in self.synchronized_layers
@@ -129,7 +130,8 @@ def language_family(model_type: str) -> type[_InterleavedModel]:
     """
     if model_type not in LANGUAGE_FAMILIES:
         raise ValueError(
-            f"language model of type {model_type!r} does not fit: expected one of {sorted(LANGUAGE_FAMILIES)}, "
+            f"language model of type {model_type!r} does not fit: "
+            f"expected one of {sorted(LANGUAGE_FAMILIES)}, "
             "whose layers are norm, self-attention, norm, feed-forward"
         )
     return LANGUAGE_FAMILIES[model_type]
@@ -138,8 +140,8 @@ def language_family(model_type: str) -> type[_InterleavedModel]:
 class TextHead(nn.Module):
     """Next-word logits in two parts: a frozen head for the old vocabulary, a small one for the new tokens.
 
-    The old head's rows for the new tokens start at weight 0 and bias -100, the new head's at bias +95, so that a
-    pretrained language model never says a new token before it has learned to (released code).
+    The old head's rows for the new tokens start at weight 0 and bias -100, the new head's at bias +95, so
+    that a pretrained language model never says a new token before it has learned to (released code).
 
     Args:
         num_new: the last tokens of the vocabulary, which the old head does not know.

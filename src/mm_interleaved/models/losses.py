@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100
+from mm_interleaved.visibility import IGNORED, next_token_labels
 
 
 def text_loss(logits_BTV: Tensor, input_ids_BT: Tensor, text_target_BT: Tensor) -> Tensor:
@@ -16,9 +16,9 @@ def text_loss(logits_BTV: Tensor, input_ids_BT: Tensor, text_target_BT: Tensor) 
     Args:
         text_target_BT: bool, True where the token itself counts as a target.
     """
-    label_BT = input_ids_BT.masked_fill(~text_target_BT, IGNORED)[:, 1:]
+    label_BT = next_token_labels(input_ids_BT, text_target_BT)
     loss = F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), label_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits_BTV.flatten(0, 1).float(), label_BT.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return loss / (label_BT != IGNORED).sum().clamp(min=1)
 

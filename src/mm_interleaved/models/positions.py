@@ -11,7 +11,7 @@ from torch.nn import functional as F
 def sincos_1d_table(
     num_positions: int, dim: int, *, device=None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """(T, D) table: the first half of the channels are sines, the second cosines, of position / 10000^(2i / D)."""
+    """(T, D) table: half of the channels sines, half cosines, of position / 10000^(2i / D)."""
     return _sincos(torch.arange(num_positions, device=device, dtype=torch.float64), dim).to(dtype)
 
 
@@ -23,7 +23,7 @@ def sincos_2d_table(grid_size: int, dim: int) -> Tensor:
 
 
 def resize_grid_table(table_gD: Tensor, size: tuple[int, int]) -> Tensor:
-    """A square grid's table, resized bicubically to (height, width) cells; returned unchanged if it fits already.
+    """A square grid's table, resized bicubically to (height, width) cells; unchanged if it fits.
 
     Args:
         table_gD: (G * G, D), row-major.

@@ -4,6 +4,7 @@ Letters: B rows, R source rows (before beams), T tokens so far, N images so far,
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,13 @@ from mm_interleaved.models.synchronizer import ImageValues
 class PrefixCache(DynamicCache):
     """transformers' key-value cache, plus final hidden states and projected image values.
 
-    The language model appends hidden states as it appends keys and values; the owner appends images. Images belong
-    to source rows; all beams of a row look at the same ones, so they are kept once.
+    The language model appends hidden states as it appends keys and values; the owner appends images. Images
+    belong to source rows; all beams of a row look at the same ones, so they are kept once.
 
     Attributes:
         hidden: (B, T, D) final hidden states, or None before the first token.
-        image_start: (R, N) int64, index of each image's start token in its row, `NO_IMAGE` where there is none.
+        image_start: (R, N) int64, index of each image's start token in its row, `NO_IMAGE` where there is
+            none.
         image_values: projected features of those images by layer, each (R, N, S, H, d).
         source_row: (B,) int64, which row of images each row of the cache looks at; None while each its own.
     """
@@ -63,7 +65,7 @@ class PrefixCache(DynamicCache):
         if self.hidden is not None and tokens_to_remove:
             self.hidden = self.hidden[:, : -abs(tokens_to_remove)]
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self._select_rows(beam_idx)
 

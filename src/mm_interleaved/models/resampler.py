@@ -1,4 +1,4 @@
-"""The resampler: learned queries read any number of tokens into a fixed number (BLIP-2's Q-Former, arXiv 2301.12597).
+"""The resampler: learned queries read any number of tokens into a fixed number (Q-Former, arXiv 2301.12597).
 
 Used twice: image tokens to the slots of the language model, and hidden states to the U-Net's conditioning.
 Letters: B rows, Q queries, T tokens, D hidden channels, C token channels, H heads, d channels a head.
@@ -14,7 +14,7 @@ NORM_EPS = 1e-12
 
 
 class ResamplerAttention(nn.Module):
-    """Multi-head attention with the residual and post-norm of BERT, optionally with normalised queries and keys."""
+    """Multi-head attention with the residual and post-norm of BERT, queries and keys perhaps normed."""
 
     def __init__(self, dim: int, token_dim: int, *, num_heads: int, query_key_norm: bool, dropout: float):
         super().__init__()
@@ -130,7 +130,7 @@ class Resampler(nn.Module):
                 init.zeros_(module.bias)
 
     def forward(self, token_BTC: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """What the queries read: (B, Q, D). `mask_BT`: bool, True where a token may be read; at least one a row."""
+        """What the queries read: (B, Q, D). `mask_BT`: bool, True = may be read, at least one a row."""
         # The queries stay one row, shared by all, until the first cross-attention makes them differ.
         hidden_BQD = self.query_dropout(self.query_norm(self.queries))
         for layer in self.layers:

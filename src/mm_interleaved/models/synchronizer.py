@@ -1,7 +1,7 @@
 """The multi-modal feature synchronizer (MMFS): queries look into the feature pyramids of earlier images.
 
-`FeatureSynchronizer` is the paper's module (section 3.2) and stands alone; `GatedSynchronizer` is its form inside
-a language-model layer. The U-Net's form is in `unet.py`.
+`FeatureSynchronizer` is the paper's module (section 3.2) and stands alone; `GatedSynchronizer` is its form
+inside a language-model layer. The U-Net's form is in `unet.py`.
 Letters: B rows, Q queries, N images, H heads, L levels, P points, S cells an image, C feature channels,
 D query channels, V value channels, E terms a head (see `ops.attention`).
 """
@@ -56,8 +56,8 @@ class PointLinear(nn.Linear):
 class FeatureSynchronizer(nn.Module):
     """Lets any queries look into the multi-scale feature maps of any number of images.
 
-    Each query draws, for each image that it may see, a few points (the same on all levels of the pyramid) and a
-    weight for each point and level; all weights of a query and the weight of looking nowhere sum to one.
+    Each query draws, for each image that it may see, a few points (the same on all levels of the pyramid) and
+    a weight for each point and level; all weights of a query and the weight of looking nowhere sum to one.
 
     Args:
         query_dim: channels of the queries and of the output.
@@ -76,7 +76,8 @@ class FeatureSynchronizer(nn.Module):
         ...     query_dim=32, feature_dim=24, value_dim=16, num_heads=4, num_levels=2, num_points=4,
         ...     max_images=10, base_size=8,
         ... )
-        >>> maps = [torch.randn(1, 3, 24, 16, 16), torch.randn(1, 3, 24, 8, 8)]  # one row, three images, two levels
+        >>> maps = [torch.randn(1, 3, 24, 16, 16), torch.randn(1, 3, 24, 8, 8)]  # one row, three images, two
+        levels
         >>> values = synchronizer.project_values(maps)  # once per image; keep them
         >>> query = torch.randn(1, 5, 32)
         >>> visible = torch.tensor([[[1, 1, 0]] * 5], dtype=torch.bool)  # (row, query, image)
@@ -107,8 +108,8 @@ class FeatureSynchronizer(nn.Module):
         self.query_projection = nn.Linear(query_dim, query_dim)
         self.relative_index_embedding = nn.Embedding(max_images, query_dim)
         self.sampling_offsets = PointLinear(query_dim, num_heads * num_points * 2)
-        # One row a level more than there are points: the released checkpoint carries it, and nothing reads it,
-        # because the weight of looking nowhere is the constant logit zero.
+        # One row a level more than there are points: the released checkpoint carries it, and nothing reads
+        # it, because the weight of looking nowhere is the constant logit zero.
         self.attention_logits = PointLinear(query_dim, num_heads * num_levels * (num_points + 1))
         self.value_projection = nn.Linear(feature_dim, value_dim)
         self.output_projection = nn.Linear(value_dim, query_dim)
@@ -131,7 +132,9 @@ class FeatureSynchronizer(nn.Module):
         init.zeros_(self.ignore_value)
 
     def project_values(self, maps: Sequence[Tensor]) -> ImageValues:
-        """Project feature maps (B, N, C, s, s), one a level and largest first; B and N may be any leading axes."""
+        """Project feature maps (B, N, C, s, s), one a level and largest first; B and N may be any leading
+        axes.
+        """
         cells, level_sizes = flatten_pyramid(maps)
         return self.project_cells(cells, level_sizes)
 
@@ -151,9 +154,10 @@ class FeatureSynchronizer(nn.Module):
             query_BQD: queries, already normalised.
             values: result of `project_values`.
             visible_BQN: bool, True where query q may look at image n; or the int64 result of
-                `visibility.relative_image_index`, to save its computation. Images are ordered from old to new.
-            reference_BQ2: (x, y) in [0, 1] from the upper left corner of each image; default its centre. May have
-                one row for all.
+                `visibility.relative_image_index`, to save its computation. Images are ordered from old to
+                new.
+            reference_BQ2: (x, y) in [0, 1] from the upper left corner of each image; default its centre. May
+                have one row for all.
 
         Returns:
             (B, Q, D); the output bias (and the ignore value) where nothing is visible.
@@ -208,7 +212,8 @@ class FeatureSynchronizer(nn.Module):
         logits = self.attention_logits(x, with_bias=with_bias)
         logits = logits.unflatten(-1, (H, L, P + 1))[..., :P].flatten(-2)
         terms = torch.cat([offsets.unflatten(-1, (H, 2 * P)), logits], dim=-1)
-        # Coordinates in half precision are off by up to an eighth of a cell on a map of 64: keep them in float32.
+        # Coordinates in half precision are off by up to an eighth of a cell on a map of 64: keep them in
+        # float32.
         return terms.float() if terms.dtype in (torch.float16, torch.bfloat16) else terms
 
     def _reference(self, reference_BQ2: Tensor | None, term: Tensor) -> Tensor:
@@ -227,7 +232,8 @@ class FeatureSynchronizer(nn.Module):
 
 
 class GatedSynchronizer(nn.Module):
-    """The synchronizer of one language-model layer: `tanh(gate) * synchronizer(norm(hidden), norm(features))`.
+    """The synchronizer of one language-model layer: `tanh(gate) * synchronizer(norm(hidden),
+    norm(features))`.
 
     The gate starts at zero, so a pretrained language model starts unchanged (paper, section 3.2).
     """

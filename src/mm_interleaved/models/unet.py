@@ -1,12 +1,13 @@
 """The denoiser: a stock U-Net whose twelve skips and middle look into earlier images.
 
-`unet_forward` composes the public submodules of diffusers' `UNet2DConditionModel`; without a callback it equals the
-stock forward to the bit (tests/equivalence).
-Letters: I images being painted, K earlier images each looks at, X skip channels, y and x rows and columns of a map,
-Q pixels of a map (y * x), C feature channels, T conditioning vectors, D their channels.
+`unet_forward` composes the public submodules of diffusers' `UNet2DConditionModel`; without a callback it
+equals the stock forward to the bit (tests/equivalence).
+Letters: I images being painted, K earlier images each looks at, X skip channels, y and x rows and columns of
+a map, Q pixels of a map (y * x), C feature channels, T conditioning vectors, D their channels.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -22,7 +23,7 @@ Between = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...
 
 
 def unet_forward(
-    unet: UNet2DConditionModel,
+    unet: Any,
     latents: Tensor,
     timesteps: Tensor,
     conditioning: Tensor,
@@ -31,6 +32,7 @@ def unet_forward(
     """A stock U-Net's forward with a callback between its middle and its upward path.
 
     Args:
+        unet: a `UNet2DConditionModel`.
         latents: noisy latents (I, channels, y, x), any y and x that survive the U-Net's halvings.
         timesteps: (I,) or scalar.
         conditioning: (I, T, D), what cross-attention reads.
@@ -100,7 +102,7 @@ def check_unet(unet: UNet2DConditionModel) -> None:
         )
 
 
-def skip_channels(unet: UNet2DConditionModel) -> list[tuple[int, int]]:
+def skip_channels(unet: Any) -> list[tuple[int, int]]:
     """Channels of each skip and how often its map was halved, in the order of the downward path."""
     channels = [(unet.conv_in.out_channels, 0)]
     for depth, block in enumerate(unet.down_blocks):
@@ -132,8 +134,8 @@ class MapSynchronizer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        init.zeros_(self.conv.weight)
-        init.zeros_(self.conv.bias)
+        for parameter in self.conv.parameters():
+            init.zeros_(parameter)
         cells, channels = self.position_table.shape
         init.copy_(self.position_table, sincos_2d_table(round(cells**0.5), channels))
 
@@ -170,7 +172,9 @@ class UNetSynchronizers(nn.Module):
         self.middle = middle
 
     def project_cells(self, cells_IKSC: Tensor, level_sizes: tuple[int, ...]) -> list[ImageValues]:
-        """Each map's projection of earlier images, the middle last; the same at every denoising step, so keep it."""
+        """Each map's projection of earlier images, the middle last; the same at every denoising step, so keep
+        it.
+        """
         return [block.project_cells(cells_IKSC, level_sizes) for block in (*self.skips, self.middle)]
 
     def callback(

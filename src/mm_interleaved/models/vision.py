@@ -1,4 +1,5 @@
-"""The image tokenizer: pixels to slot embeddings for the language model and a feature pyramid for all who look.
+"""The image tokenizer: pixels to slot embeddings for the language model and a feature pyramid for all who
+look.
 
     pixels -> CLIP <-> ViT-Adapter -> tokens -> resampler -> slots
                                    -> four maps -> pyramid
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers import CLIPVisionConfig
+from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from mm_interleaved.models.adapter import VisionAdapter
@@ -26,7 +27,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageFeatures(NamedTuple):
-    """What the model keeps of images. `slots`: (I, N, D). `pyramid`: four maps (I, C, s, s), s = 4G, 2G, G, G/2."""
+    """What the model keeps of images. `slots`: (I, N, D). `pyramid`: four maps (I, C, s, s), s = 4G, 2G, G,
+    G/2.
+    """
 
     slots: Tensor
     pyramid: tuple[Tensor, ...]
@@ -108,8 +111,8 @@ class VisionTower(nn.Module):
         """Slots and pyramid of images.
 
         Args:
-            pixels_I3yx: RGB in [0, 1], square, a multiple of the patch size; other sizes than the transformer was
-                made for get resized position tables.
+            pixels_I3yx: RGB in [0, 1], square, a multiple of the patch size; other sizes than the transformer
+                was made for get resized position tables.
 
         Raises:
             ValueError: the images do not fit the patch grid.

@@ -1,8 +1,9 @@
 """Multi-image, multi-scale deformable attention: who is sampled where, with which weight.
 
-The definition is the paper's (arXiv 2401.10208, section 3.2) as the released code computes it. A query looks into
-N images; an image has L square levels whose cells are flattened and concatenated, largest level first. Offsets are
-shared by all levels and measured in cells of a map of `base_size`, so a point is the same place on every level.
+The definition is the paper's (arXiv 2401.10208, section 3.2) as the released code computes it. A query looks
+into N images; an image has L square levels whose cells are flattened and concatenated, largest level first.
+Offsets are shared by all levels and measured in cells of a map of `base_size`, so a point is the same place
+on every level.
 Letters: B rows, Q queries, N images, H heads, L levels, P points, S cells an image, D channels a head,
 E = 2 P + L P terms a head (first P (x, y) offsets, then L x P logits), K rows of the relative-index table.
 """
@@ -22,9 +23,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": sample_referen
 class SamplingPlan(NamedTuple):
     """Where each query samples and how much each sample weighs.
 
-    `location`: (B, Q, H, N * L, P, 2), (x, y) with (0, 0) the upper left and (1, 1) the lower right corner of an
-    image; image-major order. `weight`: (B, Q, H, N * L, P), in [0, 1]; with `ignore` it sums to one over the last
-    two axes, and is exactly 0 for hidden images. `ignore`: (B, Q, H), the weight of looking nowhere.
+    `location`: (B, Q, H, N * L, P, 2), (x, y) with (0, 0) the upper left and (1, 1) the lower right corner of
+    an image; image-major order. `weight`: (B, Q, H, N * L, P), in [0, 1]; with `ignore` it sums to one over
+    the last two axes, and is exactly 0 for hidden images. `ignore`: (B, Q, H), the weight of looking nowhere.
     """
 
     location: Tensor
@@ -67,8 +68,8 @@ def deformable_sampling(
 def choose_implementation(implementation: str, value: Tensor) -> str:
     """Resolve "auto": the gather path, but for training on a CPU and for devices without `embedding_bag`.
 
-    Training on a CPU, grid_sample's backward is faster than embedding_bag's, which sorts (1.1 s against 1.7 s a step of
-    16 documents of the shipped model, one core, 2026-11).
+    Training on a CPU, grid_sample's backward is faster than embedding_bag's, which sorts (1.1 s against 1.7 s
+    a step of 16 documents of the shipped model, one core, 2026-11).
 
     Raises:
         ValueError: the name is unknown.
@@ -95,10 +96,10 @@ def sampling_plan(
 ) -> SamplingPlan:
     """Places and weights of all samples of all queries.
 
-    The offsets and logits of query q looking at image n are `query_term[q] + index_term[relative_index[q, n]]`: the
-    projections are linear, so what depends on the image is a table (reference/performance.md, E2). Next to all
-    samples stands one extra logit of zero, "look nowhere" (E1: the released code spreads it over N * L slots of
-    logit -log(N L), whose total mass is the same exp(0)).
+    The offsets and logits of query q looking at image n are `query_term[q] + index_term[relative_index[q,
+    n]]`: the projections are linear, so what depends on the image is a table (reference/performance.md, E2).
+    Next to all samples stands one extra logit of zero, "look nowhere" (E1: the released code spreads it over
+    N * L slots of logit -log(N L), whose total mass is the same exp(0)).
 
     Args:
         query_term_BQHE: what the query alone contributes.
@@ -142,7 +143,8 @@ def multi_image_deformable_attention(
 ) -> Tensor:
     """Each query's weighted sum of samples from all images that it may look at.
 
-    Hidden and padded images change nothing, to the bit. A query that sees no image gets `ignore_HD`, or zeros.
+    Hidden and padded images change nothing, to the bit. A query that sees no image gets `ignore_HD`, or
+    zeros.
 
     Args:
         value_BNSHD: projected features of each image.

@@ -1,8 +1,9 @@
 """Weighted bilinear sampling as one `embedding_bag`: no sample is ever stored, forward or backward.
 
-A cell of a head is a row of a table, a query's samples are a bag of (row, weight) pairs: four corners a point.
-Letters: B rows, Q queries, N images, M visible pairs of query and image, H heads, L levels, P points, S cells of all
-levels, D channels per head, E terms a head, K rows of the relative-index table (see `attention.py`).
+A cell of a head is a row of a table, a query's samples are a bag of (row, weight) pairs: four corners a
+point.
+Letters: B rows, Q queries, N images, M visible pairs of query and image, H heads, L levels, P points, S cells
+of all levels, D channels per head, E terms a head, K rows of the relative-index table (see `attention.py`).
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ def attend_gather(
     base_size: float,
     ignore_HD: Tensor | None = None,
 ) -> Tensor:
-    """`multi_image_deformable_attention` over the visible pairs alone: packed documents pay for their own images.
+    """`multi_image_deformable_attention` over the visible pairs alone: packed documents pay for their own
+    images.
 
     Listing the pairs costs one synchronisation with the device.
     """
