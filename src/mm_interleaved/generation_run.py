@@ -166,7 +166,7 @@ def machine_facts(device: str) -> dict[str, Any]:
             "processor": platform.machine(),
             "cores": os.cpu_count(),
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
@@ -212,7 +212,8 @@ def _page(records: Sequence[Mapping[str, Any]], folder: Path, model: str, seed: 
     )
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version of a package; None where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:
