@@ -1,20 +1,30 @@
-"""What the commands say: results on stdout, everything else on stderr."""
+"""What the commands say: results on stdout, everything else on stderr.
+
+What is said may come from a model or a file: no control sequence of theirs reaches the terminal.
+"""
 
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 def say(text: str = "", *, end: str = "\n"):
     """A result, on stdout."""
-    print(text, end=end, flush=True)
+    print(without_controls(text), end=end, flush=True)
 
 
 def say_error(sentence: str):
     """One sentence on stderr, one line whatever it holds."""
-    print(f"mm-interleaved: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    line = " ".join(without_controls(sentence).split())
+    print(f"mm-interleaved: {line}", file=sys.stderr, flush=True)
+
+
+def without_controls(text: str) -> str:
+    """`text` without what moves a cursor, sets a colour or cannot be printed; line ends and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 class Progress:
