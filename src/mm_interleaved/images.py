@@ -50,6 +50,13 @@ _KNOWN_STARTS = (
 )
 
 
+def to_png(picture: PILImage.Image) -> bytes:
+    """A picture as the bytes of a PNG file: lossless, the same bytes for the same pixels."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def open_image(
     source: str | Path | bytes | PILImage.Image, *, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> PILImage.Image:

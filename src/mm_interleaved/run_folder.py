@@ -12,21 +12,20 @@ A run that was killed anywhere is finished by the same command: what has no line
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as PILImage
-
 from mm_interleaved.document import Document, Image, document_to_record, part_records
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError
-from mm_interleaved.images import read_regular_file
+from mm_interleaved.images import read_regular_file, to_png
 from mm_interleaved.storage import (
     append_line,
     locked_folder,
@@ -43,10 +42,14 @@ PAGE = "index.html"
 FORMAT = "mm-interleaved run 1"
 _OURS = (MANIFEST, RESULTS, PAGE, "images", "input")
 _MANIFEST_FIELDS = {
-    "model": dict, "device": str, "dtype": str, "settings": dict, "flags": dict, "input": dict,
-    "threads": int, "machine": dict, "versions": dict,
+    "model": dict, "model.name": str, "model.sha256": str, "device": str, "dtype": str,
+    "settings": dict, "flags": dict, "input": dict, "threads": int, "machine": dict, "versions": dict,
 }  # fmt: skip
+_OUTPUT_FIELDS = {"outputs": dict, "outputs.records": dict, "outputs.images": dict}
+"""Of a finished run only."""
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,11 @@ class RunFolder:
     documents: Sequence[Document]
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Record by document id, in the order of the results file."""
+    stems: dict[str, str] = field(init=False)
+    """What the names of a document's images begin with, by document id."""
+
+    def __post_init__(self):
+        self.stems = file_stems([document.id for document in self.documents])
 
     @property
     def failed(self) -> dict[str, dict[str, Any]]:
@@ -88,8 +96,8 @@ class RunFolder:
         """Write a completed document: its images first, then its line."""
         names = {}
         for index, image in enumerate(_images(document)):
-            name = f"images/{file_stem(document.id)}_{index}.png"
-            names[index] = (name, _png(image.load()))
+            name = f"images/{self.stems[document.id]}_{index}.png"
+            names[index] = (name, to_png(image.load()))
         make_folder(self.path / "images")
         for name, data in names.values():
             write_file(self.path / name, data)
@@ -153,6 +161,9 @@ def open_run(
     # Not Path.exists, which raises where a name is too long or a folder is closed to us.
     if os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"{path}: is a file, expected a folder to write results to")
+    # Before anything of ours stands in it, the lock included.
+    if os.path.isdir(path):
+        _refuse_foreign_folder(path, new_run)
     make_folder(path)
     with locked_folder(path):
         if new_run:
@@ -160,7 +171,6 @@ def open_run(
         input_record = _input_record(documents)
         manifest = read_manifest(path / MANIFEST) if (path / MANIFEST).exists() else None
         if manifest is None:
-            _refuse_foreign_folder(path)
             manifest = {"format": FORMAT, **_identity_record(identity), "input": input_record, **facts()}
             write_file(path / MANIFEST, _json_file(manifest))
         else:
@@ -184,19 +194,36 @@ def read_manifest(path: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise InputError(f"{path}: format {found!r}, expected {FORMAT!r}", field="format")
-    for name, kind in _MANIFEST_FIELDS.items():
-        if not isinstance(manifest.get(name), kind):
+    for name, kind in {**_MANIFEST_FIELDS, **(_OUTPUT_FIELDS if "outputs" in manifest else {})}.items():
+        value = manifest
+        for key in name.split("."):
+            value = value.get(key)
+        if not isinstance(value, kind):
             raise InputError(
-                f"{path}: {name}: found {describe(manifest.get(name))}, expected what a run writes there",
-                field=name,
+                f"{path}: {name}: found {describe(value)}, expected what a run writes there", field=name
             )
+    if manifest["threads"] < 1:
+        raise InputError(f"{path}: threads: found {manifest['threads']}, expected 1 or more", field="threads")
     return manifest
 
 
-def file_stem(document_id: str) -> str:
-    """A document's id as the beginning of file names: harmless on every system, still one to one."""
+def file_stem(document_id: str, *, with_hash: bool = False) -> str:
+    """A document's id as the beginning of file names: harmless on every system, still one to one.
+
+    Args:
+        with_hash: add the id's hash even where the id could stand as it is.
+    """
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", document_id)[:80].lstrip(".") or "document"
-    return safe if safe == document_id else f"{safe}-{_sha256(document_id.encode())[:8]}"
+    is_whole = safe == document_id and not with_hash
+    return safe if is_whole else f"{safe}-{_sha256(document_id.encode())[:8]}"
+
+
+def file_stems(document_ids: Sequence[str]) -> dict[str, str]:
+    """The stem of each document of a run. Where ids differ in their case alone, which some disks do not
+    tell apart, they get their hashes too.
+    """
+    alike = Counter(file_stem(name).casefold() for name in document_ids)
+    return {name: file_stem(name, with_hash=alike[file_stem(name).casefold()] > 1) for name in document_ids}
 
 
 def image_paths(record: Mapping[str, Any]) -> list[str]:
@@ -239,9 +266,16 @@ def _refuse_duplicate_ids(documents: Sequence[Document]):
             raise InputError(f"documents {first} and {number} have the same id {document.id!r}", field="id")
 
 
-def _refuse_foreign_folder(path: Path):
-    names = sorted(item.name for item in path.iterdir() if item.name != "earlier")
-    strangers = [name for name in names if not name.startswith(".")]
+def _refuse_foreign_folder(path: Path, new_run: bool):
+    """A folder with other things and no manifest is somebody's; --new-run puts aside what is ours."""
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+    if MANIFEST in names and not new_run:
+        return
+    ours = ("earlier", *(_OURS if new_run else ()))
+    strangers = [name for name in names if not name.startswith(".") and name not in ours]
     if strangers:
         raise UsageError(
             f"{path}: is not empty ({strangers[0]!r} is there) and holds no {MANIFEST} of a run; "
@@ -316,7 +350,13 @@ def _finished_records(path: Path, ids: set[str], retry_errors: bool) -> dict[str
     results = path / RESULTS
     repair_tail(results)
     lines = results.read_bytes().splitlines() if results.exists() else []
-    records = {record["id"]: record for record in map(json.loads, lines)}
+    records = {}
+    for number, line in enumerate(lines, start=1):
+        record = _read_result(line)
+        if record is None:
+            logger.warning("%s:%d: is no result, its document is made again", results, number)
+        else:
+            records[record["id"]] = record
     kept = {
         key: record
         for key, record in records.items()
@@ -329,18 +369,26 @@ def _finished_records(path: Path, ids: set[str], retry_errors: bool) -> dict[str
     return kept
 
 
+def _read_result(line: bytes) -> dict[str, Any] | None:
+    """The record of a line of results; None where the line is damaged."""
+    try:
+        record = json.loads(line)
+        is_whole = isinstance(record["id"], str) and (
+            isinstance(record["error"]["code"], str)
+            if "error" in record
+            else all(isinstance(name, str) for name in image_paths(record))
+        )
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+    return record if is_whole else None
+
+
 def _encoded(image: Image) -> bytes:
     if isinstance(image.source, bytes):
         return image.source
     if isinstance(image.source, Path):
         return read_regular_file(image.source, image.name)
-    return _png(image.load())
-
-
-def _png(picture: PILImage.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return to_png(image.load())
 
 
 def _suffix(data: bytes) -> str:

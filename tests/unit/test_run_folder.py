@@ -18,7 +18,7 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, StorageError, UsageError
 from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
-from mm_interleaved.run_folder import file_stem, image_paths, read_manifest
+from mm_interleaved.run_folder import file_stem, file_stems, image_paths, read_manifest
 from mm_interleaved.storage import locked_folder, repair_tail
 
 
@@ -316,3 +316,41 @@ def test_file_stems_are_harmless_and_distinct(name):
     assert stem and not stem.startswith(".") and len(stem) < 100
     assert all(character.isascii() and (character.isalnum() or character in "._-") for character in stem)
     assert stem == name or stem != file_stem(stem + "x")
+
+
+@pytest.mark.parametrize("broken", [b"{", b"[]", b'{"id": 3}', b'{"id": "a", "content": 5}', b"\xff"])
+def test_damaged_line_of_the_results_is_made_again(request_, broken, caplog):
+    run(request_)
+    wanted = contents(request_.output)
+    lines = (request_.output / "results.jsonl").read_bytes().splitlines()
+    (request_.output / "results.jsonl").write_bytes(b"\n".join([broken, *lines[1:]]) + b"\n")
+    run(request_)
+    assert contents(request_.output) == wanted
+    assert "results.jsonl:1" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model.name", "model.sha256", "threads", "outputs", "outputs.records"])
+def test_damaged_field_of_a_manifest_is_named(request_, name):
+    run(request_)
+    path = request_.output / "manifest.json"
+    manifest = json.loads(path.read_text())
+    *above, last = name.split(".")
+    (manifest[above[0]] if above else manifest)[last] = 0
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"manifest\.json: {name}: found "):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("new_run", [False, True])
+def test_refused_folder_is_left_as_it_was(request_, new_run):
+    request_.output.mkdir()
+    (request_.output / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        run(replace(request_, new_run=new_run))
+    assert [path.name for path in request_.output.iterdir()] == ["thesis.tex"]
+
+
+def test_ids_that_differ_in_case_alone_share_no_file():
+    stems = file_stems(["A", "a", "b", "B-1"])
+    assert len({stem.casefold() for stem in stems.values()}) == 4
+    assert (stems["b"], stems["B-1"]) == ("b", "B-1")
