@@ -8,7 +8,6 @@ field, never a document that means something else.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -22,7 +21,8 @@ from typing import Any
 from mm_interleaved.document import Document, Image, ImagePath, Part, Text, document_to_record
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.image_references import ImageFolder
-from mm_interleaved.storage import write_file
+from mm_interleaved.images import to_png
+from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.strict_json import Field, FieldError, Record, read_records
 
 logger = logging.getLogger(__name__)
@@ -108,14 +108,19 @@ def write_documents(path: str | Path, documents: Iterable[Document], image_path:
 
     Args:
         image_path: as for `document_to_record`. By default a file under the new file's folder is named by its
-            relative path; any other image is written to `images/<name of the file>_<n>.png` beside it.
+            relative path; any other image is written to `images/<name of the file>_<n>.png` beside it, over
+            no other image that stands there. What fails leaves no image behind.
     """
     path = Path(path)
     choose = image_path or _ImageWriter(path)
-    lines = [
-        json.dumps(document_to_record(document, choose), ensure_ascii=False) + "\n" for document in documents
-    ]
-    write_file(path, "".join(lines).encode("utf-8"))
+    try:
+        records = [document_to_record(document, choose) for document in documents]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        write_file(path, "".join(lines).encode("utf-8"))
+    except BaseException:
+        if isinstance(choose, _ImageWriter):
+            choose.take_back()
+        raise
 
 
 def _read(record: Field, folder: ImageFolder, number: int) -> Document:
@@ -502,6 +507,7 @@ class _ImageWriter:
     def __init__(self, path: Path):
         self.path = path
         self.count = 0
+        self.written: list[Path] = []
 
     def __call__(self, image: Image, index: int) -> str:
         folder = Path(os.path.realpath(self.path.parent))
@@ -509,14 +515,21 @@ class _ImageWriter:
             source = Path(os.path.realpath(image.source))
             if source.is_relative_to(folder):
                 return source.relative_to(folder).as_posix()
-        name = f"images/{self.path.stem}_{self.count}.png"
-        self.count += 1
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        write_file(folder / name, _png(image))
+        data = to_png(image.load())
+        while True:
+            name = f"images/{self.path.stem}_{self.count}.png"
+            self.count += 1
+            if not (folder / name).exists():
+                break
+            # Written by an earlier conversion: the same command gives the same names again.
+            if (folder / name).is_file() and (folder / name).read_bytes() == data:
+                return name
+        make_folder(folder / "images")
+        write_file(folder / name, data)
+        self.written.append(folder / name)
         return name
 
-
-def _png(image: Image) -> bytes:
-    buffer = io.BytesIO()
-    image.load().save(buffer, format="PNG")
-    return buffer.getvalue()
+    def take_back(self):
+        """Removes what this writer wrote."""
+        for path in self.written:
+            path.unlink(missing_ok=True)

@@ -101,7 +101,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         StorageError: the disk failed or is full.
     """
     path = path.absolute()
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    with _storage_errors(path):
+        # Not Path.exists, which raises where a name is too long or a folder is closed to us.
+        is_taken = os.listdir(path) if os.path.isdir(path) else os.path.exists(path)
+    if is_taken:
         raise UsageError(f"{path}: is there already, expected a new or an empty folder")
     make_folder(path.parent)
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.document_formats import document_from_record, read_documents, write_documents
-from mm_interleaved.errors import InputError
+from mm_interleaved.errors import ImageError, InputError
 
 
 def png(colour="red"):
@@ -560,3 +560,28 @@ def test_a_record_with_any_value_changed_is_a_document_or_one_kind_of_error(fold
 @pytest.mark.parametrize("record", VALID)
 def test_the_records_that_are_changed_there_are_valid_to_begin_with(folder, record):
     assert document_from_record(record, folder).parts
+
+
+def picture_document(name, colour):
+    return Document(id=name, parts=(Image(PILImage.new("RGB", (4, 4), colour)),))
+
+
+def test_written_images_replace_no_other_and_keep_their_names(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "out_0.png").write_bytes(b"mine")
+    for _ in range(2):
+        write_documents(tmp_path / "out.jsonl", [picture_document("a", "red"), picture_document("b", "blue")])
+        assert (tmp_path / "images" / "out_0.png").read_bytes() == b"mine"
+        names = sorted(path.name for path in (tmp_path / "images").iterdir())
+        assert names == ["out_0.png", "out_1.png", "out_2.png"]
+    assert [d.images[0].load().getpixel((0, 0)) for d in read_documents(tmp_path / "out.jsonl")] == [
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
+
+
+def test_a_conversion_that_fails_leaves_no_image_behind(tmp_path):
+    broken = Document(id="b", parts=(Image(b"no image"),))
+    with pytest.raises(ImageError):
+        write_documents(tmp_path / "out.jsonl", [picture_document("a", "red"), broken])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,14 +1,18 @@
 """Documents with a hole, their scores, and their way to the disk and back."""
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from mm_interleaved.cli import answers
 from mm_interleaved.document import Image, Text
 from mm_interleaved.document_formats import read_documents
+from mm_interleaved.errors import UsageError
 from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
 from mm_interleaved.storyworld.oracle import attribute_matches, read_scene
+from mm_interleaved.storyworld.prompts import read_box, write_box
 from mm_interleaved.storyworld.scores import box_iou, score
 from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels, picture
 from mm_interleaved.storyworld.world import scene_from_record
@@ -195,3 +199,26 @@ def test_unknown_formats_and_no_documents_are_refused(tmp_path):
         write_storyworld(tmp_path, 1, 0, "train", "tsv")
     with pytest.raises(ValueError, match="found 0"):
         write_storyworld(tmp_path, 0, 0, "train")
+
+
+def test_an_export_replaces_nothing_that_is_there(tmp_path):
+    (tmp_path / "documents.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match="expected a new or an empty folder"):
+        write_storyworld(tmp_path, 1, 0, "train")
+    assert [path.name for path in tmp_path.iterdir()] == ["documents.jsonl"]
+
+
+def test_ready_prompts_of_the_command_line_are_those_that_were_trained():
+    def asked(task):
+        return document("train", 0, 0, task).parts[1].text
+
+    assert inspect.signature(answers.caption).parameters["prompt"].default == asked("caption")
+    before, after = inspect.signature(answers.ground).parameters["prompt"].default.split("{phrase}")
+    assert asked("ground").startswith(before) and asked("ground").endswith(after)
+
+
+@pytest.mark.parametrize("text", ["(102,355)(480,910)", "at (102, 355) (480,0910)."])
+def test_a_box_is_read_alike_where_it_is_scored_and_where_it_is_shown(text):
+    assert read_box(text) == (102, 355, 480, 910)
+    assert answers.box_in_pixels(text, (1000, 1000)) == (102, 355, 480, 910)
+    assert read_box(write_box((1, 2, 30, 999))) == (1, 2, 30, 999)

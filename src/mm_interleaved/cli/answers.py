@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,11 +27,7 @@ from mm_interleaved.cli.generate import (
 from mm_interleaved.cli.output import say
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.errors import UsageError
-
-CAPTION_PROMPT = "Describe the picture."
-GROUND_PROMPT = "Where is the {phrase}?"
-_BOX = re.compile(r"\((\d{1,3}),\s*(\d{1,3})\)\s*\((\d{1,3}),\s*(\d{1,3})\)")
-_BOX_RANGE = 1000
+from mm_interleaved.storyworld.prompts import BOX_RANGE, CAPTION_PROMPT, GROUND_PROMPT, read_box
 
 PicturePath = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture: PNG, JPEG or WebP.")]
 
@@ -157,12 +152,12 @@ def box_in_pixels(answer: str, size: tuple[int, int]) -> tuple[int, int, int, in
     Args:
         size: width and height of the picture; the model saw its central square.
     """
-    found = _BOX.search(answer)
+    found = read_box(answer)
     if found is None:
         return None
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    x0, y0, x1, y1 = (round(int(value) * side / _BOX_RANGE) for value in found.groups())
+    x0, y0, x1, y1 = (round(min(edge, BOX_RANGE) * side / BOX_RANGE) for edge in found)
     return left + x0, top + y0, left + x1, top + y1
 
 
@@ -199,14 +194,11 @@ def _storyworld_opening(seed: int) -> list[Part]:
 
 
 def _draw_box(picture: Any, box: tuple[int, int, int, int], path: Path):
-    import io
-
     from PIL import ImageDraw
 
+    from mm_interleaved.images import to_png
     from mm_interleaved.storage import write_file
 
     marked = picture.copy()
     ImageDraw.Draw(marked).rectangle(box, outline=(255, 60, 40), width=max(1, min(marked.size) // 100))
-    buffer = io.BytesIO()
-    marked.save(buffer, format="PNG")
-    write_file(path, buffer.getvalue())
+    write_file(path, to_png(marked))

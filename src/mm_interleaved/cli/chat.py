@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -86,15 +85,14 @@ class _Pictures:
         self.folder = folder
 
     def add(self, picture) -> Path:
+        from mm_interleaved.images import to_png
         from mm_interleaved.storage import make_folder, write_file
 
         make_folder(self.folder)
         number = 1
         while (path := self.folder / f"picture-{number}.png").exists():
             number += 1
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        write_file(path, buffer.getvalue())
+        write_file(path, to_png(picture))
         return path
 
     def write(self, conversation: Document):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -38,9 +37,11 @@ def doctor():
     """What works on this machine."""
     import torch
 
+    from mm_interleaved.generation_run import package_version
+
     say(f"python        {platform.python_version()} on {platform.platform()}")
     for package in _CORE:
-        say(f"{package:<13} {_version(package)}")
+        say(f"{package:<13} {package_version(package) or 'missing'}")
     devices = [f"{torch.cuda.get_device_name(k)} (cuda:{k})" for k in range(torch.cuda.device_count())]
     devices += ["Apple GPU (mps)"] if torch.backends.mps.is_available() else []
     devices.append(f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
@@ -72,13 +73,6 @@ def plan(
         training = parameters * (4 * 5 + (size if size < 4 else 0))
         say(f"{name:<10} {_size(parameters * size * 1.2):>14} {_size(training):>14}")
     say("Weights with a fifth on top to generate; activations of training come on top of the second column.")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
 
 
 def _size(num_bytes: float) -> str:

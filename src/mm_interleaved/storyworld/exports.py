@@ -18,7 +18,8 @@ from PIL import Image as PILImage
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.document_formats import write_documents
 from mm_interleaved.errors import UsageError
-from mm_interleaved.storage import make_folder, write_file
+from mm_interleaved.images import to_png
+from mm_interleaved.storage import make_folder, new_folder, write_file
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
 from mm_interleaved.storyworld.segmentation import CLASSES, class_map
 from mm_interleaved.storyworld.tasks import document
@@ -31,7 +32,7 @@ def write_storyworld(out: str | Path, documents: int, seed: int, split: str, for
     """Fresh documents of this world in one of the formats of EXPORTS.
 
     Args:
-        out: folder, made where it is missing.
+        out: a new or an empty folder. It is there when all is written, or not at all.
         documents: how many, from index 0 on. Formats that hold one task only take all of them from that task.
         seed: integer from 0. The same split and seed make the same documents, with any number of them.
         split: "train", "validation" or "test".
@@ -41,6 +42,7 @@ def write_storyworld(out: str | Path, documents: int, seed: int, split: str, for
 
     Raises:
         ValueError: an unknown format or split, no documents.
+        UsageError: `out` holds something already.
         StorageError: the disk refuses.
     """
     if format not in EXPORTS:
@@ -48,25 +50,21 @@ def write_storyworld(out: str | Path, documents: int, seed: int, split: str, for
     if documents < 1:
         raise ValueError(f"expected at least 1 document, found {documents}")
     out = Path(out)
-    make_folder(out / "images")
-    return EXPORTS[format](
-        out, lambda task: (document(split, seed, index, task) for index in range(documents))
-    )
+    with new_folder(out) as folder:
+        make_folder(folder / "images")
+        path = EXPORTS[format](
+            folder, lambda task: (document(split, seed, index, task) for index in range(documents))
+        )
+    return out / path.relative_to(folder)
 
 
 Source = Callable[[str | None], Iterator[Document]]
 """The documents of one task, or of all."""
 
 
-def _png(picture: PILImage.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def _write_image(out: Path, image: Image, name: str) -> str:
     """Writes `images/<name>.png` and returns that path."""
-    write_file(out / "images" / f"{name}.png", _png(image.load()))
+    write_file(out / "images" / f"{name}.png", to_png(image.load()))
     return f"images/{name}.png"
 
 
@@ -287,8 +285,8 @@ def _write_ade20k(out: Path, source: Source) -> Path:
         target = next(part for part in made.target if isinstance(part, Image))
         _write_image(out, target, name)
         classes = class_map(scene_from_record(made.meta["scenes"][-1])) + 1
-        write_file(out / "annotations" / f"{name}.png", _png(PILImage.fromarray(classes)))
-        write_file(out / "annotations_with_color" / f"{name}.png", _png(_only_image(made).load()))
+        write_file(out / "annotations" / f"{name}.png", to_png(PILImage.fromarray(classes)))
+        write_file(out / "annotations_with_color" / f"{name}.png", to_png(_only_image(made).load()))
         caption = next(part.text for part in made.parts if isinstance(part, Text))
         records.append({"image_id": name, "caption": caption})
     _write_json(out / "classes.json", list(CLASSES))
@@ -356,7 +354,7 @@ def _write_webdataset(out: Path, source: Source) -> Path:
     for name, image, text in _pairs(source):
         about = json.dumps({"key": name, "caption": text}).encode()
         members += [
-            (f"{name}.png", _png(image.load())),
+            (f"{name}.png", to_png(image.load())),
             (f"{name}.txt", text.encode()),
             (f"{name}.json", about),
         ]

@@ -4,7 +4,6 @@ A pure function of documents: no model here, and no files but the pictures that 
 read by the grammar of `language`, pictures by the oracle.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 
@@ -18,11 +17,11 @@ from mm_interleaved.storyworld.language import (
     read_setting,
 )
 from mm_interleaved.storyworld.oracle import FigureReading, attribute_matches, read_scene
+from mm_interleaved.storyworld.prompts import read_box
 from mm_interleaved.storyworld.segmentation import class_map, mean_iou
 from mm_interleaved.storyworld.tasks import part_pixels
 from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
 
-_BOX = re.compile(r"\((\d{1,4}),\s*(\d{1,4})\)\s*\((\d{1,4}),\s*(\d{1,4})\)")
 _MIN_IOU = 0.5
 _LOOK_ATTRIBUTES = ("species", "body_colour", "pattern", "hat", "hat_colour")
 
@@ -157,17 +156,9 @@ def _dialogue(found: Found, document: Document, answer: Sequence[Part], ranking:
 
 
 def _ground(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
-    predicted, truth = _box(_text(answer)), _box(_text(document.target))
+    predicted, truth = read_box(_text(answer)), read_box(_text(document.target))
     assert truth is not None, f"{document.id}: the gold answer is a box"
     _add(found, "ground.accuracy", predicted is not None and box_iou(predicted, truth) >= _MIN_IOU)
-
-
-def _box(text: str) -> tuple[int, int, int, int] | None:
-    match = _BOX.search(text)
-    if match is None:
-        return None
-    left, top, right, bottom = (int(number) for number in match.groups())
-    return left, top, right, bottom
 
 
 def box_iou(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> float:

@@ -23,6 +23,13 @@ from mm_interleaved.storyworld.language import (
     describe_scene,
     with_article,
 )
+from mm_interleaved.storyworld.prompts import (
+    BOX_RANGE,
+    CAPTION_PROMPT,
+    GROUND_PROMPT,
+    PARAGRAPH_PROMPT,
+    write_box,
+)
 from mm_interleaved.storyworld.questions import QUESTIONS, Question, ask, ask_several
 from mm_interleaved.storyworld.renderer import figure_box, prop_box, render_scene
 from mm_interleaved.storyworld.segmentation import render_map
@@ -50,10 +57,6 @@ from mm_interleaved.storyworld.world import (
 
 _DOCUMENT_DOMAIN = 3
 NUM_CANDIDATES = 10
-BOX_RANGE = 1000
-
-CAPTION_PROMPT = "Describe the picture."
-PARAGRAPH_PROMPT = "Describe the picture in a paragraph."
 
 
 def document(split: str, seed: int, index: int, task: str | None = None) -> Document:
@@ -166,7 +169,7 @@ def _ground(dice: Dice, split: str) -> Document:
     else:
         words, box = f"{thing.colour} {thing.kind}", prop_box(thing)
     return _document(
-        (picture(scene, "user"), Text(f"Where is the {words}?", role="user")),
+        (picture(scene, "user"), Text(GROUND_PROMPT.replace("{phrase}", words), role="user")),
         (Text(box_text(box), role="assistant"),),
         [scene],
         box=list(box),
@@ -174,7 +177,7 @@ def _ground(dice: Dice, split: str) -> Document:
 
 
 def box_text(box: tuple[int, int, int, int]) -> str:
-    """`(xxx,yyy)(xxx,yyy)`: left, top, right, bottom in thousandths of the picture.
+    """A box of the picture as an answer: left, top, right, bottom in thousandths of the picture.
 
     Args:
         box: pixels, all four ends included, so that the right end gains one before it is scaled.
@@ -183,7 +186,7 @@ def box_text(box: tuple[int, int, int, int]) -> str:
         min(edge * BOX_RANGE // PICTURE_SIZE, BOX_RANGE - 1)
         for edge in (box[0], box[1], box[2] + 1, box[3] + 1)
     )
-    return f"({left:03d},{top:03d})({right:03d},{bottom:03d})"
+    return write_box((left, top, right, bottom))
 
 
 def _draw(dice: Dice, split: str) -> Document:
