@@ -10,6 +10,7 @@ OUT/report.html        the scores, and the documents with the answers
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,6 +30,8 @@ from mm_interleaved.strict_json import read_records
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def evaluate_model(
         if prediction["id"] in asked and "error" not in prediction:
             model = request.model
             generator = load(find_model(model.name), device=model.device, dtype=model.dtype)
-            prediction["meta"] = {"ranking": rank_candidates(generator, asked[prediction["id"]])}
+            prediction["meta"] = {"ranking": _ranking(generator, asked[prediction["id"]])}
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     write_file(out / "predictions.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
     scores, answers = _score(task, gold, out / "predictions.jsonl")
@@ -88,6 +91,17 @@ def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -
     made_by = f"{len(answers)} of {len(gold)} documents answered"
     _write(out, scores, made_by, records, lambda name: pictures[name].load())
     return scores
+
+
+def _ranking(generator: InterleavedGenerator, document: Document) -> list[int]:
+    """The ranking; an empty one, which counts as wrong, where a candidate does not fit the model."""
+    try:
+        return rank_candidates(generator, document)
+    except InputError as error:
+        logger.warning(
+            "document %r: its candidates are not ranked (%s); it counts as wrong", document.id, error
+        )
+        return []
 
 
 def rank_candidates(generator: InterleavedGenerator, document: Document) -> list[int]:

@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
-from mm_interleaved.document import Document
+from mm_interleaved.document import Document, Text
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.runner import Task, read_document_folder
 from mm_interleaved.storyworld import tasks
+from mm_interleaved.storyworld.prompts import read_box
 from mm_interleaved.storyworld.scores import score
+from mm_interleaved.storyworld.world import check_scene
 
 
 def _read_storyworld(data: Path) -> list[Document]:
     """Documents that `data storyworld` wrote; others are refused before a model runs for nothing."""
     documents = read_document_folder(data)
     for document in documents:
-        task = document.meta.get("task")
-        if task not in tasks.TASKS or not isinstance(document.meta.get("scenes"), list):
-            raise InputError(
-                f"{data}: document {escape(document.id)!r}: meta.task: found {escape(repr(task))}, "
-                "expected a document that `data storyworld` wrote",
-                field="meta.task",
-            )
+        _check_gold(data, document)
     return documents
+
+
+def _check_gold(data: Path, document: Document):
+    """Refuses a document that lacks what its task's score needs, and names the field."""
+
+    def refuse(field: str, expected: str, found: Any) -> NoReturn:
+        raise InputError(
+            f"{data}: document {escape(document.id)!r}: {field}: found {escape(repr(found))}, "
+            f"expected {expected}, as `data storyworld` writes it",
+            field=field,
+        )
+
+    meta = document.meta
+    task = meta.get("task")
+    if task not in tasks.TASKS:
+        refuse("meta.task", "a task of StoryWorld", task)
+    scenes = meta.get("scenes")
+    if not isinstance(scenes, list) or not scenes:
+        refuse("meta.scenes", "the truth of each picture", scenes)
+    for index, scene in enumerate(scenes):
+        try:
+            check_scene(scene)
+        except ValueError as error:
+            refuse(f"meta.scenes[{index}]", f"a scene ({error})", scene)
+    if task == "vqa" and not isinstance(meta.get("is_fine_detail"), bool):
+        refuse("meta.is_fine_detail", "true or false", meta.get("is_fine_detail"))
+    if task == "dialogue":
+        _check_candidates(meta, refuse)
+    answer = " ".join(part.text for part in document.target if isinstance(part, Text))
+    if task == "ground" and read_box(answer) is None:
+        refuse("target", "a box", answer)
+
+
+def _check_candidates(meta: Mapping[str, Any], refuse: Any):
+    candidates, gold_index = meta.get("candidates"), meta.get("gold_index")
+    is_list = isinstance(candidates, list) and all(isinstance(text, str) for text in candidates)
+    if not is_list or not candidates:
+        refuse("meta.candidates", "a list of strings", candidates)
+    # True would pass as 1.
+    if type(gold_index) is not int or not 0 <= gold_index < len(candidates):
+        refuse("meta.gold_index", f"a whole number from 0 to {len(candidates) - 1}", gold_index)
 
 
 TASKS = {

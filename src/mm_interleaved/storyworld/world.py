@@ -237,6 +237,39 @@ def scene_from_record(record: dict[str, Any]) -> Scene:
     )
 
 
+def check_scene(record: Any) -> Scene:
+    """The scene of a record that may hold anything. Raises ValueError where it is not of this world."""
+    try:
+        scene = scene_from_record(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    looks = [(figure.character, name) for figure in scene.figures for name in _WORDS[Character]]
+    poses = [(figure, name) for figure in scene.figures for name in _WORDS[Figure]]
+    props = [(prop, name) for prop in scene.props for name in _WORDS[Prop]]
+    for thing, name in [*((scene, name) for name in _WORDS[Scene]), *looks, *poses, *props]:
+        value = getattr(thing, name)
+        if value not in _WORDS[type(thing)][name]:
+            raise ValueError(f"{name}: found {value!r}")
+    return scene
+
+
+_WORDS: dict[type, dict[str, tuple[str, ...]]] = {
+    Scene: {"place": PLACES, "time": TIMES, "weather": WEATHERS},
+    Character: {
+        "name": NAMES,
+        "species": SPECIES,
+        "body_colour": BODY_COLOURS,
+        "pattern": PATTERNS,
+        "hat": HATS,
+        "hat_colour": ("none", *HAT_COLOURS),
+        "badge": BADGES,
+    },
+    Figure: {"position": POSITIONS, "action": ACTIONS},
+    Prop: {"kind": PROPS, "colour": PROP_COLOURS, "position": POSITIONS},
+}
+"""The words that each attribute may have."""
+
+
 def _are_distinct(one: Character, other: Character) -> bool:
     return (
         one.name != other.name

@@ -1,0 +1,75 @@
+"""An evaluation refuses gold documents that it cannot score before a model runs for nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mm_interleaved.document import Document, Text
+from mm_interleaved.errors import InputError, TooLongError
+from mm_interleaved.evaluation.runner import _ranking
+from mm_interleaved.evaluation.tasks import TASKS
+from mm_interleaved.storyworld.exports import write_storyworld
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """A record of each task, by task, and the folder with their images."""
+    path = write_storyworld(tmp_path_factory.mktemp("data") / "gold", 60, 3, "test")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return path.parent, {record["meta"]["task"]: record for record in records}
+
+
+def read(lines, record):
+    folder, _ = lines
+    path = folder / "changed.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    return TASKS["storyworld"].read_gold(path)
+
+
+def test_what_data_storyworld_writes_is_taken(lines):
+    assert len(TASKS["storyworld"].read_gold(lines[0])) == 60
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "value"),
+    [
+        ("caption", "task", "cooking"),
+        ("caption", "scenes", []),
+        ("caption", "scenes", [{"place": "moon"}]),
+        ("draw", "scenes", ["a scene"]),
+        ("vqa", "is_fine_detail", None),
+        ("dialogue", "candidates", [1, 2]),
+        ("dialogue", "candidates", None),
+        ("dialogue", "gold_index", 10),
+    ],
+)
+def test_damaged_gold_documents_are_refused_by_field(lines, task, field, value):
+    record = lines[1][task]
+    damaged = {**record, "meta": {**record["meta"], field: value}}
+    with pytest.raises(InputError, match=rf"document '{record['id']}': meta\.{field}.*: found "):
+        read(lines, damaged)
+
+
+def test_a_word_of_another_world_is_named(lines):
+    record = json.loads(json.dumps(lines[1]["segmentation"]))
+    record["meta"]["scenes"][0]["figures"][0]["species"] = "unicorn"
+    with pytest.raises(InputError, match=r"meta\.scenes\[0\].*species: found 'unicorn'"):
+        read(lines, record)
+
+
+def test_a_gold_answer_without_a_box_is_refused(lines):
+    record = {**lines[1]["ground"], "target": [{"type": "text", "text": "there"}]}
+    with pytest.raises(InputError, match=r"target: found 'there', expected a box"):
+        read(lines, record)
+
+
+def test_candidates_that_do_not_fit_count_as_wrong_and_stop_nothing(caplog):
+    class Full:
+        def score_options(self, document, options):
+            raise TooLongError("an option has 99 tokens, expected at most 3")
+
+    document = Document(id="d", parts=(Text("x"),), meta={"candidates": ["a"]})
+    assert _ranking(Full(), document) == []
+    assert "99 tokens" in caplog.text and "'d'" in caplog.text
