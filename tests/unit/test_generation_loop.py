@@ -308,3 +308,17 @@ def test_a_processor_of_another_model_is_refused(generator):
 def test_the_model_is_still_a_model(generator):
     assert isinstance(generator.model, MMInterleavedForConditionalGeneration)
     assert not generator.model.training
+
+
+def test_context_images_that_are_not_there_are_told(generator, document, caplog):
+    generator.generate(document, layout="I I", context_images="0,1", **FAST)
+    assert not caplog.text
+    generator.generate(document, layout="I I", context_images="0,2,7", **FAST)
+    assert "'d': context_images: nothing has the index 2, 7; 2 images stood before" in caplog.text
+
+
+def test_images_that_the_painter_no_longer_sees_are_told(generator, document, caplog):
+    limit = generator.model.max_context_images
+    generator.generate(document, layout=" ".join("I" * (limit + 1)), context_images="all", **FAST)
+    told = f"image {limit + 1} is painted from the newest {limit} of the {limit + 1} images before it"
+    assert told in caplog.text and caplog.text.count("painted from") == 1

@@ -161,6 +161,7 @@ class _Continuation:
             reason = yield from self._as_the_model_likes()
         else:
             reason = yield from self._as_laid_out(self.layout)
+        self._tell_of_unused_indices()
         yield Finished(reason, self.document)
 
     # ---- Which part comes next -------------------------------------------------------------------
@@ -315,8 +316,29 @@ class _Continuation:
         rule = indices or self.settings.context_images or self.model.config.context_images
         num_earlier, limit = len(self.session.image_starts) - 1, self.model.max_context_images
         if rule == "all" and num_earlier > limit > 0:
-            logger.info("image %d looks at the newest %d of %d images", num_earlier, limit, num_earlier)
+            logger.warning(
+                "document %r: image %d is painted from the newest %d of the %d images before it",
+                self.document.id,
+                num_earlier,
+                limit,
+                num_earlier,
+            )
         return rule
+
+    def _tell_of_unused_indices(self) -> None:
+        """Indices that named no image before any of those painted had no effect: a slip, it may be."""
+        indices = self.settings.context_image_indices()
+        if not indices or not self.num_painted:
+            return
+        num_earlier = len(self.session.image_starts) - 1
+        unused = [str(index) for index in indices if index >= num_earlier]
+        if unused:
+            logger.warning(
+                "document %r: context_images: nothing has the index %s; %d images stood before the last",
+                self.document.id,
+                ", ".join(unused),
+                num_earlier,
+            )
 
     @cached_property
     def _negative_conditioning(self) -> Tensor | None:
