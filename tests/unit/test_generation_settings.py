@@ -77,3 +77,23 @@ def test_own_seed_of_a_document_is_taken_as_it_is():
 def test_wrong_argument_of_a_document_is_an_error_of_the_input():
     with pytest.raises(InputError, match=r"document 'a': generation\.top_p: found 2"):
         settings_for(Document(id="a", parts=(Text("x"),), generation={"top_p": 2}), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("own", "layout", "field", "sentence"),
+    [
+        ({"top_p": 2}, None, "generation.top_p", "generation.top_p: found 2"),
+        ({"top_q": 1}, None, "generation.top_q", "generation: unknown generation setting 'top_q'"),
+        ({"layout": "X"}, None, "generation.layout", "generation.layout: found 'X'"),
+        ({"max_new_tokens": 1}, "T T", "layout", "layout: found 'T T'"),
+        # What is impossible came from the model's default, what made it so from the document.
+        ({"max_new_tokens": 1}, None, "generation", "generation: min_new_tokens: found 4"),
+    ],
+)
+def test_wrong_argument_of_a_document_is_named_where_it_stands(own, layout, field, sentence):
+    document = Document(id="a", parts=(Text("x"),), layout=layout, generation=own)
+    defaults = {} if layout else {"min_new_tokens": 4}
+    with pytest.raises(InputError) as caught:
+        settings_for(document, defaults, {})
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"document 'a': {sentence}")

@@ -152,9 +152,17 @@ def settings_for(
     try:
         settings = GenerationSettings.combine(defaults, own, flags)
     except UsageError as error:
-        dot = "." if str(error).startswith(f"{error.field}:") else ": "
-        place = f"document {escape(document.id)!r}: generation{dot}{error}"
-        raise InputError(place, field=f"generation.{error.field}") from error
+        # Where it stands in the record: `layout` may be a field of its own. A name that is unknown, or a
+        # value that a default gave and another field made impossible, is an error of `generation` as a whole.
+        is_named = str(error).startswith(f"{error.field}:")
+        is_own = error.field in own and error.field not in flags
+        if is_own and error.field == "layout" and document.layout is not None:
+            place, field = f"{error}", "layout"
+        elif is_named and is_own:
+            place, field = f"generation.{error}", f"generation.{error.field}"
+        else:
+            place, field = f"generation: {error}", "generation" if is_named else f"generation.{error.field}"
+        raise InputError(f"document {escape(document.id)!r}: {place}", field=field) from error
     if "seed" in own and "seed" not in flags:
         return settings
     digest = hashlib.sha256(f"{run.seed}:{document.id}".encode("utf-8", "backslashreplace")).digest()
