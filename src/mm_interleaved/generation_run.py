@@ -166,7 +166,10 @@ def machine_facts(device: str) -> dict[str, Any]:
             "processor": platform.machine(),
             "cores": os.cpu_count(),
         },
-        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: package_version(name) for name in _PACKAGES},
+        },
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 

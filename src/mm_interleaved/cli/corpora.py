@@ -11,7 +11,7 @@ import typer
 from mm_interleaved.cli.command import command
 from mm_interleaved.cli.generate import SOME_FAILED
 from mm_interleaved.cli.output import progress, say, say_error
-from mm_interleaved.errors import MMInterleavedError, UsageError
+from mm_interleaved.errors import InputError, MMInterleavedError, UsageError
 
 
 def add_to(app: typer.Typer):
@@ -30,13 +30,22 @@ def check(
         Path | None, typer.Option(help="Images may lie here and below.", metavar="DIR")
     ] = None,
 ) -> int:
-    """Read documents and open every image; say what is there and what is wrong."""
+    """Read documents and open every image; say what is there and what is wrong.
+
+    Every file is looked at. Ends with 3 if one of them is no file of documents or has a wrong field (of each
+    file the first is named), else with 7 if an image cannot be opened (each one is named), else with 0.
+    """
     from mm_interleaved.document import Image
     from mm_interleaved.document_formats import read_documents
 
-    num_broken = 0
+    num_broken = num_wrong = 0
     for path in paths:
-        documents = read_documents(path, image_root=image_root)
+        try:
+            documents = read_documents(path, image_root=image_root)
+        except InputError as error:
+            say_error(str(error))
+            num_wrong += 1
+            continue
         counts: Counter[str] = Counter()
         with progress(len(documents), path.name) as bar:
             for document in documents:
@@ -46,6 +55,8 @@ def check(
                         num_broken += _is_broken(part, document.id)
                 bar.advance(document.id)
         say(f"{path}: {len(documents)} documents, {counts['texts']} texts, {counts['images']} images")
+    if num_wrong:
+        return InputError.exit_code
     return SOME_FAILED if num_broken else 0
 
 

@@ -1,0 +1,50 @@
+"""How commands end where no model is needed to see it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from mm_interleaved.cli import corpora
+from mm_interleaved.cli.main import run
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "20.00 GiB"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: tried to allocate 40 bytes."),
+            "40 bytes",
+        ),
+        (MemoryError(), ""),
+    ],
+)
+def test_a_full_memory_is_no_bug(capsys, monkeypatch, tmp_path, error, size):
+    def fail(path, image_root):
+        raise error
+
+    monkeypatch.setattr("mm_interleaved.document_formats.read_documents", fail)
+    assert run(["data", "convert", "in.jsonl", str(tmp_path / "out.jsonl")]) == 2
+    told = capsys.readouterr().err
+    assert "memory" in told and size in told and "--dtype" in told and told.count("\n") == 1
+
+
+def test_check_looks_at_every_file(capsys, tmp_path):
+    PILImage.new("RGB", (4, 4)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"")
+    for name in ("good", "bad"):
+        content = [{"type": "image", "image": f"{name}.png"}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"id": name, "content": content}))
+    (tmp_path / "wrong.json").write_text("{")
+    paths = {name: str(tmp_path / f"{name}.json") for name in ("good", "bad", "wrong")}
+
+    assert run(["data", "check", paths["wrong"], paths["good"], paths["bad"]]) == 3
+    told = capsys.readouterr()
+    assert "wrong.json" in told.err and "bad.png" in told.err and "good.json: 1 documents" in told.out
+    assert run(["data", "check", paths["bad"], paths["good"]]) == 7
+    assert run(["data", "check", paths["good"]]) == 0
+    assert "Ends with 3" in (corpora.check.__doc__ or "")
