@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG_NAME = "processor_config.json"
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class MMInterleavedProcessor:
@@ -127,14 +129,18 @@ class MMInterleavedProcessor:
         """The processor that `save_pretrained` wrote.
 
         Args:
-            of_transformers: what `AutoProcessor` hands to every processor; none of it matters here.
+            folder: a folder, or the id of a model on the Hugging Face hub.
+            of_transformers: what `AutoProcessor` hands to every processor. What says where files of the hub
+                come from (`revision`, `cache_dir`, `token`, ...) is used; the rest does not matter here.
 
         Raises:
-            ModelFileError: the folder has no (valid) `processor_config.json` or no tokenizer that fits it.
+            ModelFileError: there is no (valid) `processor_config.json` or no tokenizer that fits it.
         """
         from transformers import AutoTokenizer
 
-        path = Path(folder, CONFIG_NAME)
+        hub = {name: of_transformers[name] for name in _HUB_ARGUMENTS if name in of_transformers}
+        folder = Path(folder) if os.path.isdir(folder) else _folder_of_hub(str(folder), hub)
+        path = folder / CONFIG_NAME
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -155,3 +161,15 @@ class MMInterleavedProcessor:
             return cls(tokenizer, **{name: settings[name] for name in known})
         except (TypeError, ValueError) as error:
             raise ModelFileError(f"{path}: {error}") from error
+
+
+def _folder_of_hub(name: str, hub: Mapping[str, Any]) -> Path:
+    """The small files of a model on the hub, fetched unless the cache has them; no weights."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt"], **hub))
+    except Exception as error:  # the hub client raises a dozen kinds; all mean that it is not to be had
+        raise ModelFileError(
+            f"{name}: there is no such folder, and the hub gives no {CONFIG_NAME} ({type(error).__name__})"
+        ) from error
