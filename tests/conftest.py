@@ -1,4 +1,4 @@
-"""Shared by all tests: the tiny model's module is importable by name; `--golden` names a folder for `parity`."""
+"""Shared by all tests: `import tiny` works, and `--golden` names a folder for tests/parity."""
 
 import os
 import sys
