@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from mm_interleaved.cli.command import command
+from mm_interleaved.cli.estimate import BYTES, DEVICES, needs_of
 from mm_interleaved.cli.models import describe_model
 from mm_interleaved.cli.output import say
 from mm_interleaved.errors import MMInterleavedError
@@ -24,7 +25,6 @@ _EXTRAS = {
     "studio": ("gradio",),
     "ray": ("ray",),
 }
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def add_to(app: typer.Typer):
@@ -63,16 +63,33 @@ def plan(
         str, typer.Argument(metavar="MODEL", help="storyworld, a folder, or a hub id.")
     ] = "storyworld",
 ):
-    """Memory that a model needs, by number format: an estimate from its parameters alone."""
-    description = describe_model(model)
-    parameters = description["total"]["parameters"]
-    say(f"{description['model']}: {parameters:,} parameters")
-    say(f"{'':<10} {'to generate':>14} {'to train all':>14}")
-    for name, size in _BYTES.items():
-        # In float32: weights, their average, gradients, two moments; beside them the copy computed in.
-        training = parameters * (4 * 5 + (size if size < 4 else 0))
-        say(f"{name:<10} {_size(parameters * size * 1.2):>14} {_size(training):>14}")
-    say("Weights with a fifth on top to generate; activations of training come on top of the second column.")
+    """Memory and time that a model needs, by device and number format: estimated, not measured.
+
+    Memory to generate is that of weights and of a document that fills the context; to train it is that of
+    weights, gradients and the optimizer, with activations still on top. Time is counted in multiplications.
+    """
+    from mm_interleaved.checkpoint.headers import tensor_headers
+    from mm_interleaved.model_source import find_model, read_config
+
+    folder = find_model(model)
+    headers = tensor_headers(folder)
+    needs = needs_of(read_config(folder), {name: header.shape for name, header in headers.items()})
+    say(f"{model}: {needs.parameters:,} parameters; context {needs.tokens} tokens, {needs.images} images")
+    say()
+    say(f"{'memory':<18} {'':<10} {'to generate':>14} {'to train all':>14}")
+    for dtype in BYTES:
+        generating, training = _size(needs.memory(dtype)), _size(needs.training_memory(dtype))
+        say(f"{'':<18} {dtype:<10} {generating:>14} {training:>14}")
+    say()
+    say(f"{'time, about':<18} {'':<10} {'a picture':>14} {'tokens/s':>14}")
+    for device in DEVICES:
+        for dtype in device.flops:
+            seconds = needs.seconds_a_picture(device, dtype)
+            picture = "none" if seconds is None else f"{seconds:.2g} s"
+            words = needs.words_a_second(device, dtype)
+            say(f"{device.name:<18} {dtype:<10} {picture:>14} {words:>14,.0f}")
+    say()
+    say(f"A picture takes {needs.steps} guided steps. Time is right within a factor of a few.")
 
 
 def _size(num_bytes: float) -> str:
