@@ -27,7 +27,9 @@ def test_a_code_reads_back_as_its_scene():
     for name, logits, label in zip(NAMES, answers, labels.T, strict=True):
         is_there = label != NOT_THERE
         assert torch.equal(logits.argmax(1)[is_there], label[is_there]), name
-    assert max(float(loss) for loss in naming_losses(code.answers(code.encode(labels)), labels).values()) < 0.2
+    assert (
+        max(float(loss) for loss in naming_losses(code.answers(code.encode(labels)), labels).values()) < 0.2
+    )
 
 
 def test_codes_are_scaled_as_what_a_layer_norm_puts_out():

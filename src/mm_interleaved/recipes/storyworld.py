@@ -49,7 +49,7 @@ TEXT_MIXTURES = (
 )
 """What the text side learns from; interviews stand for vqa and dialogue."""
 
-GENERATION_SETTINGS = {"scheduler": "ddim", "num_inference_steps": 25, "guidance_scale": 2.0}
+GENERATION_SETTINGS = {"scheduler": "ddim", "num_inference_steps": 25, "guidance_scale": 3.0}
 """What the finished model prefers over the general defaults."""
 
 IMAGE_MIXTURES = (
@@ -320,6 +320,6 @@ def save_model(
     copy = deepcopy(model).half().eval()
     copy.config.vae_config = dict(model.image_decoder.vae.config)
     copy.config.generation_settings = dict(GENERATION_SETTINGS)
-    copy.save_pretrained(folder, max_shard_size="15MB")
+    copy.save_pretrained(folder, max_shard_size="14MB")
     processor.save_pretrained(folder)
     return folder
