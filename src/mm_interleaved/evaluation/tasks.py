@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,7 +54,7 @@ def _check_gold(data: Path, document: Document):
         refuse("target", "a box", answer)
 
 
-def _check_candidates(meta: Mapping[str, Any], refuse: Any):
+def _check_candidates(meta: Mapping[str, Any], refuse: Callable[[str, str, Any], NoReturn]):
     candidates, gold_index = meta.get("candidates"), meta.get("gold_index")
     is_list = isinstance(candidates, list) and all(isinstance(text, str) for text in candidates)
     if not is_list or not candidates:
