@@ -5,6 +5,7 @@ same bits.
 import pytest
 import torch
 
+from mm_interleaved.config import ResamplerConfig
 from mm_interleaved.document import Text
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.training.data import Mixture, training_document
@@ -37,4 +38,6 @@ def processor():
 def model(processor):
     vocabulary = processor.vocabulary
     ids = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.pad}
-    return tiny_model(vocab_size=len(vocabulary), **ids).train()
+    # Enough conditioning vectors for the code of a scene.
+    conditioning = ResamplerConfig(dim=16, num_queries=15, num_layers=1, num_heads=2, mlp_dim=24)
+    return tiny_model(vocab_size=len(vocabulary), conditioning_resampler=conditioning, **ids).train()

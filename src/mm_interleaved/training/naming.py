@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mm_interleaved.document import Document, Image
+from mm_interleaved.errors import UsageError
 from mm_interleaved.storyworld.world import (
     ACTIONS,
     BADGES,
@@ -131,9 +132,10 @@ class SceneCode:
     """
 
     def __init__(self, num_vectors: int, dim: int) -> None:
-        assert 2 * num_vectors >= len(SIZES), (
-            f"{num_vectors} vectors have no room for {len(SIZES)} attributes"
-        )
+        if 2 * num_vectors < len(SIZES):
+            raise UsageError(
+                f"sizes.num_conditioning {num_vectors}: a scene's code needs {(len(SIZES) + 1) // 2} vectors"
+            )
         generator = torch.Generator().manual_seed(0)
         sizes = [*SIZES, *[0] * (2 * num_vectors - len(SIZES))]
         self.num_vectors = num_vectors
