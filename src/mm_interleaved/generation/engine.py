@@ -316,7 +316,9 @@ class _Continuation:
         rule = indices or self.settings.context_images or self.model.config.context_images
         num_earlier, limit = len(self.session.image_starts) - 1, self.model.max_context_images
         if rule == "all" and num_earlier > limit > 0:
-            logger.warning(
+            # Whoever asked for all of them gets fewer; by the model's own rule it is what to expect.
+            logger.log(
+                logging.INFO if self.settings.context_images is None else logging.WARNING,
                 "document %r: image %d is painted from the newest %d of the %d images before it",
                 self.document.id,
                 num_earlier,
