@@ -20,7 +20,7 @@ _PUBLIC = {
     "register": "mm_interleaved.registration",
 }
 
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str):

@@ -81,9 +81,9 @@ class SynchronizerConfig:
 class MMInterleavedConfig(PreTrainedConfig):
     """Configuration of a whole model; the stock parts' own configurations in their libraries' terms.
 
-    `adapter`, `slot_resampler`, `conditioning_resampler`, `text_synchronizer`, `image_synchronizer` are stored as
-    dictionaries (they are JSON) and read through `part(name)`. `image_decoder` parts may be None: a model that only
-    writes. `text_synchronizer` or `image_synchronizer` None: the twin that cannot look.
+    `adapter`, `slot_resampler`, `conditioning_resampler`, `text_synchronizer`, `image_synchronizer` are
+    stored as dictionaries (they are JSON) and read through `part(name)`. `image_decoder` parts may be None: a
+    model that only writes. `text_synchronizer` or `image_synchronizer` None: the twin that cannot look.
     """
 
     model_type = "mm_interleaved"
