@@ -136,7 +136,7 @@ class StoryWorldConfig:
     """Fourth stage: the U-Net learns to paint from codes of scenes, without language model."""
     image: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=1500, learning_rate=1e-3, ema_decay=0.998, use_bfloat16=True
+            steps=1000, learning_rate=1e-3, ema_decay=0.998, use_bfloat16=True
         )
     )
     """Fifth stage: it learns to paint from documents, and to keep what earlier pictures show."""
