@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -163,11 +164,14 @@ def build_processor(config: StoryWorldConfig) -> MMInterleavedProcessor:
 
 def build_vae(sizes: SizesConfig) -> AutoencoderKL:
     """A stock autoencoder of factor 4."""
-    levels = len(sizes.vae_channels)
+    # diffusers annotates these as tuples of one.
+    down: Any = ("DownEncoderBlock2D",) * len(sizes.vae_channels)
+    up: Any = ("UpDecoderBlock2D",) * len(sizes.vae_channels)
+    channels: Any = sizes.vae_channels
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=sizes.vae_channels,
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=channels,
         layers_per_block=1,
         latent_channels=sizes.latent_channels,
         norm_num_groups=8,

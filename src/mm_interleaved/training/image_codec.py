@@ -102,9 +102,8 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     mean_C, std_C = (f(vae.encode(images).latent_dist.mean.float()) for f in (_channel_mean, _channel_std))
     channels = len(mean_C)
     before, after = vae.quant_conv, vae.post_quant_conv
-    assert before is not None and after is not None, (
-        "the VAE was built with both convolutions around its latents"
-    )
+    assert before is not None and after is not None, "a VAE has a convolution on either side of its latents"
+    assert before.bias is not None and after.bias is not None, "and both have a bias"
     before.bias[:channels].sub_(mean_C).div_(std_C)
     before.weight[:channels].div_(std_C[:, None, None, None])
     before.bias[channels:].sub_(2 * std_C.log())  # the logarithm of the posterior's variance

@@ -47,7 +47,7 @@ class AveragedWeights:
         torch._foreach_lerp_([self.tensors[n] for n in names], [parameters[n] for n in names], 1 - decay)
 
 
-def optimizer_tensors(optimizer: torch.optim.AdamW, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.AdamW, names: Mapping[Any, str]) -> dict[str, Tensor]:
     """The moments and step counts by parameter name, as plain tensors."""
     return {
         f"{names[parameter]}:{key}": value

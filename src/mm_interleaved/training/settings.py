@@ -86,7 +86,7 @@ def setting_names(settings: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _assign(settings: Settings, path: list[str], value: str, full_name: str) -> Settings:
+def _assign(settings: Any, path: list[str], value: str, full_name: str) -> Any:
     name, *rest = path
     field = next((field for field in dataclasses.fields(settings) if field.name == name), None)
     if field is None or dataclasses.is_dataclass(getattr(settings, name)) != bool(rest):

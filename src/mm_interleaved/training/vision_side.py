@@ -62,5 +62,5 @@ class VisionSideStage:
             losses = naming_losses(reader(level_ICyx.flatten(1)), batch.labels)
             size = level_ICyx.shape[-1]
             named |= {f"naming{size}": mean_loss(losses), f"badge{size}": mean_loss(losses, "badge")}
-        total = sum(loss for name, loss in named.items() if name.startswith("naming"))
+        total = torch.stack([loss for name, loss in named.items() if name.startswith("naming")]).sum()
         return Losses(total=total, named=named, counts={"images": len(batch.pixels)}, document_ids=batch.ids)
