@@ -4,6 +4,7 @@
 order.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
 
+from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.config import (
     AdapterConfig,
     MMInterleavedConfig,
@@ -21,6 +23,7 @@ from mm_interleaved.config import (
     SynchronizerConfig,
 )
 from mm_interleaved.document import Text
+from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.prompts import conversation_pieces
@@ -96,6 +99,8 @@ class StoryWorldConfig:
     """Seed of weights, data and noise."""
     num_threads: int = 2
     """Threads of PyTorch; the same number gives the same bits."""
+    start_from: str = ""
+    """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay. Empty: none."""
     detail_weight: float = 4.0
     """VAE: extra weight of pixels beside edges."""
     kl_weight: float = 1e-5
@@ -273,35 +278,22 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     folder.
     """
     torch.set_num_threads(config.num_threads)
-    processor = build_processor(config)
-    torch.manual_seed(config.seed)
-    model = MMInterleavedForConditionalGeneration(model_config(config.sizes, processor))
-    decoder = model.image_decoder
     run = partial(train_stage, seed=config.seed, settings=to_record(config), show_progress=show_progress)
+
+    # 1. What sees: made from nothing, or taken from a finished model.
+    if config.start_from:
+        finished = find_model(config.start_from)
+        processor = MMInterleavedProcessor.from_pretrained(finished)
+        model = load_model(finished, dtype="float32")
+    else:
+        processor = build_processor(config)
+        torch.manual_seed(config.seed)
+        model = MMInterleavedForConditionalGeneration(model_config(config.sizes, processor))
+        _learn_to_see(model, config, run, folder)
+    decoder = model.image_decoder
     documents = partial(DocumentBatches, processor)
 
-    # 1. The VAE.
-    pixels = storyworld_pixels(config.seed)
-    vae_stage = ImageCodecStage(
-        decoder.vae,
-        pixels,
-        batch_size=config.batch_size,
-        detail_weight=config.detail_weight,
-        kl_weight=config.kl_weight,
-    )
-    run(vae_stage, config.vae, folder / "vae")
-    normalise_latents(decoder.vae, 2 * pixels(0, 256) - 1)
-
-    # 2. The vision tower, then all that reads and writes.
-    vision_stage = VisionSideStage(
-        model.vision,
-        dim=config.sizes.vision_dim,
-        grid_size=8,
-        seed=config.seed,
-        batch_size=config.batch_size,
-    )
-    run(vision_stage, config.vision, folder / "vision")
-    open_to_images(model)
+    # 2. All that reads and writes.
     run(TextSideStage(model, documents(TEXT_MIXTURES, seed=config.seed)), config.text, folder / "text")
 
     # 3. The U-Net from codes of scenes; then all that paints, from documents and from earlier pictures.
@@ -315,6 +307,35 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     )
     run(image_stage, config.image, folder / "image")
     return save_model(model, processor, folder / "model")
+
+
+def _learn_to_see(
+    model: MMInterleavedForConditionalGeneration,
+    config: StoryWorldConfig,
+    run: Callable[..., object],
+    folder: Path,
+) -> None:
+    """The stages that need pictures alone: the VAE, and the vision tower."""
+    vae = model.image_decoder.vae
+    pixels = storyworld_pixels(config.seed)
+    vae_stage = ImageCodecStage(
+        vae,
+        pixels,
+        batch_size=config.batch_size,
+        detail_weight=config.detail_weight,
+        kl_weight=config.kl_weight,
+    )
+    run(vae_stage, config.vae, folder / "vae")
+    normalise_latents(vae, 2 * pixels(0, 256) - 1)
+    vision_stage = VisionSideStage(
+        model.vision,
+        dim=config.sizes.vision_dim,
+        grid_size=8,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    run(vision_stage, config.vision, folder / "vision")
+    open_to_images(model)
 
 
 def save_model(
