@@ -76,8 +76,8 @@ class FeatureSynchronizer(nn.Module):
         ...     query_dim=32, feature_dim=24, value_dim=16, num_heads=4, num_levels=2, num_points=4,
         ...     max_images=10, base_size=8,
         ... )
-        >>> maps = [torch.randn(1, 3, 24, 16, 16), torch.randn(1, 3, 24, 8, 8)]  # one row, three images, two
-        levels
+        >>> # One row, three images, two levels.
+        >>> maps = [torch.randn(1, 3, 24, 16, 16), torch.randn(1, 3, 24, 8, 8)]
         >>> values = synchronizer.project_values(maps)  # once per image; keep them
         >>> query = torch.randn(1, 5, 32)
         >>> visible = torch.tensor([[[1, 1, 0]] * 5], dtype=torch.bool)  # (row, query, image)
