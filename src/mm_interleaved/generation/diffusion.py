@@ -36,8 +36,8 @@ SCHEDULERS: dict[str, type[SchedulerMixin]] = {
 class DenoisingStep(NamedTuple):
     """Where the loop stands after a step.
 
-    `number`: steps done, from 1. `latents`: (I, X, y, x), less noisy than before. `clean`: the scheduler's guess
-    at the clean latents, for previews; DPM-Solver++ and UniPC tell none: there it is the noisy ones.
+    `number`: steps done, from 1. `latents`: (I, X, y, x), less noisy than before. `clean`: the scheduler's
+    guess at the clean latents, for previews; DPM-Solver++ and UniPC tell none: there it is the noisy ones.
     `prediction`: the U-Net's own words, unguided half first if there is guidance.
     """
 
