@@ -1,5 +1,4 @@
-"""The image tokenizer: pixels to slot embeddings for the language model and a feature pyramid for all who
-look.
+"""The image tokenizer: pixels to slots for the language model and a pyramid for all who look.
 
     pixels -> CLIP <-> ViT-Adapter -> tokens -> resampler -> slots
                                    -> four maps -> pyramid

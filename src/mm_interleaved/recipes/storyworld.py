@@ -257,8 +257,7 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
         else None,
         image_synchronizer=SynchronizerConfig(
             # Two earlier images, and the two levels around the latents' own resolution: all eight and four
-            # levels cost
-            # twice as much as the rest of a training step together.
+            # levels cost twice as much as the rest of a training step together.
             **synchronizer, levels=(1, 2), max_images=3, base_size=16, offset_spread=4.0
         )
         if sizes.use_synchronizers

@@ -1,8 +1,7 @@
 """The stage that teaches the vision tower to name what it sees, before a language model listens to it.
 
 It stands where the released model takes CLIP's weights: a tower that knows nothing gives the language model
-nothing to
-listen to, and both wait for each other for thousands of steps.
+nothing to listen to, and both wait for each other for thousands of steps.
 Letters: I images, C channels.
 """
 
