@@ -1,0 +1,106 @@
+"""What a source is: named shards, each a sequence of items that can be read on from any position.
+
+An item is a document, or says by name why it gives none. The items of a shard, and their positions, are a
+pure function of the files and of the source's settings (`seed` and `epoch` among them), so that a reader that
+stopped after position p goes on with `read(shard, p + 1)`, in whatever process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from mm_interleaved.document import Document
+from mm_interleaved.errors import escape
+from mm_interleaved.storyworld.dice import Dice
+
+_PARTS_OF_ONE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A part of a source that is read from its beginning on; mostly a file."""
+
+    name: str
+    """Path or address; no two shards of a source share it."""
+    num_items: int | None = None
+    """How many items it has, where that costs nothing to know."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenItem:
+    """An item that cannot be read. It is to be counted and logged, never replaced by another."""
+
+    place: str
+    """File, and line, row, key or member in it."""
+    reason: str
+    """What was found and what was expected."""
+    field: str | None = None
+    """Path of the value in its record, such as `image_info[2].matched_text_index`."""
+
+    def __str__(self) -> str:
+        field = f"{self.field}: " if self.field else ""
+        return escape(f"{self.place}: {field}{self.reason}", 600)
+
+
+@dataclass(frozen=True, slots=True)
+class FilteredItem:
+    """A sound item that a rule of the source leaves out on purpose. It is to be counted."""
+
+    place: str
+    rule: str
+    """A short name of the rule, such as `no_image`."""
+
+
+Item: TypeAlias = Document | BrokenItem | FilteredItem
+
+
+class Source(Protocol):
+    """A frozen, picklable description of a corpus; it holds settings, no open files."""
+
+    def shards(self) -> list[Shard]:
+        """All shards, always in the same order.
+
+        Raises:
+            InputError: files that are not there (all of them are named), or a table that cannot be read.
+            UsageError: settings that name nothing.
+        """
+        ...
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        """The items of a shard from position `start` on, each with its position, in ascending order.
+
+        Raises:
+            StorageError: the storage failed; reading on later may help.
+        """
+        ...
+
+
+AnySource = TypeVar("AnySource", bound=Source)
+
+
+def in_epoch(source: AnySource, epoch: int) -> AnySource:
+    """The source as it is read in an epoch (from 0): what it chooses by chance is chosen anew."""
+    settings: Any = source
+    if "epoch" not in {field.name for field in fields(settings)}:
+        return source
+    return replace(settings, epoch=epoch)
+
+
+class Chance:
+    """The random choices about one item: a pure function of seed, epoch, shard and position."""
+
+    def __init__(self, seed: int, epoch: int, shard: str, position: int) -> None:
+        # Not the folder: a corpus that moves keeps its choices.
+        name = shard.rsplit("/", 1)[-1].encode()
+        self._dice = Dice(seed, epoch, int.from_bytes(hashlib.sha256(name).digest()[:8]), position)
+
+    def happens(self, share: float) -> bool:
+        """True in a share (0 to 1) of all cases."""
+        return self._dice.below(_PARTS_OF_ONE) < share * _PARTS_OF_ONE
+
+    def subset(self, count: int, size: int) -> list[int]:
+        """`size` of the numbers below `count`, ascending; all of them if there are no more."""
+        return sorted(self._dice.sample(range(count), min(size, count)))
