@@ -16,16 +16,8 @@ from torch import Tensor
 NO_IMAGE = -1
 IGNORED = -100
 """The label that cross entropy leaves out (torch's default)."""
-
-
-def document_starts(input_ids_BT: Tensor, bos: int) -> Tensor:
-    """Where, in its row, each token's document begins: at the last bos at or before it, else at 0.
-
-    For ids whose documents are not known otherwise; a `Batch` carries its own.
-    """
-    position_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-    bos_position_BT = torch.where(input_ids_BT == bos, position_T, 0)
-    return bos_position_BT.cummax(dim=1).values
+SHORTEST_CONTEXT = 2
+"""Tokens of a context that says nothing: the document's start and the image-start token."""
 
 
 def visible_images(document_start_BT: Tensor, image_start_BN: Tensor, first_position: int = 0) -> Tensor:
@@ -117,30 +109,15 @@ def context_images(
     return order_IK.masked_fill(~is_context_IK, NO_IMAGE)
 
 
-def text_targets(
-    input_ids_BT: Tensor,
-    attention_mask_BT: Tensor,
-    *,
-    bos: int,
-    pad: int,
-    image_start: int,
-    image: int,
-    first_target: int = 0,
-) -> Tensor:
-    """Which tokens count in the text loss, judged by ids alone, as the released training did.
+def announced_images(document_start_BT: Tensor, image_start_BN: Tensor) -> Tensor:
+    """Which images something stands before: (I,) bool.
 
-    All but padding, slots, bos, an image start directly after bos, and positions before `first_target`. A
-    `Batch` made from documents carries its own answer (`text_target`), by provenance.
-
-    Returns:
-        (B, T) bool.
+    A context of the document's start and the image's own start token alone says nothing about the image, so
+    such images do not count in the image loss.
     """
-    position_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-    after_bos_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
-    after_bos_BT[:, 1:] = input_ids_BT[:, :-1] == bos
-    is_ignored_BT = (input_ids_BT == pad) | (input_ids_BT == image) | (input_ids_BT == bos)
-    is_ignored_BT |= (input_ids_BT == image_start) & after_bos_BT
-    return attention_mask_BT.bool() & ~is_ignored_BT & (position_T >= first_target)
+    document_start_BN = document_start_BT.gather(1, image_start_BN.clamp(min=0))
+    is_announced_BN = image_start_BN - document_start_BN + 1 > SHORTEST_CONTEXT
+    return is_announced_BN[image_start_BN != NO_IMAGE]
 
 
 def next_token_labels(input_ids_BT: Tensor, text_target_BT: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from golden import Golden
 from torch import Tensor
 from torch.nn import functional as F
 
+from by_ids import document_starts, text_targets
 from mm_interleaved.generation.diffusion import build_scheduler, denoise
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
@@ -22,10 +23,8 @@ from mm_interleaved.models.synchronizer import flatten_pyramid
 from mm_interleaved.visibility import (
     NO_IMAGE,
     context_images,
-    document_starts,
     next_token_labels,
     relative_image_index,
-    text_targets,
     visible_images,
 )
 

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from by_ids import document_starts
 from mm_interleaved.batch import check_slots, collate, pack
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import ModelFileError, TooLongError
 from mm_interleaved.images import SquareCrop
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.sequence import encode_document
-from mm_interleaved.visibility import NO_IMAGE, document_starts, visible_images
+from mm_interleaved.visibility import NO_IMAGE, visible_images
 
 RED, BLUE = (Image(PILImage.new("RGB", (9, 5), colour)) for colour in ("red", "blue"))
 words = st.sampled_from([Text("Pip finds a lamp."), Text("<|image|></s>"), RED, BLUE])

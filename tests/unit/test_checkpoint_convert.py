@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from by_ids import document_starts
 from mm_interleaved.checkpoint import convert as conversion
 from mm_interleaved.checkpoint import shard_writer
 from mm_interleaved.checkpoint.convert import convert_checkpoint, dry_run, export_official, refuse_misfit
@@ -22,7 +23,6 @@ from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.visibility import document_starts
 from tiny import image_ids
 
 MANIFEST = Path(__file__).parents[3] / "shared" / "reference" / "manifest.json"

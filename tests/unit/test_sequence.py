@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 from test_vocabulary import hostile_text
 
+from by_ids import text_targets
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.sequence import cut_sequence, decode_sequence, encode_document
+from mm_interleaved.errors import InputError
+from mm_interleaved.sequence import LearningRule, decode_sequence, encode_document, slice_sequence
 
 PICTURES = tuple(Image(PILImage.new("RGB", (1, 1), (n, 0, 0)), name=str(n)) for n in range(4))
 parts = st.lists(st.one_of(hostile_text.map(Text), st.sampled_from(PICTURES)), max_size=7)
@@ -119,15 +122,95 @@ def test_in_a_conversation_without_target_every_answer_and_its_end_count(byte_le
     assert counted == answers[0] + answers[1]
 
 
-@given(parts=parts, length=st.integers(0, 60))
-def test_a_cut_sequence_fits_and_its_images_are_whole(vocabulary, parts, length):
-    sequence = encode_document(document(*parts), vocabulary)
-    cut = cut_sequence(sequence, length, vocabulary.num_slots)
-    assert len(cut) <= length or len(cut) == len(sequence)
-    assert cut.input_ids.tolist() == sequence.input_ids[: len(cut)].tolist()
-    assert len(cut.images) == len(cut.image_starts) == len(cut.image_is_target)
-    assert (cut.input_ids == vocabulary.image).sum() == len(cut.images) * vocabulary.num_slots
-    assert (cut.input_ids == vocabulary.image_start).sum() == len(cut.images)
+@given(parts=parts)
+def test_what_counts_by_provenance_is_what_the_released_code_counts_by_ids(byte_level_vocabulary, parts):
+    vocabulary = byte_level_vocabulary
+    sequence = encode_document(document(*parts), vocabulary, eos=True)
+    names = ("bos", "pad", "image_start", "image")
+    special = {name: getattr(vocabulary, name) for name in names}
+    ids = torch.from_numpy(sequence.input_ids)[None]
+    by_ids = text_targets(ids, torch.ones_like(ids), **special)
+    assert sequence.text_is_target.tolist() == by_ids[0].tolist()
+
+
+@given(
+    parts=st.lists(st.one_of(hostile_text.map(Text), st.sampled_from(PICTURES)), max_size=4),
+    eos=st.booleans(),
+)
+def test_slices_at_the_borders_of_parts_are_the_documents_of_those_parts(vocabulary, parts, eos):
+    parts = [part for part in parts if part != Text("")]
+    sequence = encode_document(document(*parts), vocabulary, eos=eos)
+    assert len(sequence.part_starts) == len(parts)
+    for middle in range(len(parts)):
+        border = sequence.part_starts[middle]
+        front = slice_sequence(sequence, 0, border)
+        back = slice_sequence(sequence, border, len(sequence), with_head=True)
+        for piece, own in ((front, parts[:middle]), (back, parts[middle:])):
+            alone = encode_document(document(*own), vocabulary, eos=eos and piece is back)
+            assert piece.input_ids.tolist() == alone.input_ids.tolist()
+            assert piece.image_starts.tolist() == alone.image_starts.tolist()
+            assert piece.images == alone.images
+            assert piece.text_is_target.tolist() == alone.text_is_target.tolist()
+            assert piece.image_is_target.tolist() == alone.image_is_target.tolist()
+            assert piece.part_starts.tolist() == alone.part_starts.tolist()
+
+
+def test_the_second_half_without_bos_counts_neither_its_first_token_nor_an_image_there(vocabulary):
+    sequence = encode_document(document(Text("Pip"), PICTURES[0], Text("Pip")), vocabulary)
+    image, text = sequence.part_starts[1:]
+    assert slice_sequence(sequence, image, len(sequence)).image_is_target.tolist() == [False]
+    assert slice_sequence(sequence, image, len(sequence)).text_is_target[:5].tolist() == 4 * [False] + [True]
+    assert not slice_sequence(sequence, text, len(sequence)).text_is_target[0]
+
+
+@pytest.mark.parametrize("roles", [("user",), ("user", "assistant", "user")])
+def test_the_end_of_a_conversation_that_nobody_answered_does_not_count(vocabulary, roles):
+    talk = document(*(Text("Pip", role=role) for role in roles))
+    sequence = encode_document(talk, vocabulary, eos=True)
+    assert sequence.input_ids[-1] == vocabulary.eos and not sequence.text_is_target[-1]
+
+
+def counted(sequence, vocabulary):
+    return sequence.input_ids[sequence.text_is_target].tolist(), sequence.image_is_target.tolist()
+
+
+def test_a_learning_rule_says_which_text_and_which_images_count(vocabulary):
+    words = vocabulary.encode_text("Pip")
+    start, eos = vocabulary.image_start, vocabulary.eos
+    parts = (Text("Pip"), PICTURES[0], Text("Pip"), PICTURES[1])
+
+    def under(**rule):
+        sequence = encode_document(document(*parts), vocabulary, eos=True, learn=LearningRule(**rule))
+        return counted(sequence, vocabulary)
+
+    assert under() == ([*words, start, *words, start, eos], [True, True])
+    assert under(text="after_image") == ([start, *words, start, eos], [True, True])
+    assert under(text="none", images="last") == ([], [False, True])
+    assert under(images=(0,))[1] == under(images=(-2,))[1] == [True, False]
+    assert under(images="none")[1] == [False, False]
+
+
+def test_segmentation_to_image_trains_the_last_image_alone_because_its_record_says_so(vocabulary):
+    pair = (PICTURES[0], Text("A room."), PICTURES[1])
+    meta = {"learn": {"text": "none", "images": "last"}}
+    sequence = encode_document(Document(id="d", parts=pair, meta=meta), vocabulary, learn=LearningRule())
+    assert counted(sequence, vocabulary) == ([], [False, True])
+
+
+@pytest.mark.parametrize(
+    "learn, found",
+    [
+        ("all", "expected an object, found str"),
+        ({"image": "all"}, "found 'image'"),
+        ({"text": "some"}, "found 'some'"),
+        ({"images": [0.5]}, "list of whole numbers, found"),
+        ({"images": [True]}, "list of whole numbers, found"),
+    ],
+)
+def test_a_wrong_learning_rule_is_refused_by_its_field(vocabulary, learn, found):
+    with pytest.raises(InputError, match=found) as caught:
+        encode_document(Document(id="d", parts=(Text("Pip"),), meta={"learn": learn}), vocabulary)
+    assert caught.value.field == "meta.learn"
 
 
 def test_images_and_starts_have_to_agree_in_number(vocabulary):

@@ -7,15 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from by_ids import document_starts, text_targets
 from mm_interleaved.visibility import (
     IGNORED,
     NO_IMAGE,
+    announced_images,
     context_images,
-    document_starts,
     isolated_causal_mask,
     next_token_labels,
     relative_image_index,
-    text_targets,
     visible_images,
 )
 
@@ -135,6 +135,14 @@ def test_targets_by_ids_are_text_eos_and_announced_image_starts():
     assert counted == [4, 5, 8, 10]
     later = text_targets(ids, attention, bos=BOS, pad=PAD, image_start=START, image=SLOT, first_target=6)
     assert [i for i, counts in enumerate(later[0].tolist()) if counts] == [8, 10]
+
+
+def test_an_image_is_announced_by_more_than_the_documents_start():
+    ids = torch.tensor([[BOS, *IMAGE, WORD, *IMAGE, BOS, *IMAGE], [BOS, WORD, *IMAGE, *IMAGE, *[PAD] * 4]])
+    starts = torch.tensor([[1, 5, 9], [2, 5, NO_IMAGE]])
+    announced = announced_images(document_starts(ids, BOS), starts)
+    assert announced.tolist() == [False, True, False, True, True]
+    assert announced_images(document_starts(ids, BOS), starts[:, :0]).shape == (0,)
 
 
 def test_a_label_is_the_next_token_where_that_counts():

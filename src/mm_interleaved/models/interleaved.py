@@ -30,14 +30,12 @@ from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.vision import ImageFeatures, select_levels
 from mm_interleaved.visibility import (
     NO_IMAGE,
+    announced_images,
     context_images,
     isolated_causal_mask,
     relative_image_index,
     visible_images,
 )
-
-# A context of the document's start and the image-start token alone says nothing: such images do not count.
-SHORTEST_CONTEXT = 2
 
 
 @dataclass
@@ -195,6 +193,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         image_target: Tensor | None = None,
         target_pixel_values: Tensor | None = None,
         draws: DiffusionDraws | None = None,
+        image_weight: Tensor | None = None,
+        hide_earlier: Tensor | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
     ) -> MMInterleavedOutput:
@@ -214,6 +214,9 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             image_target: (I,) bool, images that count in the image loss; default all.
             target_pixel_values: (I, 3, h, w) RGB in [0, 1], what the image decoder shall paint.
             draws: random numbers of the image loss; drawn here by default.
+            image_weight: (I,) factor of each image's error (see `training.objectives`); default 1.
+            hide_earlier: (I,) bool, images to be painted without a look at earlier ones (synchronizer
+                dropout); default none.
             logits_to_keep: only the last so many logits; 0 = all.
         """
         # 1. See the images, embed the tokens, keep packed documents apart.
@@ -253,7 +256,15 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             output.text_loss = text_loss(logits, input_ids, text_target)
         if target_pixel_values is not None and len(target_pixel_values) and features is not None:
             output.image_loss = self.painting_loss(
-                hidden, features, image_start, document_start, target_pixel_values, image_target, draws
+                hidden,
+                features,
+                image_start,
+                document_start,
+                target_pixel_values,
+                image_target,
+                draws,
+                image_weight,
+                hide_earlier,
             )
         if output.text_loss is not None or output.image_loss is not None:
             output.loss = self.config.text_loss_weight * (0 if output.text_loss is None else output.text_loss)
@@ -271,15 +282,19 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         target_pixel_values: Tensor,
         image_target: Tensor | None = None,
         draws: DiffusionDraws | None = None,
+        image_weight: Tensor | None = None,
+        hide_earlier: Tensor | None = None,
     ) -> Tensor:
         """Denoising loss of all images of a batch; arguments as `forward`."""
         # 1. What each image is painted from.
         row, column = (image_start != NO_IMAGE).nonzero(as_tuple=True)
         end = image_start[row, column]
-        conditioning, context_length = self.condition(hidden, row, document_start[row, end], end)
+        conditioning, _ = self.condition(hidden, row, document_start[row, end], end)
         context_index = context_images(
             document_start, image_start, self.config.context_images, self.max_context_images
         )
+        if hide_earlier is not None:
+            context_index = context_index.masked_fill(hide_earlier[:, None], NO_IMAGE)
         earlier = self.look_at(features.pyramid, context_index)
 
         # 2. Noise it.
@@ -295,10 +310,11 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         target = draws.noise
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, draws.noise, draws.timestep)
-        counts = context_length > SHORTEST_CONTEXT
+        counts = announced_images(document_start, image_start)
         if image_target is not None:
             counts = counts & image_target.bool()
-        return image_loss(prediction, target, counts, count_all=self.config.compat == "released")
+        count_all = self.config.compat == "released"
+        return image_loss(prediction, target, counts, image_weight, count_all=count_all)
 
     def draw(self, target_pixel_values: Tensor, generator: torch.Generator | None = None) -> DiffusionDraws:
         """Random numbers for the denoising loss of images (I, 3, h, w)."""

@@ -24,16 +24,24 @@ def text_loss(logits_BTV: Tensor, input_ids_BT: Tensor, text_target_BT: Tensor) 
 
 
 def image_loss(
-    prediction: Tensor, target: Tensor, image_target_I: Tensor, *, count_all: bool = False
+    prediction: Tensor,
+    target: Tensor,
+    image_target_I: Tensor,
+    weight_I: Tensor | None = None,
+    *,
+    count_all: bool = False,
 ) -> Tensor:
     """Mean squared error over the images that count; 0 if none counts.
 
     Args:
         prediction, target: (I, X, y, x).
         image_target_I: bool.
+        weight_I: factor of each image's error; the number of images is what is divided by all the same.
         count_all: divide by all images, as the released code does.
     """
     error_I = denoising_errors(prediction, target) * image_target_I
+    if weight_I is not None:
+        error_I = error_I * weight_I
     count = torch.tensor(len(error_I), device=error_I.device) if count_all else image_target_I.sum()
     return error_I.sum() / count.clamp(min=1)
 
