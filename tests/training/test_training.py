@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
-from mm_interleaved.training.optimizer import learning_rate
+from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
+from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.text_side import TextSideStage, open_to_images
+from mm_interleaved.training.words import WordsStage, open_to_learning
 
 ONE_DRAWING = Mixture(share=1, batch_size=1, tasks={"draw": 1})
 QUICK = StageConfig(steps=6, learning_rate=3e-3, warmup_steps=2, ema_decay=0.9, save_every=3, log_every=2)
@@ -65,6 +68,61 @@ def test_the_image_stage_changes_nothing_that_reads(model, processor, tmp_path):
         assert torch.equal(tensor, before[f"image_decoder.vae.{name}"])
 
 
+def test_words_alone_are_learned_and_nothing_that_sees_changes(model, processor, tmp_path):
+    open_to_learning(model)
+    batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0)(0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = StageConfig(steps=40, learning_rate=1e-2, optimizer="muon", warmup_steps=5, log_every=10)
+    train_stage(WordsStage(model, lambda step: batch), config, tmp_path, seed=0)
+    lines = losses_of(tmp_path)
+    assert lines[-1]["text"] < 0.2 * lines[0]["text"], lines
+    assert lines[-1]["naming"] < 0.5 * lines[0]["naming"], lines
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    parts = (
+        "language_model.",
+        "text_head.",
+        "image_start",
+        "context_projection.",
+        "image_decoder.resampler.",
+    )
+    assert all(name.startswith(parts) and "synchronizer" not in name for name in changed), changed
+
+
+def test_the_painter_learns_from_codes_and_changes_the_unet_alone(model, processor, tmp_path):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)(0)
+    config = StageConfig(steps=60, learning_rate=1e-2, warmup_steps=5, log_every=20)
+    stage = PainterStage(model, lambda step: batch, batch_size=4, pool_batches=1, repeats=60)
+    train_stage(stage, config, tmp_path, seed=0)
+    lines = losses_of(tmp_path)
+    assert lines[-1]["image"] < 0.9 * lines[0]["image"], lines
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    parts = ("image_decoder.unet.", "image_decoder.synchronizers.", "image_decoder.negative_conditioning")
+    assert changed and all(name.startswith(parts) for name in changed), changed
+
+
+def test_muon_makes_updates_of_inner_matrices_orthogonal():
+    """All singular values of an update are alike, whatever those of the gradient; kernels count as
+    matrices.
+    """
+    torch.manual_seed(0)
+    parts = {"inner": nn.Conv2d(8, 6, 3), "text_head": nn.Linear(4, 4), "table": nn.Embedding(4, 4)}
+    assert inner_matrices(parts) == {"inner.weight"}
+    parts = {"network": nn.ModuleDict(parts)}
+    assert inner_matrices(parts) == {"network.inner.weight"}
+    kernel = parts["network"]["inner"].weight
+    parameters = {f"network.{name}": p for name, p in parts["network"].named_parameters()}
+    config = StageConfig(steps=1, learning_rate=0.1, optimizer="muon", weight_decay=0.0)
+    optimizer = build_optimizer(parameters, parts, config)
+    before = kernel.detach().clone()
+    kernel.grad = torch.randn(6, 1, 1, 1) * torch.randn(1, 8, 3, 3) + 0.05 * torch.randn(6, 8, 3, 3)
+    values = torch.linalg.svdvals(kernel.grad.flatten(1))
+    assert values.max() > 10 * values.min()
+    optimizer.step()
+    values = torch.linalg.svdvals((kernel.detach() - before).flatten(1))
+    assert values.max() < 2.5 * values.min()
+
+
 class Interrupted(TextSideStage):
     """Sends the process a SIGTERM while it makes the batch of one step."""
 
@@ -74,20 +132,22 @@ class Interrupted(TextSideStage):
         return super().make_batch(step)
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(model, processor, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_equals_uninterrupted_to_the_bit(model, processor, tmp_path, optimizer):
+    config = replace(QUICK, optimizer=optimizer)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = DocumentBatches(
         processor, (Mixture(share=1, batch_size=2, tasks={"draw": 1, "story": 1}),), seed=1
     )
-    train_stage(TextSideStage(model, batches), QUICK, tmp_path / "whole", seed=7)
+    train_stage(TextSideStage(model, batches), config, tmp_path / "whole", seed=7)
     handed_on = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     model.load_state_dict(start)
     with pytest.raises(StoppedBySignal, match="SIGTERM after step 4") as stopped:
-        train_stage(Interrupted(model, batches), QUICK, tmp_path / "halves", seed=7)
+        train_stage(Interrupted(model, batches), config, tmp_path / "halves", seed=7)
     assert stopped.value.exit_code == 75
     model.load_state_dict(start)
-    train_stage(TextSideStage(model, batches), QUICK, tmp_path / "halves", seed=7)
+    train_stage(TextSideStage(model, batches), config, tmp_path / "halves", seed=7)
 
     whole, halves = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "halves")
     assert (
@@ -124,7 +184,12 @@ def test_pictures_of_a_pool_are_what_the_model_would_paint_from(model, processor
     tasks = stage.read(documents(0))
     assert len(tasks) == inputs.image_target.sum()
     with torch.no_grad():
-        hidden = stage._hidden(inputs)
+        hidden = model(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            pixel_values=inputs.pixel_values,
+            image_start=inputs.image_start,
+        ).hidden
     first_image = int(inputs.image_start[0, 0])
     torch.testing.assert_close(tasks[0].context, hidden[0, : first_image + 1].flip(0), rtol=0.05, atol=0.05)
     assert [len(task.earlier) for task in tasks][:3] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""The shipped model from scratch: VAE, then text side, then image side, on two CPU cores.
+"""The shipped model from scratch: what sees, what reads and writes, what paints, on two CPU cores.
 
 `StoryWorldConfig` names every number; `build_*` make the parts; `train` says what is trained in which
 order.
@@ -43,13 +43,20 @@ from mm_interleaved.training.settings import StageConfig, to_record
 from mm_interleaved.training.text_side import TextSideStage, open_to_images
 from mm_interleaved.training.tokenizer import train_tokenizer
 from mm_interleaved.training.vision_side import VisionSideStage
+from mm_interleaved.training.words import WordsStage, open_to_learning
 
 PICTURE_SIZE = 64
 
+WORDS_MIXTURES = (
+    Mixture(share=2, batch_size=16, tasks={"story": 1}),
+    Mixture(share=1, batch_size=48, tasks={"draw": 1}),
+)
+"""What the language model learns its language from."""
+
 TEXT_MIXTURES = (
-    Mixture(share=4, batch_size=16, tasks={INTERVIEW: 60, "caption": 25, "paragraph": 5, "ground": 10}),
-    Mixture(share=3, batch_size=5, tasks={"story": 65, "few_shot": 12, "edit": 18, "segmentation": 5}),
-    Mixture(share=3, batch_size=48, tasks={"draw": 1}),
+    Mixture(share=5, batch_size=16, tasks={INTERVIEW: 60, "caption": 25, "paragraph": 5, "ground": 10}),
+    Mixture(share=4, batch_size=6, tasks={"story": 70, "few_shot": 10, "edit": 15, "segmentation": 5}),
+    Mixture(share=1, batch_size=48, tasks={"draw": 1}),
 )
 """What the text side learns from; interviews stand for vqa and dialogue."""
 
@@ -100,7 +107,8 @@ class StoryWorldConfig:
     num_threads: int = 2
     """Threads of PyTorch; the same number gives the same bits."""
     start_from: str = ""
-    """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay. Empty: none."""
+    """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay as they are, and
+    its language model need not learn its words. Empty: none."""
     detail_weight: float = 4.0
     """VAE: extra weight of pixels beside edges."""
     kl_weight: float = 1e-5
@@ -126,10 +134,23 @@ class StoryWorldConfig:
         )
     )
     """Second stage: the vision tower learns to name what it sees."""
-    text: StageConfig = field(
-        default_factory=lambda: StageConfig(steps=2200, learning_rate=1e-3, ema_decay=0.99, use_bfloat16=True)
+    words: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=1200,
+            learning_rate=4e-3,
+            optimizer="muon",
+            warmup_steps=50,
+            ema_decay=0.99,
+            use_bfloat16=True,
+        )
     )
-    """Third stage: the language model learns to read pictures and to write."""
+    """Third stage: the language model learns its language, from words alone."""
+    text: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=2200, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
+        )
+    )
+    """Fourth stage: it learns to read pictures."""
     painter: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=1500,
@@ -139,13 +160,13 @@ class StoryWorldConfig:
             use_bfloat16=True,
         )
     )
-    """Fourth stage: the U-Net learns to paint from codes of scenes, without language model."""
+    """Fifth stage: the U-Net learns to paint from codes of scenes, without language model."""
     image: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=1000, learning_rate=1e-3, ema_decay=0.998, use_bfloat16=True
         )
     )
-    """Fifth stage: it learns to paint from documents, and to keep what earlier pictures show."""
+    """Sixth stage: it learns to paint from documents, and to keep what earlier pictures show."""
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
@@ -289,22 +310,18 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
         torch.manual_seed(config.seed)
         model = MMInterleavedForConditionalGeneration(model_config(config.sizes, processor))
         _learn_to_see(model, config, run, folder)
-    decoder = model.image_decoder
     documents = partial(DocumentBatches, processor)
 
-    # 2. All that reads and writes.
+    # 2. All that reads and writes: the language from words alone, then with pictures.
+    if not config.start_from:
+        run(WordsStage(model, documents(WORDS_MIXTURES, seed=config.seed)), config.words, folder / "words")
     run(TextSideStage(model, documents(TEXT_MIXTURES, seed=config.seed)), config.text, folder / "text")
 
-    # 3. The U-Net from codes of scenes; then all that paints, from documents and from earlier pictures.
-    synchronizers, decoder.synchronizers = decoder.synchronizers, None
-    painter = PainterStage(model, seed=config.seed, batch_size=config.image_batch_size)
-    run(painter, config.painter, folder / "painter")
-    decoder.synchronizers = synchronizers
+    # 3. All that paints: first from codes of scenes, then from what the language model has read.
     pictures = documents(IMAGE_MIXTURES, seed=config.seed, target_pixels=True)
-    image_stage = ImageSideStage(
-        model, pictures, batch_size=config.image_batch_size, pool_batches=24, repeats=4
-    )
-    run(image_stage, config.image, folder / "image")
+    pools = {"batch_size": config.image_batch_size, "pool_batches": 24, "repeats": 4}
+    run(PainterStage(model, pictures, **pools), config.painter, folder / "painter")
+    run(ImageSideStage(model, pictures, **pools), config.image, folder / "image")
     return save_model(model, processor, folder / "model")
 
 
@@ -314,7 +331,7 @@ def _learn_to_see(
     run: Callable[..., object],
     folder: Path,
 ) -> None:
-    """The stages that need pictures alone: the VAE, and the vision tower."""
+    """The stages that need pictures alone: the VAE, and the vision tower; then the others' first weights."""
     vae = model.image_decoder.vae
     pixels = storyworld_pixels(config.seed)
     vae_stage = ImageCodecStage(
@@ -335,6 +352,7 @@ def _learn_to_see(
     )
     run(vision_stage, config.vision, folder / "vision")
     open_to_images(model)
+    open_to_learning(model)
 
 
 def save_model(

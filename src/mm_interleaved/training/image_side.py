@@ -1,69 +1,21 @@
-"""The stage that trains the image side: conditioning, U-Net and its synchronizers; what reads stays as it is.
+"""The stage that teaches the image side to paint from documents; what reads stays as it is."""
 
-What is frozen costs more than half of a step (language model, vision tower, VAE), and its output for a
-document is always the same. So documents are read in pools, and each picture of a pool is painted several
-times, each time with other noise at another time step (16 pictures a second became 27, two cores, 2026-11).
-Letters: I pictures, C context tokens, D hidden channels, K earlier images, J images that are looked at.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from mm_interleaved.batch import Batch
 from mm_interleaved.models.context import add_distances, gather_contexts
-from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.models.losses import denoising_errors
 from mm_interleaved.training.data import DocumentBatch
-from mm_interleaved.training.loop import Losses
-from mm_interleaved.visibility import NO_IMAGE, context_images
+from mm_interleaved.training.painting import PaintingStage
+from mm_interleaved.visibility import NO_IMAGE
 
 
-@dataclass(frozen=True, slots=True)
-class PaintingTask:
-    """One picture to be painted, as the frozen parts see it."""
-
-    context: Tensor
-    """(C, D): hidden states from the image-start token back to the document's start."""
-    latents: Tensor
-    """(channels, y, x), scaled: the picture."""
-    earlier: tuple[tuple[Tensor, ...], ...]
-    """Pyramids of the earlier images that it may look at, oldest first; each (channels, s, s) a level."""
-    document_id: str
-
-
-class ImageSideStage:
-    """Trains what paints, by the denoising loss, on the hidden states and pyramids of the frozen text side.
-
-    Args:
-        documents: batch number → documents, as `DocumentBatches` makes them.
-        batch_size: pictures a step.
-        pool_batches: batches of documents in a pool.
-        repeats: how often each picture of a pool is painted, on average.
-    """
+class ImageSideStage(PaintingStage):
+    """Trains conditioning, U-Net and its synchronizers on the hidden states of the frozen text side."""
 
     name = "image"
-
-    def __init__(
-        self,
-        model: MMInterleavedForConditionalGeneration,
-        documents: Callable[[int], DocumentBatch],
-        *,
-        batch_size: int,
-        pool_batches: int,
-        repeats: int,
-    ) -> None:
-        self.model, self.documents, self.batch_size = model, documents, batch_size
-        self.pool_batches, self.repeats = pool_batches, repeats
-        self._pool: list[PaintingTask] = []
-        self._pool_number = -1
-        for frozen in (model.vision, model.language_model, model.text_head, model.image_decoder.vae):
-            frozen.requires_grad_(False)
-        model.image_start_embedding.requires_grad_(False)
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         return {
@@ -71,80 +23,10 @@ class ImageSideStage:
             "context_projection": self.model.context_projection,
         }
 
-    def make_batch(self, step: int) -> list[PaintingTask]:
-        """Pictures drawn from the step's pool; which pool that is depends on the step alone."""
-        number = step // (self.pool_batches * self.repeats)
-        if number != self._pool_number:
-            first = number * self.pool_batches
-            batches = (self.documents(first + i) for i in range(self.pool_batches))
-            self._pool = [task for batch in batches for task in self.read(batch)]
-            self._pool_number = number
-        chosen = torch.randint(len(self._pool), (self.batch_size,)).tolist()
-        return [self._pool[i] for i in chosen]
-
-    @torch.no_grad()
-    def read(self, documents: DocumentBatch) -> list[PaintingTask]:
-        """What the frozen parts make of a batch of documents: a task for each picture that counts."""
+    def read_contexts(self, documents: DocumentBatch) -> list[Tensor]:
+        """Hidden states from each image-start token back to the document's start."""
         batch = documents.batch
-        with torch.autocast(batch.pixel_values.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            hidden_BTD = self._hidden(batch)
-            pyramid = self.model.encode_images(batch.pixel_values).pyramid
-            latents = self.model.image_decoder.encode(batch.target_pixel_values)
-        row_I, column_I = (batch.image_start != NO_IMAGE).nonzero(as_tuple=True)
-        end_I = batch.image_start[row_I, column_I]
-        start_I = batch.document_start[row_I, end_I]
-        context_ICD, mask_IC = gather_contexts(hidden_BTD.float(), row_I, start_I, end_I)
-        earlier_IK = context_images(
-            batch.document_start, batch.image_start, self.model.config.context_images, self._max_images()
-        )
-        settings = self.model.config.part("image_synchronizer")
-        levels = [pyramid[level].float() for level in settings.levels] if settings else []
-        return [
-            PaintingTask(
-                context=context_ICD[i, mask_IC[i]],
-                latents=latents[i].float(),
-                earlier=tuple(
-                    tuple(level[j] for level in levels) for j in earlier_IK[i].tolist() if j != NO_IMAGE
-                ),
-                document_id=documents.document_ids[row_I[i]],
-            )
-            for i in batch.image_target.nonzero().flatten().tolist()
-        ]
-
-    def compute_losses(self, batch: list[PaintingTask]) -> Losses:
-        model, decoder = self.model, self.model.image_decoder
-        # 1. What each picture is painted from.
-        context_ICD = pad_sequence([task.context for task in batch], batch_first=True)
-        length_I = torch.tensor([len(task.context) for task in batch])
-        mask_IC = torch.arange(context_ICD.shape[1]) < length_I[:, None]
-        with sdpa_kernel(SDPBackend.MATH):  # see text_side
-            conditioning = decoder.condition(add_distances(model.context_projection(context_ICD)), mask_IC)
-            earlier = self._look_at(batch)
-
-            # 2. Noise it.
-            latents = torch.stack([task.latents for task in batch])
-            scheduler = model.training_scheduler
-            timestep = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch),))
-            noise = torch.randn_like(latents)
-            noisy = scheduler.add_noise(latents, noise, timestep)
-            drop_I11 = (torch.rand(len(batch)) < model.config.condition_dropout)[:, None, None]
-            conditioning = torch.where(drop_I11, decoder.negative_conditioning, conditioning)
-
-            # 3. Predict.
-            prediction = decoder.predict(noisy, timestep, conditioning, earlier)
-        target = noise
-        if scheduler.config.prediction_type == "v_prediction":
-            target = scheduler.get_velocity(latents, noise, timestep)
-        loss = denoising_errors(prediction, target).mean()
-        return Losses(
-            total=loss,
-            named={"image": loss},
-            counts={"images": len(batch)},
-            document_ids=tuple(task.document_id for task in batch),
-        )
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        return self.model(
+        hidden_BTD = self.model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
@@ -152,19 +34,15 @@ class ImageSideStage:
             image_start=batch.image_start,
             logits_to_keep=1,
         ).hidden
+        row_I, column_I = (batch.image_start != NO_IMAGE).nonzero(as_tuple=True)
+        end_I = batch.image_start[row_I, column_I]
+        start_I = batch.document_start[row_I, end_I]
+        context_ICD, mask_IC = gather_contexts(hidden_BTD.float(), row_I, start_I, end_I)
+        return [context_CD[mask_C] for context_CD, mask_C in zip(context_ICD, mask_IC, strict=True)]
 
-    def _look_at(self, batch: list[PaintingTask]):
-        """The earlier images of all tasks behind one another; None where nobody looks."""
-        images = [image for task in batch for image in task.earlier]
-        if self.model.image_decoder.synchronizers is None or not images:
-            return None
-        index_IK = torch.full((len(batch), max(len(task.earlier) for task in batch)), NO_IMAGE)
-        first = 0
-        for row, task in zip(index_IK, batch, strict=True):
-            row[: len(task.earlier)] = torch.arange(first, first + len(task.earlier))
-            first += len(task.earlier)
-        levels = [torch.stack(level) for level in zip(*images, strict=True)]
-        return self.model.image_decoder.look_at(levels, index_IK)
-
-    def _max_images(self) -> int:
-        return max(1, self.model.max_context_images)
+    def condition(self, contexts: list[Tensor]) -> Tensor:
+        context_ICD = pad_sequence(contexts, batch_first=True)
+        length_I = torch.tensor([len(context) for context in contexts])
+        mask_IC = torch.arange(context_ICD.shape[1]) < length_I[:, None]
+        context_ICD = add_distances(self.model.context_projection(context_ICD))
+        return self.model.image_decoder.condition(context_ICD, mask_IC)

@@ -26,8 +26,6 @@ from mm_interleaved.training.optimizer import (
     AveragedWeights,
     build_optimizer,
     learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
 )
 from mm_interleaved.training.settings import StageConfig
 
@@ -134,7 +132,7 @@ def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any) -> 
     device_type = next(iter(run.parameters.values())).device.type
     with torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.use_bfloat16):
         losses = stage.compute_losses(batch)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     losses.total.backward()
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
     if not (math.isfinite(losses.total.item()) and math.isfinite(norm.item())):
@@ -157,8 +155,7 @@ class _StageRun:
         self.stage, self.config, self.folder, self.settings = stage, config, folder, settings
         self.step = 0
         self.parameters = trained_parameters(stage)
-        self.names = {parameter: name for name, parameter in self.parameters.items()}
-        self.optimizer = build_optimizer(self.parameters.values(), config)
+        self.optimizer = build_optimizer(self.parameters, stage.trained_parts(), config)
         self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
@@ -170,7 +167,7 @@ class _StageRun:
             return
         self.step = checkpoint.step
         _copy(checkpoint.tensors["weights"], self.parameters)
-        load_optimizer_tensors(self.optimizer, self.names, checkpoint.tensors["optimizer"])
+        self.optimizer.load_tensors(checkpoint.tensors["optimizer"])
         if self.average is not None and "average" in checkpoint.tensors:
             _copy(checkpoint.tensors["average"], self.average.tensors)
         logger.info("stage %s goes on after step %d", self.stage.name, self.step)
@@ -178,7 +175,7 @@ class _StageRun:
     def save(self) -> None:
         tensors: dict[str, Mapping[str, Tensor]] = {
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "optimizer": optimizer_tensors(self.optimizer, self.names),
+            "optimizer": self.optimizer.tensors(),
         }
         if self.average is not None:
             tensors["average"] = self.average.tensors

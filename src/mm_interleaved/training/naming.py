@@ -76,12 +76,15 @@ def scene_labels(scene: Scene, unknown: frozenset[str] = frozenset()) -> list[in
     return labels + [answers.index(getattr(scene, name)) for name, answers in _SETTING.items()]
 
 
-def painting_labels(documents: Sequence[Document]) -> Tensor:
+def painting_labels(documents: Sequence[Document], *, pictures_are_seen: bool = True) -> Tensor:
     """What the words before each picture, and the pictures before it, tell of it: (I, N) int64.
 
     The pictures are those of all documents in order. Badge and pattern count as told if the character stands
     in an earlier picture of its document. A document without scenes, and a picture without anything before
     it, tell nothing.
+
+    Args:
+        pictures_are_seen: False if the reader has the words alone.
     """
     rows = []
     for document in documents:
@@ -95,7 +98,7 @@ def painting_labels(documents: Sequence[Document]) -> Tensor:
             else:
                 names = {figure.character.name for figure in scenes[number].figures}
                 rows.append(scene_labels(scenes[number], frozenset(names - seen)))
-            if scenes and not is_map_first:
+            if scenes and pictures_are_seen and not is_map_first:
                 seen |= {figure.character.name for figure in scenes[number].figures}
     return torch.tensor(rows, dtype=torch.int64).view(-1, len(SIZES))
 
@@ -159,3 +162,20 @@ class SceneCode:
             sharpness * half_INd[:, n] @ table[1:].T for n, table in enumerate(self.tables[: len(SIZES)])
         ]
         return torch.cat(logits, dim=1)
+
+    def losses(self, conditioning: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """How far conditionings (I, num_vectors, dim) are from the codes of labels (I, N): scalars.
+
+        "naming" is the cross-entropy of the answers, "distance" the mean square; pictures of which nothing is
+        told do not count.
+        """
+        conditioning = conditioning.float()
+        by_name = naming_losses(self.answers(conditioning), labels)
+        is_told_I = (labels != NOT_THERE).any(1)
+        distance_I = (conditioning - self.encode(labels)).square().mean((1, 2))
+        return {
+            "naming": mean_loss(by_name),
+            "distance": (distance_I * is_told_I).sum() / is_told_I.sum().clamp(min=1),
+            "naming_badge": mean_loss(by_name, "badge"),
+            "naming_species": mean_loss(by_name, "species"),
+        }

@@ -1,7 +1,7 @@
-"""AdamW, its learning-rate schedule, and averaged weights."""
+"""The optimizers, their learning-rate schedule, and averaged weights."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,13 +9,115 @@ from torch import Tensor, nn
 
 from mm_interleaved.training.settings import StageConfig
 
+_ENDS = ("conv_in", "conv_out", "text_head", "patch_embedding")
+"""Layers between a network and what goes in or comes out of it."""
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: StageConfig) -> torch.optim.AdamW:
+
+class MuonWithAdamW:
+    """torch's Muon for the matrices inside the networks, AdamW for all else, behind the face of one
+    optimizer.
+
+    Muon (Jordan et al., 2024) makes each update of a matrix orthogonal, so that rare directions are learned
+    as fast as common ones. A kernel counts as the matrix (out, in * height * width): Muon gets a view of it.
+    Both take the same learning rate (`adjust_lr_fn="match_rms_adamw"`; Liu et al., arXiv 2502.16982).
+
+    Args:
+        parameters: what is trained, by name.
+        matrices: names of those that are Muon's, see `inner_matrices`.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], matrices: frozenset[str], config: StageConfig
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._views = {
+            name: nn.Parameter(parameters[name].detach().view(len(parameters[name]), -1))
+            for name in parameters
+            if name in matrices
+        }
+        others = {name: parameter for name, parameter in parameters.items() if name not in matrices}
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if self._views:
+            self._optimizers.append(
+                torch.optim.Muon(
+                    list(self._views.values()),
+                    lr=config.learning_rate,
+                    weight_decay=config.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        if others:
+            self._optimizers.append(_adamw(others, config))
+        self._names = {
+            **{parameter: name for name, parameter in others.items()},
+            **{view: name for name, view in self._views.items()},
+        }
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All groups, for whoever sets learning rates."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for name, view in self._views.items():
+            gradient = self._parameters[name].grad
+            view.grad = None if gradient is None else gradient.reshape(view.shape)
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Momenta and step counts, as `<parameter>:<key>`."""
+        return {
+            f"{self._names[parameter]}:{key}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `tensors` took out; a parameter that never got a gradient has nothing."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            parameter, _, key = name.rpartition(":")
+            found.setdefault(parameter, {})[key] = tensor
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if self._names[parameter] in found:
+                        optimizer.state[parameter] = found[self._names[parameter]]
+
+
+def inner_matrices(parts: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Names of the weights that are Muon's: of linear layers and convolutions that are not at a network's
+    ends.
+    """
+    return frozenset(
+        name
+        for part, module in parts.items()
+        for layer_name, layer in module.named_modules(prefix=part)
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and not any(end in (name := f"{layer_name}.weight") for end in _ENDS)
+    )
+
+
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], parts: Mapping[str, nn.Module], config: StageConfig
+) -> MuonWithAdamW:
+    """The optimizer that the configuration names, for the trained parameters of a stage's parts."""
+    matrices = inner_matrices(parts) if config.optimizer == "muon" else frozenset()
+    return MuonWithAdamW(parameters, matrices, config)
+
+
+def _adamw(parameters: Mapping[str, nn.Parameter], config: StageConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and kernels, not on biases, norms and gates."""
-    parameters = list(parameters)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta_2), eps=1e-8)
 
@@ -46,24 +148,3 @@ class AveragedWeights:
         decay = min(self.decay, (1 + step) / (10 + step))
         names = list(self.tensors)
         torch._foreach_lerp_([self.tensors[n] for n in names], [parameters[n] for n in names], 1 - decay)
-
-
-def optimizer_tensors(optimizer: torch.optim.AdamW, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """The moments and step counts by parameter name, as plain tensors."""
-    return {
-        f"{names[parameter]}:{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.AdamW, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
-) -> None:
-    """Puts back what `optimizer_tensors` took out."""
-    keys = ("step", "exp_avg", "exp_avg_sq")
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            found = {key: tensors.get(f"{names[parameter]}:{key}") for key in keys}
-            if found["step"] is not None:  # a parameter that never got a gradient has no state
-                optimizer.state[parameter] = found

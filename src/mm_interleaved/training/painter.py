@@ -1,78 +1,53 @@
 """The stage that teaches the U-Net to paint from codes of scenes, without a language model.
 
 It stands where the released model takes Stable Diffusion's weights: a U-Net that already knows how a
-conditioning becomes a picture. Letters: I pictures, N attributes.
+conditioning becomes a picture.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.models.losses import denoising_errors
-from mm_interleaved.storyworld.dice import Dice
-from mm_interleaved.storyworld.renderer import render_scene, scene_at
-from mm_interleaved.training.loop import Losses
-from mm_interleaved.training.naming import SceneCode, scene_labels
+from mm_interleaved.training.data import DocumentBatch
+from mm_interleaved.training.naming import NAMES, NOT_THERE, ONLY_SEEN, SceneCode, painting_labels
+from mm_interleaved.training.painting import PaintingStage
 
-_DOMAIN = 24
+_ONLY_SEEN = torch.tensor([name.startswith(ONLY_SEEN) for name in NAMES])
 
 
-@dataclass(frozen=True, slots=True)
-class CodedPictures:
-    """Pictures and their codes."""
+class PainterStage(PaintingStage):
+    """Trains the U-Net and its synchronizers on pictures of documents, conditioned on their scenes' codes.
 
-    latents: Tensor
-    """(I, channels, y, x), scaled."""
-    codes: Tensor
-    """(I, num_vectors, dim)."""
-    ids: tuple[str, ...]
-
-
-class PainterStage:
-    """Trains the U-Net by the denoising loss on pictures of random scenes, conditioned on their codes.
-
-    In half of the scenes badges and patterns are not told, as text alone never tells them.
+    A code tells of a picture what its words tell, and in half of the pictures also the badges and patterns
+    that earlier pictures show: in the other half the U-Net has to look for them itself.
     """
 
     name = "painter"
 
-    def __init__(self, model: MMInterleavedForConditionalGeneration, *, seed: int, batch_size: int) -> None:
-        self.model, self.seed, self.batch_size = model, seed, batch_size
+    def __init__(
+        self,
+        model: MMInterleavedForConditionalGeneration,
+        documents: Callable[[int], DocumentBatch],
+        *,
+        batch_size: int,
+        pool_batches: int,
+        repeats: int,
+    ) -> None:
+        super().__init__(model, documents, batch_size=batch_size, pool_batches=pool_batches, repeats=repeats)
         self.code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
-        model.image_decoder.vae.requires_grad_(False)
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         decoder = self.model.image_decoder
-        return {"unet": decoder.unet, "negative": nn.ParameterList([decoder.negative_conditioning])}
+        parts = {"unet": decoder.unet, "negative": nn.ParameterList([decoder.negative_conditioning])}
+        return parts if decoder.synchronizers is None else {**parts, "synchronizers": decoder.synchronizers}
 
-    def make_batch(self, step: int) -> CodedPictures:
-        first = step * self.batch_size
-        scenes = [scene_at("train", self.seed, first + i) for i in range(self.batch_size)]
-        dice = Dice(_DOMAIN, self.seed, step)
-        labels = [
-            scene_labels(scene, frozenset(f.character.name for f in scene.figures if dice.chance(50)))
-            for scene in scenes
-        ]
-        pixels = torch.from_numpy(np.stack([render_scene(scene) for scene in scenes])).permute(0, 3, 1, 2)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = self.model.image_decoder.encode(pixels.float() / 255).float()
-        ids = tuple(f"scene-{self.seed}-{first + i}" for i in range(self.batch_size))
-        return CodedPictures(latents, self.code.encode(torch.tensor(labels)), ids)
+    def read_contexts(self, documents: DocumentBatch) -> list[Tensor]:
+        """The labels of each picture, (1, N)."""
+        return [labels_N[None] for labels_N in painting_labels(documents.documents)]
 
-    def compute_losses(self, batch: CodedPictures) -> Losses:
-        decoder, scheduler = self.model.image_decoder, self.model.training_scheduler
-        timestep = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch.latents),))
-        noise = torch.randn_like(batch.latents)
-        noisy = scheduler.add_noise(batch.latents, noise, timestep)
-        drop_I11 = (torch.rand(len(batch.latents)) < self.model.config.condition_dropout)[:, None, None]
-        conditioning = torch.where(drop_I11, decoder.negative_conditioning, batch.codes)
-        with sdpa_kernel(SDPBackend.MATH):  # see text_side
-            prediction = decoder.predict(noisy, timestep, conditioning, None)
-        target = scheduler.get_velocity(batch.latents, noise, timestep)
-        loss = denoising_errors(prediction, target).mean()
-        return Losses(loss, {"image": loss}, {"images": len(batch.latents)}, batch.ids)
+    def condition(self, contexts: list[Tensor]) -> Tensor:
+        labels_IN = torch.cat(contexts).long()
+        is_silent_I1 = torch.rand(len(labels_IN), 1) < 0.5
+        return self.code.encode(labels_IN.masked_fill(is_silent_I1 & _ONLY_SEEN, NOT_THERE))

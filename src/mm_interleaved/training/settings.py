@@ -15,6 +15,8 @@ from mm_interleaved.errors import UsageError
 
 Settings = TypeVar("Settings")
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageConfig:
@@ -24,12 +26,14 @@ class StageConfig:
     """Optimizer steps in all; with `--resume` a larger number goes on from the last checkpoint."""
     learning_rate: float
     """Highest learning rate, reached after the warm-up and held until the decay."""
+    optimizer: str = "adamw"
+    """"adamw", or "muon" for the matrices inside the networks (AdamW for all else)."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly from 0."""
     decay_fraction: float = 0.3
     """Last part of the steps, over which the learning rate falls to 0 along a half cosine."""
     weight_decay: float = 0.01
-    """AdamW's; matrices and kernels only."""
+    """A step's, times the learning rate; matrices and kernels only."""
     beta_2: float = 0.98
     """AdamW's second-moment decay; its first is 0.9."""
     max_grad_norm: float = 1.0
@@ -49,6 +53,8 @@ class StageConfig:
                 "steps, save_every and log_every must be 1 or more, found "
                 f"{self.steps}, {self.save_every}, {self.log_every}"
             )
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
         if not 0 <= self.decay_fraction <= 1:
             raise UsageError(f"decay_fraction must lie in [0, 1], found {self.decay_fraction}")
         if not 0 <= self.ema_decay < 1:

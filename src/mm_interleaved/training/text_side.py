@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.training.data import DocumentBatch
 from mm_interleaved.training.loop import Losses
-from mm_interleaved.training.naming import NOT_THERE, SceneCode, mean_loss, naming_losses, painting_labels
+from mm_interleaved.training.naming import SceneCode, painting_labels
 from mm_interleaved.visibility import NO_IMAGE
 
 
@@ -61,16 +61,9 @@ class TextSideStage:
             row_I, column_I = (inputs.image_start != NO_IMAGE).nonzero(as_tuple=True)
             end_I = inputs.image_start[row_I, column_I]
             conditioning, _ = self.model.condition(output.hidden, row_I, torch.zeros_like(end_I), end_I)
-        labels = painting_labels(batch.documents)
-        losses = naming_losses(self.code.answers(conditioning.float()), labels)
-        is_told_I = (labels != NOT_THERE).any(1)
-        distance_I = (conditioning.float() - self.code.encode(labels)).square().mean((1, 2))
         named = {
             "text": output.text_loss,
-            "naming": mean_loss(losses),
-            "distance": (distance_I * is_told_I).sum() / is_told_I.sum().clamp(min=1),
-            "naming_badge": mean_loss(losses, "badge"),
-            "naming_species": mean_loss(losses, "species"),
+            **self.code.losses(conditioning, painting_labels(batch.documents)),
         }
         return Losses(
             total=named["text"] + named["naming"] + named["distance"],

@@ -1,0 +1,160 @@
+"""What the two stages share that teach the U-Net to paint: pictures in pools, and the denoising loss.
+
+What is frozen costs more than half of a step (vision tower, VAE, language model), and its output for a
+document is always the same. So documents are read in pools, and each picture of a pool is painted several
+times, each time with other noise at another time step (16 pictures a second became 27, two cores, 2026-11).
+Letters: I pictures, C context tokens, D their channels, K earlier images, J images that are looked at.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.losses import denoising_errors
+from mm_interleaved.training.data import DocumentBatch
+from mm_interleaved.training.loop import Losses
+from mm_interleaved.visibility import NO_IMAGE, context_images
+
+
+@dataclass(frozen=True, slots=True)
+class PaintingTask:
+    """One picture to be painted, as the frozen parts see it."""
+
+    context: Tensor
+    """(C, D): what it is painted from; a stage of its own knows how."""
+    latents: Tensor
+    """(channels, y, x), scaled: the picture."""
+    earlier: tuple[tuple[Tensor, ...], ...]
+    """Pyramids of the earlier images that it may look at, oldest first; each (channels, s, s) a level."""
+    document_id: str
+
+
+class PaintingStage(ABC):
+    """Trains what paints, by the denoising loss, on documents as the frozen parts see them.
+
+    Args:
+        documents: batch number → documents, as `DocumentBatches` makes them, with target pixels.
+        batch_size: pictures a step.
+        pool_batches: batches of documents in a pool.
+        repeats: how often each picture of a pool is painted, on average.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        model: MMInterleavedForConditionalGeneration,
+        documents: Callable[[int], DocumentBatch],
+        *,
+        batch_size: int,
+        pool_batches: int,
+        repeats: int,
+    ) -> None:
+        self.model, self.documents, self.batch_size = model, documents, batch_size
+        self.pool_batches, self.repeats = pool_batches, repeats
+        self._pool: list[PaintingTask] = []
+        self._pool_number = -1
+        for frozen in (model.vision, model.language_model, model.text_head, model.image_decoder.vae):
+            frozen.requires_grad_(False)
+        model.image_start_embedding.requires_grad_(False)
+
+    @abstractmethod
+    def trained_parts(self) -> Mapping[str, nn.Module]:
+        """See `loop.Stage`."""
+
+    @abstractmethod
+    def read_contexts(self, documents: DocumentBatch) -> list[Tensor]:
+        """What each picture of a batch is painted from, (C, D) each."""
+
+    @abstractmethod
+    def condition(self, contexts: list[Tensor]) -> Tensor:
+        """Conditioning (I, R, D) from contexts."""
+
+    def make_batch(self, step: int) -> list[PaintingTask]:
+        """Pictures drawn from the step's pool; which pool that is depends on the step alone."""
+        number = step // (self.pool_batches * self.repeats)
+        if number != self._pool_number:
+            first = number * self.pool_batches
+            batches = (self.documents(first + i) for i in range(self.pool_batches))
+            self._pool = [task for batch in batches for task in self.read(batch)]
+            self._pool_number = number
+        chosen = torch.randint(len(self._pool), (self.batch_size,)).tolist()
+        return [self._pool[i] for i in chosen]
+
+    @torch.no_grad()
+    def read(self, documents: DocumentBatch) -> list[PaintingTask]:
+        """What the frozen parts make of a batch of documents: a task for each picture that counts."""
+        batch = documents.batch
+        with torch.autocast(batch.pixel_values.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            contexts = self.read_contexts(documents)
+            latents = self.model.image_decoder.encode(batch.target_pixel_values)
+            settings = self.model.config.part("image_synchronizer")
+            levels = []
+            if settings is not None:
+                pyramid = self.model.encode_images(batch.pixel_values).pyramid
+                levels = [pyramid[level].float() for level in settings.levels]
+        earlier_IK = context_images(
+            batch.document_start,
+            batch.image_start,
+            self.model.config.context_images,
+            max(1, self.model.max_context_images),
+        )
+        row_I = (batch.image_start != NO_IMAGE).nonzero(as_tuple=True)[0]
+        return [
+            PaintingTask(
+                context=contexts[i].float(),
+                latents=latents[i].float(),
+                earlier=tuple(
+                    tuple(level[j] for level in levels) for j in earlier_IK[i].tolist() if j != NO_IMAGE
+                ),
+                document_id=documents.document_ids[row_I[i]],
+            )
+            for i in batch.image_target.nonzero().flatten().tolist()
+        ]
+
+    def compute_losses(self, batch: list[PaintingTask]) -> Losses:
+        model, decoder = self.model, self.model.image_decoder
+        with sdpa_kernel(SDPBackend.MATH):  # see text_side
+            # 1. What each picture is painted from.
+            conditioning = self.condition([task.context for task in batch])
+            earlier = self._look_at(batch)
+
+            # 2. Noise it.
+            latents = torch.stack([task.latents for task in batch])
+            scheduler = model.training_scheduler
+            timestep = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch),))
+            noise = torch.randn_like(latents)
+            noisy = scheduler.add_noise(latents, noise, timestep)
+            drop_I11 = (torch.rand(len(batch)) < model.config.condition_dropout)[:, None, None]
+            conditioning = torch.where(drop_I11, decoder.negative_conditioning, conditioning)
+
+            # 3. Predict.
+            prediction = decoder.predict(noisy, timestep, conditioning, earlier)
+        target = noise
+        if scheduler.config.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(latents, noise, timestep)
+        loss = denoising_errors(prediction, target).mean()
+        return Losses(
+            total=loss,
+            named={"image": loss},
+            counts={"images": len(batch)},
+            document_ids=tuple(task.document_id for task in batch),
+        )
+
+    def _look_at(self, batch: list[PaintingTask]):
+        """The earlier images of all tasks behind one another; None where nobody looks."""
+        images = [image for task in batch for image in task.earlier]
+        if self.model.image_decoder.synchronizers is None or not images:
+            return None
+        index_IK = torch.full((len(batch), max(len(task.earlier) for task in batch)), NO_IMAGE)
+        first = 0
+        for row, task in zip(index_IK, batch, strict=True):
+            row[: len(task.earlier)] = torch.arange(first, first + len(task.earlier))
+            first += len(task.earlier)
+        levels = [torch.stack(level) for level in zip(*images, strict=True)]
+        return self.model.image_decoder.look_at(levels, index_IK)
