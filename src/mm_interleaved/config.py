@@ -133,9 +133,9 @@ class MMInterleavedConfig(PreTrainedConfig):
                 setattr(self, name, asdict(value))
         super().__post_init__(**kwargs)
         if self.context_images not in CONTEXT_RULES:
-            raise ValueError(f"context_images must be one of {CONTEXT_RULES}, got {self.context_images!r}")
+            raise ValueError(f"context_images must be one of {CONTEXT_RULES}, found {self.context_images!r}")
         if self.compat not in (None, "released"):
-            raise ValueError(f"compat must be None or 'released', got {self.compat!r}")
+            raise ValueError(f"compat must be None or 'released', found {self.compat!r}")
 
     def part(self, name: str) -> Any:
         """The dataclass of one of our own parts, or None where the model lacks it."""

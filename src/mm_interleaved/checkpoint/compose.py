@@ -184,7 +184,7 @@ def _config(
     if not isinstance(conditioning_dim, int):
         raise ModelFileError(
             "diffusion: does not have the shape of SD 1.x/2.x: expected one cross_attention_dim, "
-            f"got {conditioning_dim}"
+            f"found {conditioning_dim}"
         )
     text_settings = {
         **text.to_dict(),

@@ -182,7 +182,7 @@ class KeyReport:
     unexpected: tuple[str, ...]
     """Official names that no rule knows, or whose place the model lacks."""
     misshapen: tuple[str, ...]
-    """`name: expected shape, got shape`."""
+    """`name: expected shape, found shape`."""
 
     @property
     def fits(self) -> bool:
@@ -256,7 +256,7 @@ def compare_keys(
         filled.add(key)
         expected = (1,) * _LEADING_AXES.get(name.rsplit(".", 1)[-1], 0) + tuple(ours[key])
         if shape is not None and tuple(shape) != expected:
-            misshapen.append(f"{name}: expected {expected}, got {tuple(shape)}")
+            misshapen.append(f"{name}: expected {expected}, found {tuple(shape)}")
         else:
             mapped += 1
     missing = [official_key(key) or key for key in ours if key not in filled]

@@ -103,7 +103,7 @@ def refuse_unfit(
     ]
     unexpected = sorted(found.keys() - expected.keys())
     misshapen = [
-        f"{name} (expected {expected[name]}, got {found[name]})"
+        f"{name} (expected {expected[name]}, found {found[name]})"
         for name in sorted(expected.keys() & found.keys())
         if tuple(expected[name]) != tuple(found[name])
     ]

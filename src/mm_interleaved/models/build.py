@@ -26,7 +26,7 @@ def build_vision_tower(config: MMInterleavedConfig) -> VisionTower:
             f"adapter.num_interactions {adapter.num_interactions}"
         )
     if adapter.num_interactions < 4:
-        raise ValueError(f"adapter.num_interactions must be at least 4, got {adapter.num_interactions}")
+        raise ValueError(f"adapter.num_interactions must be at least 4, found {adapter.num_interactions}")
     if vision.image_size % (2 * vision.patch_size):
         raise ValueError(
             f"vision_config.image_size {vision.image_size} must be a multiple of two patches "

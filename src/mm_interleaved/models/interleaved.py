@@ -223,7 +223,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         features = None if pixel_values is None else self.encode_images(pixel_values)
         if inputs_embeds is None:
             if input_ids is None:
-                raise ValueError("forward needs input_ids or inputs_embeds, got neither")
+                raise ValueError("forward needs input_ids or inputs_embeds, found neither")
             inputs_embeds = self.embed(input_ids, image_start, None if features is None else features.slots)
         rows, num_tokens = inputs_embeds.shape[:2]
         if document_start is None:

@@ -42,7 +42,7 @@ def resize_grid_table(table_gD: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _sincos(position_T: Tensor, dim: int) -> Tensor:
     if dim % 2:
-        raise ValueError(f"a sine-cosine table needs an even number of channels per axis, got {dim}")
+        raise ValueError(f"a sine-cosine table needs an even number of channels per axis, found {dim}")
     rate = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=position_T.device) / (dim / 2))
     angle = position_T[:, None] * rate[None, :]
     return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -141,7 +141,7 @@ class VisionTower(nn.Module):
         if height != width or height % (2 * patch_size):
             raise ValueError(
                 f"images must be square with sides a multiple of {2 * patch_size} (two patches), "
-                f"got {width} x {height}"
+                f"found {width} x {height}"
             )
         normalised = (pixels_I3yx - self.mean) / self.std
         return self.clip.embed(normalised), normalised
