@@ -172,7 +172,7 @@ def test_a_dry_run_names_what_does_not_fit(damaged):
     assert str(report).splitlines() == [
         "missing: soi_token",
         "unexpected: a.new.key",
-        f"misshapen: text_decoder.head.bias: expected ({VOCAB_SIZE + 2},), got (7,)",
+        f"misshapen: text_decoder.head.bias: expected ({VOCAB_SIZE + 2},), found (7,)",
         f"mapped {len(weights) - 2} of {len(weights)}",
     ]
     with pytest.raises(

@@ -248,7 +248,7 @@ def test_missing_left_over_and_misshapen_tensors_are_named(damaged):
     refused(
         damaged,
         r"1 missing tensors: image_start_embedding; 1 unexpected tensors: another\.name; "
-        r"1 misshapen tensors: text_head\.new\.bias \(expected \(2,\), got \(3,\)\)",
+        r"1 misshapen tensors: text_head\.new\.bias \(expected \(2,\), found \(3,\)\)",
     )
 
 
@@ -256,7 +256,7 @@ def test_a_vocabulary_of_another_size_is_named(damaged):
     config = json.loads((damaged / "config.json").read_text())
     config["text_config"]["vocab_size"] += 2
     (damaged / "config.json").write_text(json.dumps(config))
-    refused(damaged, r"embed_tokens\.weight \(expected \(302, 32\), got \(300, 32\)\)")
+    refused(damaged, r"embed_tokens\.weight \(expected \(302, 32\), found \(300, 32\)\)")
 
 
 def test_a_cut_file_is_refused_with_its_name_at_any_length(damaged):
