@@ -20,7 +20,7 @@ from typing import Any
 
 from mm_interleaved.document import Document, Image, ImagePath, Part, Text, document_to_record
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.image_references import ImageFolder
+from mm_interleaved.image_references import ImageFolder, ImageStore
 from mm_interleaved.images import to_png
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.strict_json import Field, FieldError, Record, read_records
@@ -49,7 +49,7 @@ class Format:
     """A form of record: the fields it is known by, further fields it uses, and its reader."""
 
     known_by: tuple[str, ...]
-    read: Callable[[Field, ImageFolder], Body]
+    read: Callable[[Field, ImageStore], Body]
     uses: tuple[str, ...] = ()
 
 
@@ -87,7 +87,7 @@ def read_documents(
     return documents
 
 
-def read_record(record: Record, folder: ImageFolder) -> Document:
+def read_record(record: Record, folder: ImageStore) -> Document:
     """The document of one record, whichever of the known forms it has. Raises InputError."""
     try:
         return _read(record.field, folder, record.number)
@@ -123,7 +123,7 @@ def write_documents(path: str | Path, documents: Iterable[Document], image_path:
         raise
 
 
-def _read(record: Field, folder: ImageFolder, number: int) -> Document:
+def _read(record: Field, folder: ImageStore, number: int) -> Document:
     fields = record.object()
     found = next((form for form in FORMATS if all(name in fields for name in form.known_by)), None)
     if found is None:
@@ -184,11 +184,11 @@ def _other_fields(record: Field, known: Sequence[str]) -> dict[str, Any]:
 # The canonical form, and what other programs write in its place
 
 
-def _read_content(record: Field, folder: ImageFolder) -> Body:
+def _read_content(record: Field, folder: ImageStore) -> Body:
     return Body(_content(record["content"], folder))
 
 
-def _read_messages(record: Field, folder: ImageFolder) -> Body:
+def _read_messages(record: Field, folder: ImageStore) -> Body:
     messages = record["messages"].list()
     if "images" in record and all(isinstance(message["content"].value, str) for message in messages):
         texts = [(message["content"].text(), message["role"].text()) for message in messages]
@@ -202,13 +202,13 @@ def _read_messages(record: Field, folder: ImageFolder) -> Body:
     return Body(parts)
 
 
-def _content(content: Field, folder: ImageFolder, role: str | None = None) -> list[Part]:
+def _content(content: Field, folder: ImageStore, role: str | None = None) -> list[Part]:
     if isinstance(content.value, str):
         return [Text(content.text(), role=role)]
     return [part for item in content.list() for part in _part(item, folder, role)]
 
 
-def _part(item: Field, folder: ImageFolder, role: str | None) -> list[Part]:
+def _part(item: Field, folder: ImageStore, role: str | None) -> list[Part]:
     if isinstance(item.value, str):
         return [Text(item.text(), role=role)]
     own_role = item.get("role")
@@ -237,7 +237,7 @@ def _part(item: Field, folder: ImageFolder, role: str | None) -> list[Part]:
     ]
 
 
-def _image(item: Field, folder: ImageFolder, role: str | None) -> Image | None:
+def _image(item: Field, folder: ImageStore, role: str | None) -> Image | None:
     """The image of a part: by `image`, `url`, `path`, `base64`, or OpenAI's `image_url`."""
     if "base64" in item:
         return folder.encoded(item["base64"], role)
@@ -248,7 +248,7 @@ def _image(item: Field, folder: ImageFolder, role: str | None) -> Image | None:
     return folder.image(item["image"], role)
 
 
-def _pair(item: Field, folder: ImageFolder, role: str | None = None) -> list[Part]:
+def _pair(item: Field, folder: ImageStore, role: str | None = None) -> list[Part]:
     """A text and an image, in the order in which the fields stand; either may be missing or null."""
     parts: list[Part] = []
     for name in item.object():
@@ -267,11 +267,11 @@ def _pair(item: Field, folder: ImageFolder, role: str | None = None) -> list[Par
     return parts
 
 
-def _read_pair(record: Field, folder: ImageFolder) -> Body:
+def _read_pair(record: Field, folder: ImageStore) -> Body:
     return Body(_pair(record, folder))
 
 
-def _read_captions(record: Field, folder: ImageFolder) -> Body:
+def _read_captions(record: Field, folder: ImageStore) -> Body:
     """`images` and `captions` of equal length, each image beside its caption, in the order of the two
     fields.
     """
@@ -290,7 +290,7 @@ def _read_captions(record: Field, folder: ImageFolder) -> Body:
 # LLaVA, ShareGPT and CoMM: `<image>` in the text stands for an image, if there are as many as images
 
 
-def _read_llava(record: Field, folder: ImageFolder) -> Body:
+def _read_llava(record: Field, folder: ImageStore) -> Body:
     texts = []
     for turn in record["conversations"].list():
         speaker = turn["from"].text()
@@ -301,7 +301,7 @@ def _read_llava(record: Field, folder: ImageFolder) -> Body:
     return Body(_with_placeholders(texts, _images(references, folder), record.path))
 
 
-def _read_comm(record: Field, folder: ImageFolder) -> Body:
+def _read_comm(record: Field, folder: ImageStore) -> Body:
     asked = [(record["model_input"].text(), None)]
     parts = _with_placeholders(asked, _images(record.get("input_image_list"), folder), record.path)
     answer, images = record.get("model_output"), record.get("output_gt_image_list")
@@ -312,7 +312,7 @@ def _read_comm(record: Field, folder: ImageFolder) -> Body:
     )
 
 
-def _images(references: Field | None, folder: ImageFolder) -> list[Image | None]:
+def _images(references: Field | None, folder: ImageStore) -> list[Image | None]:
     if references is None:
         return []
     if isinstance(references.value, str):
@@ -356,7 +356,7 @@ def _with_placeholders(
 # MMC4, OBELICS and the official annotations: sentences with images between them
 
 
-def _read_mmc4(record: Field, folder: ImageFolder) -> Body:
+def _read_mmc4(record: Field, folder: ImageStore) -> Body:
     """Each image before the sentence it is matched with."""
     sentences = [sentence.text() for sentence in record["text_list"].list()]
     infos = record["image_info"].list()
@@ -377,7 +377,7 @@ def _read_mmc4(record: Field, folder: ImageFolder) -> Body:
     return Body(_between(sentences, placed))
 
 
-def _read_obelics(record: Field, folder: ImageFolder) -> Body:
+def _read_obelics(record: Field, folder: ImageStore) -> Body:
     """Two lists of equal length; at each index either a text or an image."""
     _same_length(record, "texts", "images")
     parts: list[Part] = []
@@ -395,7 +395,7 @@ def _read_obelics(record: Field, folder: ImageFolder) -> Body:
     return Body(parts)
 
 
-def _read_annotation(record: Field, folder: ImageFolder) -> Body:
+def _read_annotation(record: Field, folder: ImageStore) -> Body:
     """The official input of interactive generation.
 
     `generate_images` asks for the last image: the file named there is a dummy, never looked at.

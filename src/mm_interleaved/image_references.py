@@ -9,6 +9,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from mm_interleaved.document import Image
 from mm_interleaved.errors import escape
@@ -16,6 +17,23 @@ from mm_interleaved.images import MAX_FILE_BYTES, file_kind
 from mm_interleaved.strict_json import MAX_RECORD_BYTES, Field, FieldError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|file:", re.ASCII | re.IGNORECASE)
+
+
+class ImageStore(Protocol):
+    """Whatever finds the images that records name."""
+
+    @property
+    def skip_missing(self) -> bool:
+        """Leave out images that are not there."""
+        ...
+
+    def image(self, reference: Field, role: str | None = None) -> Image | None:
+        """The image that a string names; None where it is missing and may be. Raises FieldError."""
+        ...
+
+    def encoded(self, reference: Field, role: str | None = None) -> Image:
+        """The image in a string of base64. Raises FieldError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +57,15 @@ class ImageFolder:
         Raises FieldError: a remote address, a path out of the folder, no such file, not a regular file, bad
         base64.
         """
-        text = reference.text(MAX_RECORD_BYTES)
-        if text.startswith("data:"):
-            return Image(_data_url(reference), role=role)
-        if _SCHEME.match(text):
-            scheme = text.split(":")[0]
-            raise FieldError(
-                reference.path,
-                f"found the address {escape(text, 60)!r}, expected a local path or a data: URL "
-                f"({escape(scheme, 20)} addresses are never fetched)",
-            )
+        embedded = embedded_image(reference, role)
+        if embedded is not None:
+            return embedded
         path = self._resolved(reference)
-        return None if path is None else Image(path, role=role, name=text)
+        return None if path is None else Image(path, role=role, name=reference.text())
 
     def encoded(self, reference: Field, role: str | None = None) -> Image:
         """The image in a string of base64."""
-        return Image(_base64(reference, reference.text(MAX_RECORD_BYTES)), role=role)
+        return encoded_image(reference, role)
 
     def _resolved(self, reference: Field) -> Path | None:
         text = reference.text()
@@ -84,6 +95,29 @@ class ImageFolder:
         if self.skip_missing:
             return None
         raise FieldError(reference.path, f"there is no file {escape(text)!r} in {escape(str(self.beside))}")
+
+
+def embedded_image(reference: Field, role: str | None = None) -> Image | None:
+    """The image in a `data:` URL; None where the string may be a name.
+
+    Raises FieldError: a remote address, bad base64.
+    """
+    text = reference.text(MAX_RECORD_BYTES)
+    if text.startswith("data:"):
+        return Image(_data_url(reference), role=role)
+    if _SCHEME.match(text):
+        scheme = text.split(":")[0]
+        raise FieldError(
+            reference.path,
+            f"found the address {escape(text, 60)!r}, expected a local path or a data: URL "
+            f"({escape(scheme, 20)} addresses are never fetched)",
+        )
+    return None
+
+
+def encoded_image(reference: Field, role: str | None = None) -> Image:
+    """The image in a string of base64. Raises FieldError."""
+    return Image(_base64(reference, reference.text(MAX_RECORD_BYTES)), role=role)
 
 
 def _data_url(reference: Field) -> bytes:

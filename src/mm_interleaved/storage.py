@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from mm_interleaved.errors import StorageError, UsageError
 
@@ -22,12 +23,21 @@ _DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROF
 
 
 def write_file(path: Path, data: bytes):
-    """Put `data` at `path`: under a temporary name first, synced, then renamed over what was there."""
+    """Put `data` at `path`, all of it or nothing."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is whole or not there: what is written to the one that is yielded takes its place at the
+    end, under a temporary name first, synced, then renamed over what was there.
+    """
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     with _storage_errors(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -141,7 +141,7 @@ def read_records(path: Path) -> Iterator[Record]:
             while line := file.readline(MAX_RECORD_BYTES + 1):
                 number += 1
                 place = f"{path}:{number}"
-                text = _decoded(_limited(line, place), place, is_start=number == 1)
+                text = decoded(_limited(line, place), place, is_start=number == 1)
                 if text.strip():
                     yield Record(place, number, Field(parse_strict(text, place, first_line=None)))
     except OSError as error:
@@ -198,7 +198,7 @@ def parse_strict(text: str, place: str, first_line: int | None = 1) -> Any:
 
 
 def _whole_file(path: Path, data: bytes) -> Iterator[Record]:
-    value = parse_strict(_decoded(data, str(path), is_start=True), str(path))
+    value = parse_strict(decoded(data, str(path), is_start=True), str(path))
     if isinstance(value, list):
         for index, item in enumerate(value):
             yield Record(str(path), index + 1, Field(item, f"[{index}]"))
@@ -223,7 +223,8 @@ def _limited(data: bytes, place: str) -> bytes:
     return data
 
 
-def _decoded(data: bytes, place: str, is_start: bool) -> str:
+def decoded(data: bytes, place: str, is_start: bool) -> str:
+    """UTF-8 bytes as text; a byte-order mark may stand at the start of a file. Raises InputError."""
     if is_start:
         for mark, name in _BOMS:
             if data.startswith(mark):

@@ -24,11 +24,12 @@ from mm_interleaved.cli.main import run
     ],
 )
 def test_a_full_memory_is_no_bug(capsys, monkeypatch, tmp_path, error, size):
-    def fail(path, image_root):
+    def fail(path):
         raise error
 
-    monkeypatch.setattr("mm_interleaved.document_formats.read_documents", fail)
-    assert run(["data", "convert", "in.jsonl", str(tmp_path / "out.jsonl")]) == 2
+    monkeypatch.setattr("mm_interleaved.data.sources.registry.source_name_of", fail)
+    (tmp_path / "in.jsonl").touch()
+    assert run(["data", "convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
     told = capsys.readouterr().err
     assert "memory" in told and size in told and "--dtype" in told and told.count("\n") == 1
 

@@ -53,6 +53,12 @@ UNWANTED = (
 )
 
 
+# Published annotations that are pickles are read by this one file, once, through an allow-list; and only the
+# command that writes them as JSON may ask it to.
+UNPICKLER = "data/pickled_annotations.py"
+UNPICKLER_USERS = {"cli/corpora.py"}
+
+
 def module_of(name):
     """Dotted name of a file, without the package's."""
     dotted = name.removesuffix(".py").replace("/", ".")
@@ -145,7 +151,18 @@ def test_a_lower_part_never_imports_a_higher_one(chain):
 
 
 def test_unwanted_packages_are_imported_nowhere():
-    assert [i for i in imports() if i[2].split(".")[0] in UNWANTED] == []
+    unwanted = [(name, module) for name, _, module in imports() if module.split(".")[0] in UNWANTED]
+    assert unwanted == [(UNPICKLER, "pickle")]
+
+
+def test_no_loader_reads_a_pickle():
+    module = module_of(UNPICKLER)
+    users = {name for name, _, _, imported in own_imports() if imported.startswith(module)}
+    assert users == UNPICKLER_USERS
+    calls = {called(node) for name, node in nodes(ast.Call) if name == UNPICKLER}
+    assert not {"pickle.load", "pickle.loads", "pickle.Unpickler"} & calls
+    allowing = [k for _, node in nodes(ast.Call) for k in node.keywords if k.arg == "allow_pickle"]
+    assert all(isinstance(k.value, ast.Constant) and k.value.value is False for k in allowing)
 
 
 def test_pickles_are_read_with_weights_only():

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mm_interleaved.cli.command import command
 from mm_interleaved.cli.generate import SOME_FAILED
 from mm_interleaved.cli.output import progress, say, say_error
-from mm_interleaved.errors import InputError, MMInterleavedError, UsageError
+from mm_interleaved.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from mm_interleaved.data.check import CountTokens, Look
+    from mm_interleaved.data.sources.source import Shard, Source
+
+Form = Annotated[
+    str | None,
+    typer.Option("--format", help="mmc4, webdataset, captions, vqa ... (default: told by the file)."),
+]
+ImageRoot = Annotated[
+    str | None,
+    typer.Option(help="Images may lie here and below; also an address, or .tar files.", metavar="DIR"),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of the format, such as min_similarity=0.3.", metavar="NAME=VALUE"),
+]
 
 
 def add_to(app: typer.Typer):
@@ -24,57 +41,115 @@ def add_to(app: typer.Typer):
 
 def check(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help=".json or .jsonl, in any known format.")
+        list[str],
+        typer.Argument(metavar="FILE...", help="Files, globs, addresses; each is reported by itself."),
     ],
-    image_root: Annotated[
-        Path | None, typer.Option(help="Images may lie here and below.", metavar="DIR")
+    form: Form = None,
+    image_root: ImageRoot = None,
+    settings: Settings = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet with the histograms.", metavar="HTML")
     ] = None,
+    model: Annotated[
+        str, typer.Option(help="Whose tokens are counted; none counts no tokens.")
+    ] = "storyworld",
+    limit: Annotated[int | None, typer.Option(min=1, help="Look at so many items of each shard.")] = None,
+    opens_images: Annotated[
+        bool, typer.Option("--open-images/--no-open-images", help="Open each image.")
+    ] = True,
+    writes_manifest: Annotated[
+        bool,
+        typer.Option("--write-manifest", help="Write shards.json: sizes and hashes that readers then check."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON, a line a FILE.")] = False,
 ) -> int:
-    """Read documents and open every image; say what is there and what is wrong.
+    """Look through corpora of any format, open every image; say what is there and what is wrong.
 
-    Every file is looked at. Ends with 3 if one of them is no file of documents or has a wrong field (of each
-    file the first is named), else with 7 if an image cannot be opened (each one is named), else with 0.
+    Every file is looked at. Ends with 3 if one of them is no file of documents or has a broken item (each one
+    is named), else with 7 if an image cannot be opened (each one is named), else with 0.
     """
-    from mm_interleaved.document import Image
-    from mm_interleaved.document_formats import read_documents
+    from mm_interleaved.data.check import Look, Report
+    from mm_interleaved.data.check_page import render_contact_sheet
+    from mm_interleaved.storage import make_folder, write_file
 
-    num_broken = num_wrong = 0
+    count_tokens = None if model == "none" else _token_counter(model)
+    reports: list[Report] = []
+    num_wrong = num_broken_images = 0
     for path in paths:
+        look = Look(path, count_tokens=count_tokens, opens_images=opens_images, max_items=limit)
         try:
-            documents = read_documents(path, image_root=image_root)
+            source = _source(path, form, image_root, settings)
+            shards = source.shards()
+            _look_through(look, source, shards)
+            if writes_manifest:
+                _write_manifests([shard.name for shard in shards])
         except InputError as error:
             say_error(str(error))
             num_wrong += 1
             continue
-        counts: Counter[str] = Counter()
-        with progress(len(documents), path.name) as bar:
-            for document in documents:
-                for part in (*document.parts, *document.target):
-                    counts["images" if isinstance(part, Image) else "texts"] += 1
-                    if isinstance(part, Image):
-                        num_broken += _is_broken(part, document.id)
-                bar.advance(document.id)
-        say(f"{path}: {len(documents)} documents, {counts['texts']} texts, {counts['images']} images")
+        report = look.report
+        reports.append(report)
+        num_wrong += report.num_broken
+        num_broken_images += report.num_broken_images
+        if not (report.num_documents or report.num_broken or report.filtered):
+            say_error(f"{path}: found no document, expected at least one")
+            num_wrong += 1
+        say(json.dumps(report.to_json(), ensure_ascii=False) if as_json else _told(report))
+    if page is not None and reports:
+        make_folder(page.parent)
+        write_file(page, render_contact_sheet(reports))
+        say(f"{page}: contact sheet")
     if num_wrong:
         return InputError.exit_code
-    return SOME_FAILED if num_broken else 0
+    return SOME_FAILED if num_broken_images else 0
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help=".json or .jsonl, in any known format.")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="A file, glob or address of any format.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The canonical .jsonl to write.")],
-    image_root: Annotated[
-        Path | None, typer.Option(help="Images may lie here and below.", metavar="DIR")
-    ] = None,
-):
-    """Rewrite documents in the canonical form, one a line."""
-    from mm_interleaved.document_formats import read_documents, write_documents
-    from mm_interleaved.storage import make_folder
+    form: Form = None,
+    image_root: ImageRoot = None,
+    settings: Settings = None,
+    refers_to_images: Annotated[
+        bool,
+        typer.Option(
+            "--refer-to-images", help="Name images where they are; otherwise they are copied beside OUT."
+        ),
+    ] = False,
+    skips_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out what is broken, naming it, and end with 7.")
+    ] = False,
+) -> int:
+    """Rewrite a corpus in the canonical form, one document a line.
 
-    documents = read_documents(source, image_root=image_root)
-    make_folder(out.parent)
-    write_documents(out, documents)
-    say(f"{out}: {len(documents)} documents")
+    Formats pororosv-pickles, flintstonessv-pickles and refcoco-pickles take the folder of the published,
+    pickled annotations and write lines for the formats pororosv, flintstonessv and refcoco.
+    """
+    from mm_interleaved.data.convert import convert_source, write_lines
+    from mm_interleaved.data.pickled_annotations import PICKLED, unpickled_records
+    from mm_interleaved.data.sources.source import BrokenItem
+
+    if form in PICKLED:
+        say(f"{out}: {write_lines(out, unpickled_records(form, Path(source)))} lines")
+        return 0
+    made = _source(source, form, image_root, settings)
+    shards = made.shards()
+    with progress(_num_items(shards, None), source) as bar:
+
+        def tell(item):
+            if isinstance(item, BrokenItem):
+                say_error(str(item))
+            bar.advance(source)
+
+        done = convert_source(
+            made, out, copies_images=not refers_to_images, skips_broken=skips_broken, tell=tell
+        )
+    told = [f"{out}: {done.num_documents} documents"]
+    told += [f"{count} left out ({rule})" for rule, count in sorted(done.filtered.items())]
+    told += [f"{done.num_renamed} with an id that was taken"] if done.num_renamed else []
+    told += [f"{done.num_broken} broken"] if done.num_broken else []
+    say(", ".join(told))
+    return SOME_FAILED if done.num_broken else 0
 
 
 def storyworld(
@@ -98,10 +173,92 @@ def storyworld(
     say(f"{path}: {documents} documents of the {split} split")
 
 
-def _is_broken(image, document_id: str) -> bool:
+def _source(path: str, form: str | None, image_root: str | None, settings: list[str] | None) -> Source:
+    """The source of files; where no format is given, the one that the first file is for."""
+    from mm_interleaved.data.sources.files import found_files
+    from mm_interleaved.data.sources.registry import make_source, source_name_of
+
+    given: dict[str, Any] = {"paths": path}
+    for setting in settings or ():
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set: found {setting!r}, expected NAME=VALUE", field="set")
+        given[name.replace("-", "_")] = _value(value)
+    name = form or source_name_of(found_files(path)[0])
+    if image_root is not None and name != "webdataset":
+        given["images"] = image_root
+    return make_source(name, given)
+
+
+def _value(text: str) -> Any:
+    """A value of JSON, or a string."""
     try:
-        image.load()
-    except MMInterleavedError as error:
-        say_error(f"document {document_id!r}: {error}")
-        return True
-    return False
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _look_through(look: Look, source: Source, shards: list[Shard]):
+    """All items, what is broken named as it is found."""
+    named = 0
+    with progress(_num_items(shards, look.max_items), look.report.name) as bar:
+        for _ in look.through(source, shards):
+            for broken in look.report.broken[named:]:
+                say_error(str(broken))
+            named = len(look.report.broken)
+            bar.advance(f"{look.report.name}: {look.report.num_documents} documents")
+
+
+def _num_items(shards: list[Shard], limit: int | None) -> int | None:
+    counts = [shard.num_items for shard in shards]
+    known = [count if limit is None else min(count, limit) for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _token_counter(model: str) -> CountTokens:
+    """Counts the tokens that a model makes of a document, its target and end included."""
+    from mm_interleaved.model_source import find_model
+    from mm_interleaved.processing import MMInterleavedProcessor
+
+    processor = MMInterleavedProcessor.from_pretrained(find_model(model))
+    return lambda document: len(processor.encode(document, eos=True, include_target=True))
+
+
+def _told(report) -> str:
+    from mm_interleaved.data.check import summary
+
+    told = (f"{report.num_documents} documents", f"{report.num_texts} texts", f"{report.num_images} images")
+    counts = (
+        (report.num_broken, "broken items"),
+        (report.num_broken_images, "images that cannot be opened"),
+        (report.num_missing_images, "missing images"),
+        (report.num_repeated_images, "images repeated under other names"),
+        *((count, f"left out ({rule})") for rule, count in sorted(report.filtered.items())),
+    )
+    lines = [
+        f"{report.name}: {', '.join(told)}",
+        *(f"  {count:>9,} {words}" for count, words in counts if count),
+    ]
+    histograms = (
+        (report.tokens, "tokens a document"),
+        (report.images_a_document, "images a document"),
+        (report.shorter_sides, "pixels of the shorter side"),
+    )
+    for counted, words in histograms:
+        if found := summary(counted):
+            numbers = ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
+            lines.append(f"  {words}: {numbers}")
+    return "\n".join(lines)
+
+
+def _write_manifests(paths: list[str]):
+    """A `shards.json` into each folder of local files."""
+    from mm_interleaved.data.sources.files import MANIFEST, folder_of, is_address, manifest_bytes, manifest_of
+    from mm_interleaved.storage import write_file
+
+    for folder in dict.fromkeys(map(folder_of, paths)):
+        if is_address(folder):
+            raise UsageError(f"--write-manifest: {folder} is no local folder", field="write_manifest")
+        inside = [path for path in paths if folder_of(path) == folder]
+        write_file(Path(folder, MANIFEST), manifest_bytes(manifest_of(inside)))
+        say(f"{Path(folder, MANIFEST)}: {len(inside)} files")

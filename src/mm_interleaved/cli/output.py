@@ -45,8 +45,8 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, text: str) -> Iterator[Progress]:
-    """A progress bar over `total` things."""
+def progress(total: int | None, text: str) -> Iterator[Progress]:
+    """A progress bar over `total` things; None where nobody knows how many there are."""
     if not sys.stderr.isatty():
         yield Progress(None, None)
         return

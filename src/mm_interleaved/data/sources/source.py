@@ -8,13 +8,14 @@ stopped after position p goes on with `read(shard, p + 1)`, in whatever process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from mm_interleaved.document import Document
-from mm_interleaved.errors import escape
+from mm_interleaved.errors import InputError, escape
 from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.strict_json import FieldError
 
 _PARTS_OF_ONE = 1 << 30
 
@@ -101,6 +102,22 @@ class Chance:
         """True in a share (0 to 1) of all cases."""
         return self._dice.below(_PARTS_OF_ONE) < share * _PARTS_OF_ONE
 
-    def subset(self, count: int, size: int) -> list[int]:
-        """`size` of the numbers below `count`, ascending; all of them if there are no more."""
-        return sorted(self._dice.sample(range(count), min(size, count)))
+    def order(self, count: int) -> list[int]:
+        """The numbers below `count` in random order."""
+        return self._dice.sample(range(count), count)
+
+    def pick(self, count: int) -> int:
+        """One of the numbers below `count`."""
+        return self._dice.below(count)
+
+
+def attempt(place: str, build: Callable[[], Document | FilteredItem]) -> Item:
+    """What `build` makes of one item, or the broken item that says why it cannot."""
+    try:
+        return build()
+    except FieldError as error:
+        path = error.path or None
+        return BrokenItem(place, str(error).removeprefix(f"{error.path}: ") if path else str(error), path)
+    except InputError as error:
+        reason = str(error).removeprefix(f"{place}: ")
+        return BrokenItem(place, reason.removeprefix(f"{error.field}: "), error.field)

@@ -1,0 +1,154 @@
+"""Any source as our canonical JSONL, its images copied beside the file or named where they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PILImage
+
+from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Source
+from mm_interleaved.document import Document, Image, document_to_record
+from mm_interleaved.errors import ImageError, InputError, escape
+from mm_interleaved.images import describe_bytes, read_regular_file, to_png
+from mm_interleaved.storage import make_folder, whole_file, write_file
+
+_STARTS = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"RIFF", ".webp"))
+
+
+@dataclass(slots=True)
+class Conversion:
+    """What became of the items of a source."""
+
+    num_documents: int = 0
+    num_broken: int = 0
+    num_renamed: int = 0
+    """Documents whose id an earlier one had; `#2` and so on is put behind it."""
+    filtered: Counter[str] = field(default_factory=Counter)
+
+
+def convert_source(
+    source: Source,
+    out: Path,
+    *,
+    copies_images: bool = True,
+    skips_broken: bool = False,
+    tell: Callable[[BrokenItem | Document | FilteredItem], None] = lambda item: None,
+) -> Conversion:
+    """Writes the documents of a source, in its order; the file is whole or not there.
+
+    Args:
+        copies_images: put images that do not lie in the folder of `out` into `images/` there, as they are;
+            otherwise they are named by their absolute paths (those out of tars and tables are copied anyway).
+        skips_broken: leave out what is broken; otherwise the first such item ends it all.
+        tell: is called with each item when it is done.
+
+    Raises:
+        InputError: a broken item, or no document at all.
+        StorageError: the disk failed.
+    """
+    done = Conversion()
+    ids: Counter[str] = Counter()
+    make_folder(out.parent)
+    images = _Images(out, copies_images)
+    try:
+        with whole_file(out) as file:
+            for shard in source.shards():
+                for _, item in source.read(shard):
+                    if isinstance(item, Document):
+                        document = _with_own_id(item, ids)
+                        done.num_renamed += document is not item
+                        written = _line(document, images)
+                        if isinstance(written, bytes):
+                            file.write(written)
+                            done.num_documents += 1
+                        else:
+                            item = written
+                    if isinstance(item, FilteredItem):
+                        done.filtered[item.rule] += 1
+                    if isinstance(item, BrokenItem):
+                        if not skips_broken:
+                            raise InputError(
+                                f"{item} (--skip-broken leaves such items out)", field=item.field
+                            )
+                        done.num_broken += 1
+                    tell(item)
+            if not done.num_documents:
+                raise InputError(f"{out}: found no document to write, expected at least one")
+    except BaseException:
+        images.take_back()
+        raise
+    return done
+
+
+def write_lines(out: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Writes records as lines of JSON, all or none; returns how many."""
+    make_folder(out.parent)
+    count = 0
+    with whole_file(out) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return count
+
+
+def _with_own_id(document: Document, ids: Counter[str]) -> Document:
+    ids[document.id] += 1
+    number = ids[document.id]
+    return document if number == 1 else replace(document, id=f"{document.id}#{number}")
+
+
+def _line(document: Document, images: _Images) -> bytes | BrokenItem:
+    try:
+        record = document_to_record(document, images)
+    except ImageError as error:
+        return BrokenItem(f"document {document.id!r}", str(error))
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+class _Images:
+    """Says where images stand relative to a file, and copies those that shall stand beside it."""
+
+    def __init__(self, out: Path, copies: bool):
+        self.folder = Path(os.path.realpath(out.parent))
+        self.copies = copies
+        self.written: list[Path] = []
+
+    def __call__(self, image: Image, index: int) -> str:
+        source = image.source
+        if isinstance(source, Path):
+            path = Path(os.path.realpath(source))
+            if path.is_relative_to(self.folder):
+                return path.relative_to(self.folder).as_posix()
+            if not self.copies:
+                return path.as_posix()
+            source = read_regular_file(path, image.name)
+        if isinstance(source, PILImage.Image):
+            source = to_png(source)
+        return self._copied(source, image.name)
+
+    def _copied(self, data: bytes, name: str | None) -> str:
+        suffix = next((suffix for start, suffix in _STARTS if data.startswith(start)), None)
+        if suffix is None:
+            found = describe_bytes(data)
+            raise ImageError(f"image {escape(name or 'data')!r}: found {found}, expected PNG, JPEG or WebP")
+        # By its contents, so that an image of many documents is copied once, and the same conversion gives
+        # the same names again.
+        place = f"images/{hashlib.sha256(data).hexdigest()[:32]}{suffix}"
+        path = self.folder / place
+        if not path.exists():
+            make_folder(path.parent)
+            write_file(path, data)
+            self.written.append(path)
+        return place
+
+    def take_back(self):
+        """Removes what was copied."""
+        for path in self.written:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""How the tasks of a corpus are put into words.
+
+The conversational prompts are those of the command line and of StoryWorld: a model is asked what it was
+trained on. The released ones are plain text that the answer goes on with, as in the published evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from mm_interleaved.document import Image, Part, Text
+from mm_interleaved.storyworld.prompts import (
+    BOX_RANGE,
+    CAPTION_PROMPT,
+    GROUND_PROMPT,
+    PARAGRAPH_PROMPT,
+    write_box,
+)
+
+_IMAGE = "{image}"
+_TEXT = "{text}"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPrompt:
+    """What is said about an image before the answer."""
+
+    words: str
+    """`{image}` (once) and `{text}` stand for the image and for the item's own words, say its question."""
+    is_conversation: bool = True
+    """A question of the user that the assistant answers; otherwise text that goes on with the answer."""
+
+    def __post_init__(self):
+        if self.words.count(_IMAGE) != 1:
+            raise ValueError(f"prompt: found {self.words!r}, expected {_IMAGE} in it once")
+
+    def parts(self, image: Image, text: str = "") -> tuple[Part, ...]:
+        """The prompt's parts; `image` should have `role` as its role."""
+        before, after = (side.replace(_TEXT, text).strip() for side in self.words.split(_IMAGE))
+        said = [Text(words, role=self.role) if words else None for words in (before, after)]
+        return tuple(part for part in (said[0], image, said[1]) if part is not None)
+
+    def answer(self, text: str) -> tuple[Part, ...]:
+        """The gold answer as a target."""
+        return (Text(text, role="assistant" if self.is_conversation else None),)
+
+    @property
+    def role(self) -> str | None:
+        """Whose words and image they are."""
+        return "user" if self.is_conversation else None
+
+
+CAPTION = TaskPrompt(_IMAGE + CAPTION_PROMPT)
+CAPTION_RELEASED = TaskPrompt(_IMAGE + "a photo of", is_conversation=False)
+PARAGRAPH = TaskPrompt(_IMAGE + PARAGRAPH_PROMPT)
+PARAGRAPH_RELEASED = TaskPrompt(
+    _IMAGE + "Please describe the image in detail. The image depicts", is_conversation=False
+)
+QUESTION = TaskPrompt(_IMAGE + _TEXT)
+QUESTION_RELEASED = TaskPrompt(
+    "Based on the image, please answer the question. {image}{text} Please provide an accurate answer "
+    "within one word. The answer is:",
+    is_conversation=False,
+)
+QUESTION_RELEASED_VIZWIZ = TaskPrompt(
+    "Based on the image, please answer the question. {image}{text} When the provided information is "
+    "insufficient, respond with 'Unanswerable'. Please provide an accurate answer within one word. "
+    "The answer is:",
+    is_conversation=False,
+)
+GROUND = TaskPrompt(_IMAGE + GROUND_PROMPT.replace("{phrase}", _TEXT))
+GROUND_RELEASED = TaskPrompt(
+    "{image}Provide the bounding box coordinate of the region this sentence describes. {text}<box>",
+    is_conversation=False,
+)
+
+PROMPTS: Mapping[str, TaskPrompt] = MappingProxyType(
+    {
+        "caption": CAPTION,
+        "caption-released": CAPTION_RELEASED,
+        "paragraph": PARAGRAPH,
+        "paragraph-released": PARAGRAPH_RELEASED,
+        "question": QUESTION,
+        "question-released": QUESTION_RELEASED,
+        "question-released-vizwiz": QUESTION_RELEASED_VIZWIZ,
+        "ground": GROUND,
+        "ground-released": GROUND_RELEASED,
+    }
+)
+"""By the names that settings give them."""
+
+
+def phrase(text: str, prompt: TaskPrompt) -> str:
+    """What is looked for, without the article that the prompt's own words bring."""
+    text = text.strip()
+    brings_article = f"the {_TEXT}" in prompt.words
+    return text[4:] if brings_article and text.lower().startswith("the ") else text
+
+
+def box_answer(box: tuple[float, float, float, float], width: float, height: float) -> str:
+    """A box as an answer: left, top, right, bottom in thousandths of the image, rounded down, at most 999.
+
+    Args:
+        box: pixels of an image of `width` x `height`; the right and lower ends lie outside the box.
+    """
+    left, top, right, bottom = (
+        min(max(int(edge * BOX_RANGE // side), 0), BOX_RANGE - 1)
+        for edge, side in zip(box, (width, height, width, height), strict=True)
+    )
+    return write_box((left, top, right, bottom))

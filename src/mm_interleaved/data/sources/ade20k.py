@@ -1,0 +1,60 @@
+"""ADE20K: a coloured segmentation map and a caption, answered by the picture they belong to.
+
+Files: a list of `{"image_id", "caption"}`, the maps in `annotations_with_color/`, the pictures in `images/`,
+both directly or in a folder named after the list (`training`, `validation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from mm_interleaved.data.sources.files import found_files, stem_of
+from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.records import read_records
+from mm_interleaved.data.sources.source import BrokenItem, Item, Shard, attempt
+from mm_interleaved.document import Document, Text
+from mm_interleaved.image_references import ImageStore
+from mm_interleaved.strict_json import Field
+
+_SUFFIXES = (".png", ".jpg", "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentationPairs:
+    """Map and caption are given, the picture is the target."""
+
+    paths: str | tuple[str, ...]
+    images: str | None = None
+    """Folder or address above `images` and `annotations_with_color`; by default the list's own."""
+    is_text_first: bool = False
+    """The caption stands before the map."""
+    caption_end: str = ""
+    """Put behind each caption; the released model's recipe has a full stop."""
+
+    def shards(self) -> list[Shard]:
+        return [Shard(path) for path in found_files(self.paths)]
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        store = image_store(self.images, shard.name, skip_missing=True)
+        for position, record in read_records(shard.name, start):
+            if isinstance(record, BrokenItem):
+                yield position, record
+            else:
+                build = partial(self._document, record.field, stem_of(shard.name), position, store)
+                yield position, attempt(record.place, build)
+
+    def _document(self, record: Field, split: str, position: int, store: ImageStore) -> Document:
+        image_id = record["image_id"]
+        caption = Text(record["caption"].text().strip() + self.caption_end)
+        shown, drawn = (
+            first_image(store, _names(folder, split, image_id.text()), image_id.path)
+            for folder in ("annotations_with_color", "images")
+        )
+        parts = (caption, shown) if self.is_text_first else (shown, caption)
+        return Document(id=f"{split}:{position}", parts=parts, target=(drawn,))
+
+
+def _names(folder: str, split: str, image_id: str) -> list[str]:
+    return [f"{folder}/{below}{image_id}{suffix}" for below in ("", f"{split}/") for suffix in _SUFFIXES]

@@ -1,0 +1,282 @@
+"""Where the files of a corpus lie and how they are opened: local paths, globs, braces, fsspec addresses.
+
+A manifest (`shards.json`) beside the files says how long each is and what its hash is; where there is one, a
+file that was cut, changed or only half downloaded is refused by name. Without one, only what the format
+itself checks is noticed.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import IO, Any
+
+from mm_interleaved.errors import InputError, StorageError, UsageError, escape
+from mm_interleaved.images import file_kind
+from mm_interleaved.strict_json import Field, FieldError, parse_strict
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "shards.json"
+MAX_FILES = 1_000_000
+_MAX_NAMED = 10
+_RETRY_AFTER_S = (0.5, 2.0)
+_CHUNK_BYTES = 1 << 20
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.ASCII | re.IGNORECASE)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_WILD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What a manifest says about one file."""
+
+    bytes: int
+    sha256: str
+
+
+# Names
+
+
+def is_address(path: str) -> bool:
+    """Whether fsspec opens it; `file://` is a local path."""
+    return bool(_ADDRESS.match(path)) and not path.lower().startswith("file://")
+
+
+def folder_of(path: str) -> str:
+    """The folder (or the address above) of a file."""
+    if is_address(path):
+        return path.rsplit("/", 1)[0]
+    return os.path.dirname(path) or "."
+
+
+def stem_of(path: str) -> str:
+    """The file's name up to its first dot."""
+    return os.path.basename(path).split(".", 1)[0]
+
+
+def found_files(patterns: str | Sequence[str]) -> list[str]:
+    """The files that patterns name, in their order, those of one glob sorted; each once.
+
+    `{00000..00012}` and `{a,b}` are spelt out, `*`, `?` and `**` looked up, here and on other machines.
+
+    Raises:
+        UsageError: no pattern, too many names, a program instead of a file.
+        InputError: files that are not there or not regular files; all of them are named.
+    """
+    found: dict[str, None] = {}
+    wrong: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str | os.PathLike) else patterns:
+        for name in _spelt_out(os.fspath(pattern)):
+            files, problem = _looked_up(name)
+            found.update(dict.fromkeys(files))
+            wrong += [problem] if problem else []
+    if wrong:
+        more = f" (and {len(wrong) - _MAX_NAMED} more)" if len(wrong) > _MAX_NAMED else ""
+        raise InputError("; ".join(wrong[:_MAX_NAMED]) + more)
+    if not found:
+        raise UsageError("paths: found none, expected at least one file, glob or address", field="paths")
+    return list(found)
+
+
+def _spelt_out(pattern: str) -> list[str]:
+    """A pattern with its braces written out."""
+    if pattern.lower().startswith("pipe:"):
+        raise UsageError(f"{escape(pattern)}: programs are never run, expected a file or an address")
+    if pattern.lower().startswith("file://"):
+        pattern = pattern[len("file://") :]
+    if not is_address(pattern) and os.path.exists(pattern):
+        return [pattern]
+    pieces = _BRACES.split(pattern)
+    choices = [_choices(piece) if index % 2 else [piece] for index, piece in enumerate(pieces)]
+    number = 1
+    for names in choices:
+        number *= len(names)
+    if not 0 < number <= MAX_FILES:
+        raise UsageError(f"{escape(pattern)}: stands for {number} names, expected 1 to {MAX_FILES}")
+    return ["".join(names) for names in itertools.product(*choices)]
+
+
+def _choices(inside: str) -> Sequence[str]:
+    match = _RANGE.fullmatch(inside)
+    if match is None:
+        return inside.split(",")
+    first, last = match.groups()
+    width, count = len(first), int(last) - int(first) + 1
+    if count > MAX_FILES:
+        raise UsageError(f"{{{inside}}} stands for {count} names, expected 1 to {MAX_FILES}")
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+
+
+def _looked_up(name: str) -> tuple[list[str], str]:
+    """The files of one name or glob, and what is wrong with it."""
+    if is_address(name):
+        system, path = _file_system(name)
+        with reading(name):
+            if _WILD.search(name):
+                files = [system.unstrip_protocol(found) for found in sorted(system.glob(path))]
+                return files, "" if files else f"{escape(name)}: matches no file"
+            return [name], "" if system.isfile(path) else f"{escape(name)}: there is no such file"
+    if _WILD.search(name) and not os.path.exists(name):
+        files = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+        return files, "" if files else f"{escape(name)}: matches no file"
+    try:
+        mode = os.stat(name).st_mode
+    except (OSError, ValueError):
+        return [name], f"{escape(name)}: there is no such file"
+    is_file = stat.S_ISREG(mode)
+    return [name], "" if is_file else f"{escape(name)}: is a {file_kind(mode)}, expected a regular file"
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise UsageError(f"{escape(address)}: needs fsspec: pip install 'mm-interleaved[train]'") from error
+    try:
+        return url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{escape(address)}: cannot be opened ({escape(str(error))})") from error
+
+
+# Contents
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """A failing disk or network becomes a StorageError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise StorageError(f"{escape(path)}: cannot be read ({escape(reason)})") from error
+
+
+def open_file(path: str) -> IO[bytes]:
+    """A file for reading and seeking. An address that does not answer is tried again, twice.
+
+    Raises:
+        InputError: there is no such file.
+        StorageError: it cannot be opened.
+    """
+    if not is_address(path):
+        try:
+            return open(path, "rb")
+        except FileNotFoundError as error:
+            raise InputError(f"{escape(path)}: there is no such file") from error
+        except OSError as error:
+            raise StorageError(f"{escape(path)}: cannot be opened ({error.strerror})") from error
+    system, name = _file_system(path)
+    for delay in (*_RETRY_AFTER_S, None):
+        try:
+            return system.open(name, "rb")
+        except FileNotFoundError as error:
+            raise InputError(f"{escape(path)}: there is no such file") from error
+        except OSError as error:
+            if delay is None:
+                raise StorageError(f"{escape(path)}: cannot be opened ({escape(str(error))})") from error
+            logger.warning("%s: %s; trying again", escape(path), escape(str(error)))
+            time.sleep(delay)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def file_exists(path: str) -> bool:
+    """Whether there is such a regular file."""
+    if not is_address(path):
+        return os.path.isfile(path)
+    system, name = _file_system(path)
+    with reading(path):
+        return system.isfile(name)
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file."""
+    with reading(path):
+        if not is_address(path):
+            return os.stat(path).st_size
+        system, name = _file_system(path)
+        return system.size(name)
+
+
+def fingerprint(path: str) -> tuple[str, int, int]:
+    """What changes when a file is written anew; the key of what is remembered about it."""
+    if is_address(path):
+        return path, file_size(path), 0
+    with reading(path):
+        status = os.stat(path)
+    return path, status.st_size, status.st_mtime_ns
+
+
+# Manifests
+
+
+def check_against_manifest(path: str):
+    """Compares a file with what the manifest beside it says, if it says anything; its hash once a process.
+
+    Raises:
+        InputError: another size or hash, or a manifest that cannot be read.
+    """
+    entry = _entries(folder_of(path)).get(os.path.basename(path))
+    if entry is None:
+        return
+    size = file_size(path)
+    found = f"{size} bytes" if size != entry.bytes else f"SHA-256 {_sha256(fingerprint(path))}"
+    expected = f"{entry.bytes} bytes" if size != entry.bytes else f"SHA-256 {entry.sha256}"
+    if found != expected:
+        raise InputError(f"{escape(path)}: found {found}, expected {expected} as in {MANIFEST}")
+
+
+def manifest_of(paths: Sequence[str]) -> dict[str, Any]:
+    """The manifest of files, to be written as `shards.json` beside them."""
+    entries = {
+        os.path.basename(path): FileEntry(file_size(path), _sha256(fingerprint(path))) for path in paths
+    }
+    return {"shards": {name: asdict(entry) for name, entry in sorted(entries.items())}}
+
+
+def _entries(folder: str) -> Mapping[str, FileEntry]:
+    path = f"{folder}/{MANIFEST}"
+    return _read_entries(*fingerprint(path)) if file_exists(path) else {}
+
+
+@lru_cache(maxsize=64)
+def _read_entries(path: str, size: int, changed: int) -> Mapping[str, FileEntry]:
+    with open_file(path) as file, reading(path):
+        data = file.read()
+    try:
+        shards = Field(parse_strict(data.decode("utf-8", "replace"), path))["shards"]
+        return {
+            name: FileEntry(
+                shards[name]["bytes"].integer(0, 1 << 62), shards[name]["sha256"].text(64).lower()
+            )
+            for name in shards.object()
+        }
+    except FieldError as error:
+        raise error.at(path) from error
+
+
+@lru_cache(maxsize=4096)
+def _sha256(key: tuple[str, int, int]) -> str:
+    digest = hashlib.sha256()
+    with open_file(key[0]) as file, reading(key[0]):
+        while data := file.read(_CHUNK_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as the contents of its file."""
+    return (json.dumps(manifest, indent=1) + "\n").encode()

@@ -1,0 +1,62 @@
+"""LAION-style lines: JSON lines (`0000000.txt`, `.jsonl`) of `image` and `caption`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mm_interleaved.data.sources.files import found_files, stem_of
+from mm_interleaved.data.sources.image_stores import image_store
+from mm_interleaved.data.sources.pairs import caption_of, pair_parts
+from mm_interleaved.data.sources.records import read_records
+from mm_interleaved.data.sources.source import BrokenItem, Chance, FilteredItem, Item, Shard, attempt
+from mm_interleaved.document import Document
+from mm_interleaved.image_references import ImageStore
+from mm_interleaved.strict_json import Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairLines:
+    """Pairs out of lines; the defaults are those of the released model's training."""
+
+    paths: str | tuple[str, ...]
+    images: str | None = None
+    """Folder, address or tars of the images; by default the folder of each file."""
+    image_first_share: float = 0.5
+    """The image stands before its caption in this share (0 to 1) of the documents."""
+    lower_case: bool = True
+    """Captions in lower case."""
+    min_characters: int = 1
+    """Pairs with a shorter caption are left out."""
+    seed: int = 0
+    epoch: int = 0
+
+    def shards(self) -> list[Shard]:
+        return [Shard(path) for path in found_files(self.paths)]
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        store = image_store(self.images, shard.name)
+        for position, record in read_records(shard.name, start):
+            if isinstance(record, BrokenItem):
+                yield position, record
+            else:
+                chance = Chance(self.seed, self.epoch, shard.name, position)
+                yield position, self._item(record, f"{stem_of(shard.name)}:{position}", store, chance)
+
+    def _item(self, record: Record, name: str, store: ImageStore, chance: Chance) -> Item:
+        def build() -> Document | FilteredItem:
+            caption = caption_of(record.field["caption"])
+            if len(caption) < self.min_characters:
+                return FilteredItem(record.place, "short_caption")
+            image = store.image(record.field["image"])
+            assert image is not None, "this store raises where an image is missing"
+            parts = pair_parts(
+                image,
+                caption,
+                chance,
+                image_first_share=self.image_first_share,
+                lower_case=self.lower_case,
+            )
+            return Document(id=name, parts=parts)
+
+        return attempt(record.place, build)

@@ -1,0 +1,159 @@
+"""OBELICS: Parquet tables of web pages; at each index of `texts` and `images` either a text or an image.
+
+The published tables hold the images' addresses, which are never fetched here: an address is looked up in the
+image folder under the SHA-256 of the address in hexadecimal digits (with `.jpg`, `.png` or `.webp`), a path
+by itself. Tables that hold the images' bytes (the `Image` feature of `datasets`) are read too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mm_interleaved.data.sources.files import check_against_manifest, found_files, open_file, stem_of
+from mm_interleaved.data.sources.image_stores import image_store
+from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
+from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.errors import InputError, UsageError, escape
+from mm_interleaved.image_references import ImageStore
+from mm_interleaved.strict_json import Field, FieldError
+
+_COLUMNS = ("texts", "images")
+_SUFFIXES = (".jpg", ".png", ".webp", ".jpeg", "")
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObelicsTables:
+    """Pages of OBELICS."""
+
+    paths: str | tuple[str, ...]
+    images: str | None = None
+    """Folder, address or tars of the images; by default the folder of each file."""
+    min_images: int = 1
+    """Pages with fewer images, of those that are there, are left out."""
+    max_images: int = 30
+    """Pages with more images are left out."""
+
+    def shards(self) -> list[Shard]:
+        return [Shard(path, _num_rows(path)) for path in found_files(self.paths)]
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        import pyarrow
+
+        path = shard.name
+        store = image_store(self.images, path, skip_missing=True)
+        position = start - 1
+        try:
+            check_against_manifest(path)
+            for position, group, row, values in _rows(path, start):
+                place = f"{path}: row group {group}, row {row}"
+                name = f"{stem_of(path)}:{position}"
+                yield position, self._item(values, place, name, store)
+        except (InputError, pyarrow.ArrowException, OSError) as error:
+            # Arrow says with an OSError, too, that what it read makes no sense.
+            reason = str(error).removeprefix(f"{path}: ")
+            yield position + 1, BrokenItem(path, f"damaged, or no such table ({escape(reason)})")
+
+    def _item(self, values: dict[str, Any], place: str, name: str, store: ImageStore) -> Item:
+        def build() -> Document | FilteredItem:
+            parts, missing = _parts(Field(values), store)
+            num_images = sum(isinstance(part, Image) for part in parts)
+            if num_images < self.min_images:
+                return FilteredItem(place, "missing_images" if missing else "no_image")
+            if num_images > self.max_images:
+                return FilteredItem(place, "too_many_images")
+            return Document(
+                id=str(values.get("id") or name),
+                parts=tuple(parts),
+                meta={"missing_images": missing} if missing else {},
+            )
+
+        return attempt(place, build)
+
+
+def _parts(row: Field, store: ImageStore) -> tuple[list[Part], int]:
+    """The parts, and the number of images that are not there."""
+    texts, images = (row[name].list() for name in _COLUMNS)
+    if len(texts) != len(images):
+        raise FieldError("texts", f"found {len(texts)} items, expected {len(images)} as in images")
+    parts: list[Part] = []
+    missing = 0
+    for text, image in zip(texts, images, strict=True):
+        if (text.value is None) == (image.value is None):
+            found = "neither" if text.value is None else "both"
+            raise FieldError(
+                text.path, f"found {found} a text and an image at one index, expected one of them"
+            )
+        if text.value is not None:
+            parts.append(Text(text.text()))
+        elif (found_image := _image(image, store)) is not None:
+            parts.append(found_image)
+        else:
+            missing += 1
+    return parts, missing
+
+
+def _image(reference: Field, store: ImageStore) -> Image | None:
+    """An image by address, by path, or as `{"bytes", "path"}`."""
+    if isinstance(reference.value, dict):
+        data = reference.value.get("bytes")
+        if isinstance(data, bytes):
+            return Image(data, name=str(reference.value.get("path") or reference.path))
+        reference = reference["path"]
+    text = reference.text()
+    if not text.lower().startswith(("http://", "https://")):
+        return store.image(reference)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    found = (store.image(Field(digest + suffix, reference.path)) for suffix in _SUFFIXES)
+    return next((image for image in found if image is not None), None)
+
+
+def _rows(path: str, start: int) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
+    """Position, row group, row in it, and values, of the rows from `start` on."""
+    with open_file(path) as file:
+        table = _opened(file, path)
+        names = [name for name in (*_COLUMNS, "id") if name in table.schema_arrow.names]
+        first = 0
+        for group in range(table.num_row_groups):
+            num_rows = table.metadata.row_group(group).num_rows
+            if first + num_rows > start:
+                row = -1
+                for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=names):
+                    for values in batch.to_pylist():
+                        row += 1
+                        if first + row >= start:
+                            yield first + row, group, row, values
+            first += num_rows
+
+
+def _num_rows(path: str) -> int | None:
+    import_parquet()
+    import pyarrow
+
+    try:
+        with open_file(path) as file:
+            return _opened(file, path).metadata.num_rows
+    except (InputError, pyarrow.ArrowException, OSError):
+        return None  # what is wrong with it is said when it is read
+
+
+def _opened(file: Any, path: str) -> Any:
+    parquet = import_parquet()
+    table = parquet.ParquetFile(file, page_checksum_verification=True)
+    lacking = [name for name in _COLUMNS if name not in table.schema_arrow.names]
+    if lacking:
+        found = ", ".join(escape(name, 40) for name in table.schema_arrow.names)
+        raise InputError(f"{path}: found the columns {found}, expected {' and '.join(lacking)} too")
+    return table
+
+
+def import_parquet() -> Any:
+    """pyarrow's Parquet module. Raises UsageError where it is not installed."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError("Parquet needs pyarrow: pip install 'mm-interleaved[train]'") from error
+    return pyarrow.parquet

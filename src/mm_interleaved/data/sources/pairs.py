@@ -1,0 +1,22 @@
+"""One image and its caption as a document, the image first or the text first by chance."""
+
+from __future__ import annotations
+
+from mm_interleaved.data.sources.source import Chance
+from mm_interleaved.document import Image, Part, Text
+from mm_interleaved.strict_json import Field
+
+
+def caption_of(field: Field) -> str:
+    """A caption; several in a list are joined."""
+    if isinstance(field.value, list):
+        return " ".join(line.text().strip() for line in field.list())
+    return field.text().strip()
+
+
+def pair_parts(
+    image: Image, caption: str, chance: Chance, *, image_first_share: float, lower_case: bool
+) -> tuple[Part, ...]:
+    """The two parts in the order that chance gives them."""
+    text = Text(caption.lower() if lower_case else caption)
+    return (image, text) if chance.happens(image_first_share) else (text, image)

@@ -1,0 +1,73 @@
+"""Image paragraphs: `{"annotations": [{"image_id", "caption", "url"}]}`, or a list with `paragraph`.
+
+The image lies where the last two parts of its address say: `VG_100K/2.jpg`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from mm_interleaved.data.prompts import PARAGRAPH, TaskPrompt
+from mm_interleaved.data.sources.files import found_files, stem_of
+from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.records import read_table
+from mm_interleaved.data.sources.source import FilteredItem, Item, Shard, attempt
+from mm_interleaved.document import Document
+from mm_interleaved.image_references import ImageStore
+from mm_interleaved.strict_json import Field, FieldError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paragraphs:
+    """A question for a description, answered by a paragraph."""
+
+    paths: str | tuple[str, ...]
+    images: str | None = None
+    """Folder, address or tars of the images; by default the table's folder (above `annotations`)."""
+    split_path: str | None = None
+    """A JSON list of the image ids to take, such as `train_split.json`; None takes all."""
+    prompt: TaskPrompt = PARAGRAPH
+
+    def shards(self) -> list[Shard]:
+        if self.split_path is not None:
+            _ids(found_files(self.split_path)[0])
+        return [Shard(path, len(_records(path))) for path in found_files(self.paths)]
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        store = image_store(self.images, shard.name, skip_missing=True)
+        wanted = None if self.split_path is None else _ids(self.split_path)
+        for position, record in enumerate(_records(shard.name)[start:], start):
+            place = f"{shard.name}: {record.path}"
+            name = f"{stem_of(shard.name)}:{position}"
+            yield position, attempt(place, partial(self._item, record, place, name, store, wanted))
+
+    def _item(
+        self, record: Field, place: str, name: str, store: ImageStore, wanted: frozenset[str] | None
+    ) -> Document | FilteredItem:
+        image_id = str(record["image_id"].value)
+        if wanted is not None and image_id not in wanted:
+            return FilteredItem(place, "other_split")
+        text = record["paragraph" if "paragraph" in record else "caption"].text().strip()
+        address = record.get("url")
+        pieces = [] if address is None else address.text().split("/")
+        names = ["/".join(pieces[-2:]), pieces[-1]] if pieces else []
+        image = first_image(store, [*names, f"{image_id}.jpg"], f"{record.path}.url", self.prompt.role)
+        return Document(id=name, parts=self.prompt.parts(image), target=self.prompt.answer(text))
+
+
+def _records(path: str) -> list[Field]:
+    table = read_table(path)
+    try:
+        return table.list() if isinstance(table.value, list) else table["annotations"].list()
+    except FieldError as error:
+        raise error.at(path) from error
+
+
+def _ids(path: str) -> frozenset[str]:
+    table = read_table(path)
+    try:
+        return frozenset(str(item.value) for item in table.list())
+    except FieldError as error:
+        raise error.at(path) from error

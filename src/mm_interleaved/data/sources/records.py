@@ -1,0 +1,220 @@
+"""The records of a file of JSON, one by one: lines (`.jsonl`, `.txt`), lists (`.json`), a zip of either.
+
+A list is read piece by piece, so that a file of many gigabytes needs the memory of one record. A record that
+is not strict JSON is a broken item; the others are read.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import lru_cache
+from typing import IO, NoReturn, TypeAlias
+
+from mm_interleaved.data.sources.files import check_against_manifest, fingerprint, open_file, reading
+from mm_interleaved.data.sources.source import BrokenItem
+from mm_interleaved.errors import InputError, escape
+from mm_interleaved.strict_json import MAX_RECORD_BYTES, Field, Record, decoded, parse_strict
+
+MAX_TABLE_BYTES = 2 << 30
+"""Of a JSON file that is read whole."""
+_MAX_RATIO = 200
+"""A zip that promises to become more times larger than this is refused; JSON shrinks to a tenth or so."""
+_SMALL_BYTES = 64 << 20
+_CHUNK_BYTES = 1 << 20
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}"]', re.DOTALL)
+_COLUMN = re.compile(r"^(\d+): ")
+_NOT_BLANK = re.compile(rb"\S")
+_BOM = b"\xef\xbb\xbf"
+
+_Piece: TypeAlias = tuple[str, int, bytes]
+"""Place for messages, number from 1 (a line's, or a place in a list), the bytes of one JSON value."""
+
+
+def read_records(path: str, start: int = 0) -> Iterator[tuple[int, Record | BrokenItem]]:
+    """The records from position `start` on; those before it are passed over unread.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    position = -1
+    try:
+        for position, (place, number, data) in enumerate(_pieces(path)):
+            if position >= start:
+                yield position, _record(place, number, data)
+    except InputError as error:
+        # The rest of the file cannot be told apart into records.
+        yield max(position + 1, start), BrokenItem(path, _without_place(error, path))
+
+
+def read_table(path: str) -> Field:
+    """A whole JSON file; remembered, as all positions of a shard are read from it.
+
+    Raises:
+        InputError: not there, not strict JSON, or too large.
+    """
+    check_against_manifest(path)
+    return _read_table(fingerprint(path))
+
+
+@lru_cache(maxsize=4)
+def _read_table(key: tuple[str, int, int]) -> Field:
+    path, size, _ = key
+    if size > MAX_TABLE_BYTES:
+        raise InputError(f"{escape(path)}: found {size} bytes, expected at most {MAX_TABLE_BYTES}")
+    with open_file(path) as file, reading(path):
+        data = file.read()
+    return Field(parse_strict(decoded(data, path, is_start=True), path))
+
+
+def first_record(path: str) -> Field | None:
+    """The first value of a file, to tell its format; None where there is no sound one."""
+    for _, item in read_records(path):
+        return item.field if isinstance(item, Record) else None
+    return None
+
+
+def _record(place: str, number: int, data: bytes) -> Record | BrokenItem:
+    try:
+        if len(data) > MAX_RECORD_BYTES:
+            raise InputError(f"{place}: more than {MAX_RECORD_BYTES} bytes, expected a smaller record")
+        text = decoded(data, place, is_start=number == 1)
+        return Record(place, number, Field(parse_strict(text, place, first_line=None)))
+    except InputError as error:
+        return BrokenItem(place, _without_place(error, place))
+
+
+def _without_place(error: InputError, place: str) -> str:
+    """What an error says behind its place, with the column named as one."""
+    return _COLUMN.sub(r"column \1: ", str(error).removeprefix(place).lstrip(": "))
+
+
+def _pieces(path: str) -> Iterator[_Piece]:
+    with ExitStack() as stack:
+        check_against_manifest(path)
+        file, name = stack.enter_context(open_file(path)), path
+        if path.lower().endswith(".zip"):
+            file, name = _unzipped(stack, file, path)
+        try:
+            with reading(path):
+                yield from _elements(file, path) if name.lower().endswith(".json") else _lines(file, path)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise InputError(f"{path}: damaged ({escape(str(error))})") from error
+
+
+def _unzipped(stack: ExitStack, file: IO[bytes], path: str) -> tuple[IO[bytes], str]:
+    """The one file in a zip, and its name."""
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) != 1:
+            raise InputError(f"{path}: found {len(members)} files in the zip, expected one")
+        [member] = members
+        if member.flag_bits & 1:
+            raise InputError(f"{path}: is encrypted, expected a plain zip")
+        if member.file_size > max(_SMALL_BYTES, _MAX_RATIO * member.compress_size):
+            raise InputError(
+                f"{path}: {member.compress_size} bytes that become {member.file_size}, expected at most "
+                f"{_MAX_RATIO} times as many"
+            )
+        return stack.enter_context(archive.open(member)), member.filename
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise InputError(f"{path}: damaged, or no zip ({escape(str(error))})") from error
+
+
+def _lines(file: IO[bytes], path: str) -> Iterator[_Piece]:
+    """The lines that are not blank."""
+    number = 0
+    while line := file.readline(MAX_RECORD_BYTES + 1):
+        number += 1
+        is_complete = line.endswith(b"\n")
+        while len(line) > MAX_RECORD_BYTES and not is_complete:
+            rest = file.readline(_CHUNK_BYTES)
+            is_complete = not rest or rest.endswith(b"\n")
+        if line.strip():
+            yield f"{path}:{number}", number, line
+
+
+def _elements(file: IO[bytes], path: str) -> Iterator[_Piece]:
+    """The objects of a list, or the one object that the file is."""
+    text = _Text(file, path)
+    if text.next_byte() != b"[":
+        yield path, 1, text.rest()
+        return
+    text.skip()
+    number = 0
+    while (byte := text.next_byte()) != b"]":
+        if number:
+            if byte != b",":
+                text.refuse(number, "expected a comma or the end of the list")
+            text.skip()
+            byte = text.next_byte()
+        if byte != b"{":
+            text.refuse(number, "expected an object")
+        number += 1
+        yield f"{path}[{number - 1}]", number, text.value(number - 1)
+    text.skip()
+    if text.next_byte():
+        raise InputError(f"{path}: found more after the end of the list")
+
+
+class _Text:
+    """A window that moves over the bytes of a JSON file."""
+
+    def __init__(self, file: IO[bytes], path: str):
+        self.file, self.path = file, path
+        self.buffer = file.read(_CHUNK_BYTES).removeprefix(_BOM)
+        self.at = 0
+
+    def next_byte(self) -> bytes:
+        """Moves to the next byte that is no blank; empty at the end of the file."""
+        while (match := _NOT_BLANK.search(self.buffer, self.at)) is None:
+            self.at = len(self.buffer)
+            if not self._grow():
+                return b""
+        self.at = match.start()
+        return match.group()
+
+    def skip(self):
+        """Moves over one byte."""
+        self.at += 1
+
+    def value(self, number: int) -> bytes:
+        """The object that begins here; moves behind it."""
+        while (end := _end_of_value(self.buffer, self.at)) is None:
+            if len(self.buffer) - self.at > MAX_RECORD_BYTES or not self._grow():
+                self.refuse(number, "found no end of the object")
+        data = self.buffer[self.at : end]
+        self.at = end
+        return data
+
+    def rest(self) -> bytes:
+        """Everything from here on, as far as a record may reach."""
+        return self.buffer[self.at :] + self.file.read(MAX_RECORD_BYTES + 1)
+
+    def refuse(self, number: int, problem: str) -> NoReturn:
+        raise InputError(f"{self.path}[{number}]: not JSON: {problem}")
+
+    def _grow(self) -> bool:
+        """Reads on; False at the end of the file."""
+        kept = self.buffer[self.at :]
+        # As much as is kept: a long value is scanned again from its beginning, but only a few times.
+        more = self.file.read(max(_CHUNK_BYTES, len(kept)))
+        self.buffer, self.at = kept + more, 0
+        return bool(more)
+
+
+def _end_of_value(buffer: bytes, begin: int) -> int | None:
+    """Where the object that begins at `begin` ends; None where it goes on behind the buffer."""
+    depth = 0
+    for token in _TOKEN.finditer(buffer, begin):
+        kind = token.group()
+        if kind == b'"':  # a string without its end
+            return None
+        depth += (kind in b"[{") - (kind in b"]}")
+        if depth == 0:
+            return token.end()
+    return None

@@ -1,0 +1,146 @@
+"""VisDial 1.0: dialogues about an image, and the hundred candidates of each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
+from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.records import read_table
+from mm_interleaved.data.sources.source import Item, Shard, attempt
+from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.image_references import ImageStore
+from mm_interleaved.strict_json import Field, FieldError
+
+_COCO_NAMES = (
+    "VisualDialog_val2018_{:012d}.jpg",
+    "VisualDialog_test2018_{:012d}.jpg",
+    "COCO_train2014_{:012d}.jpg",
+    "COCO_val2014_{:012d}.jpg",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisualDialogues:
+    """A dialogue up to its last question; the target is the answer.
+
+    `meta` has the `candidates` and `gold_index` of the last round, and its `relevance` where dense
+    annotations are given.
+    """
+
+    paths: str | tuple[str, ...]
+    dense_annotations: str | None = None
+    """`visdial_1.0_val_dense_annotations.json`: the dialogues end with the round that is annotated there."""
+    images: str | None = None
+    """Folder, address or tars of the images (COCO's and VisualDialog's names are known)."""
+    is_conversation: bool = True
+    """User and assistant; False writes one text, `caption: ... question: ...? answer: ...`, as published."""
+
+    def shards(self) -> list[Shard]:
+        return [Shard(path, len(_data(path)["dialogs"].list())) for path in found_files(self.paths)]
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        path = shard.name
+        store = image_store(self.images, path, skip_missing=True)
+        data = _data(path)
+        dense = {} if self.dense_annotations is None else _dense(fingerprint(self.dense_annotations))
+        for position, dialog in enumerate(data["dialogs"].list()[start:], start):
+            name = f"{stem_of(path)}:{position}"
+            build = partial(self._document, dialog, data, dense, name, store)
+            yield position, attempt(f"{path}: {dialog.path}", build)
+
+    def _document(
+        self, dialog: Field, data: Field, dense: Mapping[str, Field], name: str, store: ImageStore
+    ) -> Document:
+        image_id = dialog["image_id"]
+        rounds = dialog["dialog"].list()
+        meta = {}
+        if (annotation := dense.get(str(image_id.value))) is not None:
+            rounds = rounds[: annotation["round_id"].integer(1, len(rounds))]
+            meta["relevance"] = annotation["gt_relevance"].value
+        if not rounds:
+            dialog["dialog"].wrong("at least one round")
+        last = rounds[-1]
+        if "answer_options" in last:
+            meta["candidates"] = [
+                _pooled(data, "answers", option) for option in last["answer_options"].list()
+            ]
+        if "gt_index" in last:
+            meta["gold_index"] = last["gt_index"].integer(0, max(len(meta.get("candidates", ())) - 1, 0))
+        role = "user" if self.is_conversation else None
+        image = first_image(store, _image_names(dialog), image_id.path, role)
+        caption = dialog["caption"].text().strip() if "caption" in dialog else ""
+        turns = [
+            (
+                _pooled(data, "questions", entry["question"]),
+                _pooled(data, "answers", entry["answer"]) if "answer" in entry else None,
+            )
+            for entry in rounds
+        ]
+        parts = _conversation(image, caption, turns) if self.is_conversation else _text(image, caption, turns)
+        answer = turns[-1][1]
+        said_by = "assistant" if self.is_conversation else None
+        target = () if answer is None else (Text(answer, role=said_by),)
+        return Document(id=name, parts=parts, target=target, meta=meta)
+
+
+_Turns = list[tuple[str, str | None]]
+
+
+def _conversation(image: Image, caption: str, turns: _Turns) -> tuple[Part, ...]:
+    """The image, its caption and the rounds, up to the last question."""
+    parts: list[Part] = [image]
+    parts += [Text(caption, role="user")] if caption else []
+    for question, answer in turns:
+        parts.append(Text(question, role="user"))
+        parts += [] if answer is None else [Text(answer, role="assistant")]
+    return tuple(parts if turns[-1][1] is None else parts[:-1])
+
+
+def _text(image: Image, caption: str, turns: _Turns) -> tuple[Part, ...]:
+    """The published prompt; unlike in the published evaluation, no round is left out."""
+    said = [f"caption: {caption}."] if caption else []
+    said += [f"question: {_asked(question)} answer: {answer}." for question, answer in turns[:-1]]
+    said.append(f"question: {_asked(turns[-1][0])} answer:")
+    return image, Text(" ".join(said))
+
+
+def _asked(question: str) -> str:
+    return question if question.endswith("?") else f"{question}?"
+
+
+def _image_names(dialog: Field) -> list[str]:
+    given = dialog.get("image")
+    if given is not None:
+        return [given.text()]
+    number = dialog["image_id"].integer(0, 10**12)
+    return [name.format(number) for name in _COCO_NAMES]
+
+
+def _pooled(data: Field, pool: str, index: Field) -> str:
+    """A question or an answer by its number."""
+    texts = data[pool]
+    if not isinstance(texts.value, list):
+        texts.wrong("a list")
+    number = index.integer(0, len(texts.value) - 1)
+    return Field(texts.value[number], f"{texts.path}[{number}]").text()
+
+
+def _data(path: str) -> Field:
+    try:
+        data = read_table(path)["data"]
+        data["dialogs"].list()
+        return data
+    except FieldError as error:
+        raise error.at(path) from error
+
+
+@lru_cache(maxsize=2)
+def _dense(key: tuple[str, int, int]) -> Mapping[str, Field]:
+    """Dense annotations by image."""
+    try:
+        return {str(item["image_id"].value): item for item in read_table(key[0]).list()}
+    except FieldError as error:
+        raise error.at(key[0]) from error

@@ -1,0 +1,99 @@
+"""VIST: stories of (mostly) five photographs.
+
+Read are the formatted annotations (`{"annotations": {story: [{"sequence_index", "image_id", "caption"}]}}`,
+also as a list of `{"story_id", "story"}`) and the original story-in-sequence files (`sis`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
+from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.records import read_table
+from mm_interleaved.data.sources.source import Item, Shard, attempt
+from mm_interleaved.data.sources.stories import story_document
+from mm_interleaved.document import Document
+from mm_interleaved.image_references import ImageStore
+from mm_interleaved.strict_json import Field, FieldError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True, slots=True)
+class _Story:
+    name: str
+    panels: tuple[Field, ...]
+    """In the file's order."""
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisualStories:
+    """Stories; by default everything is given but the last image."""
+
+    paths: str | tuple[str, ...]
+    images: str | None = None
+    """Folder, address or tars of the images; by default the file's folder (above `annotations`)."""
+    num_given: int = -1
+    """Parts (captions and images) that are given; negative: counted from the end; 0: all, no target."""
+
+    def shards(self) -> list[Shard]:
+        return [Shard(path, len(_stories(fingerprint(path)))) for path in found_files(self.paths)]
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        store = image_store(self.images, shard.name, skip_missing=True)
+        for position, story in enumerate(_stories(fingerprint(shard.name))[start:], start):
+            build = partial(self._document, story, f"{stem_of(shard.name)}:{story.name}", store)
+            yield position, attempt(f"{shard.name}: {story.path}", build)
+
+    def _document(self, story: _Story, name: str, store: ImageStore) -> Document:
+        def order(panel: Field) -> int:
+            key = "sequence_index" if "sequence_index" in panel else "worker_arranged_photo_order"
+            value = panel[key]
+            # The original files have the numbers as strings.
+            return int(value.value) if str(value.value).isdigit() else value.wrong("a number from 0")
+
+        panels = [
+            (
+                panel["caption" if "caption" in panel else "text"].text().strip(),
+                first_image(store, _names(panel), panel.path),
+            )
+            for panel in sorted(story.panels, key=order)
+        ]
+        return story_document(name, panels, self.num_given, story.path)
+
+
+def _names(panel: Field) -> list[str]:
+    image_id = panel["image_id" if "image_id" in panel else "photo_flickr_id"]
+    return [f"{image_id.value}{suffix}" for suffix in _SUFFIXES]
+
+
+@lru_cache(maxsize=2)
+def _stories(key: tuple[str, int, int]) -> tuple[_Story, ...]:
+    path = key[0]
+    try:
+        annotations = read_table(path)["annotations"]
+        if isinstance(annotations.value, dict):
+            found = [(name, annotations[name]) for name in annotations.object()]
+            return tuple(_Story(name, tuple(panels.list()), panels.path) for name, panels in found)
+        records = annotations.list()
+        if records and isinstance(records[0].value, list):
+            return _original_stories(records)
+        return tuple(
+            _Story(str(record["story_id"].value), tuple(record["story"].list()), record.path)
+            for record in records
+        )
+    except FieldError as error:
+        raise error.at(path) from error
+
+
+def _original_stories(records: list[Field]) -> tuple[_Story, ...]:
+    """Lists of one panel each, the panels of a story anywhere in the file."""
+    panels: dict[str, list[Field]] = {}
+    for record in records:
+        for panel in record.list():
+            panels.setdefault(str(panel["story_id"].value), []).append(panel)
+    return tuple(_Story(name, tuple(found), found[0].path) for name, found in panels.items())

@@ -1,0 +1,148 @@
+"""Questions about images: VQAv2, OK-VQA, TextVQA, VizWiz.
+
+Read are the official questions with their annotations (VQAv2, OK-VQA and what was brought into their form),
+TextVQA's own file (`{"data": [...]}`) and VizWiz's list. Without answers (test splits) the target is empty.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from mm_interleaved.data.prompts import QUESTION, TaskPrompt
+from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
+from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.records import read_table
+from mm_interleaved.data.sources.source import Item, Shard, attempt
+from mm_interleaved.document import Document
+from mm_interleaved.errors import InputError, UsageError
+from mm_interleaved.image_references import ImageStore
+from mm_interleaved.strict_json import Field, FieldError
+
+_PLACE = re.compile(r"\{image_id(?::0?(\d+))?\}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisualQuestions:
+    """A question about an image; the target is the answer that most people gave, `meta.answers` has all."""
+
+    paths: str | tuple[str, ...]
+    """Files of questions."""
+    annotations: str | tuple[str, ...] | None = None
+    """The annotation file of each file of questions, in the same order; None where answers stand beside the
+    questions, or there are none."""
+    images: str | None = None
+    """Folder, address or tars of the images; by default the table's folder (above `annotations`)."""
+    image_name: str | None = None
+    """The name of an image, such as `COCO_train2014_{image_id:012}.jpg`. None: the question's `image`, or
+    COCO's name of the questions' `data_subtype`, or `<image_id>.jpg`."""
+    prompt: TaskPrompt = QUESTION
+
+    def shards(self) -> list[Shard]:
+        return [Shard(path, len(_questions(path))) for path in self._answers()]
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        path = shard.name
+        store = image_store(self.images, path, skip_missing=True)
+        answers_path = self._answers()[path]
+        answers = {} if answers_path is None else _annotations(fingerprint(answers_path))
+        name_rule = self.image_name or _coco_name(path)
+        for position, question in enumerate(_questions(path)[start:], start):
+            build = partial(self._document, question, f"{stem_of(path)}:{position}", name_rule, store)
+            record = question if answers_path is None else answers.get(_id(question), None)
+            yield position, attempt(f"{path}: {question.path}", partial(build, record))
+
+    def _answers(self) -> Mapping[str, str | None]:
+        """Files of questions, and the file of each one's answers."""
+        questions = found_files(self.paths)
+        if self.annotations is None:
+            return dict.fromkeys(questions)
+        annotations = found_files(self.annotations)
+        if len(annotations) != len(questions):
+            raise UsageError(
+                f"annotations: found {len(annotations)} files, expected {len(questions)} as in paths",
+                field="annotations",
+            )
+        return dict(zip(questions, annotations, strict=True))
+
+    def _document(
+        self, question: Field, name: str, name_rule: str | None, store: ImageStore, answers: Field | None
+    ) -> Document:
+        if answers is None:
+            raise FieldError(f"{question.path}.question_id", "found no annotation of this question")
+        image = first_image(store, _image_names(question, name_rule), question.path, self.prompt.role)
+        text = question["question"].text().strip()
+        given = _given_answers(answers)
+        meta = {"question": text}
+        for key in ("question_id", "question_type", "answer_type"):
+            entry = question.get(key) or answers.get(key)
+            meta |= {} if entry is None else {key: entry.value}
+        return Document(
+            id=name,
+            parts=self.prompt.parts(image, text),
+            target=self.prompt.answer(_best(answers, given)) if given else (),
+            meta={**meta, "answers": given} if given else meta,
+        )
+
+
+def _given_answers(record: Field) -> list[str]:
+    """All answers, as people gave them."""
+    answers = record.get("answers")
+    if answers is None:
+        return []
+    return [
+        (item if isinstance(item.value, str) else item["answer"]).text().strip() for item in answers.list()
+    ]
+
+
+def _best(record: Field, given: list[str]) -> str:
+    """The official choice, or the answer given most often, the first of equals."""
+    chosen = record.get("multiple_choice_answer")
+    return Counter(given).most_common(1)[0][0] if chosen is None else chosen.text()
+
+
+def _image_names(question: Field, name_rule: str | None) -> list[str]:
+    image = question.get("image")
+    if image is not None:
+        return [image.text()]
+    image_id = question["image_id"].value
+    if name_rule is None:
+        return [f"{image_id}.jpg", f"{image_id}.png"]
+    return [_PLACE.sub(lambda match: str(image_id).zfill(int(match[1] or 0)), name_rule)]
+
+
+def _questions(path: str) -> list[Field]:
+    table = read_table(path)
+    try:
+        if isinstance(table.value, list):
+            return table.list()
+        return table["data" if "data" in table else "questions"].list()
+    except FieldError as error:
+        raise error.at(path) from error
+
+
+def _coco_name(path: str) -> str | None:
+    subtype = read_table(path).get("data_subtype")
+    return None if subtype is None else f"COCO_{subtype.text()}_{{image_id:012}}.jpg"
+
+
+def _id(question: Field) -> str:
+    # A question without an id fails by itself, when its document is made.
+    return str(question.value.get("question_id")) if isinstance(question.value, dict) else ""
+
+
+@lru_cache(maxsize=2)
+def _annotations(key: tuple[str, int, int]) -> Mapping[str, Field]:
+    """Annotations by the id of their question."""
+    path = key[0]
+    try:
+        records = read_table(path)["annotations"].list()
+        found = {str(record["question_id"].value): record for record in records}
+    except FieldError as error:
+        raise error.at(path) from error
+    if len(found) < len(records):
+        raise InputError(f"{path}: found {len(records) - len(found)} questions annotated twice")
+    return found

@@ -1,0 +1,152 @@
+"""WebDataset tars as img2dataset writes them: for each pair a `.jpg`, a `.txt` and a `.json` of one key.
+
+The members of a sample have to stand next to each other. A key that comes again, a member that comes twice
+and a sample without its image or caption are broken items; so is everything after the place where a tar was
+cut, and the sample before that place, whose members may be missing. No sample takes anything of another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import IO
+
+from mm_interleaved.data.sources.files import check_against_manifest, found_files, open_file, reading, stem_of
+from mm_interleaved.data.sources.pairs import caption_of, pair_parts
+from mm_interleaved.data.sources.source import BrokenItem, Chance, FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.sources.tar_files import Member, member_bytes, tar_members
+from mm_interleaved.document import Document, Image
+from mm_interleaved.errors import InputError, escape
+from mm_interleaved.strict_json import Field, FieldError, decoded, parse_strict
+
+_IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+_REFUSED_KINDS = ("pkl", "pickle", "pyd", "pth", "pt", "npy")
+
+
+@dataclass(slots=True)
+class _Sample:
+    """The members of one key, by their kinds (what follows the first dot of the name, in lower case)."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairTars:
+    """Pairs out of tars; the defaults are those of the released model's training."""
+
+    paths: str | tuple[str, ...]
+    image_first_share: float = 0.5
+    """The image stands before its caption in this share (0 to 1) of the documents."""
+    lower_case: bool = True
+    """Captions in lower case."""
+    min_characters: int = 1
+    """Pairs with a shorter caption are left out."""
+    seed: int = 0
+    epoch: int = 0
+
+    def shards(self) -> list[Shard]:
+        return [Shard(path) for path in found_files(self.paths)]
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        path = shard.name
+        position = -1
+        try:
+            check_against_manifest(path)
+            with ExitStack() as stack:
+                headers, contents = (stack.enter_context(open_file(path)) for _ in range(2))
+                for position, sample in enumerate(_samples(headers, path)):
+                    if position >= start:
+                        chance = Chance(self.seed, self.epoch, path, position)
+                        yield position, self._item(sample, contents, path, chance)
+        except InputError as error:
+            yield max(position + 1, start), BrokenItem(path, str(error).removeprefix(f"{path}: "))
+
+    def _item(self, sample: _Sample, contents: IO[bytes], path: str, chance: Chance) -> Item:
+        place = f"{path}: {escape(sample.key)}"
+
+        def build() -> Document | FilteredItem:
+            image_member = _image_member(sample)
+            caption = _caption(sample, contents, path)
+            if len(caption) < self.min_characters:
+                return FilteredItem(place, "short_caption")
+            name = f"{stem_of(path)}/{sample.key}"
+            image = Image(member_bytes(contents, image_member, path), name=f"{path}: {image_member.name}")
+            parts = pair_parts(
+                image,
+                caption,
+                chance,
+                image_first_share=self.image_first_share,
+                lower_case=self.lower_case,
+            )
+            return Document(id=name, parts=parts)
+
+        return attempt(place, build)
+
+
+def _samples(headers: IO[bytes], path: str) -> Iterator[_Sample]:
+    """The members grouped by key. A sample is given out once its end is known to be sound."""
+    sample: _Sample | None = None
+    finished: set[str] = set()
+    with reading(path):
+        # None stands for the sound end of the archive; where that is missing, tar_members raises before it.
+        for member in chain(tar_members(headers, path), [None]):
+            key, kind = _key_and_kind(member.name) if member else ("", "")
+            if sample is not None and (member is None or key != sample.key):
+                yield sample
+                finished.add(sample.key)
+                sample = None
+            if member is not None:
+                if sample is None:
+                    sample = _Sample(key, problem=_again(key) if key in finished else "")
+                _add(sample, member, kind)
+
+
+def _again(key: str) -> str:
+    return f"the key {escape(key)!r} was there already; expected the members of a sample next to each other"
+
+
+def _add(sample: _Sample, member: Member, kind: str):
+    problem = ""
+    if member.problem:
+        problem = f"{escape(member.name)!r} {member.problem}"
+    elif kind in sample.members:
+        problem = f"found two members {escape(kind)!r}, expected one"
+    elif kind in _REFUSED_KINDS:
+        problem = f"{escape(member.name)!r}: files of this kind can run code and are never read"
+    sample.members[kind] = member
+    sample.problem = sample.problem or problem
+
+
+def _key_and_kind(name: str) -> tuple[str, str]:
+    """`a/0001.seg.PNG` → `a/0001`, `seg.png`."""
+    folder, slash, last = name.removeprefix("./").rpartition("/")
+    stem, _, kind = last.partition(".")
+    return folder + slash + stem, kind.lower()
+
+
+def _image_member(sample: _Sample) -> Member:
+    if sample.problem:
+        raise FieldError("", sample.problem)
+    images = [member for kind, member in sample.members.items() if kind in _IMAGE_KINDS]
+    if len(images) != 1:
+        raise FieldError("", f"found {len(images)} images ({_kinds(sample)}), expected one")
+    return images[0]
+
+
+def _caption(sample: _Sample, contents: IO[bytes], path: str) -> str:
+    """Out of the `.txt`, or the `caption` of the `.json`."""
+    for kind in ("txt", "json"):
+        if (member := sample.members.get(kind)) is None:
+            continue
+        place = f"{path}: {member.name}"
+        text = decoded(member_bytes(contents, member, path), place, is_start=True)
+        return text.strip() if kind == "txt" else caption_of(Field(parse_strict(text, place))["caption"])
+    raise FieldError("", f"found {_kinds(sample)}, expected a .txt or a .json with the caption")
+
+
+def _kinds(sample: _Sample) -> str:
+    return ", ".join(f".{escape(kind, 20)}" for kind in sample.members)
