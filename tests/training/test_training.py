@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mm_interleaved.checkpoint.store import load_newest_checkpoint
-from mm_interleaved.errors import NumericalError, StorageError
+from mm_interleaved.errors import ModelFileError, NumericalError
 from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
@@ -224,14 +224,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     assert all(parameter.isfinite().all() for parameter in stage.part.parameters())
 
 
-def test_only_the_newest_checkpoints_stay_and_a_damaged_one_is_named(tmp_path):
-    config = StageConfig(steps=2, learning_rate=1e-2, save_every=1)
+def damage(folder):
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+
+
+def test_only_the_newest_checkpoints_stay_and_a_damaged_one_is_put_aside(tmp_path, caplog):
+    config = StageConfig(steps=2, learning_rate=1e-2, save_every=1, log_every=1)
     train_stage(Diverging(), config, tmp_path, seed=0)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000002"]
-    weights = tmp_path / "step-00000002" / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(StorageError, match=r"step-00000002/weights\.safetensors"):
-        load_stage_weights(Diverging(), tmp_path)
+    damage(tmp_path / "step-00000002")
+    assert load_stage_weights(Diverging(), tmp_path) == 1
+    train_stage(Diverging(), replace(config, keep_checkpoints=1), tmp_path, seed=0)
+    assert "damaged-step-00000002; going on from step 1" in caplog.text
+    names = sorted(path.name for path in tmp_path.glob("*step-*"))
+    assert names == ["damaged-step-00000002", "step-00000002"]
+    assert [line["step"] for line in losses_of(tmp_path)] == [1, 2], "what is done again is logged once"
+
+
+def test_a_run_never_starts_again_where_all_its_checkpoints_are_damaged(tmp_path):
+    config = StageConfig(steps=2, learning_rate=1e-2, save_every=1)
+    train_stage(Diverging(), config, tmp_path, seed=0)
+    for step in (1, 2):
+        damage(tmp_path / f"step-0000000{step}")
+    with pytest.raises(ModelFileError, match=r"step-00000002/weights.*step-00000001/weights"):
+        train_stage(Diverging(), config, tmp_path, seed=0)
 
 
 def test_a_save_that_was_cut_off_is_not_taken_for_a_checkpoint(tmp_path):

@@ -3,24 +3,39 @@
 A checkpoint is a folder `step-00001200` with one safetensors file a group of tensors, `state.json`, and,
 written last, `manifest.json` with the size and SHA-256 of every file. It is written beside its place and
 renamed, so a crash at any point leaves the earlier checkpoints untouched. Nothing in it is a pickle.
+
+Where tensors are spread over several processes, a group is a folder of safetensors files, which
+torch.distributed.checkpoint writes and reads; it can be read by any number of processes.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mm_interleaved.errors import StorageError
+from mm_interleaved.errors import ModelFileError, StorageError
+from mm_interleaved.training.parallel import ALONE, Ranks, is_spread
+
+logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
+_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,72 +50,191 @@ class Checkpoint:
     """Everything else, as JSON."""
 
 
-def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
+@dataclass(frozen=True, slots=True)
+class CheckedFolder:
+    """A checkpoint on the disk, every file of it checked against the manifest."""
+
+    folder: Path
+    step: int
+    state: Mapping[str, Any]
+    groups: frozenset[str]
+
+    def read(self, group: str) -> dict[str, Tensor]:
+        """The tensors of a group, whole."""
+        path = self._place(group)
+        with _reading(path):
+            if path.is_file():
+                return load_file(path)
+            metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+            tensors = {
+                name: torch.empty(entry.size, dtype=entry.properties.dtype)
+                for name, entry in metadata.items()
+            }
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+            return tensors
+
+    def names(self, group: str) -> frozenset[str]:
+        """The names of a group's tensors."""
+        path = self._place(group)
+        with _reading(path):
+            if path.is_file():
+                with safe_open(path, "pt") as file:
+                    return frozenset(file.keys())
+            return frozenset(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
+
+    def read_into(self, group: str, destination: Mapping[str, Tensor]) -> None:
+        """Fills tensors of the same names; those that are spread over ranks get their shares.
+
+        Raises:
+            StorageError: names or shapes differ.
+        """
+        path = self._place(group)
+        found = self.names(group)
+        if found != destination.keys():
+            differing = sorted(found ^ destination.keys())[:3]
+            raise StorageError(
+                f"{path}: not what is trained now; only in one of the two: {', '.join(differing)}"
+            )
+        if path.is_file() and not is_spread(destination):
+            with _reading(path):
+                source: Mapping[str, Tensor] = load_file(path)
+        else:
+            source = self._shares(path, destination)
+        with torch.no_grad(), _reading(path):
+            for name, tensor in destination.items():
+                tensor.copy_(source[name].reshape(tensor.shape))
+
+    def _shares(self, path: Path, destination: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors like `destination`, which is spread or was saved so."""
+        with _reading(path):
+            if path.is_file():
+                return {name: _share(tensor, destination[name]) for name, tensor in load_file(path).items()}
+            shares = {name: _storable(torch.empty_like(tensor)) for name, tensor in destination.items()}
+            no_processes = not torch.distributed.is_initialized()
+            dcp.load(shares, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_processes)
+            return shares
+
+    def _place(self, group: str) -> Path:
+        path = self.folder / f"{group}{_SUFFIX}"
+        return path if path.is_file() else self.folder / group
+
+
+def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2, ranks: Ranks = ALONE) -> Path:
     """Writes a checkpoint below `root`, removes all but the newest `keep`, and returns its folder.
+
+    All ranks call it. What is spread over them is written by all of them, everything else by the first.
 
     Raises:
         StorageError: the file system refused (full, read-only); earlier checkpoints are still whole.
     """
     folder = root / f"step-{checkpoint.step:08d}"
-    temporary = root / f".tmp-{folder.name}-{os.getpid()}"
-    try:
+    temporary = root / f".tmp-{folder.name}"
+    shared = {group: tensors for group, tensors in checkpoint.tensors.items() if is_spread(tensors)}
+    alone = {group: tensors for group, tensors in checkpoint.tensors.items() if group not in shared}
+
+    def begin() -> None:
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)
         temporary.mkdir()
-        for group, tensors in checkpoint.tensors.items():
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                temporary / f"{group}.safetensors",
-            )
+        for group, tensors in alone.items():
+            contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, temporary / f"{group}{_SUFFIX}")
         _write_json(temporary / _STATE, {"step": checkpoint.step, **checkpoint.state})
-        for path in temporary.iterdir():
+
+    def commit(fingerprints: Mapping[str, Any]) -> None:
+        for path in temporary.rglob("*"):
             _sync(path)
-        _write_json(
-            temporary / _MANIFEST, {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        )
+        _write_json(temporary / _MANIFEST, dict(sorted(fingerprints.items())))
         _sync(temporary / _MANIFEST)
         _sync(temporary)
-        if folder.exists():  # the same step again, e.g. after a stop right behind a periodic save
-            _remove(folder)
+        if folder.exists():
+            # The same step of the same run: what is there is as good, and never is there a moment without it.
+            shutil.rmtree(temporary)
+            return
         temporary.rename(folder)
         _sync(root)
         for old in _folders(root)[:-keep]:
             _remove(old)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    try:
+        _first(ranks, begin)
+        for group, tensors in shared.items():
+            _together(ranks, lambda group=group, tensors=tensors: _write_shares(temporary / group, tensors))
+        fingerprints = _fingerprints(temporary, ranks)
+        _first(ranks, lambda: commit(fingerprints))
+    except StorageError as error:
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"{folder}: the checkpoint could not be written: {error}") from error
     return folder
 
 
-def load_newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The checkpoint with the highest step below `root`, or None if there is none.
+def newest_checkpoint(root: Path, ranks: Ranks = ALONE) -> CheckedFolder | None:
+    """The newest whole checkpoint below `root`, or None if there is none at all.
+
+    Where the newest is damaged, the one before is taken (see `put_aside_newer`).
 
     Raises:
-        StorageError: its files are not those that its manifest names.
+        ModelFileError: there are checkpoints, but not one of them is whole; nothing starts again from step 0.
     """
-    folders = _folders(root)
-    return load_checkpoint(folders[-1]) if folders else None
+    problems: list[str] = []
+    for folder in reversed(_folders(root)):
+        try:
+            return open_checkpoint(folder, ranks)
+        except StorageError as error:
+            problems.append(str(error))
+    if problems:
+        raise ModelFileError(f"{root}: no checkpoint is whole: {'; '.join(problems)}")
+    return None
+
+
+def put_aside_newer(root: Path, step: int) -> None:
+    """Renames checkpoints with more than `step` steps: they are damaged, and must not count as the newest."""
+    for folder in _folders(root):
+        if _step(folder) > step:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            logger.warning("%s: damaged, now %s; going on from step %d", folder, aside.name, step)
+
+
+def open_checkpoint(folder: Path, ranks: Ranks = ALONE) -> CheckedFolder:
+    """The checkpoint in `folder`, every file checked against the manifest first (the ranks share the work).
+
+    Raises:
+        StorageError: a file is missing, differs, or is not named.
+    """
+
+    def check() -> None:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        for name in sorted(manifest)[ranks.rank :: ranks.size]:
+            found = _fingerprint(folder / name)
+            if found != manifest[name]:
+                raise StorageError(f"{folder / name}: expected {manifest[name]}, found {found}")
+        unnamed = sorted(_files(folder) - {*manifest, _MANIFEST})
+        if unnamed:
+            raise StorageError(f"{folder / unnamed[0]}: a file that the manifest does not name")
+
+    try:
+        _together(ranks, check)
+        state = json.loads((folder / _STATE).read_text())
+        names = {
+            name.split("/")[0].removesuffix(_SUFFIX) for name in _files(folder) if name.endswith(_SUFFIX)
+        }
+        return CheckedFolder(folder, state.pop("step"), state, frozenset(names))
+    except (StorageError, OSError, ValueError, KeyError) as error:
+        raise StorageError(f"{folder}: not a whole checkpoint: {error}") from error
+
+
+def load_newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest whole checkpoint below `root` with all of its tensors; errors as `newest_checkpoint`."""
+    found = newest_checkpoint(root)
+    return None if found is None else _read_all(found)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, every file checked against the manifest first.
-
-    Raises:
-        StorageError: a file is missing or differs.
-    """
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        for name, expected in manifest.items():
-            found = _fingerprint(folder / name)
-            if found != expected:
-                raise StorageError(f"{folder / name}: expected {expected}, found {found}")
-        state = json.loads((folder / _STATE).read_text())
-        tensors = {
-            Path(name).stem: load_file(folder / name) for name in manifest if name.endswith(".safetensors")
-        }
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{folder}: not a whole checkpoint: {error}") from error
-    return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+    """The checkpoint in `folder` with all of its tensors; errors as `open_checkpoint`."""
+    return _read_all(open_checkpoint(folder))
 
 
 def remove_leftovers(root: Path) -> None:
@@ -109,14 +243,84 @@ def remove_leftovers(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _read_all(checked: CheckedFolder) -> Checkpoint:
+    tensors = {group: checked.read(group) for group in sorted(checked.groups)}
+    return Checkpoint(checked.step, tensors, checked.state)
+
+
+def _write_shares(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save({name: _storable(tensor.detach()) for name, tensor in tensors.items()}, storage_writer=writer)
+
+
+def _share(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's share of a whole tensor, if `like` is spread."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """A counter as a vector of one: the safetensors format cannot give a part of a number."""
+    return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+
+def _first(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Has the first rank do something while the others wait. Raises StorageError on all if it fails."""
+    _together(ranks, work if ranks.is_first else lambda: None)
+
+
+def _together(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Does something on all ranks. Raises StorageError on all if one fails, so that none waits for ever."""
+    problem = ""
+    try:
+        work()
+    # torch's CheckpointException is not even an Exception.
+    except (OSError, ValueError, TypeError, SafetensorError, StorageError, CheckpointException) as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+    problems = [problem for problem in ranks.gather(problem) if problem]
+    if problems:
+        raise StorageError(problems[0])
+
+
+@contextmanager
+def _reading(path: Path):
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException) as error:
+        raise StorageError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def _fingerprints(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Size and hash of every file; each rank reads a part of them. Raises StorageError on all ranks."""
+    mine: dict[str, Any] = {}
+
+    def read() -> None:
+        mine.update({n: _fingerprint(folder / n) for n in sorted(_files(folder))[ranks.rank :: ranks.size]})
+
+    _together(ranks, read)
+    return {name: found for part in ranks.gather(mine) for name, found in part.items()}
+
+
 def _folders(root: Path) -> list[Path]:
     """Committed checkpoints, oldest first; a folder is committed by its rename, after its manifest."""
-    return sorted(folder for folder in root.glob("step-*") if (folder / _MANIFEST).is_file())
+    return sorted((folder for folder in root.glob("step-*") if (folder / _MANIFEST).is_file()), key=_step)
+
+
+def _step(folder: Path) -> int:
+    with suppress(ValueError):
+        return int(folder.name.removeprefix("step-"))
+    return -1
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def _remove(folder: Path) -> None:
     """Deletes a checkpoint such that no half-deleted one can be taken for whole."""
-    doomed = folder.with_name(f".del-{folder.name}-{os.getpid()}")
+    doomed = folder.with_name(f".del-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 

@@ -2,31 +2,40 @@
 
 A stage says what trains, makes a batch out of the step number, and computes named losses. Everything random
 in a step is seeded by (seed, step), so there is no hidden state: a resumed run equals an uninterrupted one to
-the bit (at the same number of threads).
+the bit (at the same number of threads). A stage whose batches come out of a stream says where it is in it.
 """
 
-import json
 import logging
 import math
 import signal
-import time
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mm_interleaved.checkpoint.store import Checkpoint, load_newest_checkpoint, save_checkpoint
+from mm_interleaved.checkpoint.store import (
+    Checkpoint,
+    load_newest_checkpoint,
+    newest_checkpoint,
+    put_aside_newer,
+    save_checkpoint,
+)
 from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError
+from mm_interleaved.training.metrics import LogFile, LogWriter, Meter, close_all, count_flops
 from mm_interleaved.training.optimizer import (
     AveragedWeights,
+    ParameterRule,
     build_optimizer,
     learning_rate,
 )
+from mm_interleaved.training.parallel import ALONE, Ranks, whole
+from mm_interleaved.training.precision import LossScale
 from mm_interleaved.training.settings import StageConfig
 
 logger = logging.getLogger(__name__)
@@ -40,7 +49,7 @@ class StoppedBySignal(MMInterleavedError):  # noqa: N818 - nothing went wrong
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What a stage computed on one batch."""
+    """What a stage computed on one batch, or on one micro-batch: then its share of the step's losses."""
 
     total: Tensor
     """Scalar to be minimised."""
@@ -50,6 +59,13 @@ class Losses:
     """What went in, e.g. images and tokens; for the rates in the log."""
     document_ids: tuple[str, ...] = field(default=())
     """Which documents they came from; named if the loss is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatches:
+    """A batch in pieces that are computed one after another, their gradients added up."""
+
+    pieces: tuple[Any, ...]
 
 
 class Stage(Protocol):
@@ -62,11 +78,39 @@ class Stage(Protocol):
         ...
 
     def make_batch(self, step: int) -> Any:
-        """The batch of a step, a pure function of the run's seed and the step."""
+        """The batch of a step, a pure function of the run's seed and the step; or `MicroBatches`."""
         ...
 
     def compute_losses(self, batch: Any) -> Losses:
         """Forward pass; random numbers come from torch's global generator, seeded by the loop."""
+        ...
+
+
+@runtime_checkable
+class StreamStage(Stage, Protocol):
+    """A stage that reads a stream, on one or several ranks; a checkpoint holds its place in the stream."""
+
+    def state(self) -> Mapping[str, Any]:
+        """Where the stream is after the last batch, as JSON, the same on every rank; all ranks call it."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes there; called before the first batch is made."""
+        ...
+
+    def summing_gradients(self, is_last: bool) -> AbstractContextManager[None]:
+        """Within, forward and backward of a micro-batch; ranks exchange gradients only in the last."""
+        ...
+
+
+class Observer(Protocol):
+    """Looks at the model while it trains, e.g. draws samples."""
+
+    every: int
+    """Steps between two looks; 0 = never."""
+
+    def __call__(self, step: int) -> None:
+        """Called with the averaged weights in place, where there are any, after so many steps."""
         ...
 
 
@@ -78,37 +122,61 @@ def train_stage(
     seed: int,
     settings: Mapping[str, Any] | None = None,
     show_progress: bool = False,
+    rules: Mapping[str, ParameterRule] = MappingProxyType({}),
+    ranks: Ranks = ALONE,
+    observers: Sequence[Observer] = (),
+    writers: Sequence[LogWriter] = (),
+    measure_flops: bool = False,
 ) -> None:
     """Trains a stage to its last step and leaves its (averaged, if so configured) weights in the modules.
 
     Args:
         folder: where checkpoints and `log.jsonl` go; training goes on from the newest checkpoint there.
         settings: the run's resolved settings, saved with each checkpoint.
+        rules: learning rates and decays of parameters that have their own, by the names of
+            `trained_parameters`.
+        ranks: the processes that train together; all of them call this.
+        observers: who looks on.
+        writers: where lines of the log go besides `log.jsonl`.
+        measure_flops: count the multiplications of the first batch, so that the log can say the share of the
+            device that is used (MFU); costs one more pass.
 
     Raises:
         NumericalError: the loss or the gradient is not finite; weights on disk are those before.
         StoppedBySignal: SIGTERM or SIGINT came; a checkpoint has been saved.
         StorageError: a checkpoint could not be written or read.
+        ModelFileError: there are checkpoints, and none of them is whole.
     """
-    run = _StageRun(stage, config, folder, settings or {})
+    run = _StageRun(stage, config, folder, settings or {}, rules, ranks, writers)
     run.resume()
+    has_progress = show_progress and ranks.is_first
     with (
         _stop_signals() as stop,
-        tqdm(total=config.steps, initial=run.step, desc=stage.name, disable=not show_progress) as progress,
+        tqdm(total=config.steps, initial=run.step, desc=stage.name, disable=not has_progress) as progress,
     ):
-        while run.step < config.steps:
-            torch.manual_seed(step_seed(seed, run.step))
-            batch = stage.make_batch(run.step)
-            losses = _update(stage, config, run, batch)
-            run.step += 1
-            run.log(losses, progress)
-            if stop:
-                run.save()
-                raise StoppedBySignal(
-                    f"stopped by {stop[0]} after step {run.step} of stage {stage.name}; resume to go on"
-                )
-            if run.step % config.save_every == 0 or run.step == config.steps:
-                run.save()
+        try:
+            while run.step < config.steps:
+                torch.manual_seed(step_seed(seed, run.step))
+                batch = stage.make_batch(run.step)
+                if measure_flops and not run.meter.flops_a_token:
+                    _measure_flops(stage, config, run, batch)
+                    torch.manual_seed(step_seed(seed, run.step))
+                is_stopping = _update(stage, config, run, batch, bool(stop))
+                is_stopping = is_stopping or (ranks.size == 1 and bool(stop))
+                run.log(progress)
+                if is_stopping or run.step % config.save_every == 0 or run.step == config.steps:
+                    run.save()
+                for observer in observers:
+                    if observer.every and run.step % observer.every == 0:
+                        with run.averaged_weights():
+                            observer(run.step)
+                if is_stopping:
+                    name = stop[0] if stop else "a signal to another rank"
+                    raise StoppedBySignal(
+                        f"stopped by {name} after step {run.step} of stage {stage.name}; resume to go on"
+                    )
+        finally:
+            close_all(writers)
     run.hand_on()
 
 
@@ -127,49 +195,132 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) % 2**63
 
 
-def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any) -> Losses:
-    """One optimizer step."""
-    device_type = next(iter(run.parameters.values())).device.type
-    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.use_bfloat16):
-        losses = stage.compute_losses(batch)
+def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any, wants_stop: bool) -> bool:
+    """One optimizer step. True if some rank wants to stop after it."""
+    # 1. Gradients of all micro-batches.
     run.optimizer.zero_grad()
-    losses.total.backward()
-    norm = nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
-    if not (math.isfinite(losses.total.item()) and math.isfinite(norm.item())):
-        raise NumericalError(
-            f"stage {stage.name}, step {run.step}: loss {losses.total.item()}, gradient norm {norm.item()}, "
-            f"expected finite numbers; documents {', '.join(losses.document_ids) or 'without ids'}"
-        )
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, config)
-    run.optimizer.step()
-    if run.average is not None:
-        run.average.update(run.parameters, run.step)
-    return losses
+    losses = _backward(stage, config, run, batch)
+    run.scale.undo(run.parameters.values())
+    norm = float(whole(nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)))
+
+    # 2. What the ranks have to agree on: the losses, whether they are numbers, whether to stop.
+    is_bad = not all(math.isfinite(float(piece.total)) for piece in losses)
+    names = sorted(losses[0].named)
+    counted = sorted(losses[0].counts)
+    sums = run.ranks.sum(
+        [float(is_bad), float(wants_stop)]
+        + [sum(float(piece.named[name]) for piece in losses) for name in names]
+        + [float(sum(piece.counts[name] for piece in losses)) for name in counted]
+    )
+    if sums[0] or not math.isfinite(norm):
+        # In float16 a gradient may overflow where the loss is finite: the step is left out.
+        if sums[0] or not run.scale.shrink():
+            _refuse(stage, run, losses, norm, is_bad)
+        is_skipped = True
+    else:
+        is_skipped = False
+        run.scale.grow()
+        run.optimizer.set_learning_rates(run.step, config)
+        run.optimizer.step()
+        if run.average is not None:
+            run.average.update(run.parameters, run.step)
+
+    # 3. The log.
+    means = dict(zip(names, sums[2:], strict=False)) | ({"skipped": 1.0} if is_skipped else {})
+    run.meter.add(means, dict(zip(counted, sums[2 + len(names) :], strict=True)))
+    run.norm = norm
+    run.step += 1
+    return bool(sums[1])
+
+
+def _backward(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any) -> list[Losses]:
+    """Adds up the gradients of a batch's pieces; returns their losses without their graphs."""
+    pieces = batch.pieces if isinstance(batch, MicroBatches) else (batch,)
+    number_type = torch.float16 if config.use_float16 else torch.bfloat16
+    is_mixed = config.use_float16 or config.use_bfloat16
+    results = []
+    for index, piece in enumerate(pieces):
+        with _summing(stage, is_last=index == len(pieces) - 1):
+            with torch.autocast(run.device.type, dtype=number_type, enabled=is_mixed):
+                losses = stage.compute_losses(piece)
+            (losses.total if run.scale.factor == 1.0 else losses.total * run.scale.factor).backward()
+        named = {name: value.detach() for name, value in losses.named.items()}
+        results.append(Losses(losses.total.detach(), named, losses.counts, losses.document_ids))
+    return results
+
+
+def _summing(stage: Stage, *, is_last: bool) -> AbstractContextManager[None]:
+    return stage.summing_gradients(is_last) if isinstance(stage, StreamStage) else nullcontext()
+
+
+def _refuse(stage: Stage, run: "_StageRun", losses: Sequence[Losses], norm: float, is_bad: bool) -> None:
+    """Stops all ranks, naming the documents of those whose loss is not finite (of all, if it is the norm)."""
+    total = sum(float(piece.total) for piece in losses)
+    pieces = [piece for piece in losses if not is_bad or not math.isfinite(float(piece.total))]
+    mine = (total, [name for piece in pieces for name in piece.document_ids], is_bad)
+    everyone = run.ranks.gather(mine)
+    guilty = [found for found in everyone if found[2]] or everyone
+    ids = [name for _, names, _ in guilty for name in names]
+    raise NumericalError(
+        f"stage {stage.name}, step {run.step}: loss {guilty[0][0]}, gradient norm {norm}, "
+        f"expected finite numbers; documents {', '.join(ids) or 'without ids'}"
+    )
+
+
+def _measure_flops(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any) -> None:
+    """Counts what one batch costs a token, so that the log can tell the share of the device that is used."""
+    losses: list[Losses] = []
+    flops = count_flops(lambda: losses.extend(_backward(stage, config, run, batch)))
+    run.optimizer.zero_grad()
+    tokens = sum(piece.counts.get("tokens", 0) for piece in losses)
+    run.meter.flops_a_token = flops / tokens if tokens else 0.0
 
 
 class _StageRun:
     """The state of a stage while it trains: what a checkpoint saves and restores."""
 
-    def __init__(self, stage: Stage, config: StageConfig, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        config: StageConfig,
+        folder: Path,
+        settings: Mapping[str, Any],
+        rules: Mapping[str, ParameterRule],
+        ranks: Ranks,
+        writers: Sequence[LogWriter],
+    ) -> None:
         self.stage, self.config, self.folder, self.settings = stage, config, folder, settings
+        self.ranks = ranks
         self.step = 0
+        self.norm = 0.0
         self.parameters = trained_parameters(stage)
-        self.optimizer = build_optimizer(self.parameters, stage.trained_parts(), config)
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = build_optimizer(self.parameters, stage.trained_parts(), config, rules)
         self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-        self._since = time.monotonic()
+        self.scale = LossScale(config.use_float16)
+        self.meter = Meter(self.device, ranks.size)
+        self._file = LogFile(folder)
+        self._writers = (self._file, *writers)
 
     def resume(self) -> None:
-        checkpoint = load_newest_checkpoint(self.folder)
+        checkpoint = newest_checkpoint(self.folder, self.ranks)
         if checkpoint is None:
             return
         self.step = checkpoint.step
-        _copy(checkpoint.tensors["weights"], self.parameters)
-        self.optimizer.load_tensors(checkpoint.tensors["optimizer"])
-        if self.average is not None and "average" in checkpoint.tensors:
-            _copy(checkpoint.tensors["average"], self.average.tensors)
+        checkpoint.read_into("weights", {name: p.detach() for name, p in self.parameters.items()})
+        if "optimizer" in checkpoint.groups:
+            self.optimizer.prepare_state(checkpoint.names("optimizer"))
+            checkpoint.read_into("optimizer", self.optimizer.tensors())
+        if self.average is not None and "average" in checkpoint.groups:
+            checkpoint.read_into("average", self.average.tensors)
+        if "loss_scale" in checkpoint.state:
+            self.scale.restore(checkpoint.state["loss_scale"])
+        if isinstance(self.stage, StreamStage):
+            self.stage.load_state(checkpoint.state["stream"])
+        self._warn_of_differences(checkpoint.state)
+        if self.ranks.is_first:
+            put_aside_newer(self.folder, self.step)
+            self._file.cut(self.step)
         logger.info("stage %s goes on after step %d", self.stage.name, self.step)
 
     def save(self) -> None:
@@ -179,39 +330,72 @@ class _StageRun:
         }
         if self.average is not None:
             tensors["average"] = self.average.tensors
-        state = {"stage": self.stage.name, "settings": dict(self.settings)}
-        save_checkpoint(self.folder, Checkpoint(self.step, tensors, state))
+        state: dict[str, Any] = {
+            "stage": self.stage.name,
+            "settings": dict(self.settings),
+            "ranks": self.ranks.size,
+            "threads": torch.get_num_threads(),
+        }
+        if self.scale.is_used:
+            state["loss_scale"] = self.scale.record()
+        if isinstance(self.stage, StreamStage):
+            state["stream"] = dict(self.stage.state())
+        tensors = {group: named for group, named in tensors.items() if named}
+        save_checkpoint(
+            self.folder,
+            Checkpoint(self.step, tensors, state),
+            keep=self.config.keep_checkpoints,
+            ranks=self.ranks,
+        )
 
     def hand_on(self) -> None:
         """Leaves the averaged weights in the modules."""
         if self.average is not None:
             _copy(self.average.tensors, self.parameters)
 
-    def log(self, losses: Losses, progress: tqdm) -> None:
-        """Adds to the running means; writes a line to the log file every `log_every` steps."""
-        for name, value in losses.named.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
-        for name, count in losses.counts.items():
-            self._counts[name] = self._counts.get(name, 0) + count
+    @contextmanager
+    def averaged_weights(self):
+        """Within, the modules hold the averaged weights."""
+        if self.average is None:
+            yield
+            return
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        _copy(self.average.tensors, self.parameters)
+        try:
+            yield
+        finally:
+            _copy(kept, self.parameters)
+
+    def log(self, progress: tqdm) -> None:
+        """Writes a line to the log every `log_every` steps."""
         progress.update()
         if self.step % self.config.log_every:
             return
-        seconds = max(1e-9, time.monotonic() - self._since)
-        means = {name: round(value / self.config.log_every, 6) for name, value in self._sums.items()}
-        rates = {f"{name}/s": round(count / seconds, 1) for name, count in self._counts.items()}
+        numbers = self.meter.read()
+        if not self.ranks.is_first:
+            return
         line = {
             "stage": self.stage.name,
             "step": self.step,
-            **means,
-            **rates,
+            **numbers,
+            "norm": round(self.norm, 4),
             "lr": learning_rate(self.step, self.config),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        for writer in self._writers:
+            writer.write(line)
         logger.info("%s", line)
-        progress.set_postfix(means | rates)
-        self._sums, self._counts, self._since = {}, {}, time.monotonic()
+        progress.set_postfix(numbers)
+
+    def _warn_of_differences(self, state: Mapping[str, Any]) -> None:
+        for what, now in (("threads", torch.get_num_threads()), ("ranks", self.ranks.size)):
+            before = state.get(what, now)
+            if before != now:
+                logger.warning(
+                    "%s were %d, are now %d: sums are rounded otherwise, so bits will differ",
+                    what,
+                    before,
+                    now,
+                )
 
 
 @torch.no_grad()
@@ -228,7 +412,8 @@ def load_stage_weights(stage: Stage, folder: Path) -> int:
     its step.
 
     Raises:
-        StorageError: there is no whole checkpoint.
+        StorageError: there is no checkpoint.
+        ModelFileError: there is none that is whole.
     """
     checkpoint = load_newest_checkpoint(folder)
     if checkpoint is None:

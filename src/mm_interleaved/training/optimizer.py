@@ -1,8 +1,9 @@
 """The optimizers, their learning-rate schedule, and averaged weights."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,16 @@ from mm_interleaved.training.settings import StageConfig
 
 _ENDS = ("conv_in", "conv_out", "text_head", "patch_embedding")
 """Layers between a network and what goes in or comes out of it."""
+
+
+class ParameterRule(NamedTuple):
+    """How one parameter learns, where that differs from the stage's configuration."""
+
+    part: str
+    """The part of the model it belongs to."""
+    learning_rate: float | None = None
+    """Its highest learning rate."""
+    weight_decay: float | None = None
 
 
 class MuonWithAdamW:
@@ -24,10 +35,15 @@ class MuonWithAdamW:
     Args:
         parameters: what is trained, by name.
         matrices: names of those that are Muon's, see `inner_matrices`.
+        rules: learning rates and decays of parameters that have their own, by name.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], matrices: frozenset[str], config: StageConfig
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        matrices: frozenset[str],
+        config: StageConfig,
+        rules: Mapping[str, ParameterRule],
     ) -> None:
         self._parameters = dict(parameters)
         self._views = {
@@ -40,14 +56,21 @@ class MuonWithAdamW:
         if self._views:
             self._optimizers.append(
                 torch.optim.Muon(
-                    list(self._views.values()),
+                    _groups(self._views, config, rules, all_decay=True),
                     lr=config.learning_rate,
                     weight_decay=config.weight_decay,
                     adjust_lr_fn="match_rms_adamw",
                 )
             )
         if others:
-            self._optimizers.append(_adamw(others, config))
+            self._optimizers.append(
+                torch.optim.AdamW(
+                    _groups(others, config, rules),
+                    lr=config.learning_rate,
+                    betas=(config.beta_1, config.beta_2),
+                    eps=config.epsilon,
+                )
+            )
         self._names = {
             **{parameter: name for name, parameter in others.items()},
             **{view: name for name, view in self._views.items()},
@@ -57,6 +80,11 @@ class MuonWithAdamW:
     def param_groups(self) -> list[dict[str, Any]]:
         """All groups, for whoever sets learning rates."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def set_learning_rates(self, step: int, config: StageConfig) -> None:
+        """Each group's learning rate of a step."""
+        for group in self.param_groups:
+            group["lr"] = learning_rate(step, config, group["highest_learning_rate"])
 
     def zero_grad(self) -> None:
         for parameter in self._parameters.values():
@@ -79,17 +107,24 @@ class MuonWithAdamW:
             for key, value in state.items()
         }
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `tensors` took out; a parameter that never got a gradient has nothing."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            parameter, _, key = name.rpartition(":")
-            found.setdefault(parameter, {})[key] = tensor
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if self._names[parameter] in found:
-                        optimizer.state[parameter] = found[self._names[parameter]]
+    def prepare_state(self, names: Iterable[str]) -> None:
+        """Makes room for the tensors of these names, so that `tensors` can be filled from a checkpoint.
+
+        A parameter that never got a gradient has none.
+        """
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        owners = {
+            parameter: optimizer
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name in names:
+            owner, _, key = name.rpartition(":")
+            if owner in parameters:
+                parameter = parameters[owner]
+                room = torch.tensor(0.0) if key == "step" else torch.zeros_like(parameter.detach())
+                owners[parameter].state[parameter][key] = room
 
 
 def inner_matrices(parts: Mapping[str, nn.Module]) -> frozenset[str]:
@@ -106,29 +141,49 @@ def inner_matrices(parts: Mapping[str, nn.Module]) -> frozenset[str]:
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], parts: Mapping[str, nn.Module], config: StageConfig
+    parameters: Mapping[str, nn.Parameter],
+    parts: Mapping[str, nn.Module],
+    config: StageConfig,
+    rules: Mapping[str, ParameterRule] = MappingProxyType({}),
 ) -> MuonWithAdamW:
     """The optimizer that the configuration names, for the trained parameters of a stage's parts."""
     matrices = inner_matrices(parts) if config.optimizer == "muon" else frozenset()
-    return MuonWithAdamW(parameters, matrices, config)
+    return MuonWithAdamW(parameters, matrices, config, rules)
 
 
-def _adamw(parameters: Mapping[str, nn.Parameter], config: StageConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and kernels, not on biases, norms and gates."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+def _groups(
+    parameters: Mapping[str, nn.Parameter],
+    config: StageConfig,
+    rules: Mapping[str, ParameterRule],
+    *,
+    all_decay: bool = False,
+) -> list[dict[str, Any]]:
+    """Parameters that learn alike. Matrices and kernels decay; biases, norms and gates do not."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rule = rules.get(name, ParameterRule(""))
+        rate = config.learning_rate if rule.learning_rate is None else rule.learning_rate
+        decay = config.weight_decay if rule.weight_decay is None else rule.weight_decay
+        if parameter.ndim < 2 and not all_decay:
+            decay = 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "highest_learning_rate": rate}
+        for (rate, decay), members in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta_2), eps=1e-8)
 
 
-def learning_rate(step: int, config: StageConfig) -> float:
-    """Linear warm-up, a plateau, then a half cosine down to 0; a function of the step alone."""
+def learning_rate(step: int, config: StageConfig, highest: float | None = None) -> float:
+    """Linear warm-up, a plateau, then a half cosine down to 0; a function of the step alone.
+
+    Args:
+        highest: the plateau; default the stage's.
+    """
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     decay_steps = config.decay_fraction * config.steps
     left = (config.steps - step) / decay_steps if decay_steps else 1.0
     cold = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left))
-    return config.learning_rate * warm * cold
+    return (config.learning_rate if highest is None else highest) * warm * cold
 
 
 class AveragedWeights:

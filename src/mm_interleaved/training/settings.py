@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,25 +35,33 @@ class StageConfig:
     """Last part of the steps, over which the learning rate falls to 0 along a half cosine."""
     weight_decay: float = 0.01
     """A step's, times the learning rate; matrices and kernels only."""
+    beta_1: float = 0.9
+    """AdamW's first-moment decay."""
     beta_2: float = 0.98
-    """AdamW's second-moment decay; its first is 0.9."""
+    """AdamW's second-moment decay."""
+    epsilon: float = 1e-8
+    """AdamW's addition to the root of the second moment."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     ema_decay: float = 0.0
     """Decay a step of the averaged weights, which are the ones that a stage hands on; 0 keeps no average."""
     use_bfloat16: bool = False
     """Run convolutions and matrix products in bfloat16 (autocast), weights staying in float32."""
+    use_float16: bool = False
+    """The same in float16, with a loss scale that adapts itself; for GPUs without bfloat16."""
     save_every: int = 200
     """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay; older ones are deleted."""
     log_every: int = 20
     """Steps between two lines of the log."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.save_every < 1 or self.log_every < 1:
-            raise UsageError(
-                "steps, save_every and log_every must be 1 or more, found "
-                f"{self.steps}, {self.save_every}, {self.log_every}"
-            )
+        for name in ("steps", "save_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be 1 or more, found {getattr(self, name)}")
+        if self.use_bfloat16 and self.use_float16:
+            raise UsageError("use_bfloat16 and use_float16 exclude each other, found both true")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
         if not 0 <= self.decay_fraction <= 1:
@@ -80,29 +89,51 @@ def to_record(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
+def from_record(kind: type[Settings], record: Any, name: str = "settings") -> Settings:
+    """The settings that `to_record` made a record of, also after a way through JSON.
+
+    Args:
+        name: of what is read, for messages.
+
+    Raises:
+        UsageError: an unknown name, or a value of the wrong type.
+    """
+    return _from_json(record, kind, name)
+
+
 def setting_names(settings: Any, prefix: str = "") -> list[str]:
     """Every name that `override` accepts."""
     names = []
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            names += setting_names(value, f"{prefix}{field.name}.")
-        else:
-            names.append(prefix + field.name)
+    for name, value in _children(settings).items():
+        names += setting_names(value, f"{prefix}{name}.") if _is_group(value) else [prefix + name]
     return names
+
+
+def _is_group(value: Any) -> bool:
+    """Settings below a name of their own: a dataclass, or a mapping of names to dataclasses."""
+    if isinstance(value, Mapping):
+        return all(map(_is_group, value.values()))
+    return dataclasses.is_dataclass(value)
+
+
+def _children(settings: Any) -> dict[str, Any]:
+    if isinstance(settings, Mapping):
+        return dict(settings)
+    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
 
 
 def _assign(settings: Any, path: list[str], value: str, full_name: str) -> Any:
     name, *rest = path
-    field = next((field for field in dataclasses.fields(settings) if field.name == name), None)
-    if field is None or dataclasses.is_dataclass(getattr(settings, name)) != bool(rest):
+    children = _children(settings)
+    if name not in children or _is_group(children[name]) != bool(rest):
         raise UsageError(f"--set {full_name}: no such setting{_suggestion(settings, full_name, path)}")
     if rest:
-        return dataclasses.replace(
-            settings, **{name: _assign(getattr(settings, name), rest, value, full_name)}
-        )
-    hints = typing.get_type_hints(type(settings))
-    return dataclasses.replace(settings, **{name: _parse(value, hints[name], full_name)})
+        changed = _assign(children[name], rest, value, full_name)
+    else:
+        changed = _parse(value, typing.get_type_hints(type(settings))[name], full_name)
+    if isinstance(settings, Mapping):
+        return {**settings, name: changed}
+    return dataclasses.replace(settings, **{name: changed})
 
 
 def _suggestion(settings: Any, full_name: str, path: list[str]) -> str:
@@ -116,10 +147,36 @@ def _parse(value: str, kind: Any, full_name: str) -> Any:
         if isinstance(kind, types.UnionType):
             return None if value == "none" else _parse(value, typing.get_args(kind)[0], full_name)
         if typing.get_origin(kind) is tuple:
-            return tuple(_parse(item, typing.get_args(kind)[0], full_name) for item in value.split(","))
+            items = value.split(",") if value else ()
+            return tuple(_parse(item, typing.get_args(kind)[0], full_name) for item in items)
         if kind is bool:
             return {"true": True, "false": False}[value.lower()]
         return kind(value)
     except (ValueError, KeyError):
         expected = getattr(kind, "__name__", str(kind))
         raise UsageError(f"--set {full_name}: expected {expected}, found {value!r}") from None
+
+
+def _from_json(value: Any, kind: Any, name: str) -> Any:
+    """A JSON value as a value of a type; what JSON has no word for (tuples, dataclasses) is made again."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _from_json(value, arguments[0], name)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        known = [field.name for field in dataclasses.fields(kind)]
+        if not isinstance(value, Mapping) or set(value) - set(known):
+            found = sorted(set(value) - set(known)) if isinstance(value, Mapping) else type(value).__name__
+            raise UsageError(f"{name}: expected some of {', '.join(known)}, found {found}")
+        made = {key: _from_json(item, hints[key], f"{name}.{key}") for key, item in value.items()}
+        return typing.cast(Any, kind)(**made)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_from_json(item, arguments[0], name) for item in value)
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {key: _from_json(item, arguments[1], f"{name}.{key}") for key, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind not in (int, float, bool, str) or type(value) is not kind:
+        expected = getattr(kind, "__name__", str(kind))
+        raise UsageError(f"{name}: expected {expected}, found {value!r}")
+    return value

@@ -1,0 +1,194 @@
+"""What a run tells while it trains: means, rates, memory, and how much of the device it uses.
+
+Lines go to `log.jsonl`, and where they are wanted to TensorBoard and Weights & Biases.
+"""
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm_interleaved.errors import StorageError, UsageError
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "log.jsonl"
+# Dense bfloat16 products a second, by a word in the device's name; from the makers' data sheets.
+_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "V100": 125e12}
+
+
+class LogWriter(Protocol):
+    """Somewhere that lines of the log go."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Takes a line: `stage`, `step`, and numbers by name."""
+        ...
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+        ...
+
+
+class Meter:
+    """Running means of losses and rates of what went in, between two lines of the log."""
+
+    def __init__(self, device: torch.device, num_devices: int) -> None:
+        self.device, self.num_devices = device, num_devices
+        self.flops_a_token = 0.0
+        self._peak = 0.0
+        self._clear()
+
+    def add(self, losses: Mapping[str, float], counts: Mapping[str, float]) -> None:
+        """One optimizer step's losses, and what went into it over all ranks."""
+        self._steps += 1
+        for name, value in losses.items():
+            self._losses[name] = self._losses.get(name, 0.0) + value
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def read(self) -> dict[str, float]:
+        """Means and rates since the last reading."""
+        seconds = max(1e-9, time.monotonic() - self._since)
+        means = {name: round(value / max(1, self._steps), 6) for name, value in self._losses.items()}
+        rates = {f"{name}/s": round(count / seconds, 1) for name, count in self._counts.items()}
+        rates["memory_gb"] = round(peak_memory(self.device) / 1e9, 2)
+        if self.flops_a_token and self._counts.get("tokens"):
+            self._peak = self._peak or peak_flops(self.device)
+            done = self.flops_a_token * self._counts["tokens"] / seconds
+            rates["mfu"] = round(done / (self._peak * self.num_devices), 4)
+        self._clear()
+        return means | rates
+
+    def _clear(self) -> None:
+        self._losses: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+        self._steps = 0
+        self._since = time.monotonic()
+
+
+class LogFile:
+    """`log.jsonl` of a stage: a line every `log_every` steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOG_NAME
+
+    def cut(self, step: int) -> None:
+        """Removes what is said of steps after `step` (they are done again), and a line that was torn."""
+        if not self.path.exists():
+            return
+        kept = [line for line in read_log(self.path) if line.get("step", 0) <= step]
+        temporary = self.path.with_name(f".tmp-{self.path.name}")
+        try:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(self.path)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written ({error})") from error
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written ({error})") from error
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoardWriter:
+    """Curves for TensorBoard, in the folder of the stage."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError(
+                "TensorBoard is not installed; install mm-interleaved[train], or set tensorboard=false"
+            ) from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        for name, value in _numbers(line).items():
+            self._writer.add_scalar(name, value, line["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """Curves for Weights & Biases; its own settings (project, offline, key) are its own business."""
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UsageError("wandb is not installed; install it, or set wandb=false") from error
+        self._run: Any = wandb.init(name=name, dir=str(folder), config=dict(settings), resume="allow")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._run.log(_numbers(line), step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; one that was torn by a crash is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            logger.warning("%s: left out a torn line", path)
+    return lines
+
+
+def count_flops(work: Any) -> float:
+    """Multiplications and additions of a call, by PyTorch's own count of what it dispatches."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by PyTorch on a GPU, by the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
+
+
+def peak_flops(device: torch.device) -> float:
+    """Operations a second at best: as the maker says of a known device, else as a matrix product does."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((peak for word, peak in _PEAKS.items() if word in name), None)
+        if known is not None:
+            return known
+    side = 768
+    left = torch.ones(side, side, device=device)
+    fastest = float("inf")
+    for _ in range(3):
+        started = time.monotonic()
+        float((left @ left)[0, 0])
+        fastest = min(fastest, time.monotonic() - started)
+    return 2 * side**3 / fastest
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
+
+
+def close_all(writers: Sequence[LogWriter]) -> None:
+    """Closes writers; used at the end of a stage, however it ends."""
+    for writer in writers:
+        writer.close()

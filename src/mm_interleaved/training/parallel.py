@@ -1,0 +1,221 @@
+"""Several processes that train one model: who they are, what they agree on, how the model is spread.
+
+torchrun starts the processes; PyTorch's DDP keeps a whole model on each, its FSDP2 a share of every weight.
+Nothing of this is needed by one process alone.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+
+logger = logging.getLogger(__name__)
+
+STRATEGIES = ("ddp", "fsdp")
+_STORAGE_TYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over the processes that torchrun started."""
+
+    strategy: str = "ddp"
+    """`ddp`: every process holds the whole model; `fsdp`: each holds a share of every weight (FSDP2)."""
+    shard_ranks: int = 0
+    """FSDP: over how many neighbouring ranks a weight is spread; 0 = all; a node's GPUs = hybrid sharding."""
+    reshard_after_forward: bool = True
+    """FSDP: gather weights once more for the backward pass instead of keeping them (less memory)."""
+    timeout_seconds: int = 600
+    """How long a rank waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise UsageError(f"strategy must be {' or '.join(STRATEGIES)}, found {self.strategy!r}")
+        if self.shard_ranks < 0 or self.timeout_seconds < 1:
+            raise UsageError(
+                "shard_ranks must be 0 or more and timeout_seconds 1 or more, found "
+                f"{self.shard_ranks} and {self.timeout_seconds}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes of a run, seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        """This one writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over the ranks."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined_ranks(config: ParallelConfig, device: str = "auto") -> Iterator[Ranks]:
+    """This process among those that torchrun started; alone where it started none.
+
+    Args:
+        device: `auto` takes this rank's GPU where there is one.
+    """
+    environment = os.environ
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if "RANK" not in environment or dist.is_initialized():
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        yield Ranks(dist.get_rank() if size > 1 else 0, size, place)
+        return
+    dist.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
+    )
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(
+    model: MMInterleavedForConditionalGeneration,
+    ranks: Ranks,
+    config: ParallelConfig,
+    *,
+    communication_type: str = "",
+) -> nn.Module:
+    """The model as it is to be called: wrapped by DDP, or sharded where it stands, or untouched if alone.
+
+    Args:
+        communication_type: FSDP: weights are gathered and multiplied in this type, gradients summed in
+            float32; empty = as they are stored.
+
+    Raises:
+        UsageError: the ranks cannot be divided as asked.
+    """
+    if config.strategy == "fsdp":
+        _shard(model, ranks, config, _STORAGE_TYPES[communication_type])
+        return model
+    if ranks.size == 1:
+        return model
+    device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    # The model has no buffers that training changes; without this they would be sent round before each pass.
+    return DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+@contextmanager
+def summing_gradients(model: nn.Module, is_last: bool) -> Iterator[None]:
+    """Within, ranks exchange gradients only in the last micro-batch of a step."""
+    if isinstance(model, DistributedDataParallel):
+        if is_last:
+            yield
+        else:
+            with model.no_sync():
+                yield
+        return
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(is_last)
+    yield
+
+
+def unwrapped(model: nn.Module) -> MMInterleavedForConditionalGeneration:
+    """The model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over the ranks, gathered; all ranks have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_spread(tensors: Mapping[str, Tensor]) -> bool:
+    """Some of these tensors are spread over the ranks."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
+
+
+def _shard(
+    model: MMInterleavedForConditionalGeneration,
+    ranks: Ranks,
+    config: ParallelConfig,
+    communication_type: torch.dtype | None,
+) -> None:
+    """FSDP2 over the parts of the model that are called as modules; all else is one group with the model.
+
+    A synchronizer is also asked for projections outside its layer's own pass, so what is sharded of a layer
+    is its attention and its feed-forward. The frozen VAE stays whole on every rank.
+    """
+    if not dist.is_initialized():
+        raise UsageError("strategy=fsdp needs processes to spread over; start the run with torchrun")
+    vae = set() if model.image_decoder is None else set(model.image_decoder.vae.parameters())
+    if any(parameter.requires_grad for parameter in vae):
+        raise UsageError("strategy=fsdp keeps the VAE whole on every rank, found parts.vae.train=true")
+    shard_ranks = config.shard_ranks or ranks.size
+    if ranks.size % shard_ranks:
+        raise UsageError(f"shard_ranks {shard_ranks} must divide the number of ranks, found {ranks.size}")
+    kind = ranks.device.type
+    if shard_ranks == ranks.size:
+        mesh = init_device_mesh(kind, (ranks.size,), mesh_dim_names=("shard",))
+    else:
+        shape = (ranks.size // shard_ranks, shard_ranks)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy(
+        param_dtype=communication_type,
+        reduce_dtype=torch.float32 if communication_type else None,
+        # Ours are dataclasses and dictionaries that the cast would not look into; autocast sees to types.
+        cast_forward_inputs=False,
+    )
+    for unit in _units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(
+        model,
+        mesh=mesh,
+        mp_policy=policy,
+        reshard_after_forward=False,
+        ignored_params=vae,
+    )
+
+
+def _units(model: MMInterleavedForConditionalGeneration) -> Iterator[nn.Module]:
+    for layer in model.language_model.layers:
+        yield from (layer.self_attn, layer.mlp)
+    yield from model.vision.clip.layers
+    if model.image_decoder is not None:
+        unet = model.image_decoder.unet
+        yield from (*unet.down_blocks, unet.mid_block, *unet.up_blocks)

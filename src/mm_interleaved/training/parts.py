@@ -1,0 +1,164 @@
+"""What trains is said by part: which parameters belong to which part, and how each part learns.
+
+Every parameter of a model belongs to exactly one part. Parts are found by walking the model's modules, never
+by looking for a word in a parameter's name.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import nn
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.models.adapter import DeformableAttention
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
+from mm_interleaved.training.optimizer import ParameterRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartConfig:
+    """How one part learns."""
+
+    train: bool = False
+    """Its weights change."""
+    learning_rate: float | None = None
+    """Its highest learning rate; none = the run's."""
+    weight_decay: float | None = None
+    """Its weight decay; none = the run's."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"{name} of a part must be 0 or more, found {value}")
+
+
+TRAINED = PartConfig(train=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartsConfig:
+    """Every part of a model; by default all that the paper adds learns, and what is pretrained stays."""
+
+    vision: PartConfig = field(default_factory=PartConfig)
+    """CLIP's transformer."""
+    adapter: PartConfig = TRAINED
+    """The pyramid beside it."""
+    resamplers: PartConfig = TRAINED
+    """Images into slots, and contexts into conditioning, with their projections."""
+    text_synchronizers: PartConfig = TRAINED
+    """What lets the language model look into images."""
+    image_synchronizers: PartConfig = TRAINED
+    """What lets the U-Net look into images."""
+    gates: PartConfig = TRAINED
+    """How much the language model takes of what it sees: a number a layer."""
+    offsets: PartConfig = TRAINED
+    """Where synchronizers and adapter look: their sampling offsets."""
+    language: PartConfig = field(default_factory=PartConfig)
+    """The language model: embeddings, layers, norm."""
+    text_head: PartConfig = field(default_factory=PartConfig)
+    """Next-word logits of the old vocabulary."""
+    new_tokens: PartConfig = TRAINED
+    """What is new about the image tokens: their logits, and the start token's embedding."""
+    unet: PartConfig = TRAINED
+    """Stable Diffusion's U-Net."""
+    vae: PartConfig = field(default_factory=PartConfig)
+    """Its autoencoder."""
+    lora: PartConfig = TRAINED
+    """Low-rank additions to frozen layers, where there are any."""
+
+
+PART_NAMES = tuple(part.name for part in fields(PartsConfig))
+
+
+def parameters_by_part(
+    model: MMInterleavedForConditionalGeneration,
+) -> dict[str, dict[str, nn.Parameter]]:
+    """All parameters by part and by their name in the model; each stands in one part.
+
+    What is never trained (the synchronizers' constant zero vectors) stands in none.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PART_NAMES}
+    for part, parameters in _claims(model):
+        for parameter in parameters:
+            # A parameter stays with whoever claimed it first.
+            if parameter in names:
+                parts[part][names.pop(parameter)] = parameter
+    constants = {module.ignore_value for module in model.modules() if isinstance(module, FeatureSynchronizer)}
+    left = [name for parameter, name in names.items() if parameter not in constants]
+    assert not left, f"parameters of no part: {left[:3]}"
+    return parts
+
+
+def choose_trained(model: MMInterleavedForConditionalGeneration, config: PartsConfig) -> dict[str, Any]:
+    """Lets the chosen parts require gradients, and nothing else.
+
+    Returns:
+        The rule of each trained parameter, by its name in the model.
+
+    Raises:
+        UsageError: nothing would be trained.
+    """
+    model.requires_grad_(False)
+    rules: dict[str, ParameterRule] = {}
+    for part, parameters in parameters_by_part(model).items():
+        how: PartConfig = getattr(config, part)
+        if not how.train:
+            continue
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            rules[name] = ParameterRule(part, how.learning_rate, how.weight_decay)
+    if not rules:
+        raise UsageError("parts: none is trained, expected at least one with train=true that the model has")
+    return rules
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers they hold; those of a sharded parameter are counted over all ranks."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _claims(
+    model: MMInterleavedForConditionalGeneration,
+) -> Iterator[tuple[str, Iterable[nn.Parameter]]]:
+    """(part, parameters): small parts first, then those that would swallow them."""
+    yield "lora", _low_rank_parameters(model)
+    for module in model.modules():
+        if isinstance(module, FeatureSynchronizer | DeformableAttention):
+            yield "offsets", module.sampling_offsets.parameters()
+        elif isinstance(module, GatedSynchronizer):
+            yield "gates", (module.gate,)
+    for index in model.language_model.synchronized_layers:
+        yield "text_synchronizers", _without_constants(model.language_model.layers[index].synchronizer)
+    yield "vision", model.vision.clip.parameters()
+    yield "adapter", model.vision.adapter.parameters()
+    yield "resamplers", model.vision.parameters()
+    yield "language", _without_constants(model.language_model)
+    yield "new_tokens", (*model.text_head.new.parameters(), model.image_start_embedding)
+    yield "text_head", model.text_head.parameters()
+    decoder = model.image_decoder
+    if decoder is None:
+        return
+    if decoder.synchronizers is not None:
+        yield "image_synchronizers", _without_constants(decoder.synchronizers)
+    yield "unet", decoder.unet.parameters()
+    yield "vae", decoder.vae.parameters()
+    yield "resamplers", (*decoder.resampler.parameters(), *model.context_projection.parameters())
+    yield "resamplers", (decoder.negative_conditioning,)
+
+
+def _without_constants(module: nn.Module) -> Iterator[nn.Parameter]:
+    constants = {inner.ignore_value for inner in module.modules() if isinstance(inner, FeatureSynchronizer)}
+    return (parameter for parameter in module.parameters() if parameter not in constants)
+
+
+def _low_rank_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of PEFT's additions; none where nothing was added (then PEFT need not be there either)."""
+    for module in model.modules():
+        additions: Mapping[str, nn.Module] = getattr(module, "lora_A", None) or {}
+        if additions:
+            yield from module.lora_A.parameters()
+            yield from module.lora_B.parameters()
