@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mm_interleaved.ops import deformable_sampling, multi_image_deformable_attention, sampling_plan
+from mm_interleaved.ops import deformable_sampling, gather, multi_image_deformable_attention, sampling_plan
 
 LEVELS = (4, 2)
 
@@ -90,15 +90,138 @@ def test_every_implementation_equals_the_definition(case, implementation):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_all_gradients_of_the_fast_path_equal_the_reference(case):
-    names = ("value_BNSHD", "query_term_BQHE", "index_term_KHE", "ignore_HD")
-    gradients = {}
+INPUTS = ("value_BNSHD", "query_term_BQHE", "index_term_KHE", "reference_BQ2", "ignore_HD")
+
+
+def outcome(arguments, implementation):
+    """Result and all gradients of a product with fixed random numbers."""
+    leaves = {name: arguments[name].clone().requires_grad_() for name in INPUTS}
+    out = multi_image_deformable_attention(**{**arguments, **leaves}, implementation=implementation)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gradients = torch.autograd.grad((out * weights).sum(), leaves.values())
+    return dict(zip(("out", *INPUTS), (out, *gradients), strict=True))
+
+
+def assert_as_the_reference(arguments):
+    reference, fast = outcome(arguments, "reference"), outcome(arguments, "gather")
+    for name, expected in reference.items():
+        torch.testing.assert_close(fast[name], expected, rtol=0, atol=1e-12, msg=name)
+    return reference
+
+
+def with_shared_images(case):
+    """Both rows look into the same three images out of five, one twice, in orders of their own."""
+    value = torch.cat([case["value_BNSHD"][0], case["value_BNSHD"][1, :2]])
+    return case | {"value_BNSHD": value, "image_BN": torch.tensor([[4, 0, 4], [2, 4, 0]])}
+
+
+def with_levels_of(sizes):
+    def change(case):
+        cells = sum(size * size for size in sizes)
+        value = case["value_BNSHD"].repeat(1, 1, 3, 1, 1)[:, :, :cells]
+        terms = 4 + 2 * len(sizes)
+        return case | {
+            "value_BNSHD": value,
+            "level_sizes": sizes,
+            "query_term_BQHE": case["query_term_BQHE"].repeat(1, 1, 1, 2)[..., :terms],
+            "index_term_KHE": case["index_term_KHE"].repeat(1, 1, 2)[..., :terms],
+        }
+
+    return change
+
+
+def with_references(*shape):
+    generator = torch.Generator().manual_seed(3)
+    return lambda case: (
+        case | {"reference_BQ2": torch.rand(*shape, 2, generator=generator, dtype=torch.float64)}
+    )
+
+
+def at_cell_centres(case):
+    """Every place is a whole number of cells, where the slope of a sample jumps."""
+    case = case | {
+        "reference_BQ2": torch.tensor([[[0.375, 0.625]]], dtype=torch.float64),
+        "level_sizes": (4,),
+    }
+    whole = case["query_term_BQHE"][..., :6].clone()
+    whole[..., :4] = (whole[..., :4] * 2).round()
+    index = case["index_term_KHE"][..., :6].clone()
+    index[..., :4] = 0
+    value = case["value_BNSHD"][:, :, :16]
+    return case | {"query_term_BQHE": whole, "index_term_KHE": index, "value_BNSHD": value}
+
+
+VARIANTS = {
+    "as it is": lambda case: case,
+    "shared images": with_shared_images,
+    "shared heads": lambda case: case | {"value_BNSHD": case["value_BNSHD"][..., :1, :]},
+    "all hidden": lambda case: case | {"relative_index_BQN": torch.zeros_like(case["relative_index_BQN"])},
+    "a level of one cell": with_levels_of((4, 1)),
+    "one level": with_levels_of((5,)),
+    "reference a query": with_references(1, 4),
+    "reference a row": with_references(2, 1),
+    "reference each": with_references(2, 4),
+    "far out": lambda case: case | {"query_term_BQHE": 2 * case["query_term_BQHE"]},
+    "at cell centres": at_cell_centres,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_fast_path_and_all_its_gradients_equal_the_reference(case, variant):
+    reference = assert_as_the_reference(VARIANTS[variant](case))
+    if variant != "all hidden":
+        assert all(tensor.any() for tensor in reference.values())
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 100])
+def test_portions_change_nothing(case, rows_at_once, monkeypatch):
+    monkeypatch.setattr(gather, "PORTION_ON_CPU", rows_at_once)
+    assert_as_the_reference(with_shared_images(case))
+
+
+def test_64_bit_rows_change_nothing(case, monkeypatch):
+    expected = outcome(case, "gather")
+    monkeypatch.setattr(gather, "ROWS_IN_32_BITS", 10)
+    for name, tensor in outcome(case, "gather").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("level_sizes", [(4, 2), (4, 1), (3,)])
+def test_given_places_and_all_gradients_equal_the_reference(level_sizes):
+    generator = torch.Generator().manual_seed(4)
+    cells, L = sum(size * size for size in level_sizes), len(level_sizes)
+
+    def inputs(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    leaves = [inputs(2, cells, 2, 3), inputs(2, 5, 2, L, 3, 2), inputs(2, 5, 2, L, 3)]
+    results = []
     for implementation in ("reference", "gather"):
-        leaves = {name: case[name].clone().requires_grad_() for name in names}
-        out = multi_image_deformable_attention(**{**case, **leaves}, implementation=implementation)
-        gradients[implementation] = torch.autograd.grad(out.square().sum(), list(leaves.values()))
-    for name, reference, fast in zip(names, *gradients.values(), strict=True):
-        torch.testing.assert_close(fast, reference, rtol=0, atol=1e-11, msg=name)
+        value, location, weight = leaves
+        out = deformable_sampling(
+            value, level_sizes, 1.6 * location - 0.3, weight, implementation=implementation
+        )
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for reference, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, reference, rtol=0, atol=1e-12)
+
+
+def test_backward_keeps_the_arguments_and_little_more(case):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):
+        leaves = {name: case[name].clone().requires_grad_() for name in INPUTS}
+        out = multi_image_deformable_attention(**{**case, **leaves})
+    own = {tensor.data_ptr() for tensor in (*leaves.values(), case["relative_index_BQN"], out)}
+    beyond = sum(tensor.numel() for tensor in kept if tensor.data_ptr() not in own)
+    B, Q, H, _ = case["query_term_BQHE"].shape
+    N = case["relative_index_BQN"].shape[2]
+    assert beyond <= B * Q * H + B * N  # a normalizer a query and head; which image stands where
+
+
+def test_numbers_that_are_none_come_out_as_none(case):
+    case["query_term_BQHE"][0, 0, 0, 0] = math.nan
+    out = multi_image_deformable_attention(**case)
+    assert out[0, 0, 0].isnan().all() and out[0, 1:].isfinite().all()
 
 
 def test_gradients_equal_finite_differences(case):
@@ -189,7 +312,7 @@ def test_far_off_offsets_sample_nothing_and_stay_finite(case):
 def test_wrong_sizes_and_names_are_refused():
     value = torch.zeros(1, 5, 1, 2)
     location, weight = torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
-    with pytest.raises(ValueError, match="hold 4 cells, got 5"):
+    with pytest.raises(ValueError, match="hold 4 cells, found 5"):
         deformable_sampling(value, (2,), location, weight)
     with pytest.raises(ValueError, match="implementation must be one of"):
         deformable_sampling(value[:, :4], (2,), location, weight, implementation="cuda")

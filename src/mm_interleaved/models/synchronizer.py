@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from mm_interleaved.ops import multi_image_deformable_attention, sampling_plan
-from mm_interleaved.ops.attention import SamplingPlan
+from mm_interleaved.ops import SamplingPlan, multi_image_deformable_attention, sampling_plan
 from mm_interleaved.visibility import relative_image_index
 
 CENTRE = 0.5

@@ -1,16 +1,16 @@
 """The synchronizer's arithmetic, free of weights: one signature for every implementation.
 
 `reference.py` is the specification (plain PyTorch, `grid_sample`); `gather.py` is the fast path for any
-device (`embedding_bag`). Both take the same arguments; `implementation=` forces one of them.
+device (`embedding_bag`, with a backward of its own), made of `pairs.py` (who looks at what), `corners.py`
+(where) and `bags.py` (weighted sums of rows). `implementation=` forces one of them.
 """
 
 from mm_interleaved.ops.attention import (
     IMPLEMENTATIONS,
-    SamplingPlan,
     deformable_sampling,
     multi_image_deformable_attention,
-    sampling_plan,
 )
+from mm_interleaved.ops.reference import SamplingPlan, sampling_plan
 
 __all__ = [
     "IMPLEMENTATIONS",

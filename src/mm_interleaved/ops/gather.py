@@ -1,139 +1,318 @@
-"""Weighted bilinear sampling as one `embedding_bag`: no sample is ever stored, forward or backward.
+"""Weighted bilinear sampling as bags of table rows: no sample is ever stored, forward or backward.
 
-A cell of a head is a row of a table, a query's samples are a bag of (row, weight) pairs: four corners a
-point.
-Letters: B rows, Q queries, N images, M visible pairs of query and image, H heads, L levels, P points, S cells
-of all levels, D channels per head, E terms a head, K rows of the relative-index table (see `attention.py`).
+A cell of a head is a row of a table, a query's samples in an image are a bag of rows, four a point. The work
+is cut into portions that fit a processor's cache. Backward computes places and weights again: what is kept is
+the arguments, the result and one number a query and head.
+Letters: M visible pairs of query and image, n of them in a portion, q queries of all rows, j samples of a
+pair and head (L * P), b bags (a pair and head each), r rows a bag (4 j), R rows of a table; the others as in
+`attention.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
+
+from mm_interleaved.ops.bags import sum_bags, table_gradient, weight_gradients
+from mm_interleaved.ops.corners import (
+    Corners,
+    Levels,
+    bilinear_corners,
+    corner_gradients,
+    corner_weights,
+    level_table,
+)
+from mm_interleaved.ops.pairs import VisiblePairs, log_normalizers, visible_pairs
+
+# Table rows looked up at once: on a CPU a few megabytes of row numbers and weights, elsewhere as many as
+# memory bears, since each portion costs dozens of kernels.
+PORTION_ON_CPU, PORTION = 2**19, 2**26
+# Row numbers and their sums stay below this.
+ROWS_IN_32_BITS = 2**31
 
 
-def sample_gather(
-    value_BSHD: Tensor, level_sizes: Sequence[int], location_BQHLP2: Tensor, weight_BQHLP: Tensor
-) -> Tensor:
-    """Sum of bilinear samples through `F.embedding_bag`. Arguments and result as `deformable_sampling`."""
-    B, S, H, D = value_BSHD.shape
-    Q = location_BQHLP2.shape[1]
-    first_cell_BQ11 = (torch.arange(B, device=value_BSHD.device) * S)[:, None, None, None].expand(B, Q, 1, 1)
-    out = _bags(
-        value_BSHD.reshape(B * S, H, D),
-        level_sizes,
-        first_cell_BQ11.reshape(B * Q, 1, 1, 1),
-        location_BQHLP2.flatten(0, 1),
-        weight_BQHLP.flatten(0, 1),
-    )
-    return out.view(B, Q, H, D)
+class Sizes(NamedTuple):
+    """The numbers of one call that are no tensors."""
+
+    level_sizes: tuple[int, ...]
+    num_points: int
+    base_size: float
 
 
 def attend_gather(
-    value_BNSHD: Tensor,
+    value_JSHD: Tensor,
+    image_BN: Tensor,
     query_term_BQHE: Tensor,
     index_term_KHE: Tensor,
     relative_index_BQN: Tensor,
     reference_BQ2: Tensor,
-    level_sizes: Sequence[int],
-    *,
+    level_sizes: tuple[int, ...],
     num_points: int,
     base_size: float,
-    ignore_HD: Tensor | None = None,
+    ignore_HD: Tensor,
 ) -> Tensor:
-    """`multi_image_deformable_attention` over the visible pairs alone: packed documents pay for their own
-    images.
-
-    Listing the pairs costs one synchronisation with the device.
-    """
-    B, N, S, H, D = value_BNSHD.shape
-    Q, L, P = query_term_BQHE.shape[1], len(level_sizes), num_points
-
-    # 1. The pairs, and what each of them says.
-    row_M, query_M, image_M = relative_index_BQN.nonzero(as_tuple=True)
-    flat_query_M = row_M * Q + query_M
-    query_term_MHE = query_term_BQHE.reshape(B * Q, H, -1).index_select(0, flat_query_M)
-    term_MHE = query_term_MHE + index_term_KHE.index_select(0, relative_index_BQN[row_M, query_M, image_M])
-    offset_MH1P2 = term_MHE[..., : 2 * P].unflatten(-1, (1, P, 2))
-    logit_MHj = term_MHE[..., 2 * P :]
-
-    # 2. Softmax over all pairs of a query and the one logit of zero, which starts maximum and sum.
-    with torch.no_grad():
-        index_MH = flat_query_M[:, None].expand(-1, H)
-        greatest_qH = logit_MHj.new_zeros(B * Q, H).scatter_reduce(0, index_MH, logit_MHj.amax(-1), "amax")
-    exponential_MHj = (logit_MHj - greatest_qH[flat_query_M][..., None]).exp()
-    zero_qH = (-greatest_qH).exp()
-    sum_qH = zero_qH.index_add(0, flat_query_M, exponential_MHj.sum(-1))
-
-    # 3. One bag a pair and head, added up over the images of a query.
-    reference_q2 = reference_BQ2.expand(B, Q, 2).reshape(B * Q, 2)
-    location_MH1P2 = reference_q2[flat_query_M][:, None, None, None] + offset_MH1P2 / base_size
-    seen_MHD = _bags(
-        value_BNSHD.reshape(B * N * S, H, D),
-        level_sizes,
-        ((row_M * N + image_M) * S)[:, None, None, None],
-        location_MH1P2,
-        exponential_MHj.unflatten(-1, (L, P)),
-    )
-    out_qHD = seen_MHD.new_zeros(B * Q, H, D).index_add(0, flat_query_M, seen_MHD)
-    if ignore_HD is not None:
-        out_qHD = out_qHD + zero_qH[..., None].to(out_qHD.dtype) * ignore_HD
-    return (out_qHD / sum_qH[..., None].to(out_qHD.dtype)).view(B, Q, H, D)
+    """`multi_image_deformable_attention`, its optional arguments filled in, over the visible pairs alone."""
+    return _Attend.apply(
+        value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD,
+        image_BN, relative_index_BQN, Sizes(level_sizes, num_points, base_size),
+    )  # fmt: skip
 
 
-def _bags(
-    table_cHD: Tensor,
-    level_sizes: Sequence[int],
-    first_cell_M111: Tensor,
-    location_MHLP2: Tensor,
-    weight_MHLP: Tensor,
+def sample_gather(
+    value_BSHD: Tensor, level_sizes: tuple[int, ...], location_BQHLP2: Tensor, weight_BQHLP: Tensor
 ) -> Tensor:
-    """Weighted sums of bilinear samples, one a bag and head: (M, H, D).
+    """Sum of bilinear samples. Arguments and result as `deformable_sampling`."""
+    return _Sample.apply(value_BSHD, location_BQHLP2, weight_BQHLP, level_sizes)
 
-    Args:
-        table_cHD: all cells there are.
-        first_cell_M111: where in the table the pyramid of each bag begins.
-        location_MHLP2: (x, y) in [0, 1]; the level axis may have length one, shared by all levels.
-        weight_MHLP: weight of each sample.
+
+class _Attend(torch.autograd.Function):
+    """Softmax over all pairs of a query and one logit of zero, of bags of rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN,
+        relative_index_BQN, sizes: Sizes,
+    ) -> Tensor:  # fmt: skip
+        B, Q, H, _ = query_term_BQHE.shape
+        pairs = visible_pairs(relative_index_BQN, image_BN)
+        term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs)
+        logit_MHj = term_MHE[..., 2 * sizes.num_points :]
+        normalizer_qH = log_normalizers(logit_MHj, pairs.query, B * Q)
+        reference_q2 = _reference_of_queries(reference_BQ2, B, Q)
+        # Sums over images are kept in the precision of the terms, single or better.
+        out_qHD = normalizer_qH.neg().exp_()[..., None] * ignore_HD.to(term_MHE.dtype)
+        table_RD = value_JSHD.reshape(-1, value_JSHD.shape[-1])
+        levels = level_table(sizes.level_sizes, sizes.num_points, term_MHE.dtype, term_MHE.device)
+        for portion in _portions(len(pairs.query), logit_MHj.shape[1:].numel(), value_JSHD.device):
+            query_n = pairs.query[portion]
+            corners = _corners(term_MHE[portion], query_n, reference_q2, levels, sizes)
+            weight_nHj = _weights(logit_MHj[portion], query_n, normalizer_qH)
+            row_br = _rows(corners.cell, levels, pairs.image[portion], value_JSHD)
+            weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
+            seen_nHD = sum_bags(table_RD, row_br, weight_br).view(-1, H, table_RD.shape[1])
+            out_qHD.index_add_(0, query_n, seen_nHD.to(out_qHD.dtype))
+        out_BQHD = out_qHD.view(B, Q, H, -1).to(value_JSHD.dtype)
+        ctx.sizes = sizes
+        ctx.save_for_backward(
+            value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN,
+            relative_index_BQN, out_BQHD, normalizer_qH,
+        )  # fmt: skip
+        return out_BQHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BQHD: Tensor) -> tuple[Tensor | None, ...]:
+        (value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN,
+         relative_index_BQN, out_BQHD, normalizer_qH) = ctx.saved_tensors  # fmt: skip
+        sizes, needs = ctx.sizes, ctx.needs_input_grad
+        B, Q = relative_index_BQN.shape[:2]
+        P = sizes.num_points
+
+        # 1. What forward knew.
+        pairs = visible_pairs(relative_index_BQN, image_BN)
+        term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs)
+        dtype = term_MHE.dtype
+        reference_q2 = _reference_of_queries(reference_BQ2, B, Q)
+        levels = level_table(sizes.level_sizes, P, dtype, term_MHE.device)
+
+        # 2. Pair by pair: values, places, weights.
+        gradient_qHD = gradient_BQHD.flatten(0, 1).to(dtype)
+        product_qH = (gradient_qHD * out_BQHD.flatten(0, 1)).sum(-1)
+        of_value_JSHD = torch.zeros_like(value_JSHD, dtype=dtype) if needs[0] else None
+        of_reference_q2 = gradient_qHD.new_zeros(B * Q, 2)
+        of_term_MHE = torch.empty_like(term_MHE)
+        for portion in _portions(len(pairs.query), term_MHE[..., 2 * P :].shape[1:].numel(), term_MHE.device):
+            query_n, logit_nHj = pairs.query[portion], term_MHE[portion, :, 2 * P :]
+            corners = _corners(term_MHE[portion], query_n, reference_q2, levels, sizes)
+            weight_nHj = _weights(logit_nHj, query_n, normalizer_qH)
+            gradient_nHD = gradient_qHD.index_select(0, query_n)
+            of_weight_nHj, of_place_2nHj = _bag_gradients(
+                gradient_nHD, corners, weight_nHj, levels, value_JSHD, pairs.image[portion],
+                of_value_JSHD, needs_samples=any(needs[1:4]),
+            )  # fmt: skip
+            if of_weight_nHj is None:
+                continue
+            of_weight_nHj.sub_(product_qH.index_select(0, query_n)[..., None])
+            torch.mul(of_weight_nHj, weight_nHj, out=of_term_MHE[portion, :, 2 * P :])
+            of_location_2nHj = of_place_2nHj.mul_(levels.size)
+            of_location_2nHP = of_location_2nHj.unflatten(-1, (-1, P)).sum(-2)
+            of_offset_nHP2 = of_term_MHE[portion, :, : 2 * P].unflatten(-1, (P, 2))
+            torch.div(of_location_2nHP.movedim(0, -1), sizes.base_size, out=of_offset_nHP2)
+            of_reference_q2.index_add_(0, query_n, of_location_2nHP.sum((2, 3)).t())
+
+        # 3. Summed up over pairs.
+        of_query_term = of_index_term = of_reference = of_ignore = None
+        if needs[1]:
+            of_query_term = torch.zeros_like(query_term_BQHE).flatten(0, 1)
+            of_query_term = of_query_term.index_add_(0, pairs.query, of_term_MHE).view_as(query_term_BQHE)
+        if needs[2]:
+            of_index_term = torch.zeros_like(index_term_KHE).index_add_(0, pairs.relative, of_term_MHE)
+        if needs[3]:
+            of_reference = of_reference_q2.view(B, Q, 2).sum_to_size(reference_BQ2.shape)
+            of_reference = of_reference.to(reference_BQ2.dtype)
+        if needs[4]:
+            of_ignore = torch.einsum("qh,qhd->hd", normalizer_qH.neg().exp(), gradient_qHD)
+            of_ignore = of_ignore.to(ignore_HD.dtype)
+        of_value = None if of_value_JSHD is None else of_value_JSHD.to(value_JSHD.dtype)
+        return of_value, of_query_term, of_index_term, of_reference, of_ignore, None, None, None
+
+
+class _Sample(torch.autograd.Function):
+    """Bags of rows whose places and weights are given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value_BSHD: Tensor, location_BQHLP2: Tensor, weight_BQHLP: Tensor, level_sizes
+    ) -> Tensor:
+        ctx.level_sizes = level_sizes
+        ctx.save_for_backward(value_BSHD, location_BQHLP2, weight_BQHLP)
+        B, Q, H, L, P = weight_BQHLP.shape
+        table_RD = value_BSHD.reshape(-1, value_BSHD.shape[-1])
+        levels = level_table(level_sizes, P, location_BQHLP2.dtype, value_BSHD.device)
+        out = []
+        for portion in _portions(B * Q, H * L * P, value_BSHD.device):
+            corners, weight_nHj, row_n = _given(portion, location_BQHLP2, weight_BQHLP, levels)
+            row_br = _rows(corners.cell, levels, row_n, value_BSHD)
+            weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
+            out.append(sum_bags(table_RD, row_br, weight_br))
+        return torch.cat(out).view(B, Q, H, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BQHD: Tensor) -> tuple[Tensor | None, ...]:
+        value_BSHD, location_BQHLP2, weight_BQHLP = ctx.saved_tensors
+        needs, dtype = ctx.needs_input_grad, location_BQHLP2.dtype
+        B, Q, H, L, P = weight_BQHLP.shape
+        levels = level_table(ctx.level_sizes, P, dtype, value_BSHD.device)
+        of_value_BSHD = torch.zeros_like(value_BSHD, dtype=dtype) if needs[0] else None
+        of_location_nHj2 = location_BQHLP2.new_empty(B * Q, H, L * P, 2)
+        of_weight_nHj = weight_BQHLP.new_empty(B * Q, H, L * P)
+        gradient_qHD = gradient_BQHD.flatten(0, 1)
+        for portion in _portions(B * Q, H * L * P, value_BSHD.device):
+            corners, weight_nHj, row_n = _given(portion, location_BQHLP2, weight_BQHLP, levels)
+            of_weight, of_place_2nHj = _bag_gradients(
+                gradient_qHD[portion].to(dtype), corners, weight_nHj, levels, value_BSHD, row_n,
+                of_value_BSHD, needs_samples=any(needs[1:3]),
+            )  # fmt: skip
+            if of_weight is not None:
+                of_weight_nHj[portion] = of_weight
+                of_location_nHj2[portion] = of_place_2nHj.mul_(levels.size).movedim(0, -1)
+        return (
+            None if of_value_BSHD is None else of_value_BSHD.to(value_BSHD.dtype),
+            of_location_nHj2.view_as(location_BQHLP2),
+            of_weight_nHj.view_as(weight_BQHLP),
+            None,
+        )
+
+
+def _bag_gradients(
+    gradient_nHD: Tensor,
+    corners: Corners,
+    weight_nHj: Tensor,
+    levels: Levels,
+    value_JSHD: Tensor,
+    image_n: Tensor,
+    of_value_JSHD: Tensor | None,
+    *,
+    needs_samples: bool,
+) -> Any:
+    """Gradients of the weights, (n, H, j), and the places, (2, n, H, j), or None twice if not needed.
+
+    That of the values is added to `of_value_JSHD`, if there is one.
     """
-    M, H, L, P = weight_MHLP.shape
-    bag_size = 4 * L * P
-    device = table_cHD.device
-    size_L1 = torch.tensor(level_sizes, device=device)[:, None]
-    side_L1 = size_L1.to(location_MHLP2.dtype)
-    start_L1 = size_L1.square().cumsum(0) - size_L1.square()
-
-    # 1. The four corners of each point, in cells of its level; corners outside the map weigh nothing.
-    x = location_MHLP2[..., 0] * side_L1 - 0.5
-    y = location_MHLP2[..., 1] * side_L1 - 0.5
-    left, top = x.detach().floor(), y.detach().floor()
-    right_share, bottom_share = x - left, y - top
-    cells, weights = [], []
-    for dy, share_y in ((0, 1 - bottom_share), (1, bottom_share)):
-        row, has_row = _clamp(top + dy, side_L1)
-        weight_y = weight_MHLP * share_y * has_row
-        for dx, share_x in ((0, 1 - right_share), (1, right_share)):
-            column, has_column = _clamp(left + dx, side_L1)
-            cells.append(row * size_L1 + column)
-            weights.append(weight_y * share_x * has_column)
-
-    # 2. Row of the table = (cell, head), the memory order of the values.
-    cell_MHLPc = torch.stack(cells, dim=-1) + (start_L1 + first_cell_M111)[..., None]
-    table_row = cell_MHLPc * H + torch.arange(H, device=device)[:, None, None, None]
-    out = F.embedding_bag(
-        table_row.view(M * H, bag_size),
-        table_cHD.reshape(-1, table_cHD.shape[-1]),
-        mode="sum",
-        per_sample_weights=torch.stack(weights, dim=-1).view(M * H, bag_size).to(table_cHD.dtype),
-    )
-    return out.view(M, H, table_cHD.shape[-1])
+    gradient_bD = gradient_nHD.flatten(0, 1)
+    images, place_n = _distinct(image_n)
+    value_iSHD = value_JSHD[images].to(gradient_nHD.dtype)
+    row_br = _rows(corners.cell, levels, place_n, value_iSHD)
+    if of_value_JSHD is not None:
+        weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
+        of_table_RD = table_gradient(gradient_bD, value_iSHD.shape[:-1].numel(), row_br, weight_br)
+        _add_at(of_value_JSHD, images, of_table_RD.view_as(value_iSHD))
+    if not needs_samples:
+        return None, None
+    of_corner_br = weight_gradients(gradient_bD, value_iSHD.flatten(0, 2), row_br)
+    n, H, j = weight_nHj.shape
+    return corner_gradients(corners, of_corner_br.view(n, H, 4, j), weight_nHj, levels)
 
 
-def _clamp(index: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-    """A row or column as int64, moved onto the map, and 1 where it was there already, else 0.
+def _portions(num_pairs: int, samples_per_pair: int, device: torch.device) -> Iterator[slice]:
+    rows_at_once = PORTION_ON_CPU if device.type == "cpu" else PORTION
+    size = max(1, rows_at_once // max(1, 4 * samples_per_pair))
+    return (slice(first, min(first + size, num_pairs)) for first in range(0, num_pairs, size))
 
-    Clamped before the cast: a far-off offset must not overflow an integer.
+
+def _pair_terms(query_term_BQHE: Tensor, index_term_KHE: Tensor, pairs: VisiblePairs) -> Tensor:
+    term_MHE = query_term_BQHE.flatten(0, 1).index_select(0, pairs.query)
+    return term_MHE.add_(index_term_KHE.index_select(0, pairs.relative))
+
+
+def _reference_of_queries(reference_BQ2: Tensor, num_rows: int, num_queries: int) -> Tensor:
+    """(q, 2), or (1, 2) where all share one."""
+    if reference_BQ2.numel() == 2:
+        return reference_BQ2.view(1, 2)
+    return reference_BQ2.expand(num_rows, num_queries, 2).reshape(-1, 2)
+
+
+def _corners(
+    term_nHE: Tensor, query_n: Tensor, reference_q2: Tensor, levels: Levels, sizes: Sizes
+) -> Corners:
+    """Where the pairs of a portion look."""
+    P = sizes.num_points
+    reference_n2 = reference_q2 if len(reference_q2) == 1 else reference_q2.index_select(0, query_n)
+    offset_2nHP = term_nHE[..., : 2 * P].unflatten(-1, (P, 2)).movedim(-1, 0)
+    location_2nHP = torch.add(reference_n2.t()[..., None, None], offset_2nHP, alpha=1 / sizes.base_size)
+    location_2nHj = location_2nHP.repeat(1, 1, 1, len(sizes.level_sizes))
+    return bilinear_corners(location_2nHj.mul_(levels.size).sub_(0.5), levels)
+
+
+def _weights(logit_nHj: Tensor, query_n: Tensor, normalizer_qH: Tensor) -> Tensor:
+    """What the samples of a portion weigh: one, over all pairs of a query and looking nowhere."""
+    return (logit_nHj - normalizer_qH.index_select(0, query_n)[..., None]).exp_()
+
+
+def _given(
+    portion: slice, location_BQHLP2: Tensor, weight_BQHLP: Tensor, levels: Levels
+) -> tuple[Corners, Tensor, Tensor]:
+    """Corners, weights and rows of the bags of a portion."""
+    location_nHj2 = location_BQHLP2.flatten(0, 1)[portion].flatten(2, 3)
+    place_2nHj = (location_nHj2.movedim(-1, 0) * levels.size).sub_(0.5)
+    row_n = torch.arange(portion.start, portion.stop, device=place_2nHj.device)
+    row_n = row_n.div_(location_BQHLP2.shape[1], rounding_mode="floor")
+    weight_nHj = weight_BQHLP.flatten(0, 1)[portion].flatten(2).to(place_2nHj.dtype)
+    return bilinear_corners(place_2nHj, levels), weight_nHj, row_n
+
+
+def _rows(cell_nHj: Tensor, levels: Levels, image_n: Tensor, value_JSHD: Tensor) -> Tensor:
+    """Rows of the table of (image, cell, head), the memory order of the values, of all corners: (b, r).
+
+    32-bit numbers where they suffice: half the memory, and half the time to sort.
     """
-    inside = torch.minimum(index.clamp(min=0), side - 1)
-    return inside.long(), (inside == index).to(index.dtype)
+    J, S, table_heads, _ = value_JSHD.shape
+    n, H, j = cell_nHj.shape
+    dtype = torch.int32 if J * S * table_heads < ROWS_IN_32_BITS else torch.int64
+    first_n1 = (image_n * (S * table_heads)).to(dtype)[:, None]
+    if table_heads > 1:
+        first_n1 = first_n1 + torch.arange(H, dtype=dtype, device=image_n.device)
+    row_nHj = torch.add(first_n1[..., None], cell_nHj, alpha=table_heads)
+    return (row_nHj[:, :, None] + levels.steps * table_heads).view(n * H, 4 * j)
+
+
+def _distinct(image_n: Tensor) -> tuple[slice | Tensor, Tensor]:
+    """Which images stand there, as an index, and where among them each one does.
+
+    A slice where they follow one another, as they mostly do: it takes no copy.
+    """
+    images, place_n = torch.unique_consecutive(image_n, return_inverse=True)
+    if bool((images.diff() == 1).all()):
+        return slice(int(images[0]), int(images[-1]) + 1), place_n
+    return images, place_n
+
+
+def _add_at(total_JSHD: Tensor, images: slice | Tensor, part_iSHD: Tensor) -> None:
+    """An image may stand in several places of an index."""
+    if isinstance(images, slice):
+        total_JSHD[images] += part_iSHD
+    else:
+        total_JSHD.index_add_(0, images, part_iSHD)
