@@ -7,6 +7,7 @@ row 0, then all of row 1, ...), C channels, H and W pixels.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from mm_interleaved.document import Image
 from mm_interleaved.errors import TooLongError
 from mm_interleaved.sequence import Sequence
 from mm_interleaved.visibility import NO_IMAGE
@@ -78,27 +80,6 @@ class PixelRule(Protocol):
         ...
 
 
-def pack(
-    sequences: Iterable[Sequence], max_length: int, max_images: int | None = None
-) -> list[list[Sequence]]:
-    """Rows of at most `max_length` tokens and `max_images` images, in order; nothing is cut or lost.
-
-    Raises:
-        TooLongError: one sequence alone does not fit (see `sequence.cut_sequence`).
-    """
-    rows: list[list[Sequence]] = []
-    length = images = 0
-    for sequence in sequences:
-        check_fits(sequence, max_length, max_images)
-        length += len(sequence)
-        images += len(sequence.images)
-        if not rows or length > max_length or (max_images is not None and images > max_images):
-            rows.append([])
-            length, images = len(sequence), len(sequence.images)
-        rows[-1].append(sequence)
-    return rows
-
-
 def check_fits(sequence: Sequence, max_length: int, max_images: int | None = None):
     """Raises TooLongError where a sequence alone exceeds a row."""
     if len(sequence) > max_length:
@@ -153,6 +134,67 @@ def collate(
     )
     check_slots(batch.input_ids, batch.image_start, vocabulary)
     return batch
+
+
+def stack_batches(batches: SequenceABC[Batch], pad: int, length: int | None = None) -> Batch:
+    """The rows of all batches in one, padded on the right with the id `pad`.
+
+    Args:
+        length: tokens a row has at least; default as many as the longest has.
+    """
+    num_tokens = max(length or 0, *(batch.input_ids.shape[1] for batch in batches))
+    num_images = max(batch.image_start.shape[1] for batch in batches)
+
+    def tokens(name: str, value: int) -> Tensor:
+        return torch.cat([_widened(getattr(batch, name), num_tokens, value) for batch in batches])
+
+    starts = []
+    for batch in batches:
+        # Padding is one document; where a row has none yet, it begins here.
+        is_full, last = batch.attention_mask[:, -1], batch.document_start[:, -1]
+        begin = torch.where(is_full, batch.input_ids.shape[1], last)
+        added = num_tokens - batch.input_ids.shape[1]
+        starts.append(torch.cat([batch.document_start, begin[:, None].expand(-1, added)], dim=1))
+    targets = [batch.target_pixel_values for batch in batches if batch.target_pixel_values is not None]
+    if targets and len(targets) < len(batches):
+        raise ValueError("expected target pixels in all batches or in none, found them in some")
+    return Batch(
+        input_ids=tokens("input_ids", pad),
+        attention_mask=tokens("attention_mask", False),
+        position_ids=tokens("position_ids", 0),
+        document_start=torch.cat(starts),
+        image_start=torch.cat([_widened(batch.image_start, num_images, NO_IMAGE) for batch in batches]),
+        pixel_values=torch.cat([batch.pixel_values for batch in batches]),
+        target_pixel_values=torch.cat(targets) if targets else None,
+        text_target=tokens("text_target", False),
+        image_target=torch.cat([batch.image_target for batch in batches]),
+    )
+
+
+def blank_batch(
+    vocabulary: Vocabulary, encoder_pixels: PixelRule, target_pixels: PixelRule | None = None
+) -> Batch:
+    """One row, a grey image, of which nothing counts in a loss.
+
+    Stacked under a batch without images, it lets all parameters take part, with gradients of zero, so that
+    ranks with and without images do not wait for each other.
+    """
+    ids = [vocabulary.bos, *vocabulary.image_ids()]
+    grey = Image(PILImage.new("RGB", (8, 8), (128, 128, 128)))
+    nothing = Sequence(
+        input_ids=np.array(ids, dtype=np.int64),
+        image_starts=np.array([1], dtype=np.int64),
+        images=(grey,),
+        text_is_target=np.zeros(len(ids), dtype=bool),
+        image_is_target=np.zeros(1, dtype=bool),
+        part_starts=np.array([1], dtype=np.int64),
+    )
+    return collate([nothing], vocabulary, encoder_pixels, target_pixels)
+
+
+def _widened(table_BX: Tensor, width: int, value: int) -> Tensor:
+    """More columns on the right, filled with a value."""
+    return torch.nn.functional.pad(table_BX, (0, width - table_BX.shape[1]), value=value)
 
 
 def check_slots(input_ids_BT: Tensor, image_start_BN: Tensor, vocabulary: Vocabulary):

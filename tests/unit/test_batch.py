@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from by_ids import document_starts
-from mm_interleaved.batch import check_slots, collate, pack
+from mm_interleaved.batch import blank_batch, check_fits, check_slots, collate, stack_batches
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import ModelFileError, TooLongError
 from mm_interleaved.images import SquareCrop
@@ -72,22 +72,39 @@ def test_packed_documents_see_what_they_see_alone(byte_level_vocabulary, documen
     assert torch.equal(packed.pixel_values, alone.pixel_values)
 
 
-@given(documents=documents, limit=st.integers(14, 60))
-def test_packing_loses_nothing_keeps_the_order_and_fits(byte_level_vocabulary, documents, limit):
-    sequences = [encoded(byte_level_vocabulary, *parts) for parts in documents]
-    fitting = [sequence for sequence in sequences if len(sequence) <= limit and len(sequence.images) <= 2]
-    rows = pack(fitting, max_length=limit, max_images=2)
-    assert [id(sequence) for row in rows for sequence in row] == [id(sequence) for sequence in fitting]
-    assert all(sum(map(len, row)) <= limit for row in rows)
-    assert all(sum(len(sequence.images) for sequence in row) <= 2 for row in rows)
-
-
 def test_a_sequence_that_fits_no_row_is_refused_with_both_numbers(byte_level_vocabulary):
     long = encoded(byte_level_vocabulary, RED, BLUE)
     with pytest.raises(TooLongError, match="9 tokens, expected at most 8"):
-        pack([long], max_length=8)
+        check_fits(long, max_length=8)
     with pytest.raises(TooLongError, match="2 images, expected at most 1"):
-        pack([long], max_length=9, max_images=1)
+        check_fits(long, max_length=9, max_images=1)
+
+
+@given(documents=documents, length=st.integers(0, 40))
+def test_stacked_batches_are_one_batch_of_their_rows(byte_level_vocabulary, documents, length):
+    vocabulary = byte_level_vocabulary
+    rows = [[encoded(vocabulary, *parts)] for parts in documents]
+    rows[0] = rows[0] * 2
+    alone = [collated([row], vocabulary) for row in rows]
+    together = collated(rows, vocabulary)
+    nested = stack_batches([stack_batches(alone[:1], vocabulary.pad), *alone[1:]], vocabulary.pad)
+    for stacked in (stack_batches(alone, vocabulary.pad), nested):
+        for field in dataclasses.fields(together):
+            assert torch.equal(getattr(stacked, field.name), getattr(together, field.name)), field.name
+    longer = stack_batches([together, alone[0]], vocabulary.pad, length)
+    assert longer.input_ids.shape == (len(rows) + 1, max(length, together.input_ids.shape[1]))
+    check_slots(longer.input_ids, longer.image_start, vocabulary)
+    assert not visible_images(longer.document_start, longer.image_start)[~longer.attention_mask].any()
+
+
+def test_of_a_blank_batch_nothing_counts(byte_level_vocabulary):
+    blank = blank_batch(byte_level_vocabulary, SquareCrop(4), SquareCrop(8))
+    assert blank.num_images == 1 and not blank.text_target.any() and not blank.image_target.any()
+    check_slots(blank.input_ids, blank.image_start, byte_level_vocabulary)
+    text = collated([encoded(byte_level_vocabulary, Text("Pip"))], byte_level_vocabulary)
+    assert stack_batches([text, blank], byte_level_vocabulary.pad).image_start.tolist() == [[NO_IMAGE], [1]]
+    with pytest.raises(ValueError, match="in all batches or in none"):
+        stack_batches([text, blank_batch(byte_level_vocabulary, SquareCrop(4))], byte_level_vocabulary.pad)
 
 
 @pytest.mark.parametrize("damage", ["extra slot", "lost slot", "moved", "extra start", "cut"])

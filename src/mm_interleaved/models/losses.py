@@ -18,7 +18,7 @@ def text_loss(logits_BTV: Tensor, input_ids_BT: Tensor, text_target_BT: Tensor) 
     """
     label_BT = next_token_labels(input_ids_BT, text_target_BT)
     loss = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), label_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+        _at_least_single(logits_BTV).flatten(0, 1), label_BT.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return loss / (label_BT != IGNORED).sum().clamp(min=1)
 
@@ -48,4 +48,10 @@ def image_loss(
 
 def denoising_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each image: (I,)."""
-    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+    error = F.mse_loss(_at_least_single(prediction), _at_least_single(target), reduction="none")
+    return error.flatten(1).mean(1)
+
+
+def _at_least_single(tensor: Tensor) -> Tensor:
+    """In float32, or as it is in float64: half precision would lose small losses."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

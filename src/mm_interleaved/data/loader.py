@@ -1,0 +1,351 @@
+"""The rows of each step of a training run, for any number of ranks and worker processes.
+
+Each worker reads some of its rank's lanes and gives one row of each a step, with the lane's state after it.
+So the loader always knows where the steps that were taken end, however far workers have read ahead, and can
+go on from there with other numbers of ranks and workers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mm_interleaved.batch import Batch, blank_batch, stack_batches
+from mm_interleaved.data.lanes import LaneReader
+from mm_interleaved.data.mixture import Mixture
+from mm_interleaved.data.preparation import Skip
+from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
+from mm_interleaved.processing import MMInterleavedProcessor
+
+logger = logging.getLogger(__name__)
+
+BLANK_ROW = -1
+"""Number of a row that is no row of the data, see `TrainingLoader`."""
+STATE_VERSION = 1
+_BAD_KINDS = ("broken", "image", "refused")
+_TOLERATED = 10
+_LOGGED_EACH = 100
+"""Skips of a kind that are logged one by one; later ones, every so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows that go through the model together."""
+
+    batch: Batch
+    row_numbers: tuple[int, ...]
+    """Number of each row in the whole run, whatever the ranks; BLANK_ROW for one that stands for nothing."""
+    sources: tuple[str, ...]
+    """Which source filled each row of the data."""
+    document_ids: tuple[str, ...]
+    """For messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """What one rank computes in one optimizer step."""
+
+    step: int
+    """From 0."""
+    micro_batches: tuple[MicroBatch, ...]
+    skips: tuple[Skip, ...]
+    """Documents that were left out on the way; counted and logged already."""
+
+
+class TrainingLoader:
+    """The rows of a run, step by step and without end: all ranks always take equally many steps.
+
+    Args:
+        global_batch_size: rows of a step over all ranks. It alone, with the seed and the mixture, says which
+            rows a step has.
+        micro_batch_size: rows that go through the model at a time; the rest of a rank's rows is gradient
+            accumulation.
+        rank, num_ranks: the slice of each global batch that this loader gives.
+        num_workers: worker processes; 0 reads in this one. Of no use are more than a rank has rows.
+        target_pixels: also make what the image decoder has to paint.
+        fixed_length: pad all rows to the mixture's length, so that all batches have one shape.
+        add_blank_image: a micro-batch without any image gets a row with a blank one, which counts in no loss:
+            all parameters then take part in every step on every rank.
+        prefetch_steps: steps that each worker reads ahead.
+        max_bad_fraction: share of items that are broken, have an unreadable image or cannot be encoded, above
+            which (and above 10 of them) the run stops.
+
+    Raises:
+        UsageError: numbers that do not divide each other.
+        InputError: a source without shards.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        processor: MMInterleavedProcessor,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        num_workers: int = 0,
+        target_pixels: bool = True,
+        fixed_length: bool = False,
+        add_blank_image: bool = True,
+        prefetch_steps: int = 2,
+        max_bad_fraction: float = 0.001,
+    ) -> None:
+        if min(global_batch_size, micro_batch_size, num_ranks) < 1 or not 0 <= rank < num_ranks:
+            raise UsageError(
+                "global_batch_size, micro_batch_size and num_ranks must be 1 or more and rank below "
+                f"num_ranks, found {global_batch_size}, {micro_batch_size}, {num_ranks} and {rank}"
+            )
+        if global_batch_size % (num_ranks * micro_batch_size):
+            raise UsageError(
+                f"global_batch_size {global_batch_size} must be a multiple of micro_batch_size "
+                f"{micro_batch_size} times {num_ranks} ranks"
+            )
+        self.mixture, self.processor, self.seed = mixture, processor, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        rows = global_batch_size // num_ranks
+        self.lanes = range(rank * rows, (rank + 1) * rows)
+        self.num_workers = min(num_workers, rows)
+        self.target_pixels, self.fixed_length = target_pixels, fixed_length
+        self.add_blank_image, self.prefetch_steps = add_blank_image, prefetch_steps
+        self.max_bad_fraction = max_bad_fraction
+        self.reader = LaneReader(
+            mixture=mixture,
+            shards=mixture.find_shards(),
+            vocabulary=processor.vocabulary,
+            num_lanes=global_batch_size,
+            seed=seed,
+        )
+        self._step = 0
+        self._states: dict[int, Mapping[str, Any]] = {}
+        self._loaded = 0
+        self._logged: Counter[tuple[str, str]] = Counter()
+
+    # ---- Steps -----------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[StepRows]:
+        """The steps after those taken so far.
+
+        Raises:
+            InputError: too much of the data is bad, or a source gives nothing that can be used.
+            StorageError: the storage or a worker process failed.
+        """
+        dataset = _LaneRows(self.reader, self.processor, self.lanes, dict(self._states), self.target_pixels)
+        # Each process gives a list of rows a step, in turn; nothing is left to collate.
+        workers = {"prefetch_factor": self.prefetch_steps} if self.num_workers else {}
+        items = iter(
+            DataLoader(
+                dataset, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is, **workers
+            )
+        )
+        loaded = self._loaded
+        while True:
+            rows = list(chain.from_iterable(_next(items) for _ in range(max(1, self.num_workers))))
+            if loaded != self._loaded:
+                raise RuntimeError("the loader's state was loaded while its steps were being read")
+            rows.sort(key=lambda row: row.lane)
+            step = self._step
+            self._step += 1
+            self._states.update({row.lane: row.state for row in rows})
+            skips = tuple(skip for row in rows for skip in row.skips)
+            self._log(skips)
+            self._check_quality()
+            size = self.micro_batch_size
+            micro = tuple(self._micro_batch(step, rows[i : i + size]) for i in range(0, len(rows), size))
+            yield StepRows(step, micro, skips)
+
+    def _micro_batch(self, step: int, rows: Sequence[_PixelRow]) -> MicroBatch:
+        batches = [row.batch for row in rows]
+        numbers = [step * self.global_batch_size + row.lane for row in rows]
+        if self.add_blank_image and not any(batch.num_images for batch in batches):
+            target = self.processor.target_pixels if self.target_pixels else None
+            batches.append(blank_batch(self.processor.vocabulary, self.processor.encoder_pixels, target))
+            numbers.append(BLANK_ROW)
+        length = self.mixture.max_length if self.fixed_length else None
+        return MicroBatch(
+            stack_batches(batches, self.processor.vocabulary.pad, length),
+            tuple(numbers),
+            tuple(row.source for row in rows),
+            tuple(document for row in rows for document in row.document_ids),
+        )
+
+    # ---- State -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the steps taken so far end: JSON. Ranks have their own; see `merge_states`."""
+        return {
+            "version": STATE_VERSION,
+            "step": self._step,
+            "settings": self._settings(),
+            "lanes": {str(lane): state for lane, state in sorted(self._states.items())},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a state was taken, of one rank or merged of all.
+
+        Raises:
+            UsageError: the state belongs to other data or another global batch, or lacks lanes of this rank.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise UsageError(f"data state: expected version {STATE_VERSION}, found {state.get('version')!r}")
+        then, now = state["settings"], self._settings()
+        for name in {**then, **now}:
+            if then.get(name) != now.get(name):
+                raise UsageError(
+                    f"data state: {name} was {then.get(name)!r} and is {now.get(name)!r} now; "
+                    "rows go on only with the same data and the same global batch"
+                )
+        missing = [lane for lane in self.lanes if str(lane) not in state["lanes"]] if state["step"] else []
+        if missing:
+            raise UsageError(
+                f"data state: it lacks lane {missing[0]} of this rank; merge the states of all ranks"
+            )
+        self._step = int(state["step"])
+        self._states = {lane: state["lanes"][str(lane)] for lane in self.lanes} if self._step else {}
+        self._loaded += 1
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """What this rank's lanes have read so far, by source: see `lanes.LaneRow.state`."""
+        return state_counts({"lanes": self._states})
+
+    def _settings(self) -> dict[str, Any]:
+        """What rows depend on, flat, as JSON."""
+        settings: dict[str, Any] = {
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+            "max_length": self.mixture.max_length,
+            "compat": self.mixture.compat,
+        }
+        for entry in self.mixture.sources:
+            fields = asdict(replace(entry, source=None)) | {
+                "shards": len(self.reader.shards.get(entry.name, ()))
+            }
+            settings |= {
+                f"{entry.name}.{name}": value
+                for name, value in fields.items()
+                if name not in ("name", "source")
+            }
+        return json.loads(json.dumps(settings))
+
+    # ---- Skips -----------------------------------------------------------------------------------
+
+    def _log(self, skips: Iterable[Skip]) -> None:
+        for skip in skips:
+            key = (skip.source, skip.kind)
+            self._logged[key] += 1
+            if self._logged[key] <= _LOGGED_EACH or self._logged[key] % _LOGGED_EACH == 0:
+                logger.warning(
+                    "source %s: left out %s (%s, number %d): %s",
+                    skip.source,
+                    escape(skip.place),
+                    skip.kind,
+                    self._logged[key],
+                    escape(skip.reason, 600),
+                )
+
+    def _check_quality(self) -> None:
+        for source, counts in self.counts().items():
+            bad = sum(counts.get(f"skipped_{kind}", 0) for kind in _BAD_KINDS)
+            read = counts.get("documents", 0) + sum(
+                count for name, count in counts.items() if name.startswith("skipped_")
+            )
+            if bad > _TOLERATED and bad > self.max_bad_fraction * read:
+                raise InputError(
+                    f"source {source!r}: {bad} of {read} items are bad, expected at most a share of "
+                    f"{self.max_bad_fraction} (max_bad_fraction); the log names them"
+                )
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The states of all ranks as one, for any number of ranks.
+
+    Raises:
+        ValueError: they do not belong to one step of one run.
+    """
+    first = states[0]
+    for state in states:
+        if any(state[name] != first[name] for name in ("version", "step", "settings")):
+            raise ValueError(f"ranks are at different steps: {[state['step'] for state in states]}")
+    lanes = {lane: own for state in states for lane, own in state["lanes"].items()}
+    return {**first, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+
+
+def state_counts(state: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """The counts in a state, summed over its lanes: {source: {counter: number}}."""
+    totals: dict[str, Counter[str]] = {}
+    for lane in state["lanes"].values():
+        for name, source in lane["sources"].items():
+            totals.setdefault(name, Counter()).update(source["counts"])
+    return {name: dict(counts) for name, counts in totals.items()}
+
+
+class _PixelRow(NamedTuple):
+    """A row as a batch of one, with what the loader has to know about it."""
+
+    lane: int
+    batch: Batch
+    source: str
+    document_ids: tuple[str, ...]
+    skips: tuple[Skip, ...]
+    state: Mapping[str, Any]
+
+
+class _Failure(NamedTuple):
+    """An error of a worker, handed over without the traceback that a worker's exceptions carry as text."""
+
+    error: MMInterleavedError
+
+
+@dataclass(frozen=True)
+class _LaneRows(IterableDataset):
+    """One list of rows a step: of all lanes that this process reads."""
+
+    reader: LaneReader
+    processor: MMInterleavedProcessor
+    lanes: Sequence[int]
+    states: Mapping[int, Mapping[str, Any]]
+    target_pixels: bool
+
+    def __iter__(self) -> Iterator[list[_PixelRow] | _Failure]:
+        worker = get_worker_info()
+        own = self.lanes if worker is None else self.lanes[worker.id :: worker.num_workers]
+        streams = [self.reader.rows(lane, self.states.get(lane)) for lane in own]
+        while True:
+            try:
+                rows = [next(stream) for stream in streams]
+                batches = [
+                    self.processor.collate([list(row.sequences)], target_pixels=self.target_pixels)
+                    for row in rows
+                ]
+            except MMInterleavedError as error:
+                yield _Failure(error)
+                return
+            yield [
+                _PixelRow(row.lane, batch, row.source, row.document_ids, row.skips, row.state)
+                for row, batch in zip(rows, batches, strict=True)
+            ]
+
+
+def _as_it_is(rows: Any) -> Any:
+    return rows
+
+
+def _next(items: Iterator[list[_PixelRow] | _Failure]) -> list[_PixelRow]:
+    try:
+        found = next(items)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        # Out of memory, mostly: the system ends the process without a word.
+        raise StorageError(f"a process that reads the data ended ({str(error).splitlines()[0]})") from error
+    if isinstance(found, _Failure):
+        raise found.error
+    return found

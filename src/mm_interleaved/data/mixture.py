@@ -1,0 +1,138 @@
+"""Which corpora are mixed by which weights, and how their documents are used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+
+from mm_interleaved.data.few_shot import FewShot
+from mm_interleaved.data.packing import RowRule
+from mm_interleaved.data.sources.source import Shard, Source
+from mm_interleaved.errors import InputError, UsageError
+from mm_interleaved.sequence import LearningRule
+from mm_interleaved.storyworld.dice import Dice
+
+# Domain of the dice, so that no two kinds of choices share their random numbers.
+_ROW_DOMAIN = 31
+_PARTS_OF_ONE = 1 << 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureSource:
+    """One corpus of a mixture, and how its documents are used."""
+
+    name: str
+    source: Source
+    weight: float = 1.0
+    """Share of the rows, against the other weights."""
+    max_images: int | None = None
+    """Images a row."""
+    too_long: str = "cut"
+    """What happens to a document that is longer than a row: `cut` at the borders of its parts, or `skip`."""
+    learn: LearningRule = field(default_factory=LearningRule)
+    """What counts of documents that do not say it themselves."""
+    few_shot: FewShot | None = None
+    """Merge some of the documents into few-shot documents."""
+    shuffle_block: int = 256
+    """Documents that are read, shuffled and merged together; 1 keeps the order of the files."""
+    keep_pairs: bool = False
+    """See `RowRule`; matters with `compat` only."""
+
+    def __post_init__(self):
+        if not (isfinite(self.weight) and self.weight >= 0):
+            raise UsageError(f"source {self.name!r}: weight must be 0 or more, found {self.weight}")
+        if self.shuffle_block < 1:
+            raise UsageError(f"source {self.name!r}: shuffle_block must be 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """Corpora and their weights; each row is filled from one of them."""
+
+    sources: tuple[MixtureSource, ...]
+    max_length: int = 2048
+    """Tokens a row."""
+    compat: str | None = None
+    """`released` fills rows as the published loader does, see `packing`."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "sources", tuple(self.sources))
+        names = [entry.name for entry in self.sources]
+        if not names:
+            raise UsageError("the mixture is empty, expected at least one source")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise UsageError(f"the mixture has two sources called {twice[0]!r}, expected different names")
+        if not sum(entry.weight for entry in self.sources) > 0:
+            raise UsageError(f"the weights of {', '.join(names)} are all 0, expected one above 0")
+        for entry in self.sources:
+            self.row_rule(entry)
+
+    def row_rule(self, entry: MixtureSource) -> RowRule:
+        """How rows of a source are filled."""
+        return RowRule(
+            max_length=self.max_length,
+            max_images=entry.max_images,
+            too_long=entry.too_long,
+            compat=self.compat,
+            keep_pairs=entry.keep_pairs,
+        )
+
+    def source_of_row(self, seed: int, lane: int, row: int) -> MixtureSource:
+        """The source that fills the row of a lane."""
+        ticket = Dice(_ROW_DOMAIN, seed, lane, row).below(_PARTS_OF_ONE) / _PARTS_OF_ONE
+        ticket *= sum(entry.weight for entry in self.sources)
+        for entry in self.sources:
+            if ticket < entry.weight:
+                return entry
+            ticket -= entry.weight
+        return next(entry for entry in reversed(self.sources) if entry.weight > 0)
+
+    def find_shards(self) -> dict[str, tuple[Shard, ...]]:
+        """The shards of every source that has a weight.
+
+        Raises:
+            InputError: a source has none, or cannot be read.
+        """
+        shards = {entry.name: tuple(entry.source.shards()) for entry in self.sources if entry.weight > 0}
+        empty = [name for name, found in shards.items() if not found]
+        if empty:
+            raise InputError(f"source {empty[0]!r}: found no shards, expected at least one")
+        return shards
+
+
+def released_mixture(
+    sources: Mapping[str, Source], max_length: int = 2048, compat: str | None = None
+) -> Mixture:
+    """The published pre-training mixture, of those of its corpora that are given.
+
+    Published: one part of each set of pairs, two rows a micro-batch, and two parts of MMC4, four rows a
+    micro-batch; so one row of each set of pairs to four of MMC4. Of captions from the web, text counts only
+    behind its image. Few-shot merging of pairs is meant there, and done here, unless `compat` is `released`.
+
+    Args:
+        sources: some of `blip2`, `laion_en`, `laion_coco` (pairs) and `mmc4`.
+    """
+    unknown = sorted(set(sources) - {*_RELEASED_ROWS})
+    if unknown:
+        raise UsageError(f"source {unknown[0]!r}: expected one of {', '.join(_RELEASED_ROWS)}")
+    entries = []
+    for name, source in sources.items():
+        is_pairs = name != "mmc4"
+        entries.append(
+            MixtureSource(
+                name=name,
+                source=source,
+                weight=_RELEASED_ROWS[name],
+                max_images=30 if is_pairs else 15,
+                learn=LearningRule(text="after_image" if name.startswith("laion") else "all"),
+                few_shot=FewShot() if is_pairs and compat is None else None,
+                keep_pairs=is_pairs,
+            )
+        )
+    return Mixture(sources=tuple(entries), max_length=max_length, compat=compat)
+
+
+_RELEASED_ROWS = {"blip2": 1.0, "laion_en": 1.0, "laion_coco": 1.0, "mmc4": 4.0}
