@@ -1,0 +1,20 @@
+# Measurements. Everything that must hold before a change lands is in .ci/run.
+PYTHON ?= python
+
+.PHONY: bench bench-quick bench-gpu plots
+
+# All parts on the CPU, one thread, under ten minutes on an idle machine; results and plots are kept.
+bench:
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks all --output benchmarks/results
+	$(PYTHON) -m benchmarks plot
+
+# The same in small, nothing kept.
+bench-quick:
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks all --quick
+
+# All parts at published sizes on a GPU, under ten minutes.
+bench-gpu:
+	$(PYTHON) -m benchmarks all --device cuda --output benchmarks/results
+
+plots:
+	$(PYTHON) -m benchmarks plot

@@ -1,0 +1,4 @@
+"""How fast, how much memory, how exact: our fast paths beside the textbook, in one run.
+
+`python -m benchmarks NAME [--quick]` runs one part, see `__main__.py`; docs/performance.md reads the results.
+"""

@@ -1,0 +1,123 @@
+"""`python -m benchmarks NAME [--quick]`: run one part, `all` of them, or `plot` what was measured.
+
+Each part runs the textbook and our side in turns and compares their outputs first; the last line is one JSON
+object. Exits 1 where outputs differ.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Case, Setting
+from benchmarks.machine import commit, machine_facts, rates
+
+PARTS = (
+    "decode_mmfs",
+    "decode_token",
+    "prefill_mmfs",
+    "train_mmfs",
+    "sampler",
+    "unet_step",
+    "story",
+    "score",
+    "precision",
+)
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+RESULTS = Path(__file__).parent / "results"
+_SHOWN = ("ratio", "equal", "model_ratio", "share_of_limit")
+_HIDDEN = ("error", "seconds_min", "ratio_of_minima", "flops", "bytes", "runs", "rounds", "model_ratio_bytes")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.name == "plot":
+        from benchmarks.plot import draw
+
+        draw(options.output or RESULTS, options.pictures)
+        return 0
+    torch.set_num_threads(options.threads)
+    names = PARTS if options.name == "all" else (options.name,)
+    results = [run_part(name, options) for name in names]
+    wrong = [result["benchmark"] for result in results if not all(c["equal"] for c in result["cases"])]
+    if wrong:
+        print(f"outputs differ: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def run_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one part, tell each case as it comes, and the result as one line of JSON."""
+    device = torch.device(options.device)
+    setting = Setting(
+        device=device,
+        dtype=DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")],
+        quick=options.quick,
+        least=5 if options.quick else 11 if device.type == "cpu" else 20,
+        seconds=2.0 if options.quick else 6.0,
+        patience=10.0 if options.quick else 20.0,
+    )
+    part = importlib.import_module(f"benchmarks.{name}")
+    print(f"\n{name}: {part.__doc__.splitlines()[0]}", flush=True)
+    cases = []
+    for case in part.run(setting):
+        cases.append(case)
+        print(_line(case), flush=True)
+    rate = rates(device, setting.dtype)
+    result = {
+        "benchmark": name,
+        "device": device.type,
+        "commit": commit(),
+        "quick": setting.quick,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        **machine_facts(device),
+        "copy_gb_a_second": rate.bytes_a_second / 1e9,
+        "product_gflop_a_second": rate.flops_a_second / 1e9,
+        "cases": cases,
+    }
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        path = options.output / f"{name}-{device.type}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=(*PARTS, "all", "plot"))
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, fewer turns")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where results are kept (or read: plot)")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", default=Path("docs/images"), help="where plots are drawn"
+    )
+    return parser
+
+
+def _line(case: Case) -> str:
+    """A case in words: sizes first, then times, then the ratio."""
+    words = [
+        f"{key}={_number(value)}"
+        for key, value in case.items()
+        if key not in (*_SHOWN, *_HIDDEN) and not isinstance(value, dict | list)
+    ]
+    words += [f"{side} {1e3 * value:.3g} ms" for side, value in case.get("seconds", {}).items()]
+    words += [f"{key}={_number(case[key])}" for key in _SHOWN if case.get(key) is not None]
+    if not case["equal"]:
+        words.append(f"OUTPUTS DIFFER: {case.get('error')}")
+    return "  " + "  ".join(words)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What the arithmetic costs, counted from shapes: the model that stands beside each measured ratio.
+
+A multiplication and its addition are two operations. Bytes are those that memory must deliver at least once.
+Letters as in `textbook.py`; M visible pairs of a query and an image, E terms of a query.
+"""
+
+from dataclasses import dataclass
+
+from benchmarks.sizes import SynchronizerSize
+
+CORNERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Operations and bytes of one call."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, flops_a_second: float, bytes_a_second: float) -> float:
+        """The least time that a machine of these rates needs."""
+        return max(self.flops / flops_a_second, self.bytes / bytes_a_second)
+
+
+def textbook_cost(size: SynchronizerSize, queries: int, images: int, rows: int, width: int) -> Cost:
+    """Every value projected, every query repeated for each image.
+
+    Args:
+        rows: documents of the batch.
+        width: bytes a number.
+    """
+    D, C, V, S = size.query_dim, size.feature_dim, size.value_dim, size.cells
+    slots = size.num_heads * len(size.level_sizes) * (size.num_points + 1)
+    outputs = size.num_heads * size.num_points * 2 + slots
+    expanded = queries * images
+    flops = 2.0 * rows * (images * S * C * V + expanded * D * D + expanded * D * outputs + queries * V * D)
+    flops += sampling_flops(size, rows * expanded)
+    weights = D * D + D * outputs + C * V + V * D
+    # Features are read and written by the norm, read by the projection, which writes values.
+    moved = rows * (images * S * (3 * C + 2 * V) + expanded * (2 * D + outputs))
+    return Cost(flops, width * (weights + moved))
+
+
+def cached_cost(size: SynchronizerSize, queries: int, pairs: float, rows: int, width: int) -> Cost:
+    """Values kept, projections folded into one, only visible pairs: what a call costs at least.
+
+    Args:
+        pairs: visible pairs of a query and an image in one row.
+    """
+    D, V, E = size.query_dim, size.value_dim, size.terms
+    flops = 2.0 * rows * queries * (D * E + V * D) + sampling_flops(size, rows * pairs)
+    touched = min(size.samples * CORNERS * size.head_dim * pairs, size.cells * V * pairs)
+    weights = D * E + V * D + size.max_images * E
+    return Cost(flops, width * (weights + rows * (touched + queries * (2 * D + E))))
+
+
+def projection_flops(size: SynchronizerSize, images: int) -> float:
+    """Of the values of images, once."""
+    return 2.0 * images * size.cells * size.feature_dim * size.value_dim
+
+
+def sampling_flops(size: SynchronizerSize, pairs: float) -> float:
+    """Of the weighted bilinear samples of pairs of a query and an image."""
+    return 2.0 * CORNERS * size.samples * size.head_dim * pairs

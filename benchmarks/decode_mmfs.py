@@ -1,0 +1,75 @@
+"""One layer's synchronizer for one new word: the textbook projects all images again, ours looks them up.
+
+Three copies of the layer take turns, so that neither side finds its weights in a cache.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.cost import cached_cost, textbook_cost
+from benchmarks.harness import Case, Run, Setting, compare, in_turn
+from benchmarks.machine import rates
+from benchmarks.sizes import LANGUAGE, SynchronizerSize, gated_synchronizer
+from benchmarks.textbook import TextbookGate
+
+COPIES = 3
+
+
+def run(setting: Setting) -> Iterator[Case]:
+    images = (1, 8, 32) if setting.quick else (1, 4, 8, 16, 32, 48)
+    for num_images in images:
+        yield decode_case(setting, LANGUAGE, num_images, batch=1)
+    if not setting.quick:
+        # Rows of one batch have images of their own; beams of one row share them.
+        yield decode_case(setting, LANGUAGE, 8, batch=8)
+        yield decode_case(setting, LANGUAGE, 8, batch=1, beams=5)
+
+
+@torch.inference_mode()
+def decode_case(
+    setting: Setting, size: SynchronizerSize, num_images: int, *, batch: int, beams: int = 1
+) -> Case:
+    """One query a row and beam, all images visible."""
+    device, dtype = setting.device, setting.dtype
+    generator = torch.Generator(device).manual_seed(num_images)
+    cells = torch.randn(
+        batch, num_images, size.cells, size.feature_dim, generator=generator, device=device
+    ).to(dtype)
+    hidden = torch.randn(batch * beams, 1, size.query_dim, generator=generator, device=device).to(dtype)
+    index = torch.arange(num_images, 0, -1, device=device).expand(batch * beams, 1, num_images)
+    row = torch.arange(batch, device=device).repeat_interleave(beams)
+
+    textbook: list[Run] = []
+    ours: list[Run] = []
+    for seed in range(COPIES):
+        layer = gated_synchronizer(size, device, dtype, seed)
+        reference = TextbookGate(layer)
+        kept = reference.project_cells(cells, size.level_sizes)
+        # The released code repeats the features for each beam, and so must projecting them.
+        repeated = kept._replace(value=kept.value[row]) if beams > 1 else kept
+        textbook.append(lambda reference=reference, values=repeated: reference(hidden, values, index))
+        values = layer.project_cells(cells, size.level_sizes)
+        shared = values._replace(value=values.value[row]) if beams > 1 else values
+        ours.append(lambda layer=layer, values=shared: layer(hidden, values, index))
+    result = compare(setting, {"textbook": in_turn(textbook), "ours": in_turn(ours)})
+
+    width = dtype.itemsize
+    costs = (
+        textbook_cost(size, 1, num_images, batch * beams, width),
+        cached_cost(size, 1, num_images, batch * beams, width),
+    )
+    rate = rates(device, dtype)
+    limit = costs[1].seconds(rate.flops_a_second, rate.bytes_a_second)
+    return {
+        "images": num_images,
+        "batch": batch,
+        "beams": beams,
+        "query_dim": size.query_dim,
+        **result.record("ours"),
+        "model_ratio": costs[0].flops / costs[1].flops,
+        "model_ratio_bytes": costs[0].bytes / costs[1].bytes,
+        "flops": {"textbook": costs[0].flops, "ours": costs[1].flops},
+        "bytes": {"textbook": costs[0].bytes, "ours": costs[1].bytes},
+        "share_of_limit": limit / result.median["ours"] if result.equal else None,
+    }

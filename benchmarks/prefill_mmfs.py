@@ -1,0 +1,82 @@
+"""One layer's synchronizer over a whole prompt: causal rows, and rows of several documents.
+
+The values are projected within the call on both sides: a prompt's images are new.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.cost import Cost, cached_cost, projection_flops, textbook_cost
+from benchmarks.harness import Case, Setting, compare
+from benchmarks.machine import rates
+from benchmarks.sizes import (
+    LANGUAGE,
+    SynchronizerSize,
+    causal_visibility,
+    gated_synchronizer,
+    packed_visibility,
+)
+from benchmarks.textbook import TextbookGate
+from mm_interleaved.visibility import relative_image_index
+
+DOCUMENTS = 4
+"""Of a packed row."""
+
+
+def run(setting: Setting) -> Iterator[Case]:
+    if setting.is_gpu:
+        sizes = ((512, 4, 1), (2048, 1, 1), (2048, 8, 1), (2048, 8, DOCUMENTS), (2048, 30, 1))
+    elif setting.quick:
+        sizes = ((256, 4, 1), (512, 8, 1))
+    else:
+        sizes = ((256, 4, 1), (512, 4, 1), (512, 8, 1), (512, 8, DOCUMENTS), (1024, 8, 1))
+    for tokens, images, documents in sizes:
+        yield prefill_case(setting, LANGUAGE, tokens, images, documents)
+
+
+def visibility(tokens: int, images: int, documents: int, device: torch.device) -> Tensor:
+    """Of one row: (1, Q, N) bool."""
+    if documents == 1:
+        return causal_visibility(tokens, images, device)
+    return packed_visibility(tokens, images, documents, device)
+
+
+@torch.inference_mode()
+def prefill_case(setting: Setting, size: SynchronizerSize, tokens: int, images: int, documents: int) -> Case:
+    """One row of tokens with its images spread evenly."""
+    device, dtype = setting.device, setting.dtype
+    layer = gated_synchronizer(size, device, dtype)
+    generator = torch.Generator(device).manual_seed(tokens + images)
+    cells = torch.randn(1, images, size.cells, size.feature_dim, generator=generator, device=device).to(dtype)
+    hidden = torch.randn(1, tokens, size.query_dim, generator=generator, device=device).to(dtype)
+    visible = visibility(tokens, images, documents, device)
+    index = relative_image_index(visible)
+    sides = {}
+    for name, side in (("textbook", TextbookGate(layer)), ("ours", layer)):
+        sides[name] = lambda side=side: side(hidden, side.project_cells(cells, size.level_sizes), index)
+    if not setting.quick:
+        # What a later layer of the same prompt, or a later round, costs with values that are there already.
+        values = layer.project_cells(cells, size.level_sizes)
+        sides["ours, values kept"] = lambda: layer(hidden, values, index)
+    result = compare(setting, sides)
+
+    pairs, width = int(visible.sum()), dtype.itemsize
+    theirs = textbook_cost(size, tokens, images, 1, width)
+    cached = cached_cost(size, tokens, pairs, 1, width)
+    weights = size.feature_dim * (size.value_dim + images * size.cells)
+    ours = Cost(cached.flops + projection_flops(size, images), cached.bytes + width * weights)
+    rate = rates(device, dtype)
+    limit = ours.seconds(rate.flops_a_second, rate.bytes_a_second)
+    return {
+        "tokens": tokens,
+        "images": images,
+        "documents": documents,
+        "pairs": pairs,
+        **result.record("ours"),
+        "model_ratio": theirs.flops / ours.flops,
+        "flops": {"textbook": theirs.flops, "ours": ours.flops},
+        "bytes": {"textbook": theirs.bytes, "ours": ours.bytes},
+        "share_of_limit": limit / result.median["ours"] if result.equal else None,
+    }

@@ -1,0 +1,205 @@
+"""A story of many pictures: what a round costs when nothing is forgotten, and when all is read again.
+
+Words and pictures are scripted, so both sides see the same document. The side that forgets follows the
+released script: in every round it encodes all images and reads the whole document twice, once to write and
+once to paint, the second time with a grey picture in the place of the one to come. Both use our
+synchronizers, so the ratio is that of remembering alone.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import TOLERANCE, Case, Setting
+from benchmarks.models import BOS, IMAGE_SIZE, random_model, writer_config
+from mm_interleaved.generation.session import InterleavedSession
+
+WORDS = 40
+"""Of a round, as in reference texts."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What the model was asked to do."""
+
+    prefilled: int = 0
+    """Tokens read in passes of more than one."""
+    decoded: int = 0
+    """Tokens read one by one."""
+    encoded: int = 0
+    """Images."""
+
+
+@dataclass(slots=True)
+class Told:
+    """A story told: what the last picture is painted from, and what each round took."""
+
+    hidden: Tensor
+    seconds: list[float] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
+
+
+def run(setting: Setting) -> Iterator[Case]:
+    if setting.is_gpu:
+        config = writer_config(
+            hidden=5120, layers=40, intermediate=13824, heads=40, value_dim=1024, vision_dim=1024
+        )
+        lengths = (2, 10) if setting.quick else (2, 5, 10, 20)
+    elif setting.quick:
+        config = writer_config(hidden=256, layers=4, intermediate=512, heads=4, value_dim=128)
+        lengths = (2, 10)
+    else:
+        config = writer_config(hidden=512, layers=8, intermediate=1376, heads=8)
+        lengths = (2, 5, 10, 20)
+    model = random_model(config, setting.device, setting.dtype)
+    for rounds in lengths:
+        yield story_case(setting, model, rounds, words=WORDS, repeats=2 if rounds > 10 else 3)
+
+
+def story_case(setting: Setting, model: Any, rounds: int, *, words: int, repeats: int) -> Case:
+    """Both sides in turns; the times of a round are medians over the turns."""
+    told: dict[str, list[Told]] = {"read again": [], "remembered": []}
+    for _ in range(repeats):
+        told["read again"].append(tell_again(model, rounds, words))
+        told["remembered"].append(tell(model, rounds, words))
+    expected, found = told["read again"][0].hidden, told["remembered"][0].hidden
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    curve = {
+        name: [statistics.median(times) for times in zip(*(each.seconds for each in turns), strict=True)]
+        for name, turns in told.items()
+    }
+    seconds = {name: sum(each) for name, each in curve.items()}
+    work = {name: turns[0].work for name, turns in told.items()}
+    forgot, kept = work["read again"], work["remembered"]
+    # Neighbours of the second and the last round are averaged with them: single rounds are too short to time.
+    last, early = curve["remembered"][-3:], curve["remembered"][1:4]
+    return {
+        "images": rounds,
+        "words_a_round": words,
+        "ratio": seconds["read again"] / seconds["remembered"],
+        "equal": error <= TOLERANCE[setting.dtype],
+        "error": {"read again": 0.0, "remembered": error},
+        "seconds": seconds,
+        "rounds": curve,
+        "last_to_second_round": curve["remembered"][-1] / curve["remembered"][1],
+        "last_to_second_round_smoothed": statistics.median(last) / statistics.median(early),
+        "tokens_prefilled": {"read again": forgot.prefilled, "remembered": kept.prefilled},
+        "tokens_decoded": {"read again": forgot.decoded, "remembered": kept.decoded},
+        "images_encoded": {"read again": forgot.encoded, "remembered": kept.encoded},
+        "model_ratio": forgot.prefilled / kept.prefilled,
+        "images_ratio": forgot.encoded / kept.encoded,
+    }
+
+
+def expected_work(rounds: int, words: int, slots: int) -> dict[str, Work]:
+    """What both sides must do, from the shape of the story; an image takes its start token and its slots."""
+    a_round = words + 1 + slots
+    again, kept = Work(), Work()
+    for number in range(rounds):
+        # The first pass of all reads one token, which is no prefill.
+        again.prefilled += (number * a_round + 1 if number else 0) + (number + 1) * a_round + 1
+        again.decoded += words + (0 if number else 1)
+        again.encoded += number + number + 1
+        kept.prefilled += slots + 1 if number else 2
+        kept.decoded += words - 1 + 1
+        kept.encoded += 1
+    return {"read again": again, "remembered": kept}
+
+
+def picture(number: int, model: Any) -> Tensor:
+    """The picture of a round: (1, 3, H, W)."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(model.device, model.dtype)
+
+
+def text_of(number: int, words: int) -> list[int]:
+    """The words of a round."""
+    return [3 + (7 * number + 11 * word) % 900 for word in range(words)]
+
+
+@torch.inference_mode()
+def tell(model: Any, rounds: int, words: int) -> Told:
+    """One session from the first word to the last picture."""
+    with counted(model) as work:
+        session, told = InterleavedSession(model), Told(torch.empty(0), work=work)
+        session.append_text([BOS])
+        for number in range(rounds):
+            begin = time.perf_counter()
+            for word in text_of(number, words):
+                session.append_text([word])
+                session.read()
+            session.start_image()
+            hidden = session.read()
+            session.finish_image(picture(number, model))
+            _wait(model)
+            told.seconds.append(time.perf_counter() - begin)
+        told.hidden = hidden.clone()
+    return told
+
+
+@torch.inference_mode()
+def tell_again(model: Any, rounds: int, words: int) -> Told:
+    """A new session for every text and for every picture."""
+    grey = torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5, device=model.device, dtype=model.dtype)
+    with counted(model) as work:
+        told = Told(torch.empty(0), work=work)
+        for number in range(rounds):
+            begin = time.perf_counter()
+            session = _read_again(model, number, words)
+            session.read()
+            for word in text_of(number, words):
+                session.append_text([word])
+                session.read()
+            session = _read_again(model, number, words)
+            session.append_text(text_of(number, words))
+            session.append_image(grey)
+            told.hidden = session.read()[:, : session.image_starts[-1] + 1].clone()
+            _wait(model)
+            told.seconds.append(time.perf_counter() - begin)
+    return told
+
+
+def _read_again(model: Any, rounds: int, words: int) -> InterleavedSession:
+    session = InterleavedSession(model)
+    session.append_text([BOS])
+    for number in range(rounds):
+        session.append_text(text_of(number, words))
+        session.append_image(picture(number, model))
+    return session
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[Work]:
+    """Counts what a model does within."""
+    work = Work()
+
+    def see(module: Any, arguments: tuple[Any, ...]) -> None:
+        work.encoded += len(arguments[0])
+
+    def read(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tokens = named["inputs_embeds"].shape[0] * named["inputs_embeds"].shape[1]
+        if named["inputs_embeds"].shape[1] > 1:
+            work.prefilled += tokens
+        else:
+            work.decoded += tokens
+
+    hooks = [
+        model.vision.register_forward_pre_hook(see),
+        model.language_model.register_forward_pre_hook(read, with_kwargs=True),
+    ]
+    try:
+        yield work
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

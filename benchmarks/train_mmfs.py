@@ -1,0 +1,77 @@
+"""One layer's synchronizer forward and backward: time, and what it keeps for the backward pass.
+
+Token counts stand on both sides of the number from which folding the projections pays.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cost import cached_cost, projection_flops, textbook_cost
+from benchmarks.harness import Case, Setting, compare, saved_for_backward
+from benchmarks.prefill_mmfs import visibility
+from benchmarks.sizes import LANGUAGE, SynchronizerSize, gated_synchronizer
+from benchmarks.textbook import TextbookGate
+from mm_interleaved.visibility import relative_image_index
+
+GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 1e-1}
+
+
+def run(setting: Setting) -> Iterator[Case]:
+    if setting.is_gpu:
+        sizes = ((512, 4), (640, 4), (1024, 8), (2048, 8), (2048, 30))
+    elif setting.quick:
+        sizes = ((512, 8),)
+    else:
+        sizes = ((256, 4), (512, 8), (1024, 8))
+    for tokens, images in sizes:
+        yield train_case(setting, LANGUAGE, tokens, images)
+
+
+def train_case(setting: Setting, size: SynchronizerSize, tokens: int, images: int) -> Case:
+    """Causal, one row; gradients of every weight, of the hidden states and of the features."""
+    device, dtype = setting.device, setting.dtype
+    layer = gated_synchronizer(size, device, dtype).train()
+    generator = torch.Generator(device).manual_seed(tokens + images)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    cells = normal(1, images, size.cells, size.feature_dim).requires_grad_()
+    hidden = normal(1, tokens, size.query_dim).requires_grad_()
+    outward = normal(1, tokens, size.query_dim)
+    visible = visibility(tokens, images, 1, device)
+    index = relative_image_index(visible)
+    weights = [each for each in layer.parameters() if each.requires_grad]
+
+    def forward(side: Any) -> Tensor:
+        return side(hidden, side.project_cells(cells, size.level_sizes), index)
+
+    def step(side: nn.Module) -> tuple[Tensor, ...]:
+        out = forward(side)
+        return out.detach(), *torch.autograd.grad(out, (hidden, cells, *weights), outward)
+
+    both = {"textbook": TextbookGate(layer), "ours": layer}
+    sides = {name: lambda side=side: step(side) for name, side in both.items()}
+    result = compare(setting, sides, tolerance=GRADIENT_TOLERANCE[dtype], measure="norm")
+    saved = {}
+    for name, side in both.items():
+        with saved_for_backward((cells, hidden, *layer.parameters())) as counted:
+            forward(side)
+        saved[name] = counted["bytes"]
+
+    pairs = int(visible.sum())
+    theirs = textbook_cost(size, tokens, images, 1, dtype.itemsize).flops
+    # Forward once; backward twice, once for the inputs and once for the weights.
+    ours = cached_cost(size, tokens, pairs, 1, dtype.itemsize).flops + projection_flops(size, images)
+    return {
+        "tokens": tokens,
+        "images": images,
+        **result.record("ours"),
+        "model_ratio": theirs / ours,
+        "flops": {"textbook": 3 * theirs, "ours": 3 * ours},
+        "saved_bytes": saved,
+        "saved_ratio": saved["textbook"] / saved["ours"],
+    }

@@ -1,0 +1,160 @@
+"""One denoising step with guidance: the synchronizers' share of it, without and with an earlier image.
+
+The share is that of the time between the middle and the upward path. The published size is counted as well,
+where it is not what runs.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.cost import cached_cost, textbook_cost
+from benchmarks.harness import Case, Setting, compare
+from benchmarks.models import random_painter, synchronizer_sizes, unet_settings
+from benchmarks.sizes import SynchronizerSize
+from benchmarks.textbook import textbook_between
+from mm_interleaved.models.unet import Between, unet_forward
+
+PUBLISHED = ((320, 640, 1280, 1280), 64, 1024)
+"""Channels, cells along a side of the latents, width of values and conditioning."""
+GUIDED = 2
+"""Images in a step: with the context and without."""
+
+
+def run(setting: Setting) -> Iterator[Case]:
+    if setting.is_gpu:
+        channels, sample_size, value_dim = PUBLISHED
+    elif setting.quick:
+        channels, sample_size, value_dim = (64, 128, 256, 256), 16, 256
+    else:
+        channels, sample_size, value_dim = (160, 320, 640, 640), 32, 512
+    decoder, sizes = random_painter(channels, sample_size, value_dim, setting.device, setting.dtype)
+    for images in (0, 1):
+        case = step_case(setting, decoder, sizes, sample_size, images)
+        yield {**case, "published": published_counts(images)}
+
+
+@torch.inference_mode()
+def step_case(
+    setting: Setting, decoder: Any, sizes: Sequence[SynchronizerSize], sample_size: int, images: int
+) -> Case:
+    """One picture, guided; it sees one earlier image or none."""
+    device, dtype = setting.device, setting.dtype
+    generator = torch.Generator(device).manual_seed(images)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    levels, width = sizes[0].level_sizes, sizes[0].feature_dim
+    pyramid = [normal(1, width, level, level) for level in levels]
+    cells = torch.cat([level.flatten(2).transpose(1, 2) for level in pyramid], dim=1)[:, None]
+    latents, timestep = normal(GUIDED, 4, sample_size, sample_size), torch.tensor(501, device=device)
+    conditioning = normal(GUIDED, 77, width)
+    visible = torch.full((1, 1), images > 0, device=device)
+
+    # 1. What is there before the first step. The textbook keeps the features alone, once for each half.
+    begin = time.perf_counter()
+    earlier = decoder.look_at(pyramid, torch.zeros(1, 1, dtype=torch.int64, device=device) - (1 - images))
+    if setting.is_gpu:
+        torch.cuda.synchronize(device)
+    projecting = time.perf_counter() - begin
+    guided = earlier.repeat(GUIDED)
+    seen = textbook_between(
+        decoder.synchronizers, cells.repeat(GUIDED, 1, 1, 1), visible.repeat(GUIDED, 1), levels
+    )
+
+    # 2. A step, and what happens between the middle and the upward path alone.
+    def textbook() -> Tensor:
+        return unet_forward(decoder.unet, latents, timestep, conditioning, seen)
+
+    def ours() -> Tensor:
+        return decoder.predict(latents, timestep, conditioning, guided)
+
+    maps: list[Any] = []
+
+    def keep(middle: Tensor, skips: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        maps[:] = [middle, skips]
+        return middle, skips
+
+    def without() -> Tensor:
+        return unet_forward(decoder.unet, latents, timestep, conditioning)
+
+    unet_forward(decoder.unet, latents, timestep, conditioning, keep)
+    ours_between = _between_of(decoder, guided, latents, timestep, conditioning)
+    result = compare(
+        setting,
+        {"textbook": textbook, "ours": ours},
+        also={
+            "without": without,
+            "textbook synchronizers": lambda: seen(*maps),
+            "our synchronizers": lambda: ours_between(*maps),
+        },
+    )
+    if not result.equal:
+        return {"images": images, **result.record("ours")}
+    return {
+        "images": images,
+        "channels": decoder.unet.config.block_out_channels[-1],
+        "sample_size": sample_size,
+        **result.record("ours"),
+        "share": {
+            "textbook": result.median["textbook synchronizers"] / result.median["textbook"],
+            "ours": result.median["our synchronizers"] / result.median["ours"],
+        },
+        "projecting_once_seconds": projecting,
+        **_counted(decoder.unet, sizes, sample_size, images),
+    }
+
+
+def _between_of(
+    decoder: Any, earlier: Any, latents: Tensor, timestep: Tensor, conditioning: Tensor
+) -> Between:
+    """Our callback as `ImageDecoder.predict` makes it."""
+    return decoder.synchronizers.callback(earlier.values, earlier.relative_index_IK, 1.0)
+
+
+def published_counts(images: int) -> dict[str, Any]:
+    """Operations of the published size."""
+    channels, sample_size, value_dim = PUBLISHED
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**unet_settings(channels, sample_size, value_dim))
+    return _counted(unet, synchronizer_sizes(unet, sample_size, value_dim), sample_size, images)
+
+
+def _counted(unet: Any, sizes: Sequence[SynchronizerSize], sample_size: int, images: int) -> dict[str, Any]:
+    """Operations of a guided step, from shapes; the values of ours are there already."""
+    bare = _unet_flops(unet, sample_size)
+    theirs = mine = 0.0
+    for size in sizes:
+        # `base_size` is the side of the map itself.
+        pixels = round(size.base_size) ** 2
+        convolution = 2.0 * GUIDED * pixels * size.query_dim**2
+        theirs += textbook_cost(size, pixels, 1, GUIDED, 4).flops + convolution
+        # The 1 x 1 convolution folds into the output projection; without an image all of it is a constant.
+        mine += cached_cost(size, pixels, pixels, GUIDED, 4).flops if images else 0.0
+    return {
+        "model_ratio": (bare + theirs) / (bare + mine),
+        "flops": {"unet": bare, "textbook synchronizers": theirs, "our synchronizers": mine},
+        "share_of_flops": {"textbook": theirs / (bare + theirs), "ours": mine / (bare + mine)},
+    }
+
+
+def _unet_flops(unet: Any, sample_size: int) -> float:
+    meta = unet
+    if next(unet.parameters()).device.type != "meta":
+        with torch.device("meta"):
+            meta = UNet2DConditionModel.from_config(unet.config)
+    width = meta.config.cross_attention_dim
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        unet_forward(
+            meta,
+            torch.empty(GUIDED, 4, sample_size, sample_size),
+            torch.tensor(1),
+            torch.empty(GUIDED, 77, width),
+        )
+    return float(counter.get_total_flops())

@@ -1,0 +1,242 @@
+"""The benchmarks measure what they say: the textbook is right, differences are noticed, counts are exact."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import decode_mmfs, decode_token, prefill_mmfs, sampler, score, story, train_mmfs, unet_step
+from benchmarks.__main__ import main
+from benchmarks.cost import cached_cost, sampling_flops, textbook_cost
+from benchmarks.harness import Setting, compare, peak_bytes, saved_for_backward
+from benchmarks.models import random_model, random_painter, writer_config
+from benchmarks.sizes import (
+    SynchronizerSize,
+    feature_synchronizer,
+    gated_synchronizer,
+    packed_visibility,
+    random_module,
+)
+from benchmarks.textbook import TextbookGate, TextbookMap, textbook_between, textbook_layers
+from mm_interleaved.models.unet import MapSynchronizer
+from mm_interleaved.visibility import relative_image_index
+
+EXACT = 1e-12
+CPU = torch.device("cpu")
+TINY = SynchronizerSize(
+    query_dim=24,
+    feature_dim=12,
+    value_dim=16,
+    num_heads=4,
+    num_points=2,
+    level_sizes=(4, 2),
+    max_images=8,
+    base_size=4,
+)
+
+
+@pytest.fixture
+def setting():
+    return Setting(device=CPU, dtype=torch.float64, quick=True, least=3, seconds=0.0, patience=0.0, turn=0.0)
+
+
+@pytest.fixture(scope="module")
+def writer():
+    config = writer_config(hidden=32, layers=2, intermediate=32, heads=2, value_dim=16, vision_dim=16)
+    return random_model(config, CPU, torch.float64)
+
+
+def inputs(dtype=torch.float64, queries=9, images=5):
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randn(2, images, TINY.cells, TINY.feature_dim, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(2, queries, TINY.query_dim, generator=generator, dtype=torch.float64)
+    # One row sees its images causally, one is packed; the first queries see nothing.
+    visible = torch.cat([packed_visibility(queries, images, documents, CPU) for documents in (1, 3)])
+    assert not visible.all(-1).any() or visible.any()
+    return cells.to(dtype), hidden.to(dtype), relative_image_index(visible)
+
+
+@pytest.fixture
+def layer():
+    layer = gated_synchronizer(TINY, CPU, torch.float64)
+    layer.synchronizer.implementation = "reference"
+    layer.synchronizer.ignore_value.normal_()
+    return layer
+
+
+# ---- The textbook --------------------------------------------------------------------------------
+
+
+def test_the_textbook_equals_our_reference_and_so_do_all_its_gradients(layer):
+    cells, hidden, index = inputs()
+    assert (index == 0).all(-1).any() and (index > 1).any()
+    leaves = [
+        cells.requires_grad_(),
+        hidden.requires_grad_(),
+        *(p for p in layer.parameters() if p.requires_grad),
+    ]
+    outputs = []
+    for side in (TextbookGate(layer), layer):
+        out = side(hidden, side.project_cells(cells, TINY.level_sizes), index)
+        outputs.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for theirs, ours in zip(*outputs, strict=True):
+        assert (theirs - ours).abs().max() < EXACT * max(1, theirs.abs().max())
+
+
+@pytest.mark.parametrize("grid", [4, 6])
+def test_the_textbook_of_a_map_equals_ours(grid):
+    def build():
+        return MapSynchronizer(feature_synchronizer(TINY), TINY.query_dim, TINY.feature_dim, grid_size=4)
+
+    block = random_module(build, CPU, torch.float64)
+    cells, _, _ = inputs()
+    pixels = torch.randn(2, TINY.query_dim, grid, grid, dtype=torch.float64)
+    visible = torch.tensor([[True, False, True, True, False], [False] * 5])
+    theirs = TextbookMap(block)(pixels, cells, visible, TINY.level_sizes)
+    ours = block(pixels, block.project_cells(cells, TINY.level_sizes), relative_image_index(visible))
+    assert (theirs - ours).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_textbook_computes_in_half_precision(layer, dtype):
+    cells, hidden, index = inputs()
+    exact = TextbookGate(layer)(hidden, TextbookGate(layer).project_cells(cells, TINY.level_sizes), index)
+    cells, hidden, index = inputs(dtype)
+    side = TextbookGate(layer.to(dtype))
+    out = side(hidden, side.project_cells(cells, TINY.level_sizes), index)
+    assert out.dtype == dtype
+    assert (out - exact).norm() < 0.1 * exact.norm()
+
+
+@torch.no_grad()
+def test_a_language_model_and_a_painter_with_textbook_layers_equal_ours(writer, setting):
+    ids = torch.tensor([[1, 998, *[999] * 64, 5, 6, 998, *[999] * 64, 7]])
+    pixels = torch.rand(2, 3, 112, 112, dtype=torch.float64)
+    arguments = {"input_ids": ids, "pixel_values": pixels, "image_start": torch.tensor([[1, 68]])}
+    ours = writer(**arguments).hidden
+    with textbook_layers(writer.language_model):
+        theirs = writer(**arguments).hidden
+    assert (theirs - ours).abs().max() < 1e-11 * ours.abs().max()
+    assert torch.equal(writer(**arguments).hidden, ours)
+    decoder, sizes = random_painter((32, 32, 32, 32), 8, 32, CPU, torch.float64)
+    case = unet_step.step_case(setting, decoder, sizes, 8, 1)
+    assert case["equal"] and case["share_of_flops"]["ours"] < case["share_of_flops"]["textbook"]
+    assert textbook_between is unet_step.textbook_between
+
+
+def test_operations_of_the_textbook_are_those_counted_by_torch(layer):
+    cells, hidden, index = inputs()
+    side = TextbookGate(layer)
+    values = side.project_cells(cells, TINY.level_sizes)
+    with FlopCounterMode(display=False) as counter:
+        side(hidden, values, index)
+    cost = textbook_cost(TINY, 9, 5, 2, 8).flops - sampling_flops(TINY, 2 * 9 * 5)
+    assert counter.get_total_flops() == cost
+
+
+def test_operations_of_ours_do_not_grow_with_images_but_for_the_samples():
+    few, many = cached_cost(TINY, 1, 1, 1, 4), cached_cost(TINY, 1, 32, 1, 4)
+    assert many.flops - few.flops == sampling_flops(TINY, 31)
+
+
+# ---- The harness ---------------------------------------------------------------------------------
+
+
+def test_outputs_that_differ_are_not_timed(setting):
+    calls = []
+    result = compare(
+        setting, {"one": lambda: torch.ones(2), "other": lambda: calls.append(0) or torch.ones(2) * 1.001}
+    )
+    assert not result.equal and not result.median and len(calls) == 1
+    assert result.record("other")["ratio"] is None
+    assert not compare(
+        setting, {"one": lambda: torch.ones(2), "nan": lambda: torch.full((2,), torch.nan)}
+    ).equal
+    assert not compare(setting, {"one": lambda: torch.ones(2), "long": lambda: torch.ones(3)}).equal
+
+
+def test_sides_take_turns(setting):
+    order = []
+    result = compare(
+        setting, {name: lambda name=name: order.append(name) or torch.ones(1) for name in ("a", "b")}
+    )
+    assert result.equal and result.runs == 3
+    turns = [name for name, last in zip(order, [None, *order], strict=False) if name != last]
+    assert turns[-6:] == ["a", "b"] * 3
+
+
+def test_memory_is_counted_while_tensors_live():
+    x = torch.zeros(1000)
+    with peak_bytes(CPU) as peak:
+        y = x + 1
+        del y
+        z = x + 2
+        w = z.view(10, 100) * 2
+        del z, w
+    assert peak["bytes"] == 8000
+
+
+def test_what_backward_needs_is_counted_once():
+    weight, x = torch.randn(10, 10, requires_grad=True), torch.randn(5, 10)
+    with saved_for_backward((weight, x)) as saved:
+        (x @ weight).exp().sum()
+    assert saved["bytes"] == 200
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_last_line_is_one_json_object_and_differences_fail(monkeypatch, capsys, tmp_path, equal):
+    part = types.ModuleType("benchmarks.precision", "Nothing.")
+    part.run = lambda setting: iter([{"images": 1, "ratio": 2.0, "equal": equal, "error": {}}])
+    monkeypatch.setitem(sys.modules, "benchmarks.precision", part)
+    monkeypatch.setattr("benchmarks.__main__.torch.set_num_threads", lambda threads: None)
+    assert main(["precision", "--quick", "--output", str(tmp_path)]) == (not equal)
+    out = capsys.readouterr()
+    last = json.loads(out.out.splitlines()[-1])
+    assert last.keys() >= {"benchmark", "device", "commit", "cases", "hardware", "versions"}
+    assert last["cases"][0]["ratio"] == 2.0
+    assert json.loads((tmp_path / "precision-cpu.json").read_text()) == last
+    assert ("OUTPUTS DIFFER" in out.out) == ("outputs differ" in out.err) == (not equal)
+
+
+# ---- The parts -----------------------------------------------------------------------------------
+
+
+def test_the_parts_of_one_layer_agree_at_any_size(setting):
+    cases = [
+        decode_mmfs.decode_case(setting, TINY, 3, batch=2, beams=2),
+        prefill_mmfs.prefill_case(setting, TINY, 12, 4, 2),
+        train_mmfs.train_case(setting, TINY, 12, 4),
+        *sampler.both_ways(
+            setting, "language", sampler.language_inputs(setting, 1, 3, TINY), queries=1, images=3
+        ),
+        *sampler.both_ways(setting, "unet", sampler.unet_inputs(setting, 4, TINY), queries=16, images=1),
+    ]
+    for case in cases:
+        assert case["equal"] and case["ratio"] > 0, case
+    assert cases[2]["saved_bytes"]["ours"] < cases[2]["saved_bytes"]["textbook"]
+
+
+def test_a_story_is_read_sixteen_times_less_and_its_images_are_encoded_once(setting, writer):
+    case = story.story_case(setting, writer, 3, words=2, repeats=1)
+    assert case["equal"]
+    for side, work in story.expected_work(3, 2, writer.config.num_slots).items():
+        found = (case["tokens_prefilled"][side], case["tokens_decoded"][side], case["images_encoded"][side])
+        assert found == (work.prefilled, work.decoded, work.encoded), side
+    published = story.expected_work(10, story.WORDS, 64)
+    assert published["read again"].prefilled >= 16 * published["remembered"].prefilled
+    assert (published["read again"].encoded, published["remembered"].encoded) == (100, 10)
+
+
+def test_options_are_scored_on_a_prefix_that_is_read_once(setting, writer):
+    case = score.score_case(setting, writer, 12)
+    assert case["equal"] and case["images_encoded"] == {"each alone": 12, "shared": 1}
+    assert case["tokens_read"]["shared"] < case["context_tokens"] + 12 * 15
+
+
+def test_a_word_of_a_whole_model_is_the_same_with_textbook_layers(setting, writer):
+    cases = list(decode_token.token_cases(setting, writer, 40, (0, 2)))
+    assert [case["equal"] for case in cases] == [True, True]
+    assert cases[1]["growth_from_no_image"].keys() == {"textbook", "ours"}
