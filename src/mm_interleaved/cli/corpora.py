@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from mm_interleaved.errors import InputError, UsageError
 if TYPE_CHECKING:
     from mm_interleaved.data.check import CountTokens, Look
     from mm_interleaved.data.sources.source import Shard, Source
+    from mm_interleaved.processing import MMInterleavedProcessor
 
 Form = Annotated[
     str | None,
@@ -216,12 +218,23 @@ def _num_items(shards: list[Shard], limit: int | None) -> int | None:
 
 
 def _token_counter(model: str) -> CountTokens:
-    """Counts the tokens that a model makes of a document, its target and end included."""
-    from mm_interleaved.model_source import find_model
-    from mm_interleaved.processing import MMInterleavedProcessor
+    """Counts the tokens that a model makes of a document, its target and end included.
 
-    processor = MMInterleavedProcessor.from_pretrained(find_model(model))
-    return lambda document: len(processor.encode(document, eos=True, include_target=True))
+    The tokenizer is loaded when the first document is there.
+    """
+
+    @cache
+    def processor() -> MMInterleavedProcessor:
+        from transformers.utils import logging as transformers_logging
+
+        from mm_interleaved.model_source import find_model
+        from mm_interleaved.processing import MMInterleavedProcessor
+
+        # It warns of a model type that it need not know, to find the tokenizer.
+        transformers_logging.set_verbosity_error()
+        return MMInterleavedProcessor.from_pretrained(find_model(model))
+
+    return lambda document: len(processor().encode(document, eos=True, include_target=True))
 
 
 def _told(report) -> str:

@@ -6,6 +6,7 @@ trained on. The released ones are plain text that the answer goes on with, as in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from mm_interleaved.storyworld.prompts import (
 
 _IMAGE = "{image}"
 _TEXT = "{text}"
+_ARTICLE = re.compile(r"(the|an?)\s+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,12 @@ PROMPTS: Mapping[str, TaskPrompt] = MappingProxyType(
 def phrase(text: str, prompt: TaskPrompt) -> str:
     """What is looked for, without the article that the prompt's own words bring."""
     text = text.strip()
-    brings_article = f"the {_TEXT}" in prompt.words
-    return text[4:] if brings_article and text.lower().startswith("the ") else text
+    if f"the {_TEXT}" not in prompt.words:
+        return text
+    article = _ARTICLE.match(text)
+    rest = text[article.end() :] if article else text
+    # The first word of a sentence is no name just because it has a capital.
+    return rest if article else rest[:1].lower() + rest[1:]
 
 
 def box_answer(box: tuple[float, float, float, float], width: float, height: float) -> str:
