@@ -28,7 +28,7 @@ def test_a_full_memory_is_no_bug(capsys, monkeypatch, tmp_path, error, size):
         raise error
 
     monkeypatch.setattr("mm_interleaved.data.sources.registry.source_name_of", fail)
-    (tmp_path / "in.jsonl").touch()
+    (tmp_path / "in.jsonl").write_text("{}")
     assert run(["data", "convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
     told = capsys.readouterr().err
     assert "memory" in told and size in told and "--dtype" in told and told.count("\n") == 1

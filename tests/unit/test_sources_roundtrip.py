@@ -41,10 +41,13 @@ def plain(parts, with_roles=True) -> list:
     ]
 
 
-def same(one: Document, other: Document, with_roles=True) -> bool:
-    return plain(one.parts, with_roles) == plain(other.parts, with_roles) and plain(
-        one.target, with_roles
-    ) == plain(other.target, with_roles)
+def same(one: Document, other: Document) -> bool:
+    layouts = (one.layout, other.layout if other.target else None)
+    return (
+        plain(one.parts) == plain(other.parts)
+        and plain(one.target) == plain(other.target)
+        and (layouts[0] == layouts[1])
+    )
 
 
 def whole(story: Document) -> Document:

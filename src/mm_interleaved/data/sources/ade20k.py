@@ -53,7 +53,7 @@ class SegmentationPairs:
             for folder in ("annotations_with_color", "images")
         )
         parts = (caption, shown) if self.is_text_first else (shown, caption)
-        return Document(id=f"{split}:{position}", parts=parts, target=(drawn,))
+        return Document(id=f"{split}:{position}", parts=parts, target=(drawn,), layout="I")
 
 
 def _names(folder: str, split: str, image_id: str) -> list[str]:

@@ -70,10 +70,10 @@ class CaptionTables:
             image = first_image(store, _names(row.image), row.image.path)
             if not captions:
                 raise FieldError(row.place, "found no caption to draw after")
-            return Document(id=name, parts=(Text(captions[0]),), target=(image,), meta=meta)
+            return Document(id=name, parts=(Text(captions[0]),), target=(image,), layout="I", meta=meta)
         image = first_image(store, _names(row.image), row.image.path, self.prompt.role)
         target = self.prompt.answer(captions[0]) if captions else ()
-        return Document(id=name, parts=self.prompt.parts(image), target=target, meta=meta)
+        return Document(id=name, parts=self.prompt.parts(image), target=target, layout="T", meta=meta)
 
 
 def _names(image: Field) -> list[str]:

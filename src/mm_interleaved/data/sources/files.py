@@ -131,13 +131,22 @@ def _looked_up(name: str) -> tuple[list[str], str]:
             return [name], "" if system.isfile(path) else f"{escape(name)}: there is no such file"
     if _WILD.search(name) and not os.path.exists(name):
         files = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-        return files, "" if files else f"{escape(name)}: matches no file"
+        wrong = [problem for path in files if (problem := _local_problem(path))]
+        return files, "; ".join(wrong) if files else f"{escape(name)}: matches no file"
+    return [name], _local_problem(name)
+
+
+def _local_problem(path: str) -> str:
+    """What is wrong with a local file, as far as it can be told unopened."""
     try:
-        mode = os.stat(name).st_mode
+        status = os.stat(path)
     except (OSError, ValueError):
-        return [name], f"{escape(name)}: there is no such file"
-    is_file = stat.S_ISREG(mode)
-    return [name], "" if is_file else f"{escape(name)}: is a {file_kind(mode)}, expected a regular file"
+        return f"{escape(path)}: there is no such file"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{escape(path)}: is a {file_kind(status.st_mode)}, expected a regular file"
+    if not os.access(path, os.R_OK):
+        return f"{escape(path)}: must not be read"
+    return "" if status.st_size else f"{escape(path)}: is empty"
 
 
 def _file_system(address: str) -> tuple[Any, str]:

@@ -12,7 +12,14 @@ from functools import partial
 from xml.etree import ElementTree
 
 from mm_interleaved.data.prompts import GROUND, TaskPrompt, box_answer, phrase
-from mm_interleaved.data.sources.files import file_exists, folder_of, found_files, open_file, reading
+from mm_interleaved.data.sources.files import (
+    check_against_manifest,
+    file_exists,
+    folder_of,
+    found_files,
+    open_file,
+    reading,
+)
 from mm_interleaved.data.sources.image_stores import first_image, image_store
 from mm_interleaved.data.sources.refcoco import Box, checked_box
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
@@ -87,6 +94,7 @@ class Flickr30kEntities:
             id=name,
             parts=self.prompt.parts(image, phrase(found.words, self.prompt)),
             target=self.prompt.answer(" ".join(answers)),
+            layout="T",
             meta={
                 "phrase": found.words,
                 "sentence": found.sentence,
@@ -147,6 +155,7 @@ def _boxes(path: str) -> tuple[int, int, Mapping[str, list[Box]]]:
 
 
 def _text(path: str) -> str:
+    check_against_manifest(path)
     if not file_exists(path):
         raise InputError(f"{path}: there is no such file")
     with open_file(path) as file, reading(path):

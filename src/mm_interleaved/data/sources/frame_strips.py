@@ -14,7 +14,15 @@ from functools import partial
 from mm_interleaved.data.sources.files import found_files
 from mm_interleaved.data.sources.image_stores import first_image, image_store
 from mm_interleaved.data.sources.records import read_records
-from mm_interleaved.data.sources.source import BrokenItem, Chance, FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.sources.source import (
+    BrokenItem,
+    Chance,
+    FilteredItem,
+    Item,
+    Shard,
+    attempt,
+    check_settings,
+)
 from mm_interleaved.data.sources.stories import story_document
 from mm_interleaved.document import Document, Image
 from mm_interleaved.image_references import ImageStore
@@ -37,6 +45,9 @@ class FrameStripStories:
     training."""
     seed: int = 0
     epoch: int = 0
+
+    def __post_init__(self):
+        check_settings(self)
 
     def shards(self) -> list[Shard]:
         return [Shard(path) for path in found_files(self.paths)]

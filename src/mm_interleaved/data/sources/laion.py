@@ -9,7 +9,15 @@ from mm_interleaved.data.sources.files import found_files, stem_of
 from mm_interleaved.data.sources.image_stores import image_store
 from mm_interleaved.data.sources.pairs import caption_of, pair_parts
 from mm_interleaved.data.sources.records import read_records
-from mm_interleaved.data.sources.source import BrokenItem, Chance, FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.sources.source import (
+    BrokenItem,
+    Chance,
+    FilteredItem,
+    Item,
+    Shard,
+    attempt,
+    check_settings,
+)
 from mm_interleaved.document import Document
 from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Record
@@ -30,6 +38,9 @@ class PairLines:
     """Pairs with a shorter caption are left out."""
     seed: int = 0
     epoch: int = 0
+
+    def __post_init__(self):
+        check_settings(self, "image_first_share")
 
     def shards(self) -> list[Shard]:
         return [Shard(path) for path in found_files(self.paths)]

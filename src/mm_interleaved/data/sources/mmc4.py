@@ -13,8 +13,17 @@ from dataclasses import dataclass
 from mm_interleaved.data.sources.files import found_files, stem_of
 from mm_interleaved.data.sources.image_stores import image_store
 from mm_interleaved.data.sources.records import read_records
-from mm_interleaved.data.sources.source import BrokenItem, Chance, FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.sources.source import (
+    BrokenItem,
+    Chance,
+    FilteredItem,
+    Item,
+    Shard,
+    attempt,
+    check_settings,
+)
 from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.errors import UsageError
 from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Field, FieldError
 
@@ -36,6 +45,11 @@ class MMC4:
     """An image stands before its sentence in this share of cases, after it in the others."""
     seed: int = 0
     epoch: int = 0
+
+    def __post_init__(self):
+        check_settings(self, "single_image_share", "image_first_share")
+        if self.max_images < 1:
+            raise UsageError(f"max_images: found {self.max_images}, expected at least 1", field="max_images")
 
     def shards(self) -> list[Shard]:
         return [Shard(path) for path in found_files(self.paths)]

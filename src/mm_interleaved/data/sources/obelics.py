@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mm_interleaved.data.sources.files import check_against_manifest, found_files, open_file, stem_of
+from mm_interleaved.data.sources.files import (
+    check_against_manifest,
+    found_files,
+    is_address,
+    open_file,
+    stem_of,
+)
 from mm_interleaved.data.sources.image_stores import image_store
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
 from mm_interleaved.document import Document, Image, Part, Text
@@ -130,7 +136,10 @@ def _rows(path: str, start: int) -> Iterator[tuple[int, int, int, dict[str, Any]
 
 
 def _num_rows(path: str) -> int | None:
+    """Rows of a local table; those at addresses are not opened before they are read."""
     import_parquet()
+    if is_address(path):
+        return None
     import pyarrow
 
     try:

@@ -54,7 +54,7 @@ class Paragraphs:
         pieces = [] if address is None else address.text().split("/")
         names = ["/".join(pieces[-2:]), pieces[-1]] if pieces else []
         image = first_image(store, [*names, f"{image_id}.jpg"], f"{record.path}.url", self.prompt.role)
-        return Document(id=name, parts=self.prompt.parts(image), target=self.prompt.answer(text))
+        return Document(id=name, parts=self.prompt.parts(image), target=self.prompt.answer(text), layout="T")
 
 
 def _records(path: str) -> list[Field]:

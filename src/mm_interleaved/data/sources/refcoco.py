@@ -86,6 +86,7 @@ class ReferringExpressions:
             id=name,
             parts=self.prompt.parts(image, phrase(sentence, self.prompt)),
             target=self.prompt.answer(box_answer(checked_box(box, width, height, field), width, height)),
+            layout="T",
             meta={"phrase": sentence, "box": list(box), "image_size": [width, height]},
         )
 

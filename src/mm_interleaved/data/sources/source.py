@@ -8,12 +8,12 @@ stopped after position p goes on with `read(shard, p + 1)`, in whatever process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
-from mm_interleaved.document import Document
-from mm_interleaved.errors import InputError, escape
+from mm_interleaved.document import Document, Image, Part
+from mm_interleaved.errors import InputError, UsageError, escape
 from mm_interleaved.storyworld.dice import Dice
 from mm_interleaved.strict_json import FieldError
 
@@ -109,6 +109,28 @@ class Chance:
     def pick(self, count: int) -> int:
         """One of the numbers below `count`."""
         return self._dice.below(count)
+
+
+def layout_of(target: Sequence[Part]) -> str | None:
+    """The layout that asks for a target: its parts in order; None where there is no target."""
+    return " ".join("I" if isinstance(part, Image) else "T" for part in target) or None
+
+
+def check_settings(source: Any, *shares: str):
+    """Refuses settings of chance that mean nothing.
+
+    Args:
+        source: has `seed` and `epoch`, and each of `shares`.
+
+    Raises:
+        UsageError: a share outside of 0 to 1, a seed or an epoch below 0.
+    """
+    for name in shares:
+        if not 0 <= getattr(source, name) <= 1:
+            raise UsageError(f"{name}: found {getattr(source, name)}, expected 0 to 1", field=name)
+    for name in ("seed", "epoch"):
+        if getattr(source, name) < 0:
+            raise UsageError(f"{name}: found {getattr(source, name)}, expected 0 or more", field=name)
 
 
 def attempt(place: str, build: Callable[[], Document | FilteredItem]) -> Item:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mm_interleaved.data.sources.source import layout_of
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.strict_json import FieldError
 
@@ -21,4 +22,5 @@ def story_document(name: str, panels: Sequence[tuple[str, Image]], num_given: in
     if not -len(parts) < num_given < len(parts):
         raise FieldError(path, f"found {len(parts)} parts, of which {num_given} cannot be given")
     end = num_given or len(parts)
-    return Document(id=name, parts=tuple(parts[:end]), target=tuple(parts[end:]))
+    target = tuple(parts[end:])
+    return Document(id=name, parts=tuple(parts[:end]), target=target, layout=layout_of(target))

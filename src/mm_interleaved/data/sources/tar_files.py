@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO
 
-from mm_interleaved.data.sources.files import open_file, reading
+from mm_interleaved.data.sources.files import check_against_manifest, open_file, reading
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.images import MAX_FILE_BYTES
 
@@ -79,6 +79,7 @@ def member_bytes(file: IO[bytes], member: Member, path: str) -> bytes:
 def tar_index(key: tuple[str, int, int]) -> Mapping[str, Member]:
     """The members of a tar by name, and by the last part of it; remembered. `key` is a `fingerprint`."""
     path = key[0]
+    check_against_manifest(path)
     with open_file(path) as file, reading(path):
         members = {member.name.removeprefix("./"): member for member in tar_members(file, path)}
     for name, member in list(members.items()):

@@ -83,7 +83,7 @@ class VisualDialogues:
         answer = turns[-1][1]
         said_by = "assistant" if self.is_conversation else None
         target = () if answer is None else (Text(answer, role=said_by),)
-        return Document(id=name, parts=parts, target=target, meta=meta)
+        return Document(id=name, parts=parts, target=target, layout="T", meta=meta)
 
 
 _Turns = list[tuple[str, str | None]]

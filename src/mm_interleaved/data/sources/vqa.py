@@ -84,6 +84,7 @@ class VisualQuestions:
             id=name,
             parts=self.prompt.parts(image, text),
             target=self.prompt.answer(_best(answers, given)) if given else (),
+            layout="T",
             meta={**meta, "answers": given} if given else meta,
         )
 

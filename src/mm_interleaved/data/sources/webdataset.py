@@ -15,7 +15,15 @@ from typing import IO
 
 from mm_interleaved.data.sources.files import check_against_manifest, found_files, open_file, reading, stem_of
 from mm_interleaved.data.sources.pairs import caption_of, pair_parts
-from mm_interleaved.data.sources.source import BrokenItem, Chance, FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.sources.source import (
+    BrokenItem,
+    Chance,
+    FilteredItem,
+    Item,
+    Shard,
+    attempt,
+    check_settings,
+)
 from mm_interleaved.data.sources.tar_files import Member, member_bytes, tar_members
 from mm_interleaved.document import Document, Image
 from mm_interleaved.errors import InputError, escape
@@ -47,6 +55,9 @@ class PairTars:
     """Pairs with a shorter caption are left out."""
     seed: int = 0
     epoch: int = 0
+
+    def __post_init__(self):
+        check_settings(self, "image_first_share")
 
     def shards(self) -> list[Shard]:
         return [Shard(path) for path in found_files(self.paths)]
