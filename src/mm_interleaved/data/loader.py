@@ -299,9 +299,15 @@ class _PixelRow(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """An error of a worker, handed over without the traceback that a worker's exceptions carry as text."""
+    """An error of a worker, handed over without the traceback that a worker's exceptions carry as text.
 
-    error: MMInterleavedError
+    In parts: an exception that a frame of its own traceback holds lives until the garbage is collected, and
+    with it the loader, whose processes then wait for each other.
+    """
+
+    kind: type[MMInterleavedError]
+    message: str
+    field: str | None
 
 
 @dataclass(frozen=True)
@@ -314,7 +320,7 @@ class _LaneRows(IterableDataset):
     states: Mapping[int, Mapping[str, Any]]
     target_pixels: bool
 
-    def __iter__(self) -> Iterator[list[_PixelRow] | _Failure]:
+    def __iter__(self) -> Iterator[list[_PixelRow | _Failure]]:
         worker = get_worker_info()
         own = self.lanes if worker is None else self.lanes[worker.id :: worker.num_workers]
         streams = [self.reader.rows(lane, self.states.get(lane)) for lane in own]
@@ -326,7 +332,7 @@ class _LaneRows(IterableDataset):
                     for row in rows
                 ]
             except MMInterleavedError as error:
-                yield _Failure(error)
+                yield [_Failure(type(error), str(error), error.field)]
                 return
             yield [
                 _PixelRow(row.lane, batch, row.source, row.document_ids, row.skips, row.state)
@@ -338,7 +344,8 @@ def _as_it_is(rows: Any) -> Any:
     return rows
 
 
-def _next(items: Iterator[list[_PixelRow] | _Failure]) -> list[_PixelRow]:
+def _next(items: Iterator[list[_PixelRow | _Failure]]) -> list[_PixelRow]:
+    """The rows that one process has for a step."""
     try:
         found = next(items)
     except RuntimeError as error:
@@ -346,6 +353,7 @@ def _next(items: Iterator[list[_PixelRow] | _Failure]) -> list[_PixelRow]:
             raise
         # Out of memory, mostly: the system ends the process without a word.
         raise StorageError(f"a process that reads the data ended ({str(error).splitlines()[0]})") from error
-    if isinstance(found, _Failure):
-        raise found.error
+    for row in found:
+        if isinstance(row, _Failure):
+            raise row.kind(row.message, field=row.field)
     return found
