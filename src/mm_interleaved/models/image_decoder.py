@@ -32,8 +32,11 @@ class EarlierImages:
     relative_index_IK: Tensor  # noqa: N815
 
     def repeat(self, times: int) -> "EarlierImages":
-        """The same, for a batch that is repeated along its first axis (guidance)."""
-        values = tuple(v._replace(value=v.value.repeat(times, 1, 1, 1, 1)) for v in self.values)
+        """The same, for a batch that is repeated along its first axis (guidance, candidates). Nothing is
+        copied.
+        """
+        image_IK = self.values[0].image_BN.repeat(times, 1)
+        values = tuple(v._replace(image_BN=image_IK) for v in self.values)
         return replace(self, values=values, relative_index_IK=self.relative_index_IK.repeat(times, 1))
 
 
@@ -92,9 +95,9 @@ class ImageDecoder(nn.Module):
         if self.synchronizers is None:
             return None
         cells_JSC, level_sizes = flatten_pyramid(pyramid)
-        index = context_index_IK.clamp(min=0)
+        image_IK = context_index_IK.clamp(min=0)
         values = tuple(
-            values._replace(value=values.value[index])
+            values._replace(image_BN=image_IK)
             for values in self.synchronizers.project_cells(cells_JSC, level_sizes)
         )
         return EarlierImages(values, relative_image_index(context_index_IK >= 0))

@@ -104,15 +104,14 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         return self.language_model.project_images(cells, level_sizes)
 
     def values_by_row(self, pyramid: tuple[Tensor, ...], image_start: Tensor) -> dict[int, ImageValues]:
-        """`project_images` by row: (B, N, S, H, d); `image_start` (B, N) spreads them over rows."""
+        """`project_images`, and which image stands where in the rows, as `image_start` (B, N) says."""
         index = torch.full_like(image_start, NO_IMAGE)
         present = image_start != NO_IMAGE
         index[present] = torch.arange(int(present.sum()), device=index.device)
-        by_row = {}
-        for layer, (value, level_sizes) in self.project_images(pyramid).items():
-            # Hidden images are never sampled with weight, so any image may stand in for padding.
-            by_row[layer] = ImageValues(value[index.clamp(min=0)], level_sizes)
-        return by_row
+        # Hidden images are never sampled, so any image may stand in for padding.
+        index = index.clamp(min=0)
+        projected = self.project_images(pyramid)
+        return {layer: values._replace(image_BN=index) for layer, values in projected.items()}
 
     def embed(
         self, input_ids: Tensor, image_start: Tensor | None = None, slots: Tensor | None = None

@@ -18,7 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Mod
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
 from mm_interleaved.models.initialisation import OwnInitialisation, is_loaded
-from mm_interleaved.models.synchronizer import GatedSynchronizer, ImageValues
+from mm_interleaved.models.synchronizer import GatedSynchronizer, ImageValues, project_for_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,8 @@ class _InterleavedModel(OwnInitialisation):
 
     def project_images(self, cells: Tensor, level_sizes: tuple[int, ...]) -> dict[int, ImageValues]:
         """Each synchronized layer's projection of features (..., S, C); keep it."""
-        return {
-            index: self.layers[index].synchronizer.project_cells(cells, level_sizes)
-            for index in self.synchronized_layers
-        }
+        blocks = [self.layers[index].synchronizer for index in self.synchronized_layers]
+        return dict(zip(self.synchronized_layers, project_for_all(blocks, cells, level_sizes), strict=True))
 
 
 class InterleavedLlamaModel(_InterleavedModel, LlamaModel):

@@ -23,7 +23,8 @@ class PrefixCache(DynamicCache):
         hidden: (B, T, D) final hidden states, or None before the first token.
         image_start: (R, N) int64, index of each image's start token in its row, `NO_IMAGE` where there is
             none.
-        image_values: projected features of those images by layer, each (R, N, S, H, d).
+        image_values: projected features of those images by layer; which stands where is `image_index`.
+        image_index: (R, N) int64, see `ImageValues.image_BN`.
         source_row: (B,) int64, which row of images each row of the cache looks at; None while each its own.
     """
 
@@ -32,8 +33,9 @@ class PrefixCache(DynamicCache):
         self.hidden: Tensor | None = None
         self.image_start = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
         self.image_values: dict[int, ImageValues] = {}
+        self.image_index = torch.empty_like(self.image_start)
         self.source_row: Tensor | None = None
-        self._gathered: tuple[Tensor, dict[int, ImageValues]] | None = None
+        self._by_row: tuple[Tensor, dict[int, ImageValues]] | None = None
 
     def append_hidden(self, hidden_BTD: Tensor) -> None:
         self.hidden = hidden_BTD if self.hidden is None else torch.cat([self.hidden, hidden_BTD], dim=1)
@@ -41,21 +43,38 @@ class PrefixCache(DynamicCache):
     def append_images(self, image_start_RN: Tensor, values: Mapping[int, ImageValues]) -> None:
         """Remember further images of each source row, in the order in which they stand."""
         self.image_start = torch.cat([self.image_start, image_start_RN], dim=1)
+        joined: dict[int, Tensor] = {}
         for layer, new in values.items():
             old = self.image_values.get(layer)
-            value = new.value if old is None else torch.cat([old.value, new.value], dim=1)
-            self.image_values[layer] = new._replace(value=value)
-        self._gathered = None
+            if id(new.value) not in joined:
+                # Layers may share one tensor, and shall go on sharing it.
+                new_JSHd = new.value.flatten(0, -4)
+                joined[id(new.value)] = new_JSHd if old is None else torch.cat([old.value, new_JSHd])
+            # What was folded of the weights serves the new images as well.
+            folded = new.folded if old is None else old.folded
+            self.image_values[layer] = new._replace(value=joined[id(new.value)], folded=folded)
+        self._append_index(values)
+        self._by_row = None
+
+    def _append_index(self, values: Mapping[int, ImageValues]) -> None:
+        for new in values.values():
+            index_RN = new.image_BN
+            if index_RN is None:
+                index_RN = torch.arange(new.value.shape[:2].numel(), device=self.image_index.device)
+                index_RN = index_RN.view(new.value.shape[:2])
+            num_before = len(next(iter(self.image_values.values())).value) - new.value.shape[:-3].numel()
+            self.image_index = torch.cat([self.image_index, index_RN + num_before], dim=1)
+            return
 
     def images_of_rows(self) -> tuple[Tensor, dict[int, ImageValues]]:
-        """Image starts (B, N) and values (B, N, ...) for each row of the cache."""
-        if self.source_row is None:
-            return self.image_start, self.image_values
-        if self._gathered is None:
-            row = self.source_row
-            values = {layer: v._replace(value=v.value[row]) for layer, v in self.image_values.items()}
-            self._gathered = self.image_start[row], values
-        return self._gathered
+        """Image starts (B, N) and values for each row of the cache; rows of one source share theirs."""
+        if self._by_row is None:
+            start, index = self.image_start, self.image_index
+            if self.source_row is not None:
+                start, index = start[self.source_row], index[self.source_row]
+            values = {layer: v._replace(image_BN=index) for layer, v in self.image_values.items()}
+            self._by_row = start, values
+        return self._by_row
 
     # The four ways in which generation rearranges a cache.
 
@@ -85,10 +104,10 @@ class PrefixCache(DynamicCache):
     def _select_rows(self, index: Tensor) -> None:
         index = index.to(self.image_start.device, torch.int64)
         rows = index if self.source_row is None else self.source_row[index]
-        # Beams change places within their source row, which changes nothing here: keep what was gathered.
+        # Beams change places within their source row, which changes nothing here.
         if self.source_row is None or not torch.equal(rows, self.source_row):
             is_own_row = torch.arange(self.image_start.shape[0], device=rows.device)
             self.source_row = None if torch.equal(rows, is_own_row) else rows
-            self._gathered = None
+            self._by_row = None
         if self.hidden is not None:
             self.hidden = self.hidden[index.to(self.hidden.device)]

@@ -7,15 +7,24 @@ a map, Q pixels of a map (y * x), C feature channels, T conditioning vectors, D 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
+from mm_interleaved.models.folding import FoldedTerms, fold_linear, weights_at_hand
 from mm_interleaved.models.positions import resize_grid_table, sincos_2d_table
-from mm_interleaved.models.synchronizer import FeatureSynchronizer, ImageValues
+from mm_interleaved.models.synchronizer import (
+    FeatureSynchronizer,
+    ImageValues,
+    may_fold,
+    normalize,
+    project_for_all,
+)
 
 NORM_EPS = 1e-6
 
@@ -112,6 +121,18 @@ def skip_channels(unet: Any) -> list[tuple[int, int]]:
     return channels
 
 
+@dataclass(frozen=True, slots=True)
+class FoldedMap:
+    """`terms`: before sampling, for one size of the map; its bias holds the position table. `weight`, `bias`:
+    output projection and convolution in one. `sampled_weights`: between them, where features are sampled.
+    """
+
+    terms: FoldedTerms
+    weight: Tensor
+    bias: Tensor
+    sampled_weights: Tensor | None
+
+
 class MapSynchronizer(nn.Module):
     """The synchronizer of one U-Net map: each pixel looks at its own place in earlier images.
 
@@ -140,18 +161,54 @@ class MapSynchronizer(nn.Module):
         init.copy_(self.position_table, sincos_2d_table(round(cells**0.5), channels))
 
     def project_cells(self, cells_IKSC: Tensor, level_sizes: tuple[int, ...]) -> ImageValues:
-        return self.synchronizer.project_cells(self.feature_norm(cells_IKSC), level_sizes)
+        return project_for_all([self], cells_IKSC, level_sizes)[0]
 
     def forward(self, map_IXyx: Tensor, values: ImageValues, relative_index_IK: Tensor) -> Tensor:
         """What is added to the map: (I, X, y, x)."""
-        height, width = map_IXyx.shape[-2:]
-        table_QX = resize_grid_table(self.position_table, (height, width))
-        query_IQX = self.query_norm(map_IXyx.flatten(2).transpose(1, 2)) + table_QX
+        core, (height, width) = self.synchronizer, map_IXyx.shape[-2:]
+        if relative_index_IK.shape[-1] == 0:
+            return self.nothing_seen().expand_as(map_IXyx)
+        pixel_IQX = map_IXyx.flatten(2).transpose(1, 2)
         relative_index_IQK = relative_index_IK[:, None].expand(-1, height * width, -1)
-        seen_IQX = self.synchronizer(
-            query_IQX, values, relative_index_IQK, _pixel_centres(height, width, query_IQX)
+        reference_1Q2 = _pixel_centres(height, width, map_IXyx)
+        tables = self._tables(values, height, width)
+        if tables is None:
+            query_IQX = self.query_norm(pixel_IQX) + resize_grid_table(self.position_table, (height, width))
+            weights = None if values.is_projected else core.sampled_weights(self.feature_norm)
+            seen_IQX = core(query_IQX, values, relative_index_IQK, reference_1Q2, weights)
+            return self.conv(seen_IQX.transpose(1, 2).unflatten(2, (height, width)))
+        seen_IQV = core.look(
+            tables.terms.of(normalize(self.query_norm, pixel_IQX)),
+            tables.terms.index,
+            core.checked_index(relative_index_IQK),
+            values,
+            tables.sampled_weights,
+            reference_1Q2,
         )
-        return self.conv(seen_IQX.transpose(1, 2).unflatten(2, (height, width)))
+        added_IQX = F.linear(seen_IQV.to(tables.weight.dtype), tables.weight, tables.bias)
+        return added_IQX.transpose(1, 2).unflatten(2, (height, width))
+
+    def nothing_seen(self) -> Tensor:
+        """What is added where no image is visible, the same for each pixel: (1, X, 1, 1)."""
+        return self.conv(self.synchronizer.nothing_seen()[None, :, None, None])
+
+    def _tables(self, values: ImageValues, height: int, width: int) -> FoldedMap | None:
+        core = self.synchronizer
+        weights = core.weights_at_hand()
+        parts = weights_at_hand((self.query_norm, self.feature_norm, self.conv), (nn.LayerNorm, nn.Conv2d))
+        weights = None if weights is None or parts is None else [*weights, *parts, self.position_table]
+        if weights is None or not may_fold(self, values, weights):
+            return None
+
+        def fold() -> FoldedMap:
+            table_QX = resize_grid_table(self.position_table, (height, width))
+            terms = core.folded_terms(self.query_norm.weight, self.query_norm.bias + table_QX)
+            conv_XX = self.conv.weight.flatten(1)
+            weight, bias = fold_linear(core.output_projection, conv_XX, self.conv.bias)
+            sampled = None if values.is_projected else core.sampled_weights(self.feature_norm)
+            return FoldedMap(terms, weight, bias, sampled)
+
+        return values.folded.get((self, height, width), weights, fold)
 
 
 def _pixel_centres(height: int, width: int, like: Tensor) -> Tensor:
@@ -175,7 +232,7 @@ class UNetSynchronizers(nn.Module):
         """Each map's projection of earlier images, the middle last; the same at every denoising step, so keep
         it.
         """
-        return [block.project_cells(cells_IKSC, level_sizes) for block in (*self.skips, self.middle)]
+        return project_for_all([*self.skips, self.middle], cells_IKSC, level_sizes)
 
     def callback(
         self, values: Sequence[ImageValues], relative_index_IK: Tensor, strength: float = 1.0
@@ -188,12 +245,23 @@ class UNetSynchronizers(nn.Module):
             strength: 1 adds what was seen, 0 nothing.
         """
 
+        seeing_I = relative_index_IK.any(1)
+        # In training, pictures without earlier ones share a batch with others: they get their constant.
+        are_mixed = torch.is_grad_enabled() and not bool(seeing_I.all())
+
+        def added(block: MapSynchronizer, values: ImageValues, to: Tensor) -> Tensor:
+            if not are_mixed or values.image_BN is None:
+                return block(to, values, relative_index_IK)
+            image_BN = values.image_BN[seeing_I]
+            seen = block(to[seeing_I], values._replace(image_BN=image_BN), relative_index_IK[seeing_I])
+            return block.nothing_seen().to(seen.dtype).expand_as(to).index_put((seeing_I,), seen)
+
         def between(middle: Tensor, skips: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
             seen = [
-                block(skip, block_values, relative_index_IK)
+                added(block, block_values, skip)
                 for block, skip, block_values in zip(self.skips, skips, values[:-1], strict=True)
             ]
-            middle = middle + strength * self.middle(middle, values[-1], relative_index_IK)
+            middle = middle + strength * added(self.middle, values[-1], middle)
             return middle, tuple(skip + strength * delta for skip, delta in zip(skips, seen, strict=True))
 
         return between

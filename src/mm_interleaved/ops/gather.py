@@ -93,7 +93,7 @@ class _Attend(torch.autograd.Function):
             weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
             seen_nHD = sum_bags(table_RD, row_br, weight_br).view(-1, H, table_RD.shape[1])
             out_qHD.index_add_(0, query_n, seen_nHD.to(out_qHD.dtype))
-        out_BQHD = out_qHD.view(B, Q, H, -1).to(value_JSHD.dtype)
+        out_BQHD = out_qHD.view(B, Q, H, value_JSHD.shape[-1]).to(value_JSHD.dtype)
         ctx.sizes = sizes
         ctx.save_for_backward(
             value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN,
@@ -177,7 +177,7 @@ class _Sample(torch.autograd.Function):
             row_br = _rows(corners.cell, levels, row_n, value_BSHD)
             weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
             out.append(sum_bags(table_RD, row_br, weight_br))
-        return torch.cat(out).view(B, Q, H, -1)
+        return torch.cat(out).view(B, Q, H, value_BSHD.shape[-1])
 
     @staticmethod
     @once_differentiable
