@@ -110,7 +110,7 @@ class StoryWorldConfig:
     """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay as they are, and
     its language model need not learn its words. Empty: none."""
     detail_weight: float = 4.0
-    """VAE: extra weight of pixels beside edges."""
+    """VAE and U-Net: extra weight beside edges."""
     kl_weight: float = 1e-5
     """VAE: weight of the KL term."""
     batch_size: int = 16
@@ -319,9 +319,14 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
 
     # 3. All that paints: first from codes of scenes, then from what the language model has read.
     pictures = documents(IMAGE_MIXTURES, seed=config.seed, target_pixels=True)
-    pools = {"batch_size": config.image_batch_size, "pool_batches": 24, "repeats": 4}
-    run(PainterStage(model, pictures, **pools), config.painter, folder / "painter")
-    run(ImageSideStage(model, pictures, **pools), config.image, folder / "image")
+    settings = {
+        "batch_size": config.image_batch_size,
+        "pool_batches": 24,
+        "repeats": 4,
+        "detail_weight": config.detail_weight,
+    }
+    run(PainterStage(model, pictures, **settings), config.painter, folder / "painter")
+    run(ImageSideStage(model, pictures, **settings), config.image, folder / "image")
     return save_model(model, processor, folder / "model")
 
 

@@ -76,16 +76,17 @@ def scene_labels(scene: Scene, unknown: frozenset[str] = frozenset()) -> list[in
     return labels + [answers.index(getattr(scene, name)) for name, answers in _SETTING.items()]
 
 
-def painting_labels(documents: Sequence[Document], *, pictures_are_seen: bool = True) -> Tensor:
-    """What the words before each picture, and the pictures before it, tell of it: (I, N) int64.
+def painting_labels(documents: Sequence[Document], *, reader: str = "eyes") -> Tensor:
+    """What a reader knows of each picture before it is painted: (I, N) int64.
 
-    The pictures are those of all documents in order. Badge and pattern count as told if the character stands
-    in an earlier picture of its document. A document without scenes, and a picture without anything before
-    it, tell nothing.
+    The pictures are those of all documents in order. Of a document without scenes, and of a picture without
+    anything before it, nothing is known.
 
     Args:
-        pictures_are_seen: False if the reader has the words alone.
+        reader: "words" knows what the words before the picture tell; "eyes" also the badge and pattern of
+            whoever stands in an earlier picture of the document; "truth" all that the picture shows.
     """
+    assert reader in ("words", "eyes", "truth"), f"no such reader: {reader}"
     rows = []
     for document in documents:
         scenes = [scene_from_record(record) for record in document.meta.get("scenes", ())]
@@ -97,8 +98,9 @@ def painting_labels(documents: Sequence[Document], *, pictures_are_seen: bool = 
                 rows.append([NOT_THERE] * len(SIZES))
             else:
                 names = {figure.character.name for figure in scenes[number].figures}
-                rows.append(scene_labels(scenes[number], frozenset(names - seen)))
-            if scenes and pictures_are_seen and not is_map_first:
+                unknown = frozenset() if reader == "truth" else frozenset(names - seen)
+                rows.append(scene_labels(scenes[number], unknown))
+            if scenes and reader == "eyes" and not is_map_first:
                 seen |= {figure.character.name for figure in scenes[number].figures}
     return torch.tensor(rows, dtype=torch.int64).view(-1, len(SIZES))
 

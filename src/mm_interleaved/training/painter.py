@@ -16,12 +16,15 @@ from mm_interleaved.training.painting import PaintingStage
 
 _ONLY_SEEN = torch.tensor([name.startswith(ONLY_SEEN) for name in NAMES])
 
+_SILENT = 0.3
+"""Share of the pictures whose codes tell no more than words could."""
+
 
 class PainterStage(PaintingStage):
     """Trains the U-Net and its synchronizers on pictures of documents, conditioned on their scenes' codes.
 
-    A code tells of a picture what its words tell, and in half of the pictures also the badges and patterns
-    that earlier pictures show: in the other half the U-Net has to look for them itself.
+    A code mostly tells all that the picture shows. In the rest it is silent about badges and patterns, as
+    words are: the U-Net has to look for them in earlier pictures, or to invent them.
     """
 
     name = "painter"
@@ -34,8 +37,16 @@ class PainterStage(PaintingStage):
         batch_size: int,
         pool_batches: int,
         repeats: int,
+        detail_weight: float = 0.0,
     ) -> None:
-        super().__init__(model, documents, batch_size=batch_size, pool_batches=pool_batches, repeats=repeats)
+        super().__init__(
+            model,
+            documents,
+            batch_size=batch_size,
+            pool_batches=pool_batches,
+            repeats=repeats,
+            detail_weight=detail_weight,
+        )
         self.code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
@@ -45,9 +56,9 @@ class PainterStage(PaintingStage):
 
     def read_contexts(self, documents: DocumentBatch) -> list[Tensor]:
         """The labels of each picture, (1, N)."""
-        return [labels_N[None] for labels_N in painting_labels(documents.documents)]
+        return [labels_N[None] for labels_N in painting_labels(documents.documents, reader="truth")]
 
     def condition(self, contexts: list[Tensor]) -> Tensor:
         labels_IN = torch.cat(contexts).long()
-        is_silent_I1 = torch.rand(len(labels_IN), 1) < 0.5
+        is_silent_I1 = torch.rand(len(labels_IN), 1) < _SILENT
         return self.code.encode(labels_IN.masked_fill(is_silent_I1 & _ONLY_SEEN, NOT_THERE))

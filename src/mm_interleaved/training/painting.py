@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.models.losses import denoising_errors
 from mm_interleaved.training.data import DocumentBatch
+from mm_interleaved.training.image_codec import detail
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.visibility import NO_IMAGE, context_images
 
@@ -31,6 +32,8 @@ class PaintingTask:
     """(channels, y, x), scaled: the picture."""
     earlier: tuple[tuple[Tensor, ...], ...]
     """Pyramids of the earlier images that it may look at, oldest first; each (channels, s, s) a level."""
+    weight: Tensor
+    """(1, y, x), mean 1: how much the error of each latent cell counts."""
     document_id: str
 
 
@@ -42,6 +45,8 @@ class PaintingStage(ABC):
         batch_size: pictures a step.
         pool_batches: batches of documents in a pool.
         repeats: how often each picture of a pool is painted, on average.
+        detail_weight: extra weight of the errors beside the sharpest possible edges. A badge covers two
+            hundredths of a picture; without extra weight it was still unreadable when all else was right.
     """
 
     name: str
@@ -54,7 +59,9 @@ class PaintingStage(ABC):
         batch_size: int,
         pool_batches: int,
         repeats: int,
+        detail_weight: float = 0.0,
     ) -> None:
+        self.detail_weight = detail_weight
         self.model, self.documents, self.batch_size = model, documents, batch_size
         self.pool_batches, self.repeats = pool_batches, repeats
         self._pool: list[PaintingTask] = []
@@ -93,6 +100,7 @@ class PaintingStage(ABC):
         with torch.autocast(batch.pixel_values.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             contexts = self.read_contexts(documents)
             latents = self.model.image_decoder.encode(batch.target_pixel_values)
+            weight_I1yx = self._weights(batch.target_pixel_values)
             settings = self.model.config.part("image_synchronizer")
             levels = []
             if settings is not None:
@@ -109,6 +117,7 @@ class PaintingStage(ABC):
             PaintingTask(
                 context=contexts[i].float(),
                 latents=latents[i].float(),
+                weight=weight_I1yx[i],
                 earlier=tuple(
                     tuple(level[j] for level in levels) for j in earlier_IK[i].tolist() if j != NO_IMAGE
                 ),
@@ -138,13 +147,21 @@ class PaintingStage(ABC):
         target = noise
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, timestep)
-        loss = denoising_errors(prediction, target).mean()
+        weight_I1yx = torch.stack([task.weight for task in batch])
+        loss = ((prediction.float() - target).square() * weight_I1yx).mean()
         return Losses(
             total=loss,
             named={"image": loss},
             counts={"images": len(batch)},
             document_ids=tuple(task.document_id for task in batch),
         )
+
+    def _weights(self, pixels: Tensor) -> Tensor:
+        change_I1HW = detail(2 * pixels.float() - 1)
+        weight_I1yx = 1 + self.detail_weight * F.avg_pool2d(
+            change_I1HW, self.model.image_decoder.latent_factor
+        )
+        return weight_I1yx / weight_I1yx.mean((1, 2, 3), keepdim=True)
 
     def _look_at(self, batch: list[PaintingTask]):
         """The earlier images of all tasks behind one another; None where nobody looks."""

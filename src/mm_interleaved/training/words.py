@@ -72,7 +72,7 @@ class WordsStage:
             conditioning, _ = model.condition(hidden, row_I, torch.zeros_like(end_I), end_I)
         named = {
             "text": text_loss(model.predict_text(hidden), inputs.input_ids, inputs.text_target),
-            **self.code.losses(conditioning, painting_labels(batch.documents, pictures_are_seen=False)),
+            **self.code.losses(conditioning, painting_labels(batch.documents, reader="words")),
         }
         return Losses(
             total=named["text"] + named["naming"] + named["distance"],
