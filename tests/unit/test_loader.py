@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
+import os
+import pickle
+import signal
 from collections import Counter
 
 import pytest
@@ -14,6 +18,7 @@ from mm_interleaved.data.few_shot import FewShot
 from mm_interleaved.data.lanes import lane_shares
 from mm_interleaved.data.loader import BLANK_ROW, TrainingLoader, merge_states
 from mm_interleaved.data.mixture import Mixture, MixtureSource, released_mixture
+from mm_interleaved.data.sources.documents import DocumentFiles
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import InputError, StorageError, UsageError
 from mm_interleaved.processing import MMInterleavedProcessor
@@ -308,9 +313,6 @@ class Killer(MemoryCorpus):
     """A source whose reader is killed, as a system without memory does it."""
 
     def read(self, shard, start=0):
-        import os
-        import signal
-
         yield from super().read(shard, start)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -320,6 +322,51 @@ def test_a_killed_worker_is_an_error_of_the_storage_and_no_hang(processor):
     mixed = Mixture(sources=(source,), max_length=40)
     with pytest.raises(StorageError, match="a process that reads the data ended"):
         take(loader(processor, mixture=mixed, batch=1, num_workers=1), 3)
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(processor):
+    own = loader(processor, num_workers=2)
+    iterator = iter(own)
+    rows = rows_of([next(iterator)])
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+    rows |= rows_of([next(iterator) for _ in range(4)])
+    assert rows == rows_of(take(loader(processor), 5))
+
+
+def test_what_workers_get_can_be_sent_to_them(processor):
+    """As it is where processes are not forked."""
+    own = loader(processor)
+    again = pickle.loads(pickle.dumps(own))
+    assert rows_of(take(again, 2)) == rows_of(take(own, 2))
+
+
+def test_rows_of_files_resume_like_others_and_name_what_is_broken(processor, tmp_path, caplog):
+    for index in range(3):
+        picture(40 * index).source.save(tmp_path / f"{index}.png")
+    (tmp_path / "broken.png").write_bytes(b"<html>")
+    lines = [
+        {"id": str(n), "content": [{"type": "image", "image": name}, {"type": "text", "text": f"words {n}"}]}
+        for n, name in enumerate(["0.png", "broken.png", "1.png", "2.png", "0.png"])
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, lines), "{"]))
+    files = MixtureSource(name="f", source=DocumentFiles(paths=str(tmp_path / "a.jsonl")), shuffle_block=3)
+    settings = {
+        "mixture": Mixture(sources=(files,), max_length=30),
+        "batch": 2,
+        "max_bad_fraction": 1.0,
+        "target_pixels": True,
+    }
+    with caplog.at_level(logging.WARNING):
+        whole = rows_of(take(loader(processor, **settings), 6))
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert "broken.png" in logged and "an HTML page" in logged and "a.jsonl" in logged
+    first = loader(processor, **settings, num_workers=1)
+    rows = rows_of(take(first, 3))
+    second = loader(processor, **settings)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert rows | rows_of(take(second, 3)) == whole
 
 
 def test_a_micro_batch_without_images_gets_a_blank_row(processor):
@@ -389,6 +436,12 @@ def test_an_impossible_mixture_is_refused_in_one_sentence():
 def test_numbers_that_do_not_divide_each_other_are_refused(processor, numbers, message):
     with pytest.raises(UsageError, match=message):
         loader(processor, **numbers)
+
+
+def test_a_model_that_does_not_paint_is_given_nothing_to_paint(byte_level_tokenizer):
+    writer = MMInterleavedProcessor(byte_level_tokenizer, 8, None, 3)
+    with pytest.raises(UsageError, match="it does not paint"):
+        loader(writer, target_pixels=True)
 
 
 def test_the_released_mixture_is_the_published_one():

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import multiprocessing
+from datetime import timedelta
 from itertools import pairwise
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file, save_file
 
 from corpora import MemoryCorpus, pair, picture
 from mm_interleaved.data.loader import BLANK_ROW, TrainingLoader
@@ -192,6 +195,52 @@ def test_a_batch_without_images_touches_all_parameters_and_changes_nothing(model
     for name, gradient in found.items():
         reference = torch.zeros_like(gradient) if expected[name] is None else expected[name]
         torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-12, msg=name)
+
+
+def test_ranks_with_and_without_images_do_not_wait_for_each_other(model, processor, tmp_path):
+    """Two processes under DDP, which here demands that every parameter takes part in every step."""
+    documents = (Document(id="w", parts=(Text("words alone"),)), DOCUMENTS[0])
+    source = MixtureSource(name="s", source=MemoryCorpus((documents,)), shuffle_block=1)
+    mixture = Mixture(sources=(source,), max_length=24)
+    model.image_decoder.vae.requires_grad_(False)
+
+    def micro_batch(rank, num_ranks):
+        size = 2 // num_ranks
+        numbers = {"global_batch_size": 2, "micro_batch_size": size, "rank": rank, "num_ranks": num_ranks}
+        return next(iter(TrainingLoader(mixture, processor, seed=0, **numbers))).micro_batches[0]
+
+    both = micro_batch(0, 1)
+    text, image, expected = step_losses(Objective(model, ObjectiveConfig()), [both.batch], [both.row_numbers])
+    assert sorted(both.document_ids) == ["a", "w"] and text > 0 and image > 0
+
+    def work(rank):
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{tmp_path}/store",
+            rank=rank,
+            world_size=2,
+            timeout=timedelta(seconds=60),
+        )
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        objective, micro = Objective(model, ObjectiveConfig()), micro_batch(rank, 2)
+        losses = objective(micro.batch, micro.row_numbers, objective.totals([micro.batch]), forward=wrapped)
+        losses.total.backward()
+        save_file(
+            {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+            tmp_path / f"{rank}.safetensors",
+        )
+
+    model.zero_grad()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+        assert process.exitcode == 0
+    expected = {name: gradient for name, gradient in expected.items() if "vae" not in name}
+    for rank in range(2):
+        assert_same((text, image, load_file(tmp_path / f"{rank}.safetensors")), (text, image, expected))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -78,7 +79,7 @@ class TrainingLoader:
             which (and above 10 of them) the run stops.
 
     Raises:
-        UsageError: numbers that do not divide each other.
+        UsageError: numbers that do not divide each other; pixels to paint of a model that does not paint.
         InputError: a source without shards.
     """
 
@@ -109,6 +110,8 @@ class TrainingLoader:
                 f"global_batch_size {global_batch_size} must be a multiple of micro_batch_size "
                 f"{micro_batch_size} times {num_ranks} ranks"
             )
+        if target_pixels and processor.target_pixels is None:
+            raise UsageError("target_pixels: the model's processor has no target_size, it does not paint")
         self.mixture, self.processor, self.seed = mixture, processor, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         rows = global_batch_size // num_ranks
@@ -143,7 +146,12 @@ class TrainingLoader:
         workers = {"prefetch_factor": self.prefetch_steps} if self.num_workers else {}
         items = iter(
             DataLoader(
-                dataset, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is, **workers
+                dataset,
+                batch_size=None,
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_ignore_stop_signals,
+                **workers,
             )
         )
         loaded = self._loaded
@@ -338,6 +346,12 @@ class _LaneRows(IterableDataset):
                 _PixelRow(row.lane, batch, row.source, row.document_ids, row.skips, row.state)
                 for row, batch in zip(rows, batches, strict=True)
             ]
+
+
+def _ignore_stop_signals(_: int) -> None:
+    """Who stops a run tells all of its processes; this one ends when the one it works for says so."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(rows: Any) -> Any:
