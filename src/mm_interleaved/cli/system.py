@@ -19,7 +19,7 @@ from mm_interleaved.errors import MMInterleavedError
 
 _CORE = ("torch", "transformers", "diffusers", "accelerate", "safetensors", "tokenizers", "pillow", "numpy")
 _EXTRAS = {
-    "train": ("torchdata", "peft", "pyarrow", "fsspec", "tensorboard"),
+    "train": ("peft", "pyarrow", "fsspec", "tensorboard"),
     "eval": ("pycocoevalcap", "torchmetrics"),
     "serve": ("fastapi", "uvicorn"),
     "studio": ("gradio",),
