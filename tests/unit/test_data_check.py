@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from PIL import Image as PILImage
 from mm_interleaved.cli.main import run
 from mm_interleaved.data.check import Look, histogram, summary
 from mm_interleaved.data.check_page import render_contact_sheet
-from mm_interleaved.data.sources.registry import make_source
+from mm_interleaved.data.pickled_annotations import PICKLED
+from mm_interleaved.data.prompts import PROMPTS
+from mm_interleaved.data.sources.registry import SOURCES, make_source
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.storyworld.exports import write_storyworld
 
@@ -97,6 +100,17 @@ def test_histograms_cover_every_number_once():
         assert told["min"] <= told["median"] <= told["p95"] <= told["max"]
     assert histogram(Counter()) == [] and summary(Counter()) == {}
     assert summary(Counter([1, 2, 3, 4]))["median"] == 2
+
+
+def test_the_docs_name_every_format_and_only_settings_that_exist():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall("`(.+?)`", row[1])} == set(SOURCES)
+    assert {name for name in PICKLED if name in text} == set(PICKLED)
+    assert {name for name in PROMPTS if name.endswith("released")} <= set(re.findall(r"[\w-]+", text))
+    settings = {field.name for source in SOURCES.values() for field in fields(source)}
+    told = set(re.findall(r"`((?:min|max|num|is|one|split|single|image_first|lower|dense)_\w+)`", text))
+    assert told and told <= settings
 
 
 # ---- The commands ----

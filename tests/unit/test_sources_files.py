@@ -337,6 +337,20 @@ def test_a_cut_shard_followed_by_one_with_the_same_keys_mixes_nothing(tmp_path):
         assert image.startswith(b"other") and text.startswith("other")
 
 
+def test_long_names_and_other_dialects_of_tar_are_read(tmp_path):
+    long = "é" + "x" * 150
+    for number, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        with tarfile.open(tmp_path / f"{number}.tar", "w", format=form) as archive:
+            for folder in ("", "./a/"):
+                for kind, data in (("png", png(1)), ("txt", b"\xef\xbb\xbf words ")):
+                    info = tarfile.TarInfo(f"{folder}{long}.{kind}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+        found = read("webdataset", tmp_path / f"{number}.tar", image_first_share=1)
+        assert contents(found) == [(png(1), "words")] * 2
+        assert [one.id for one in found] == [f"{number}/{long}", f"{number}/a/{long}"]
+
+
 @pytest.mark.parametrize(
     ("members", "words"),
     [
@@ -375,11 +389,14 @@ def test_links_and_devices_in_tars_are_refused(tmp_path):
 # ---- Manifests, Parquet, pickles ----
 
 
-def test_with_a_manifest_no_changed_bit_is_silent(tmp_path):
+def test_with_a_manifest_no_changed_bit_is_silent(tmp_path, caplog):
     data = tar_of(pairs(4))
     (tmp_path / "0.tar").write_bytes(data)
+    assert len(read("webdataset", tmp_path / "0.tar")) == 4 and "go unnoticed" in caplog.text
+    caplog.clear()
     (tmp_path / MANIFEST).write_bytes(manifest_bytes(manifest_of([str(tmp_path / "0.tar")])))
     assert len(contents(read("webdataset", tmp_path / "0.tar", image_first_share=1))) == 4
+    assert not caplog.text
     dice = random.Random(2)
     for number in range(60):
         flipped = bytearray(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import random
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from mm_interleaved.data.prompts import CAPTION_RELEASED, GROUND_RELEASED, QUEST
 from mm_interleaved.data.sources.registry import make_source, source_name_of
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, in_epoch
 from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.errors import InputError
 
 
 def png(colour: int = 0, size=(8, 6)) -> bytes:
@@ -485,3 +487,70 @@ def test_wrong_fields_of_mmc4_are_named_and_harm_no_other_page(tmp_path, picture
     first, second, third = read("mmc4", path, images=pictures)
     assert isinstance(first, Document) and isinstance(third, Document)
     assert second.field == field and str(second).startswith(f"{path}:2: {field}: ")
+
+
+# ---- Anything ----
+
+
+def mutated(value, dice: random.Random):
+    """A copy with one value deleted or replaced, anywhere."""
+    value = json.loads(json.dumps(value))
+    places = []
+
+    def collect(node):
+        keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+        for key in keys:
+            places.append((node, key))
+            collect(node[key])
+
+    collect(value)
+    node, key = dice.choice(places)
+    if dice.random() < 0.25:
+        del node[key]
+    else:
+        others = [None, -1, 3, 10**12, 1.5, True, "x", "", [], {}, [None], {"a": 1}, "../x", "\0"]
+        node[key] = dice.choice(others)
+    return value
+
+
+def test_no_change_of_an_annotation_file_is_fatal(tmp_path):
+    for name in ("a.jpg", "b.jpg", "0.jpg", "images/c.png", "annotations_with_color/c.png"):
+        put(tmp_path / name, 1)
+    question = {"image_id": 0, "question_id": 1, "question": "?", "answers": ["x"]}
+    dialog = {"image_id": 1, "image": "a.jpg", "dialog": [{"question": 0, "answer": 0}]}
+    panel = {"sequence_index": 0, "image_id": "a", "caption": "A."}
+    original = {"worker_arranged_photo_order": "0", "photo_flickr_id": "a", "text": "A.", "story_id": "s"}
+    box = {"image_id": 1, "bbox": [1, 1, 2, 2]}
+    sized = {"id": 1, "file_name": "a.jpg", "caption": "c", "width": 9, "height": 9}
+    files = (
+        ("captions", COCO),
+        ("captions", [{"image": "a.jpg", "caption": ["x", "y"]}]),
+        ("captions", {"images": [{"filename": "a.jpg", "split": "val", "sentences": [{"raw": "x"}]}]}),
+        ("paragraphs", {"annotations": [{"image_id": 0, "url": "x/y/a.jpg", "caption": "c"}]}),
+        ("vqa", {"questions": [question, question | {"question_id": 2}]}),
+        ("visdial", {"data": {"dialogs": [dialog], "questions": ["q"], "answers": ["a"]}}),
+        ("refcoco", {"images": [sized], "annotations": [box]}),
+        ("ade20k", [{"image_id": "c", "caption": "c"}]),
+        ("vist", {"annotations": {"s": [panel, panel | {"sequence_index": 1}]}}),
+        ("vist", {"annotations": [{"story_id": 1, "story": [panel]}]}),
+        ("vist", {"annotations": [[original], [original]]}),
+        ("pororosv", [{"id": "1", "split": "train", "frames": [{"image": "a.jpg", "caption": "c"}] * 2}]),
+        ("mmc4", [page(1, names=["a.jpg"])]),
+    )
+    dice = random.Random(4)
+    for number, (name, content) in enumerate(files):
+        fine = {"num_given": 1} if name in ("vist", "pororosv") else {}
+        fine |= {"single_image_share": 1} if name == "mmc4" else {}
+        whole = read(name, put(tmp_path / f"whole{number}.json", content), **fine)
+        assert sum(isinstance(item, Document) for item in whole) >= 1
+        for change in range(40):
+            # Another name each time: a file is remembered by its name, size and time.
+            path = put(tmp_path / f"{number}-{change}.json", mutated(content, dice))
+            source_name_of(path)
+            try:
+                found = read(name, path, **fine)
+            except InputError as error:
+                assert path in str(error)
+                continue
+            assert all(isinstance(item, Document | BrokenItem | FilteredItem) for item in found)
+            assert all(path in item.place for item in found if not isinstance(item, Document))

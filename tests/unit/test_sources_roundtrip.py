@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mm_interleaved.data.convert import convert_source
 from mm_interleaved.data.sources.registry import SOURCES, make_source, source_name_of
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Source
 from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.document_formats import read_documents
 from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
 from mm_interleaved.storyworld.tasks import document
 
@@ -70,7 +72,7 @@ WORLD = {
 
 
 @pytest.mark.parametrize("form", WORLD)
-def test_what_is_exported_is_read_back(tmp_path, form):
+def test_what_is_exported_is_read_back_and_converted(tmp_path, form):
     name, settings, task, expected = WORLD[form]
     path = write_storyworld(tmp_path / "out", COUNT, 5, "test", form)
     assert source_name_of(str(path)) == name
@@ -80,6 +82,10 @@ def test_what_is_exported_is_read_back(tmp_path, form):
     wanted = [expected(one) if expected else one for one in made(task)]
     assert len(found) == COUNT and all(map(same, found, wanted))
     assert len({one.id for one in found}) == COUNT
+    converted = tmp_path / "elsewhere" / "documents.jsonl"
+    convert_source(make_source(name, {"paths": str(path), **settings}), converted)
+    again = read_documents(converted)
+    assert all(map(same, again, found)) and [one.id for one in again] == [one.id for one in found]
 
 
 def test_own_documents_come_back_as_they_are(tmp_path):

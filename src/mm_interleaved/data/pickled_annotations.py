@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mm_interleaved.data.sources.refcoco import box_of
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.strict_json import Field, FieldError, parse_strict
 
@@ -128,10 +129,16 @@ def _pororo(folder: Path) -> Iterator[dict[str, Any]]:
             images = [item.text() for item in (first_images[index], *following_images[index].list())]
             frames = []
             for image in map(_path, images):
-                caption = descriptions[image.removesuffix(".png")]
-                text = caption.list()[0].text() if isinstance(caption.value, list) else caption.text()
-                frames.append({"image": image, "caption": _named(text)})
+                caption = _first_text(descriptions[image.removesuffix(".png")])
+                frames.append({"image": image, "caption": _named(caption)})
             yield {"id": f"pororosv-{split}-{index}", "split": split, "frames": frames}
+
+
+def _first_text(captions: Field) -> str:
+    """One caption, or the first of several."""
+    if not isinstance(captions.value, list):
+        return captions.text()
+    return captions.list()[0].text() if captions.value else captions.wrong("at least one caption")
 
 
 def _path(text: str) -> str:
@@ -174,14 +181,14 @@ def _refer(folder: Path) -> Iterator[dict[str, Any]]:
     if len(pickles) != 1:
         raise InputError(f"{folder}: found {len(pickles)} files refs(...).p, expected one")
     instances = _json(folder / "instances.json")
-    images = {image["id"].value: image for image in instances["images"].list()}
-    annotations = {item["id"].value: item for item in instances["annotations"].list()}
+    images = {str(image["id"].value): image for image in instances["images"].list()}
+    annotations = {str(item["id"].value): item for item in instances["annotations"].list()}
     for ref in Field(read_pickled(pickles[0]), pickles[0].name).list():
-        image, annotation = images.get(ref["image_id"].value), annotations.get(ref["ann_id"].value)
+        image, annotation = images.get(str(ref["image_id"].value)), annotations.get(str(ref["ann_id"].value))
         if image is None or annotation is None:
             ref["ann_id"].wrong("an annotation and its image in instances.json")
         assert image is not None and annotation is not None
-        left, top, width, height = (item.value for item in annotation["bbox"].list())
+        left, top, width, height = box_of(annotation["bbox"])
         for sentence in ref["sentences"].list():
             yield {
                 "image": image["file_name"].text(),

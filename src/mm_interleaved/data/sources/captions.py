@@ -30,6 +30,8 @@ class _Row:
     captions: tuple[Field, ...]
     place: str
     """Path of the entry that the item was made from."""
+    problem: FieldError | None = None
+    """Why the entry is none; it becomes a broken item."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,8 @@ class CaptionTables:
         return _rows(fingerprint(path), self.split, self.one_per_image)
 
     def _document(self, row: _Row, name: str, store: ImageStore) -> Document:
+        if row.problem is not None:
+            raise row.problem
         if row.image is None:
             raise FieldError(row.place, "found no image with this image_id")
         captions = [caption.text().strip() for caption in row.captions]
@@ -102,20 +106,31 @@ def _rows(key: tuple[str, int, int], split: str | None, one_per_image: bool) -> 
         raise InputError(f"{path}: found no image of the split {split!r}")
     if one_per_image:
         return tuple(rows)
-    return tuple(_Row(row.image, (caption,), caption.path) for row in rows for caption in row.captions)
+    return tuple(single for row in rows for single in _singles(row))
+
+
+def _singles(row: _Row) -> list[_Row]:
+    """A row for each caption; a broken one stays."""
+    if row.problem is not None:
+        return [row]
+    return [_Row(row.image, (caption,), caption.path) for caption in row.captions]
 
 
 def _coco_rows(table: Field) -> list[_Row]:
-    """One row an image, in the order of the images; captions of unknown images at the end."""
-    captions: dict[object, list[Field]] = {}
+    """One row an image, in the order of the images; what belongs to no image at the end."""
+    captions: dict[str, list[Field]] = {}
+    rows, lost = [], []
     for annotation in table["annotations"].list():
-        captions.setdefault(_key(annotation["image_id"]), []).append(annotation["caption"])
-    rows = [
-        _Row(image, tuple(captions.pop(_key(image["id"]), ())), image.path)
-        for image in table["images"].list()
-    ]
-    lost = [_Row(None, tuple(found), found[0].path) for found in captions.values()]
-    return rows + lost
+        try:
+            captions.setdefault(_key(annotation["image_id"]), []).append(annotation["caption"])
+        except FieldError as error:
+            lost.append(_Row(None, (), annotation.path, error))
+    for image in table["images"].list():
+        try:
+            rows.append(_Row(image, tuple(captions.pop(_key(image["id"]), ())), image.path))
+        except FieldError as error:
+            lost.append(_Row(None, (), image.path, error))
+    return rows + lost + [_Row(None, tuple(found), found[0].path) for found in captions.values()]
 
 
 def _key(field: Field) -> str:
@@ -126,17 +141,24 @@ def _key(field: Field) -> str:
 def _listed_rows(table: Field) -> list[_Row]:
     rows = []
     for record in table.list():
-        caption = record["caption"]
-        captions = caption.list() if isinstance(caption.value, list) else [caption]
-        rows.append(_Row(record["image"], tuple(captions), record.path))
+        try:
+            caption = record["caption"]
+            captions = caption.list() if isinstance(caption.value, list) else [caption]
+            rows.append(_Row(record["image"], tuple(captions), record.path))
+        except FieldError as error:
+            rows.append(_Row(None, (), record.path, error))
     return rows
 
 
 def _split_rows(table: Field, split: str | None) -> list[_Row]:
     # COCO's `restval` belongs to training, as everybody uses it.
     wanted = {split, "restval"} if split == "train" else {split}
-    return [
-        _Row(image, tuple(sentence["raw"] for sentence in image["sentences"].list()), image.path)
-        for image in table["images"].list()
-        if split is None or image["split"].text() in wanted
-    ]
+    rows = []
+    for image in table["images"].list():
+        try:
+            if split is None or image["split"].text() in wanted:
+                captions = tuple(sentence["raw"] for sentence in image["sentences"].list())
+                rows.append(_Row(image, captions, image.path))
+        except FieldError as error:
+            rows.append(_Row(None, (), image.path, error))
+    return rows

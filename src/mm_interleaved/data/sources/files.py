@@ -248,6 +248,19 @@ def check_against_manifest(path: str):
         raise InputError(f"{escape(path)}: found {found}, expected {expected} as in {MANIFEST}")
 
 
+def warn_of_unlisted(paths: Sequence[str]):
+    """Says once for all files that no manifest lists that their contents are unchecked."""
+    listed = {folder: _entries(folder) for folder in dict.fromkeys(map(folder_of, paths))}
+    unlisted = [path for path in paths if os.path.basename(path) not in listed[folder_of(path)]]
+    if unlisted:
+        logger.warning(
+            "%d files without %s, %s first: changed bits go unnoticed (see data check --write-manifest)",
+            len(unlisted),
+            MANIFEST,
+            escape(unlisted[0]),
+        )
+
+
 def manifest_of(paths: Sequence[str]) -> dict[str, Any]:
     """The manifest of files, to be written as `shards.json` beside them."""
     entries = {

@@ -127,11 +127,9 @@ def _is_lines(path: str) -> bool:
 
 
 def _table_images(path: str) -> Mapping[str, Field]:
-    """Entries of images by id."""
-    try:
-        return {str(image["id"].value): image for image in read_table(path)["images"].list()}
-    except FieldError as error:
-        raise error.at(path) from error
+    """Entries of images by id; one without an id is missed where its box is."""
+    images = read_table(path)["images"].list()
+    return {str(image["id"].value): image for image in images if "id" in image}
 
 
 def _table_records(path: str) -> list[Field]:

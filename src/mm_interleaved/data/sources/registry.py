@@ -157,9 +157,10 @@ def _name_of_table(path: str) -> str:
         return "visdial" if isinstance(data, dict) else "vqa"
     if isinstance(annotations, dict):
         return "vist"
-    first = annotations[0] if isinstance(annotations, list) and annotations else {}
-    if isinstance(first, list) or "story" in first:
+    entries = annotations[:2] if isinstance(annotations, list) else []
+    keys = {key for entry in entries if isinstance(entry, dict) for key in entry}
+    if "story" in keys or any(isinstance(entry, list) for entry in entries):
         return "vist"
-    if "bbox" in first:
+    if "bbox" in keys:
         return "refcoco"
     return "captions" if "images" in table else "paragraphs"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
 from mm_interleaved.data.sources.image_stores import first_image, image_store
@@ -25,9 +26,12 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 @dataclass(frozen=True, slots=True)
 class _Story:
     name: str
-    panels: tuple[Field, ...]
-    """In the file's order."""
+    panels: Field
+    """A list of panels, in the file's order."""
     path: str
+    """What the story was made from."""
+    problem: FieldError | None = None
+    """Why that is no story."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +58,16 @@ class VisualStories:
             key = "sequence_index" if "sequence_index" in panel else "worker_arranged_photo_order"
             value = panel[key]
             # The original files have the numbers as strings.
-            return int(value.value) if str(value.value).isdigit() else value.wrong("a number from 0")
+            return int(value.value) if str(value.value).isdecimal() else value.wrong("a number from 0")
 
+        if story.problem is not None:
+            raise story.problem
         panels = [
             (
                 panel["caption" if "caption" in panel else "text"].text().strip(),
                 first_image(store, _names(panel), panel.path),
             )
-            for panel in sorted(story.panels, key=order)
+            for panel in sorted(story.panels.list(), key=order)
         ]
         return story_document(name, panels, self.num_given, story.path)
 
@@ -78,22 +84,34 @@ def _stories(key: tuple[str, int, int]) -> tuple[_Story, ...]:
         annotations = read_table(path)["annotations"]
         if isinstance(annotations.value, dict):
             found = [(name, annotations[name]) for name in annotations.object()]
-            return tuple(_Story(name, tuple(panels.list()), panels.path) for name, panels in found)
+            return tuple(_Story(name, panels, panels.path) for name, panels in found)
         records = annotations.list()
-        if records and isinstance(records[0].value, list):
-            return _original_stories(records)
-        return tuple(
-            _Story(str(record["story_id"].value), tuple(record["story"].list()), record.path)
-            for record in records
-        )
     except FieldError as error:
         raise error.at(path) from error
+    if any(isinstance(record.value, list) for record in records[:2]):
+        return _original_stories(records)
+    return tuple(map(_listed_story, records))
+
+
+def _listed_story(record: Field) -> _Story:
+    try:
+        return _Story(str(record["story_id"].value), record["story"], record.path)
+    except FieldError as error:
+        return _Story("", record, record.path, error)
 
 
 def _original_stories(records: list[Field]) -> tuple[_Story, ...]:
-    """Lists of one panel each, the panels of a story anywhere in the file."""
-    panels: dict[str, list[Field]] = {}
+    """Lists of one panel each, the panels of a story anywhere in the file; what is no panel at the end."""
+    panels: dict[str, list[Any]] = {}
+    paths: dict[str, str] = {}
+    lost = []
     for record in records:
-        for panel in record.list():
-            panels.setdefault(str(panel["story_id"].value), []).append(panel)
-    return tuple(_Story(name, tuple(found), found[0].path) for name, found in panels.items())
+        try:
+            for panel in record.list():
+                name = str(panel["story_id"].value)
+                panels.setdefault(name, []).append(panel.value)
+                paths.setdefault(name, panel.path)
+        except FieldError as error:
+            lost.append(_Story("", record, record.path, error))
+    stories = (_Story(name, Field(found, paths[name]), paths[name]) for name, found in panels.items())
+    return (*stories, *lost)

@@ -18,7 +18,7 @@ from mm_interleaved.data.sources.image_stores import first_image, image_store
 from mm_interleaved.data.sources.records import read_table
 from mm_interleaved.data.sources.source import Item, Shard, attempt
 from mm_interleaved.document import Document
-from mm_interleaved.errors import InputError, UsageError
+from mm_interleaved.errors import UsageError
 from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Field, FieldError
 
@@ -72,7 +72,7 @@ class VisualQuestions:
         self, question: Field, name: str, name_rule: str | None, store: ImageStore, answers: Field | None
     ) -> Document:
         if answers is None:
-            raise FieldError(f"{question.path}.question_id", "found no annotation of this question")
+            raise FieldError(f"{question.path}.question_id", "found no annotation of this question, or two")
         image = first_image(store, _image_names(question, name_rule), question.path, self.prompt.role)
         text = question["question"].text().strip()
         given = _given_answers(answers)
@@ -130,20 +130,22 @@ def _coco_name(path: str) -> str | None:
     return None if subtype is None else f"COCO_{subtype.text()}_{{image_id:012}}.jpg"
 
 
-def _id(question: Field) -> str:
-    # A question without an id fails by itself, when its document is made.
-    return str(question.value.get("question_id")) if isinstance(question.value, dict) else ""
+def _id(record: Field) -> str:
+    """The question's id, of a question or an annotation; empty where it is missing."""
+    given = record.get("question_id")
+    return "" if given is None else str(given.value)
 
 
 @lru_cache(maxsize=2)
-def _annotations(key: tuple[str, int, int]) -> Mapping[str, Field]:
-    """Annotations by the id of their question."""
+def _annotations(key: tuple[str, int, int]) -> Mapping[str, Field | None]:
+    """Annotations by the id of their question; None where a question has two."""
     path = key[0]
+    found: dict[str, Field | None] = {}
     try:
-        records = read_table(path)["annotations"].list()
-        found = {str(record["question_id"].value): record for record in records}
+        for record in read_table(path)["annotations"].list():
+            # One without an id leaves its question without an annotation, which is told there.
+            number = _id(record)
+            found[number] = None if number in found else record
     except FieldError as error:
         raise error.at(path) from error
-    if len(found) < len(records):
-        raise InputError(f"{path}: found {len(records) - len(found)} questions annotated twice")
     return found

@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import IO
 
-from mm_interleaved.data.sources.files import check_against_manifest, found_files, open_file, reading, stem_of
+from mm_interleaved.data.sources.files import (
+    check_against_manifest,
+    found_files,
+    open_file,
+    reading,
+    stem_of,
+    warn_of_unlisted,
+)
 from mm_interleaved.data.sources.pairs import caption_of, pair_parts
 from mm_interleaved.data.sources.source import (
     BrokenItem,
@@ -60,7 +67,10 @@ class PairTars:
         check_settings(self, "image_first_share")
 
     def shards(self) -> list[Shard]:
-        return [Shard(path) for path in found_files(self.paths)]
+        paths = found_files(self.paths)
+        # The format itself checks headers only.
+        warn_of_unlisted(paths)
+        return [Shard(path) for path in paths]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         path = shard.name
