@@ -34,10 +34,16 @@ def processor():
     return MMInterleavedProcessor(train_tokenizer(texts, vocabulary_size=400), 32, 32, num_slots=3)
 
 
-@pytest.fixture
-def model(processor):
+@pytest.fixture(scope="session")
+def make_model(processor):
+    """A function that makes the same model whenever it is called."""
     vocabulary = processor.vocabulary
     ids = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.pad}
     # Enough conditioning vectors for the code of a scene.
     conditioning = ResamplerConfig(dim=16, num_queries=15, num_layers=1, num_heads=2, mlp_dim=24)
-    return tiny_model(vocab_size=len(vocabulary), conditioning_resampler=conditioning, **ids).train()
+    return lambda: tiny_model(vocab_size=len(vocabulary), conditioning_resampler=conditioning, **ids).train()
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()

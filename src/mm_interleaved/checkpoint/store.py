@@ -153,8 +153,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2, ranks:
             return
         temporary.rename(folder)
         _sync(root)
-        for old in _folders(root)[:-keep]:
-            _remove(old)
+        rotate(root, keep)
 
     try:
         _first(ranks, begin)
@@ -235,6 +234,12 @@ def load_newest_checkpoint(root: Path) -> Checkpoint | None:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder` with all of its tensors; errors as `open_checkpoint`."""
     return _read_all(open_checkpoint(folder))
+
+
+def rotate(root: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints; the newest has to be known to be whole."""
+    for old in _folders(root)[:-keep]:
+        _remove(old)
 
 
 def remove_leftovers(root: Path) -> None:

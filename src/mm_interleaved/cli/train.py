@@ -1,4 +1,4 @@
-"""`train`: a recipe from its settings to a finished model."""
+"""`train` and `export`: a recipe from its settings to a finished model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from mm_interleaved.cli.output import say
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    command(app, panel="Data, training, evaluation")(train)
+    for function in (train, export):
+        command(app, panel="Data, training, evaluation")(function)
+
+
+_RECIPE_HELP = (
+    "What to train: storyworld; pretrain, caption-vqa, grounding, segmentation, storytelling, instructions "
+    "or interleaved-instructions, each also with -lora, -storyworld, -storyworld-lora behind it; or the "
+    "settings.json of a run."
+)
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="What to train: storyworld.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=_RECIPE_HELP)],
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting; may be repeated.")
     ] = None,
@@ -26,10 +34,25 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
 ):
-    """Train a model by a recipe, in stages that can be stopped and resumed at any time."""
+    """Train a model by a recipe; it can be stopped and resumed at any time.
+
+    On several GPUs or machines: torchrun ... -m mm_interleaved train RECIPE.
+    """
     from mm_interleaved.training.run import run_recipe
 
+    name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
     folder = run_recipe(
-        recipe, assignments or (), resume=resume, out=out or Path("runs", recipe), show_progress=True
+        recipe, assignments or (), resume=resume, out=out or Path("runs", name), show_progress=True
     )
     say(f"the model is in {folder}")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the model.")],
+):
+    """Write the model of a run's newest checkpoint as a folder that --model takes."""
+    from mm_interleaved.training.run import export as export_model
+
+    steps = export_model(run, out)
+    say(f"the model after {steps} steps is in {out}")

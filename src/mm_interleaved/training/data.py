@@ -5,23 +5,28 @@ picture, which
 teaches more about it per second than one question does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mm_interleaved.batch import Batch
+from mm_interleaved.data.sources.source import Item, Shard
 from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.errors import UsageError
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.storyworld.dice import Dice
 from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, ask_several
 from mm_interleaved.storyworld.renderer import render_batch
-from mm_interleaved.storyworld.tasks import document, picture
+from mm_interleaved.storyworld.tasks import TASKS, document, picture
 from mm_interleaved.storyworld.world import random_scene
 
 INTERVIEW = "interview"
+_SHARD_ITEMS = 1024
+_SHARDS = 256
 # Domains of the dice, so that no two streams share their random numbers (those of storyworld are below 10).
 _MIXTURE_DOMAIN = 21
 _INTERVIEW_DOMAIN = 22
@@ -134,3 +139,40 @@ class DocumentBatches:
         documents = self.documents(step)
         batch = self.processor(documents, eos=True, target_pixels=self.target_pixels)
         return DocumentBatch(batch, tuple(documents))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoryWorldSource:
+    """StoryWorld's training documents as a source of documents; nothing is read from a disk.
+
+    Of a task with an answer, the answer alone is learned, unless `learn_prompts`.
+    """
+
+    tasks: tuple[str, ...]
+    """Tasks of `storyworld.tasks`, or `interview`, in turn."""
+    seed: int = 0
+    learn_prompts: bool = False
+    """Everything counts, what is asked too."""
+
+    def __post_init__(self) -> None:
+        known = (*TASKS, INTERVIEW)
+        for task in self.tasks:
+            if task not in known:
+                close = get_close_matches(task, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(known)}"
+                raise UsageError(f"storyworld has no task {task!r}; {hint}")
+        if not self.tasks:
+            raise UsageError("storyworld: no tasks, expected at least one")
+
+    def shards(self) -> list[Shard]:
+        return [Shard(f"storyworld-{number:05d}", _SHARD_ITEMS) for number in range(_SHARDS)]
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        first = int(shard.name.rpartition("-")[2]) * _SHARD_ITEMS
+        for position in range(start, _SHARD_ITEMS):
+            index = first + position
+            task = self.tasks[index % len(self.tasks)]
+            if self.learn_prompts or task == INTERVIEW:
+                yield position, training_document(self.seed, index, {task: 1})
+            else:
+                yield position, document("train", self.seed, index, task)

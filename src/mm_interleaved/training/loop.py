@@ -24,6 +24,8 @@ from mm_interleaved.checkpoint.store import (
     load_newest_checkpoint,
     newest_checkpoint,
     put_aside_newer,
+    remove_leftovers,
+    rotate,
     save_checkpoint,
 )
 from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError
@@ -156,11 +158,11 @@ def train_stage(
     ):
         try:
             while run.step < config.steps:
-                torch.manual_seed(step_seed(seed, run.step))
+                torch.manual_seed(step_seed(seed, run.step, ranks.rank))
                 batch = stage.make_batch(run.step)
                 if measure_flops and not run.meter.flops_a_token:
                     _measure_flops(stage, config, run, batch)
-                    torch.manual_seed(step_seed(seed, run.step))
+                    torch.manual_seed(step_seed(seed, run.step, ranks.rank))
                 is_stopping = _update(stage, config, run, batch, bool(stop))
                 is_stopping = is_stopping or (ranks.size == 1 and bool(stop))
                 run.log(progress)
@@ -190,9 +192,9 @@ def trained_parameters(stage: Stage) -> dict[str, nn.Parameter]:
     }
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of everything random in one step."""
-    return (seed * 1_000_003 + step) % 2**63
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of everything random in one step; ranks have their own (for dropout)."""
+    return (seed * 1_000_003 + step + rank * 1_000_000_007) % 2**63
 
 
 def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any, wants_stop: bool) -> bool:
@@ -304,6 +306,10 @@ class _StageRun:
 
     def resume(self) -> None:
         checkpoint = newest_checkpoint(self.folder, self.ranks)
+        if self.ranks.is_first:
+            # What an interrupted save or rotation left, and lines of steps that will be done again.
+            remove_leftovers(self.folder)
+            self._file.cut(0 if checkpoint is None else checkpoint.step)
         if checkpoint is None:
             return
         self.step = checkpoint.step
@@ -320,7 +326,7 @@ class _StageRun:
         self._warn_of_differences(checkpoint.state)
         if self.ranks.is_first:
             put_aside_newer(self.folder, self.step)
-            self._file.cut(self.step)
+            rotate(self.folder, self.config.keep_checkpoints)
         logger.info("stage %s goes on after step %d", self.stage.name, self.step)
 
     def save(self) -> None:

@@ -3,15 +3,21 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from mm_interleaved.errors import StorageError, UsageError
+from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
 from mm_interleaved.recipes import storyworld
-from mm_interleaved.training.settings import override, to_record
+from mm_interleaved.recipes.documents import export_run, train_documents
+from mm_interleaved.recipes.tasks import task_recipes
+from mm_interleaved.storage import locked_folder, make_folder, write_file
+from mm_interleaved.training.settings import from_record, override, to_record
+from mm_interleaved.training.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +34,10 @@ class Recipe:
     """(settings, folder, show_progress=) → the folder of the finished model."""
 
 
-RECIPES = {"storyworld": Recipe(storyworld.StoryWorldConfig, storyworld.train)}
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {"storyworld": Recipe(storyworld.StoryWorldConfig, storyworld.train)}
+    | {name: Recipe(settings, train_documents) for name, settings in task_recipes().items()}
+)
 
 
 def run_recipe(
@@ -41,48 +50,115 @@ def run_recipe(
 ) -> Path:
     """Trains a recipe in a folder and returns the folder of the finished model.
 
+    Under torchrun every process calls it.
+
     Args:
+        name: a recipe, or the `settings.json` of an earlier run, which is run again.
         overrides: assignments such as `image.steps=500`.
-        resume: go on with what `out` holds; without it `out` must not hold a run.
+        resume: go on with what `out` holds, with the settings that it began with; without it `out` must not
+            hold a run.
         out: gets `settings.json`, a folder of checkpoints and a log for each stage, and `model`.
 
     Raises:
-        UsageError: unknown recipe or setting; a run is there already, or (with `resume`) none is.
+        UsageError: unknown recipe or setting; a run is there already, or (with `resume`) none is; another
+            process is at work in the folder.
         NumericalError: a loss was not finite.
         StoppedBySignal: a signal came; everything is saved.
         StorageError: the disk refused.
     """
-    if name not in RECIPES:
-        close = get_close_matches(name, RECIPES, n=1)
-        suggestion = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}{suggestion}")
-    recipe = RECIPES[name]
-    settings = override(recipe.settings(), overrides)
-    _claim(out, settings, resume)
-    return recipe.train(settings, out, show_progress=show_progress)
-
-
-def _claim(out: Path, settings: Any, resume: bool) -> None:
-    """Makes the folder of a run and leaves its settings there."""
+    name, settings = _settings_of(name)
     path = out / SETTINGS_NAME
-    record = to_record(settings)
     if path.exists() and not resume:
         raise UsageError(f"{out} holds a run already; give --resume to go on with it, or another folder")
     if resume and not path.exists():
         raise UsageError(f"--resume: {out} holds no run ({SETTINGS_NAME} is not there)")
-    if resume and _read(path) != json.loads(json.dumps(record)):
+    if resume:
+        settings = _settings_to_resume(path, name, settings)
+    settings = override(settings, overrides)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        make_folder(out)
+    with locked_folder(out) if is_first else nullcontext(), _exit_status(out):
+        if is_first:
+            _keep_settings(path, name, settings)
+        return RECIPES[name].train(settings, out, show_progress=show_progress)
+
+
+def export(run: Path, out: Path) -> int:
+    """Writes the model of a run's newest checkpoint as a folder that `--model` takes.
+
+    Returns:
+        How many steps it was trained.
+
+    Raises:
+        UsageError: no run, or one whose recipe makes its model in stages.
+        ModelFileError: the run has no whole checkpoint.
+    """
+    path = run / SETTINGS_NAME
+    if not path.exists():
+        raise UsageError(f"{run}: holds no run ({SETTINGS_NAME} is not there)")
+    name, settings = _settings_of(str(path))
+    if not isinstance(settings, TrainConfig):
+        raise UsageError(
+            f"{run}: {name} makes its model in stages and leaves it in {run / 'model'} when all are done"
+        )
+    return export_run(settings, run, out)
+
+
+def _settings_of(name: str) -> tuple[str, Any]:
+    """Recipe and settings that a name or a file of settings stands for."""
+    if name.endswith(".json"):
+        record = _read(Path(name))
+        recipe = record.get("recipe") if isinstance(record, dict) else None
+        if recipe not in RECIPES:
+            raise UsageError(f"{name}: expected the settings of a run, with its recipe; found {recipe!r}")
+        return recipe, from_record(type(RECIPES[recipe].settings()), record["settings"], name)
+    if name not in RECIPES:
+        close = get_close_matches(name, RECIPES, n=1)
+        suggestion = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}{suggestion}")
+    return name, RECIPES[name].settings()
+
+
+def _settings_to_resume(path: Path, name: str, defaults: Any) -> Any:
+    """The settings that a run began with."""
+    record = _read(path)
+    if not isinstance(record, dict) or "recipe" not in record:
+        logger.warning("%s: written by an earlier version; the recipe's own settings are used", path)
+        return defaults
+    if record["recipe"] != name:
+        raise UsageError(f"--resume: {path.parent} holds a run of {record['recipe']}, found {name}")
+    return from_record(type(defaults), record["settings"], str(path))
+
+
+def _keep_settings(path: Path, name: str, settings: Any) -> None:
+    record = {"recipe": name, "settings": to_record(settings)}
+    if path.exists() and _read(path) != json.loads(json.dumps(record)):
         logger.warning("%s: settings differ from those the run began with; the new ones are used", path)
+    write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+@contextmanager
+def _exit_status(out: Path) -> Iterator[None]:
+    """Leaves each rank's end in a file: torchrun itself ends with 1 whatever it was."""
+    rank = os.environ.get("RANK")
+    code, reason = 1, "a bug of ours"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}-{os.getpid()}")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error})") from error
+        yield
+        code, reason = 0, "done"
+    except MMInterleavedError as error:
+        code, reason = error.exit_code, str(error)
+        raise
+    finally:
+        if rank is not None and out.is_dir():
+            status = {"rank": int(rank), "code": code, "reason": reason}
+            write_file(out / f"exit_status-{rank}.json", (json.dumps(status) + "\n").encode())
 
 
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such file") from error
     except (OSError, ValueError) as error:
         raise StorageError(f"{path}: cannot be read as JSON ({error})") from error

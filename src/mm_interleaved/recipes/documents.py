@@ -1,0 +1,208 @@
+"""A run on documents from its settings to a finished model: what all recipes but `storyworld` share."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mm_interleaved.checkpoint.load import DTYPES, load_model
+from mm_interleaved.checkpoint.store import newest_checkpoint
+from mm_interleaved.errors import ModelFileError, UsageError
+from mm_interleaved.model_source import find_model
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.recipes.samples import SampleDrawer, sample_documents
+from mm_interleaved.storage import new_folder
+from mm_interleaved.training.adaptation import (
+    add_low_rank,
+    checkpoint_activations,
+    compile_layers,
+    keep_frozen_as,
+    quantization_settings,
+)
+from mm_interleaved.training.curves import CurvesPage
+from mm_interleaved.training.documents import DocumentsStage, build_loader
+from mm_interleaved.training.loop import train_stage, trained_parameters
+from mm_interleaved.training.metrics import LogWriter, TensorBoardWriter, WandbWriter
+from mm_interleaved.training.objectives import Objective
+from mm_interleaved.training.parallel import joined_ranks, spread
+from mm_interleaved.training.parts import choose_trained, count_parameters
+from mm_interleaved.training.settings import to_record
+from mm_interleaved.training.train_config import CorpusConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+STAGE_FOLDER = "documents"
+MODEL_FOLDER = "model"
+ADDITIONS_FOLDER = "lora"
+_MAX_SHARD = "4GB"
+
+
+class _Built(NamedTuple):
+    """A model that is ready to train."""
+
+    model: MMInterleavedForConditionalGeneration
+    processor: MMInterleavedProcessor
+    low_rank: Any
+    """PEFT's handle, or None."""
+
+
+def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = False) -> Path:
+    """Trains a model on documents in `folder`, from its newest checkpoint there, and returns the finished
+    model's folder. All ranks call it.
+
+    Raises:
+        UsageError: settings that do not fit each other or the model.
+        InputError, ModelFileError, NumericalError, StorageError, StoppedBySignal: see `loop.train_stage`.
+    """
+    _check(config)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    with joined_ranks(config.parallel, config.device) as ranks:
+        # 1. The model, and what of it trains.
+        model, processor, low_rank = _build(config)
+        rules = choose_trained(model, config.parts)
+        if config.frozen_type != "float32":
+            keep_frozen_as(model, DTYPES[config.frozen_type])
+        model.to(ranks.device).train()
+        if config.checkpoint_activations:
+            checkpoint_activations(model)
+        if config.compile_backend:
+            compile_layers(model, config.compile_backend)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        logger.info(
+            "%d of %d million parameters are trained",
+            round(count_parameters(trained) / 1e6),
+            round(count_parameters(model.parameters()) / 1e6),
+        )
+
+        # 2. Its data and its losses, on all ranks.
+        loader = build_loader(config, processor, ranks=ranks, target_pixels=model.image_decoder is not None)
+        objective = Objective(model, config.objective, seed=config.seed)
+        wrapped = spread(model, ranks, config.parallel, communication_type=_communication_type(config))
+        stage = DocumentsStage(model, loader, objective, wrapped=wrapped, ranks=ranks)
+
+        # 3. Train.
+        place = folder / STAGE_FOLDER
+        train_stage(
+            stage,
+            config.training,
+            place,
+            seed=config.seed,
+            settings=to_record(config),
+            show_progress=show_progress,
+            rules={f"model.{name}": rule for name, rule in rules.items()},
+            ranks=ranks,
+            observers=_observers(config, stage, processor, place) if ranks.is_first else (),
+            writers=_writers(config, place) if ranks.is_first else (),
+            measure_flops=config.measure_mfu,
+        )
+
+        # 4. Keep the result.
+        if ranks.is_first:
+            if config.parallel.strategy == "fsdp":
+                export_run(config, folder, folder / MODEL_FOLDER)
+            else:
+                _save(_Built(model, processor, low_rank), config, folder / MODEL_FOLDER)
+        ranks.gather(None)
+    return folder / MODEL_FOLDER
+
+
+def export_run(config: TrainConfig, folder: Path, out: Path) -> int:
+    """Writes the model of a run's newest checkpoint (its averaged weights, where kept) as a model folder.
+
+    One process does it, however many trained; weights that were spread over ranks are put together.
+
+    Returns:
+        How many steps it was trained.
+
+    Raises:
+        ModelFileError: the run has no whole checkpoint.
+        UsageError: something is in `out` already.
+    """
+    checkpoint = newest_checkpoint(folder / STAGE_FOLDER)
+    if checkpoint is None:
+        raise ModelFileError(f"{folder / STAGE_FOLDER}: expected a checkpoint, found none")
+    _check(config)
+    built = _build(config)
+    choose_trained(built.model, config.parts)
+    # What the objective writes into the model's configuration belongs to the model.
+    objective = Objective(built.model, config.objective, seed=config.seed)
+    stage = DocumentsStage(built.model, build_loader(_without_data(config), built.processor), objective)
+    group = "average" if "average" in checkpoint.groups else "weights"
+    checkpoint.read_into(group, {name: p.detach() for name, p in trained_parameters(stage).items()})
+    _save(built, config, out)
+    return checkpoint.step
+
+
+def _check(config: TrainConfig) -> None:
+    if not config.start_from:
+        raise UsageError(
+            "start_from: empty; give a model folder, e.g. one that `mm-interleaved compose` or `convert` made"
+        )
+    if config.frozen_type != "float32" and not (config.training.use_bfloat16 or config.training.use_float16):
+        raise UsageError(
+            f"frozen_type={config.frozen_type} needs training.use_bfloat16 or training.use_float16"
+        )
+
+
+def _build(config: TrainConfig) -> _Built:
+    """The model as it stands before the first step; new weights depend on the seed alone."""
+    source = find_model(config.start_from)
+    quantization = quantization_settings(config.lora)
+    processor = MMInterleavedProcessor.from_pretrained(source)
+    model = load_model(source, dtype="float32", **quantization)
+    low_rank = None
+    if config.lora.rank:
+        torch.manual_seed(config.seed)
+        low_rank = add_low_rank(model, config.lora)
+    return _Built(model, processor, low_rank)
+
+
+def _save(built: _Built, config: TrainConfig, out: Path) -> None:
+    """A folder that `--model` takes; low-rank additions are also kept alone, beside it."""
+    model = built.model
+    if built.low_rank is not None:
+        with new_folder(out.with_name(f"{out.name}-{ADDITIONS_FOLDER}")) as temporary:
+            built.low_rank.save_pretrained(temporary)
+        model = built.low_rank.merge_and_unload()
+    model = model.to(device="cpu", dtype=DTYPES[config.model_type]).eval()
+    with new_folder(out) as temporary:
+        model.save_pretrained(temporary, max_shard_size=_MAX_SHARD)
+        built.processor.save_pretrained(temporary)
+
+
+def _communication_type(config: TrainConfig) -> str:
+    if config.training.use_float16:
+        return "float16"
+    return "bfloat16" if config.training.use_bfloat16 else ""
+
+
+def _writers(config: TrainConfig, folder: Path) -> Sequence[LogWriter]:
+    writers: list[LogWriter] = [CurvesPage(folder)]
+    if config.tensorboard:
+        writers.append(TensorBoardWriter(folder))
+    if config.wandb:
+        writers.append(WandbWriter(folder, folder.parent.name, json.loads(json.dumps(to_record(config)))))
+    return writers
+
+
+def _observers(
+    config: TrainConfig, stage: DocumentsStage, processor: MMInterleavedProcessor, folder: Path
+) -> Sequence[SampleDrawer]:
+    if not config.samples.every:
+        return ()
+    if config.parallel.strategy == "fsdp":
+        logger.warning("samples.every: samples are drawn from whole weights only; none with strategy=fsdp")
+        return ()
+    documents = sample_documents(config.samples)
+    return (SampleDrawer(stage.model, processor, config.samples, documents, folder / "samples"),)
+
+
+def _without_data(config: TrainConfig) -> TrainConfig:
+    """The same run on data that needs no files, for those who only want its model."""
+    return replace(config, corpora={"none": CorpusConfig(kind="storyworld", paths=("draw",))})

@@ -1,0 +1,119 @@
+"""What is done to a model before it trains: low-rank additions, number types, memory, compilation."""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.training.train_config import LoraConfig
+
+logger = logging.getLogger(__name__)
+
+
+def add_low_rank(model: MMInterleavedForConditionalGeneration, config: LoraConfig) -> Any:
+    """Adds low-rank matrices to the linear layers of the chosen parts, in place.
+
+    Returns:
+        PEFT's handle of the model: `merge_and_unload()` gives a stock model with the additions in its
+        weights, `save_pretrained(folder)` writes the additions alone.
+
+    Raises:
+        UsageError: PEFT is not installed, or the model has none of the parts.
+    """
+    if find_spec("peft") is None:
+        raise UsageError("lora.rank needs PEFT, which is not installed; install mm-interleaved[train]")
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    names = {module: name for name, module in model.named_modules()}
+    targets = [names[layer] for part in config.parts for layer in _linear_layers(model, part)]
+    if not targets:
+        raise UsageError(f"lora.parts: this model has no {' or '.join(config.parts)} to add to")
+    settings: Any = PeftConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
+    )
+    return get_peft_model(model, settings)
+
+
+def quantization_settings(config: LoraConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that keep the language model's own layers in few bits.
+
+    Raises:
+        UsageError: bitsandbytes is not installed.
+    """
+    if not config.quantize:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"lora.quantize={config.quantize} needs bitsandbytes, which is not installed; "
+            "install it, or train with lora.quantize= (empty) and frozen_type=bfloat16"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=config.quantize == "nf4",
+            load_in_8bit=config.quantize == "int8",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            # All but the language model's attention and feed-forward.
+            llm_int8_skip_modules=[
+                "vision", "text_head", "image_decoder", "context_projection", r".*\.synchronizer\."
+            ],
+        )
+    }  # fmt: skip
+
+
+def keep_frozen_as(model: nn.Module, number_type: torch.dtype) -> None:
+    """Keeps frozen weights in a smaller number type; the autoencoder stays as it is.
+
+    Call it when it is known what trains. Autocast has to be on: layers then see weights of two types.
+    """
+    vae = set(model.image_decoder.vae.parameters()) if model.image_decoder is not None else set()
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter not in vae and parameter.is_floating_point():
+            parameter.data = parameter.data.to(number_type)
+
+
+def checkpoint_activations(model: MMInterleavedForConditionalGeneration) -> None:
+    """Lets the language model, CLIP and the U-Net compute activations again in the backward pass."""
+    # The other kind breaks where a layer reads image features that need gradients too.
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if model.image_decoder is not None:
+        model.image_decoder.unet.enable_gradient_checkpointing(
+            partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        )
+
+
+def compile_layers(model: MMInterleavedForConditionalGeneration, backend: str) -> None:
+    """Compiles the layers that are called many times, each kind once; names of weights stay."""
+    try:
+        torch.compile(backend=backend)
+    except RuntimeError as error:
+        raise UsageError(f"compile_backend: {error}") from error
+    for layer in model.language_model.layers:
+        layer.compile(backend=backend)
+    if model.image_decoder is not None:
+        unet = model.image_decoder.unet
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            block.compile(backend=backend)
+
+
+def _linear_layers(model: MMInterleavedForConditionalGeneration, part: str) -> Iterator[nn.Module]:
+    """Of the language model, attention and feed-forward; of the U-Net, its transformer blocks."""
+    if part == "language":
+        blocks = [block for layer in model.language_model.layers for block in (layer.self_attn, layer.mlp)]
+    elif model.image_decoder is not None:
+        modules = model.image_decoder.unet.modules()
+        blocks = [module for module in modules if type(module).__name__ == "BasicTransformerBlock"]
+    else:
+        blocks = []
+    for block in blocks:
+        yield from (module for module in block.modules() if isinstance(module, nn.Linear))

@@ -1,0 +1,151 @@
+"""The stage that trains a whole model on documents: pre-training, fine-tuning, low-rank additions."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from mm_interleaved.data.few_shot import FewShot
+from mm_interleaved.data.loader import MicroBatch, StepRows, TrainingLoader, merge_states
+from mm_interleaved.data.mixture import Mixture, MixtureSource
+from mm_interleaved.data.sources.registry import make_source
+from mm_interleaved.data.sources.source import Source
+from mm_interleaved.errors import UsageError
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.sequence import LearningRule
+from mm_interleaved.training.data import StoryWorldSource
+from mm_interleaved.training.loop import Losses, MicroBatches
+from mm_interleaved.training.objectives import Objective, StepTotals
+from mm_interleaved.training.parallel import ALONE, Ranks, summing_gradients
+from mm_interleaved.training.train_config import CorpusConfig, TrainConfig
+
+
+class _Piece(NamedTuple):
+    """A micro-batch, and what the losses of its step are divided by."""
+
+    micro_batch: MicroBatch
+    totals: StepTotals
+
+
+class DocumentsStage:
+    """Trains what requires gradients, by both losses of the paper, on rows of documents.
+
+    Args:
+        model: the model itself.
+        wrapped: the model as it is called: spread over ranks, or the same.
+        loader: this rank's rows.
+    """
+
+    name = "documents"
+
+    def __init__(
+        self,
+        model: MMInterleavedForConditionalGeneration,
+        loader: TrainingLoader,
+        objective: Objective,
+        *,
+        wrapped: nn.Module | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.model, self.wrapped = model, model if wrapped is None else wrapped
+        self.loader, self.objective, self.ranks = loader, objective, ranks
+        self._rows: Iterator[StepRows] | None = None
+
+    def trained_parts(self) -> Mapping[str, nn.Module]:
+        return {"model": self.model}
+
+    def make_batch(self, step: int) -> MicroBatches:
+        if self._rows is None:
+            self._rows = iter(self.loader)
+        rows = next(self._rows)
+        assert rows.step == step, f"the loader is at step {rows.step}, expected {step}"
+        totals = self.objective.totals([micro_batch.batch for micro_batch in rows.micro_batches])
+        return MicroBatches(tuple(_Piece(micro_batch, totals) for micro_batch in rows.micro_batches))
+
+    def compute_losses(self, batch: _Piece) -> Losses:
+        micro_batch, totals = batch
+        rows = micro_batch.batch
+        losses = self.objective(rows, micro_batch.row_numbers, totals, forward=self.wrapped)
+        config = self.model.config
+        weighted = config.text_loss_weight * losses.text + config.image_loss_weight * losses.image
+        return Losses(
+            total=losses.total,
+            named={"loss": weighted, "text": losses.text, "image": losses.image},
+            counts={
+                "tokens": int(rows.attention_mask.sum()),
+                "images": rows.num_images,
+                "documents": len(micro_batch.document_ids),
+            },
+            document_ids=micro_batch.document_ids,
+        )
+
+    def state(self) -> Mapping[str, Any]:
+        return merge_states(self.ranks.gather(self.loader.state_dict()))
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.loader.load_state_dict(state)
+
+    def summing_gradients(self, is_last: bool) -> AbstractContextManager[None]:
+        return summing_gradients(self.wrapped, is_last)
+
+
+def build_loader(
+    config: TrainConfig,
+    processor: MMInterleavedProcessor,
+    *,
+    ranks: Ranks = ALONE,
+    target_pixels: bool = True,
+) -> TrainingLoader:
+    """The rows of a run.
+
+    Args:
+        target_pixels: False for a model that only writes.
+
+    Raises:
+        UsageError: corpora that do not exist or do not fit together.
+        InputError: files that are not there.
+    """
+    mixture = Mixture(
+        sources=tuple(_mixture_source(name, corpus, config.seed) for name, corpus in config.corpora.items()),
+        max_length=config.max_length,
+        compat="released" if config.released_packing else None,
+    )
+    return TrainingLoader(
+        mixture,
+        processor,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+        num_workers=config.num_workers,
+        target_pixels=target_pixels,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+
+
+def _mixture_source(name: str, corpus: CorpusConfig, seed: int) -> MixtureSource:
+    try:
+        learn = LearningRule(text=corpus.learn_text, images=corpus.learn_images)
+        few_shot = FewShot(share=corpus.few_shot_share) if corpus.few_shot_share else None
+    except ValueError as error:
+        raise UsageError(f"corpora.{name}: {error}") from error
+    return MixtureSource(
+        name=name,
+        source=_source(name, corpus, seed),
+        weight=corpus.weight,
+        max_images=corpus.max_images,
+        too_long=corpus.too_long,
+        learn=learn,
+        few_shot=few_shot,
+    )
+
+
+def _source(name: str, corpus: CorpusConfig, seed: int) -> Source:
+    if corpus.kind == "storyworld":
+        return StoryWorldSource(tasks=corpus.paths, seed=seed, learn_prompts=corpus.learn_prompts)
+    if not corpus.paths:
+        raise UsageError(f"corpora.{name}.paths: empty; give its files with --set corpora.{name}.paths=...")
+    return make_source(corpus.kind, corpus.source_settings())

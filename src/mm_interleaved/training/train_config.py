@@ -1,0 +1,170 @@
+"""Every number of a run that trains a model on documents: what `--set` takes, and what stands beside a
+checkpoint.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.training.objectives import ObjectiveConfig
+from mm_interleaved.training.parallel import ParallelConfig
+from mm_interleaved.training.parts import PartsConfig
+from mm_interleaved.training.settings import StageConfig
+
+NUMBER_TYPES = ("float32", "bfloat16", "float16")
+LORA_PARTS = ("language", "unet")
+QUANTIZATIONS = ("", "nf4", "int8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusConfig:
+    """One corpus of the mixture."""
+
+    kind: str
+    """Its format, e.g. `mmc4`, `llava`, `documents` (see docs/data.md); `storyworld` draws its own."""
+    paths: tuple[str, ...] = ()
+    """Files, globs or addresses; of `storyworld`, tasks."""
+    images: str | None = None
+    """Folder, address or tars of the images; none = where the format has them."""
+    options: str = ""
+    """Further settings of the format, as a JSON object."""
+    weight: float = 1.0
+    """Share of the rows, against the other weights."""
+    max_images: int | None = None
+    """Images a row."""
+    learn_text: str = "all"
+    """What text counts where a document does not say: `all`, `after_image` or `none`."""
+    learn_images: str = "all"
+    """What images count: `all`, `last` or `none`."""
+    learn_prompts: bool = False
+    """Of `storyworld`: what is asked counts as well as the answer (pre-training)."""
+    few_shot_share: float = 0.0
+    """How often documents are merged into few-shot documents, 0 to 1."""
+    too_long: str = "cut"
+    """What happens to a document that is longer than a row: `cut` at the borders of its parts, or `skip`."""
+
+    def source_settings(self) -> dict[str, Any]:
+        """What the source of this format is made with.
+
+        Raises:
+            UsageError: `options` is no JSON object.
+        """
+        try:
+            options = json.loads(self.options) if self.options else {}
+        except ValueError as error:
+            raise UsageError(f"options of a corpus: expected a JSON object ({error})") from error
+        if not isinstance(options, dict):
+            raise UsageError(f"options of a corpus: expected a JSON object, found {self.options!r}")
+        images = {} if self.images is None else {"images": self.images}
+        return {"paths": list(self.paths), **images, **options}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank additions to frozen layers (arXiv 2106.09685), through PEFT."""
+
+    rank: int = 0
+    """Rank of the additions; 0 = none."""
+    alpha: float = 16.0
+    """Additions are scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout of what goes into them."""
+    parts: tuple[str, ...] = LORA_PARTS
+    """Whose linear layers get one: `language`, `unet`."""
+    quantize: str = ""
+    """Keep the frozen language model in 4 bits (`nf4`: QLoRA, arXiv 2305.14314) or 8 (`int8`), through
+    bitsandbytes; empty = do not."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or not 0 <= self.dropout < 1:
+            raise UsageError(
+                f"lora: rank must be 0 or more and dropout in [0, 1), found {self.rank} and {self.dropout}"
+            )
+        unknown = sorted(set(self.parts) - set(LORA_PARTS))
+        if unknown:
+            raise UsageError(f"lora.parts must be some of {', '.join(LORA_PARTS)}, found {unknown[0]!r}")
+        if self.quantize not in QUANTIZATIONS:
+            raise UsageError(f"lora.quantize must be nf4, int8 or empty, found {self.quantize!r}")
+        if self.quantize and not self.rank:
+            raise UsageError("lora.quantize freezes the language model for good; set lora.rank above 0 too")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplesConfig:
+    """Documents that are continued while the model trains."""
+
+    every: int = 0
+    """Steps between two looks; 0 = never."""
+    documents: str = ""
+    """A file of documents with holes; empty = StoryWorld's own (for models of its size)."""
+    count: int = 4
+    """How many documents."""
+    num_inference_steps: int = 20
+    """Denoising steps a picture."""
+    max_new_tokens: int = 64
+    """Tokens of a text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """A run on documents: one name below, e.g. `training.steps`, is what `--set` takes."""
+
+    start_from: str = ""
+    """The model to train: `storyworld`, or a folder that `compose`, `convert` or a run made."""
+    seed: int = 0
+    """Seed of data order, noise and new weights."""
+    num_threads: int = 0
+    """Threads of PyTorch; the same number gives the same bits. 0 = as PyTorch chooses."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: this rank's GPU where there is one."""
+    corpora: Mapping[str, CorpusConfig] = field(default_factory=dict)
+    """The mixture, by names of its own."""
+    max_length: int = 2048
+    """Tokens a row."""
+    released_packing: bool = False
+    """Fill rows as the published loader does."""
+    global_batch_size: int = 8
+    """Rows of an optimizer step over all ranks."""
+    micro_batch_size: int = 1
+    """Rows that go through the model at a time on a rank; more rows a step are accumulated."""
+    num_workers: int = 0
+    """Processes a rank that read data; 0 = none of their own."""
+    max_bad_fraction: float = 0.001
+    """Share of unreadable items above which the run stops; below it they are named in the log."""
+    training: StageConfig = field(default_factory=lambda: StageConfig(steps=1000, learning_rate=1e-4))
+    """Steps, rates, precision, checkpoints."""
+    parts: PartsConfig = field(default_factory=PartsConfig)
+    """What trains, and how fast."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank additions."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What is minimised."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Many processes."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass instead of keeping them (gradient checkpointing)."""
+    frozen_type: str = "float32"
+    """Number type in which frozen weights are kept; what trains is kept in float32."""
+    compile_backend: str = ""
+    """Compile layers with torch.compile, e.g. `inductor`; empty = do not."""
+    measure_mfu: bool = False
+    """Count the multiplications of the first batch, so that the log tells the share of the device in use."""
+    tensorboard: bool = False
+    """Curves for TensorBoard."""
+    wandb: bool = False
+    """Curves for Weights & Biases."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Samples drawn while training."""
+    model_type: str = "float32"
+    """Number type in which the finished model is saved."""
+
+    def __post_init__(self) -> None:
+        for name in ("frozen_type", "model_type"):
+            if getattr(self, name) not in NUMBER_TYPES:
+                raise UsageError(
+                    f"{name} must be one of {', '.join(NUMBER_TYPES)}, found {getattr(self, name)!r}"
+                )
+        if self.training.optimizer == "muon" and self.parallel.strategy == "fsdp":
+            raise UsageError("training.optimizer=muon needs whole matrices; use adamw with strategy=fsdp")

@@ -1,0 +1,169 @@
+"""A run that is killed at any moment goes on to the same bits; a disk that is full costs nothing."""
+
+import errno
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from mm_interleaved.checkpoint import store
+from mm_interleaved.errors import StorageError
+from mm_interleaved.training.loop import Losses, train_stage
+from mm_interleaved.training.settings import StageConfig
+
+CONFIG = StageConfig(
+    steps=4, learning_rate=1e-2, warmup_steps=1, ema_decay=0.9, save_every=1, log_every=1, keep_checkpoints=1
+)
+
+
+class Line:
+    """A stage that fits a line to noise, and reads a stream."""
+
+    name = "line"
+
+    def __init__(self):
+        self.part = nn.Linear(3, 1)
+        with torch.no_grad():
+            for parameter in self.part.parameters():
+                parameter.fill_(0.5)
+        self.read = 0
+
+    def trained_parts(self):
+        return {"part": self.part}
+
+    def make_batch(self, step):
+        assert self.read == step, "the stream is where the run is"
+        self.read += 1
+        return torch.randn(4, 3)
+
+    def compute_losses(self, batch):
+        loss = (self.part(batch) - batch.sum(1, keepdim=True)).square().mean()
+        return Losses(loss, {"loss": loss}, {"rows": len(batch)})
+
+    def state(self):
+        return {"read": self.read}
+
+    def load_state(self, state):
+        self.read = state["read"]
+
+    def summing_gradients(self, is_last):
+        return torch.enable_grad()
+
+
+def train(folder):
+    train_stage(Line(), CONFIG, folder, seed=3)
+
+
+def contents(folder):
+    """Everything that two runs must agree in: final tensors, losses as written."""
+    checkpoint = folder / "step-00000004"
+    tensors = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {f"{path.name}:{key}": file.get_tensor(key).tolist() for key in file.keys()}  # noqa: SIM118
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return tensors, [(line["step"], line["loss"]) for line in lines], sorted(p.name for p in folder.iterdir())
+
+
+def killed_at(number, folder, *, torn=False):
+    """Trains in a child that dies at the given event; False where it came to its end.
+
+    Events are those of the file system that Python sees, and every tensor file, whose writer it does not see:
+    before it is written, or (`torn`) when half of it is.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    count = 0
+    save_file = store.save_file
+
+    def happens(tensor_file=None):
+        nonlocal count
+        if count == number:
+            if torn and tensor_file:
+                os.truncate(tensor_file, tensor_file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+
+    def hook(event, arguments):
+        is_write = (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        is_change = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+        if (is_write or is_change) and str(folder) in str(arguments[0]):
+            happens()
+
+    def saving(tensors, path):
+        if torn:
+            save_file(tensors, path)
+            happens(path)
+        else:
+            happens()
+            save_file(tensors, path)
+
+    try:
+        store.save_file = saving
+        if not torn:
+            sys.addaudithook(hook)
+        train(folder)
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["every event", "every torn file"])
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path, torn):
+    train(tmp_path / "whole")
+    wanted = contents(tmp_path / "whole")
+    assert wanted[2] == ["log.jsonl", "step-00000004"]
+    number = 0
+    while True:
+        folder = tmp_path / f"killed-{number}"
+        if not killed_at(number, folder, torn=torn):
+            break
+        saved = sorted(path.name for path in folder.glob("step-*"))
+        if number % 4 == 0:
+            killed_at(3, folder, torn=torn)  # a second crash, soon after the first
+        train(folder)
+        assert contents(folder) == wanted, f"event {number}, after which there was {saved}"
+        number += 1
+    # Four saves, in each: folder, three tensor files, state, manifest, renames, rotation; and the log.
+    assert number >= (12 if torn else 50)
+
+
+def test_there_is_always_a_good_checkpoint_once_there_was_one(tmp_path):
+    seen = False
+    for number in range(0, 200, 5):
+        folder = tmp_path / f"killed-{number}"
+        if not killed_at(number, folder):
+            break
+        good = store.newest_checkpoint(folder)
+        assert good is not None or not seen, f"event {number}"
+        seen = seen or good is not None
+    assert seen
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    save_file = store.save_file
+    count = 0
+
+    def filling(tensors, path):
+        nonlocal count
+        count += 1
+        if count == 8:  # in the third save
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(store, "save_file", filling)
+    with pytest.raises(StorageError, match=r"step-00000003: .*No space left") as failed:
+        train(tmp_path)
+    assert failed.value.exit_code == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "step-00000002"]
+    monkeypatch.setattr(store, "save_file", save_file)
+    train(tmp_path)
+    assert store.newest_checkpoint(tmp_path).step == 4

@@ -1,0 +1,128 @@
+"""Many processes train what one trains: DDP, FSDP2, other numbers of ranks on resuming."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from ranks import run_ranks
+
+from mm_interleaved.checkpoint.store import newest_checkpoint
+from mm_interleaved.training.documents import DocumentsStage, build_loader
+from mm_interleaved.training.loop import train_stage
+from mm_interleaved.training.objectives import Objective
+from mm_interleaved.training.parallel import ALONE, ParallelConfig, spread
+from mm_interleaved.training.parts import PartConfig, PartsConfig, choose_trained
+from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.train_config import CorpusConfig, TrainConfig
+
+CONFIG = TrainConfig(
+    corpora={"world": CorpusConfig(kind="storyworld", paths=("draw", "caption"), learn_prompts=True)},
+    max_length=192,
+    global_batch_size=4,
+    micro_batch_size=1,
+    training=StageConfig(
+        steps=4, learning_rate=1e-3, epsilon=1e-4, warmup_steps=1, save_every=2, log_every=1, ema_decay=0.9
+    ),
+)
+# Of few tensors, since reading thousands of small ones in shares takes seconds.
+STILL = PartConfig()
+FEW_PARTS = PartsConfig(
+    adapter=STILL, resamplers=STILL, offsets=STILL, image_synchronizers=STILL, unet=STILL,
+    language=PartConfig(train=True, learning_rate=5e-4),
+)  # fmt: skip
+FEW = replace(CONFIG, parts=FEW_PARTS)
+SHARDED = replace(FEW, parallel=ParallelConfig(strategy="fsdp"))
+
+
+def train(model, processor, folder, config, ranks, steps=4):
+    rules = choose_trained(model, config.parts)
+    wrapped = spread(model, ranks, config.parallel)
+    loader = build_loader(config, processor, ranks=ranks)
+    stage = DocumentsStage(model, loader, Objective(model, config.objective), wrapped=wrapped, ranks=ranks)
+    named = {f"model.{name}": rule for name, rule in rules.items()}
+    training = replace(config.training, steps=steps, decay_fraction=0.0)
+    train_stage(stage, training, folder, seed=0, rules=named, ranks=ranks)
+
+
+def result(folder):
+    """Losses by step, and every saved tensor by group and name."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    checkpoint = newest_checkpoint(folder)
+    tensors = {
+        f"{group}/{name}": tensor
+        for group in sorted(checkpoint.groups)
+        for name, tensor in checkpoint.read(group).items()
+    }
+    assert checkpoint.step == lines[-1]["step"] == 4
+    return {line["step"]: (line["text"], line["image"]) for line in lines}, tensors
+
+
+def assert_same(folder, other):
+    (losses, tensors), (other_losses, other_tensors) = result(folder), result(other)
+    assert set(other_losses) <= set(losses)
+    for step, values in other_losses.items():
+        assert values == pytest.approx(losses[step], abs=2e-6), step
+    assert tensors.keys() == other_tensors.keys()
+    differences = {
+        name: float((tensors[name].reshape(tensor.shape) - tensor).abs().max())
+        for name, tensor in other_tensors.items()
+    }
+    worst = max(differences, key=differences.__getitem__)
+    assert differences[worst] < 1e-6, f"{worst}: {differences[worst]}"
+
+
+def with_words(config, folder):
+    """Every second row is text alone: a rank may have images where the other has none."""
+    lines = [
+        {"id": f"words-{n}", "content": [{"type": "text", "text": "Pip and Mo. " * n}]} for n in range(1, 9)
+    ]
+    file = folder / "words.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = CorpusConfig(kind="documents", paths=(str(file),), learn_prompts=True)
+    return replace(config, corpora={**config.corpora, "words": words})
+
+
+def alone(make_model, processor, config, tmp_path):
+    """What one process makes of the run."""
+    train(make_model(), processor, tmp_path / "alone", with_words(config, tmp_path), ALONE)
+    return tmp_path / "alone"
+
+
+def test_two_processes_train_what_one_trains(make_model, processor, tmp_path):
+    reference = alone(make_model, processor, CONFIG, tmp_path)
+    config = with_words(CONFIG, tmp_path)
+    assert run_ranks(2, tmp_path, lambda r: train(make_model(), processor, tmp_path / "ddp", config, r)) == [
+        0,
+        0,
+    ]
+    assert_same(reference, tmp_path / "ddp")
+
+
+def test_shares_of_weights_train_what_whole_weights_do_with_any_number_of_ranks(
+    make_model, processor, tmp_path
+):
+    reference = alone(make_model, processor, FEW, tmp_path)
+    config, run = with_words(SHARDED, tmp_path), tmp_path / "fsdp"
+
+    def go(ranks):
+        train(make_model(), processor, run, config, ranks)
+
+    assert run_ranks(2, tmp_path, go) == [0, 0]
+    assert len(list((run / "step-00000004" / "weights").glob("*.safetensors"))) == 2, "a file a rank"
+    assert_same(reference, run)
+
+    # Two ranks stop half-way; one goes on; then a single process with whole weights does.
+    for ranks in (1, 0):
+        shutil.rmtree(run / "step-00000004")
+        if ranks:
+            assert run_ranks(1, tmp_path, go) == [0]
+        else:
+            train(make_model(), processor, run, with_words(FEW, tmp_path), ALONE)
+        assert_same(reference, run)
+
+    # And two ranks go on with shares of what one process saved whole.
+    shutil.copytree(reference / "step-00000002", tmp_path / "back" / "step-00000002")
+    run = tmp_path / "back"
+    assert run_ranks(2, tmp_path, go) == [0, 0]
+    assert_same(reference, run)

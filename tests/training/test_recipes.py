@@ -1,0 +1,197 @@
+"""Recipes: every one resolves, its twin trains, its result is a model, its settings run again."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from mm_interleaved.checkpoint.load import load_model
+from mm_interleaved.errors import ModelFileError, UsageError
+from mm_interleaved.recipes.documents import train_documents
+from mm_interleaved.recipes.tasks import task_recipes
+from mm_interleaved.training.adaptation import (
+    add_low_rank,
+    checkpoint_activations,
+    compile_layers,
+    quantization_settings,
+)
+from mm_interleaved.training.documents import build_loader
+from mm_interleaved.training.objectives import Objective
+from mm_interleaved.training.run import RECIPES, export, run_recipe
+from mm_interleaved.training.settings import from_record, to_record
+from mm_interleaved.training.train_config import LoraConfig, TrainConfig
+
+FULL_SIZE = sorted(name for name in task_recipes() if not name.endswith(("-lora", "-storyworld")))
+QUICK = [
+    "training.steps=1", "training.log_every=1", "max_length=192", "global_batch_size=1", "micro_batch_size=1",
+    "num_threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(make_model, processor, tmp_path_factory):
+    """A tiny model as `save_pretrained` leaves it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_model().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def weights(folder):
+    return {name: tensor.clone() for name, tensor in load_model(folder).state_dict().items()}
+
+
+def changed_parts(before, after):
+    return {
+        ".".join(name.split(".")[: 2 if name.startswith(("image_decoder", "vision")) else 1])
+        for name in before
+        if not torch.equal(before[name], after[name])
+    }
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_settings_of_every_recipe_come_back_from_json(name):
+    settings = RECIPES[name].settings()
+    record = json.loads(json.dumps(to_record(settings)))
+    assert from_record(type(settings), record) == settings
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_twin_trains_the_parts_that_its_recipe_trains(name):
+    recipes = task_recipes()
+    full, twin, low_rank = (recipes[f"{name}{end}"]() for end in ("", "-storyworld", "-storyworld-lora"))
+    assert not full.start_from and twin.start_from == "storyworld"
+
+    def trained(config):
+        return {part for part, how in asdict(config.parts).items() if how["train"]}
+
+    assert trained(full) == trained(twin)
+    assert not trained(low_rank) & {"language", "unet", "text_head"} and low_rank.lora.rank > 0
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_every_twin_trains(name, folder, tmp_path):
+    out = run_recipe(f"{name}-storyworld", [f"start_from={folder}", *QUICK], out=tmp_path / "run")
+    line = json.loads((tmp_path / "run" / "documents" / "log.jsonl").read_text())
+    assert line["tokens/s"] > 0 and line["memory_gb"] > 0
+    parts = changed_parts(weights(folder), weights(out))
+    paints = RECIPES[name].settings().objective.image_loss_weight != 0.0
+    assert ("image_decoder.unet" in parts) == paints
+    assert not parts & {"image_decoder.vae", "vision.clip"}
+
+
+def test_a_run_is_run_again_from_its_settings_and_exported_to_the_same_bits(folder, tmp_path):
+    pytest.importorskip("tensorboard")
+    more = [
+        "training.steps=2", "training.ema_decay=0.5", "samples.every=2", "samples.count=1",
+        "samples.num_inference_steps=1", "samples.max_new_tokens=4", "tensorboard=true", "measure_mfu=true",
+    ]  # fmt: skip
+    assignments = [f"start_from={folder}", *QUICK, *more]
+    first = run_recipe("pretrain-storyworld-lora", assignments, out=tmp_path / "first")
+    again = run_recipe(str(tmp_path / "first" / "settings.json"), out=tmp_path / "again")
+    steps = export(tmp_path / "first", tmp_path / "exported")
+    assert steps == 2
+    wanted = weights(first)
+    for other in (weights(again), weights(tmp_path / "exported")):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in wanted.items())
+    assert "language_model" in changed_parts(weights(folder), wanted)
+
+    # What is left beside the model: additions alone, curves, samples, what the device did.
+    run = tmp_path / "first"
+    assert (run / "model-lora" / "adapter_model.safetensors").is_file()
+    page = (run / "documents" / "curves.html").read_text()
+    assert "<svg" in page and "loss:" in page and "<script" not in page
+    assert "Samples after 2 steps" in (run / "documents" / "samples" / "step-00000002.html").read_text()
+    assert list((run / "documents" / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (run / "documents" / "log.jsonl").read_text().splitlines()]
+    assert all(0 < line["mfu"] < 1 for line in lines)
+    with pytest.raises(UsageError, match="holds a run of pretrain-storyworld-lora"):
+        run_recipe("grounding", resume=True, out=run)
+    with pytest.raises(UsageError, match="holds no run"):
+        export(tmp_path, tmp_path / "nothing")
+
+
+def test_what_cannot_be_trained_is_refused_in_one_sentence(folder, tmp_path):
+    def run(*assignments, name="grounding"):
+        run_recipe(name, assignments, out=tmp_path / "run")
+
+    for assignments, message in (
+        ([], "start_from: empty"),
+        ([f"start_from={folder}", "frozen_type=float32"], r"corpora\.refcoco\.paths: empty"),
+        (["corpora.refcocoo.paths=x"], r"did you mean corpora\.refcoco"),
+        (["parts.languag.train=true"], r"did you mean parts\.language\.train"),
+        (["lora.quantize=nf4"], r"set lora\.rank above 0"),
+        (["parallel.strategy=zero"], "strategy must be ddp or fsdp"),
+        (["training.use_float16=true"], "exclude each other"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(*assignments)
+    with pytest.raises(ModelFileError, match="no such folder"):
+        run("start_from=nowhere")
+    with pytest.raises(UsageError, match="start the run with torchrun"):
+        run(f"start_from={folder}", "parallel.strategy=fsdp", *QUICK, name="grounding-storyworld")
+
+
+def test_four_bits_are_refused_clearly_where_bitsandbytes_is_missing():
+    config = LoraConfig(rank=4, quantize="nf4")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(UsageError, match="needs bitsandbytes, which is not installed"):
+            quantization_settings(config)
+    else:
+        settings = quantization_settings(config)["quantization_config"]
+        assert settings.load_in_4bit and "image_decoder" in settings.llm_int8_skip_modules
+
+
+def gradients(model, config, processor):
+    loader = build_loader(config, processor)
+    objective = Objective(model, config.objective)
+    [micro] = next(iter(loader)).micro_batches
+    loss = objective(micro.batch, micro.row_numbers, objective.totals([micro.batch])).total
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def config():
+    twin = task_recipes()["storytelling-storyworld"]()
+    return replace(twin, max_length=192, global_batch_size=1, micro_batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def plain(make_model, config, processor):
+    return gradients(make_model(), config, processor)
+
+
+@pytest.mark.parametrize("change", ["checkpointed", "compiled"])
+def test_activations_computed_again_and_compiled_layers_give_the_same_gradients(
+    make_model, config, processor, plain, change
+):
+    model = make_model()
+    if change == "checkpointed":
+        checkpoint_activations(model)
+    else:
+        compile_layers(model, "eager")
+    found = gradients(model, config, processor)
+    assert found.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_low_rank_additions_start_as_nothing_and_merge_into_a_stock_model(make_model):
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    handle = add_low_rank(model, LoraConfig(rank=2))
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    assert len(layers) > 20
+    merged = handle.merge_and_unload().state_dict()
+    assert merged.keys() == before.keys()
+    assert all(torch.allclose(merged[name], tensor) for name, tensor in before.items())
+
+
+def test_a_config_without_corpora_is_refused(folder, tmp_path):
+    with pytest.raises(UsageError, match="mixture is empty"):
+        train_documents(TrainConfig(start_from=str(folder), num_threads=1), tmp_path)
