@@ -259,6 +259,7 @@ def test_an_unreadable_image_of_a_group_leaves_the_others_of_it(processor):
     step = take(own, 1)[0]
     assert step.micro_batches[0].batch.num_images == 2 and own.counts()["s"]["documents"] == 2
     assert [skip.place for skip in step.skips] == ["u"]
+    assert sorted(step.micro_batches[0].document_ids) == ["a", "b"]
 
 
 def test_documents_that_do_not_fit_together_go_in_smaller_groups_and_none_is_lost(processor):

@@ -237,7 +237,8 @@ class _SourceStream:
             self._note(self._prepared)
             self._idle_epochs = 0
             self.counts["documents"] += len(group) - len(self._prepared.skips)
-        self._documents.update(dict.fromkeys(document.id for document in group))
+        left_out = {skip.place for skip in self._prepared.skips}
+        self._documents.update({document.id: None for document in group if document.id not in left_out})
         length = len(pieces[self.cursor.piece])
         end = length if num_tokens is None else self.cursor.offset + num_tokens
         if end < length:

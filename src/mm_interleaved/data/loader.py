@@ -12,7 +12,7 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -144,7 +144,7 @@ class TrainingLoader:
         dataset = _LaneRows(self.reader, self.processor, self.lanes, dict(self._states), self.target_pixels)
         # Each process gives a list of rows a step, in turn; nothing is left to collate.
         workers = {"prefetch_factor": self.prefetch_steps} if self.num_workers else {}
-        items = iter(
+        items: Iterator[Any] = iter(
             DataLoader(
                 dataset,
                 batch_size=None,
@@ -233,15 +233,11 @@ class TrainingLoader:
             "compat": self.mixture.compat,
         }
         for entry in self.mixture.sources:
-            fields = asdict(replace(entry, source=None)) | {
-                "shards": len(self.reader.shards.get(entry.name, ()))
-            }
-            settings |= {
-                f"{entry.name}.{name}": value
-                for name, value in fields.items()
-                if name not in ("name", "source")
-            }
-        return json.loads(json.dumps(settings))
+            settings[f"{entry.name}.shards"] = len(self.reader.shards.get(entry.name, ()))
+            for name in (field.name for field in fields(entry)):
+                if name not in ("name", "source"):
+                    settings[f"{entry.name}.{name}"] = getattr(entry, name)
+        return json.loads(json.dumps(settings, default=asdict))
 
     # ---- Skips -----------------------------------------------------------------------------------
 
