@@ -233,10 +233,10 @@ class TrainingLoader:
             "compat": self.mixture.compat,
         }
         for entry in self.mixture.sources:
-            settings[f"{entry.name}.shards"] = len(self.reader.shards.get(entry.name, ()))
             for name in (field.name for field in fields(entry)):
                 if name not in ("name", "source"):
                     settings[f"{entry.name}.{name}"] = getattr(entry, name)
+            settings[f"{entry.name}.shards"] = len(self.reader.shards.get(entry.name, ()))
         return json.loads(json.dumps(settings, default=asdict))
 
     # ---- Skips -----------------------------------------------------------------------------------
