@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -145,12 +146,19 @@ def test_tokens_are_counted_as_the_model_counts_them(capsys, tmp_path):
 def test_a_manifest_is_written_and_then_checked(capsys, tmp_path):
     path = write_storyworld(tmp_path / "out", 2, 0, "test", "webdataset")
     assert run(["data", "check", str(path), "--model", "none", "--write-manifest"]) == 0
-    assert json.loads((path.parent / "shards.json").read_text())["shards"]["00000.tar"]["bytes"]
+    shutil.copy(path, path.parent / "1.tar")
+    assert run(["data", "check", str(path.parent / "1.tar"), "--model", "none", "--write-manifest"]) == 0
+    assert set(json.loads((path.parent / "shards.json").read_text())["shards"]) == {"00000.tar", "1.tar"}
     data = bytearray(path.read_bytes())
     data[1500] ^= 1
     path.write_bytes(data)
     assert run(["data", "check", str(path), "--model", "none"]) == 3
     assert "expected SHA-256" in capsys.readouterr().err
+    # What is broken is not sealed.
+    (path.parent / "shards.json").unlink()
+    (path.parent / "2.tar").write_bytes(data[:3000])
+    assert run(["data", "check", str(path.parent / "2.tar"), "--model", "none", "--write-manifest"]) == 3
+    assert not (path.parent / "shards.json").exists()
 
 
 def test_convert_copies_images_as_they_are_each_once(capsys, tmp_path):
@@ -179,6 +187,11 @@ def test_convert_stops_at_what_is_broken_or_skips_it_by_name(capsys, tmp_path, p
     told = capsys.readouterr()
     assert "3 documents, 1 left out (no_similar_image), 2 broken" in told.out and "bad.png" in told.err
     assert len(read_documents(out)) == 3
+
+
+def test_convert_does_not_write_over_what_it_reads(capsys, pages):
+    assert run(["data", "convert", str(pages), f"{pages.parent}/./{pages.name}"]) == 2
+    assert "is what is read" in capsys.readouterr().err
 
 
 def test_ids_that_come_again_are_told_apart(capsys, tmp_path):

@@ -394,7 +394,7 @@ def test_with_a_manifest_no_changed_bit_is_silent(tmp_path, caplog):
     (tmp_path / "0.tar").write_bytes(data)
     assert len(read("webdataset", tmp_path / "0.tar")) == 4 and "go unnoticed" in caplog.text
     caplog.clear()
-    (tmp_path / MANIFEST).write_bytes(manifest_bytes(manifest_of([str(tmp_path / "0.tar")])))
+    (tmp_path / MANIFEST).write_bytes(manifest_bytes(manifest_of(str(tmp_path), [str(tmp_path / "0.tar")])))
     assert len(contents(read("webdataset", tmp_path / "0.tar", image_first_share=1))) == 4
     assert not caplog.text
     dice = random.Random(2)

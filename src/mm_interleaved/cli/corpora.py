@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,8 +68,9 @@ def check(
 ) -> int:
     """Look through corpora of any format, open every image; say what is there and what is wrong.
 
-    Every file is looked at. Ends with 3 if one of them is no file of documents or has a broken item (each one
-    is named), else with 7 if an image cannot be opened (each one is named), else with 0.
+    Every file is looked at. Ends with 3 if one of them is no file of documents or has a broken item, else
+    with 7 if an image cannot be opened, else with 0. What is broken is named, of each FILE the first
+    thousand.
     """
     from mm_interleaved.data.check import Look, Report
     from mm_interleaved.data.check_page import render_contact_sheet
@@ -83,8 +85,6 @@ def check(
             source = _source(path, form, image_root, settings)
             shards = source.shards()
             _look_through(look, source, shards)
-            if writes_manifest:
-                _write_manifests([shard.name for shard in shards])
         except InputError as error:
             say_error(str(error))
             num_wrong += 1
@@ -93,6 +93,8 @@ def check(
         reports.append(report)
         num_wrong += report.num_broken
         num_broken_images += report.num_broken_images
+        if writes_manifest and not report.broken:
+            _write_manifests([shard.name for shard in shards])
         if not (report.num_documents or report.num_broken or report.filtered):
             say_error(f"{path}: found no document, expected at least one")
             num_wrong += 1
@@ -136,6 +138,8 @@ def convert(
         return 0
     made = _source(source, form, image_root, settings)
     shards = made.shards()
+    if os.path.realpath(out) in {os.path.realpath(shard.name) for shard in shards}:
+        raise UsageError(f"{out}: is what is read, expected another file to write", field="out")
     with progress(_num_items(shards, None), source) as bar:
 
         def tell(item):
@@ -265,7 +269,7 @@ def _told(report) -> str:
 
 
 def _write_manifests(paths: list[str]):
-    """A `shards.json` into each folder of local files."""
+    """A `shards.json` into each folder of local files, all of them sound."""
     from mm_interleaved.data.sources.files import MANIFEST, folder_of, is_address, manifest_bytes, manifest_of
     from mm_interleaved.storage import write_file
 
@@ -273,5 +277,5 @@ def _write_manifests(paths: list[str]):
         if is_address(folder):
             raise UsageError(f"--write-manifest: {folder} is no local folder", field="write_manifest")
         inside = [path for path in paths if folder_of(path) == folder]
-        write_file(Path(folder, MANIFEST), manifest_bytes(manifest_of(inside)))
+        write_file(Path(folder, MANIFEST), manifest_bytes(manifest_of(folder, inside)))
         say(f"{Path(folder, MANIFEST)}: {len(inside)} files")

@@ -261,11 +261,11 @@ def warn_of_unlisted(paths: Sequence[str]):
         )
 
 
-def manifest_of(paths: Sequence[str]) -> dict[str, Any]:
-    """The manifest of files, to be written as `shards.json` beside them."""
-    entries = {
-        os.path.basename(path): FileEntry(file_size(path), _sha256(fingerprint(path))) for path in paths
-    }
+def manifest_of(folder: str, paths: Sequence[str]) -> dict[str, Any]:
+    """The manifest of files of one folder, to be written there; what it lists already stays."""
+    entries = dict(_entries(folder))
+    for path in paths:
+        entries[os.path.basename(path)] = FileEntry(file_size(path), _sha256(fingerprint(path)))
     return {"shards": {name: asdict(entry) for name, entry in sorted(entries.items())}}
 
 
