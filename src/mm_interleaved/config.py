@@ -71,9 +71,14 @@ class SynchronizerConfig:
     """Points start within this many base cells of the reference point."""
     every: int = 1
     """Language side: layers 0, k, 2k, ... look at images."""
+    keep: str = "values"
+    """What is kept of an image: "values", projected for each layer, or "features", one copy for all layers:
+    the same results from less memory, in more time."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
+        if self.keep not in ("values", "features"):
+            raise ValueError(f"keep must be 'values' or 'features', found {self.keep!r}")
         if self.value_dim % self.num_heads:
             raise ValueError(f"value_dim {self.value_dim} must be a multiple of num_heads {self.num_heads}")
 

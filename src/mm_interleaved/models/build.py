@@ -139,6 +139,7 @@ def _build_synchronizer(
         max_images=settings.max_images,
         base_size=settings.base_size if base_size is None else base_size,
         offset_spread=settings.offset_spread,
+        keep=settings.keep,
     )
 
 
