@@ -10,6 +10,7 @@ the relative-index table.
 """
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -17,8 +18,22 @@ from torch import Tensor
 from mm_interleaved.ops.gather import attend_gather, sample_gather
 from mm_interleaved.ops.reference import attend_reference, sample_reference
 
+HAS_TRITON = find_spec("triton") is not None
+
+
+def _attend_triton(*arguments) -> Tensor:
+    # Not every machine has Triton, and only this implementation needs it.
+    from mm_interleaved.ops.triton_attention import attend_triton
+
+    return attend_triton(*arguments)
+
+
 # Of `multi_image_deformable_attention`: all take its arguments by place, the optional ones filled in.
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": attend_reference, "gather": attend_gather}
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": attend_reference,
+    "gather": attend_gather,
+    "triton": _attend_triton,
+}
 
 
 def multi_image_deformable_attention(
@@ -48,7 +63,7 @@ def multi_image_deformable_attention(
         ignore_HD: what "look nowhere" contributes.
         image_BN: int64, which of the values' images stands where; an image may stand in many places, and any
             may stand where it is hidden. So rows share images without a copy.
-        implementation: "reference", "gather" or "auto" (the fastest for the device).
+        implementation: "reference", "gather", "triton" or "auto" (the fastest for the device).
 
     Returns:
         (B, Q, H, D).
@@ -113,13 +128,20 @@ def deformable_sampling(
 
 
 def choose_implementation(implementation: str, value: Tensor) -> str:
-    """Resolve "auto": the gather path, but for devices without `embedding_bag`.
+    """Resolve "auto": the fused kernel on CUDA if Triton is there, the gather path elsewhere, but for devices
+    without `embedding_bag`.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or Triton is wanted and not installed.
     """
     if implementation == "auto":
+        if value.device.type == "cuda" and HAS_TRITON:
+            return "triton"
         return "reference" if value.device.type == "mps" else "gather"
+    if implementation == "triton" and not HAS_TRITON:
+        raise ValueError(
+            "implementation 'triton' needs Triton, which is not installed; install mm-interleaved[kernels]"
+        )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {sorted(IMPLEMENTATIONS)} or 'auto', found {implementation!r}"
