@@ -3,7 +3,8 @@
     session -> write_text -> runs of ids, the last one perhaps ended by a stop id
     session, options -> score_options -> log-probabilities
 
-Letters: B rows, T tokens, D hidden channels, V vocabulary, O options, L tokens of the longest option.
+Letters: B rows, T tokens, t tokens and those of the document before them, D hidden channels, V vocabulary,
+O options.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,10 @@ STREAM_EVERY = 4
 """Tokens between two runs of streamed text. A call of `generate` takes about 1 ms beside the 8 ms of a token
 of a model of the shipped size (one core, 2026-11).
 """
-OPTIONS_AT_ONCE = 8
+TOKENS_AT_ONCE = 256
+"""Of options that are scored in one row. Attention between options is computed and masked: with more tokens
+it would outweigh what fewer passes save.
+"""
 RELEASED_TOP_K = 50
 """transformers' default of the time, which nobody had switched off."""
 
@@ -312,28 +316,63 @@ def generate_text_batch(
 def score_options(session: InterleavedSession, options: Sequence[Sequence[int]]) -> Tensor:
     """Log-probability of each continuation, summed over its tokens: (O,) float32.
 
-    The document is read once, whatever the number of options, and is the same afterwards.
+    The document is read once, whatever the number of options, and is the same afterwards: many options stand
+    side by side in one row behind it and do not see each other.
+    """
+    model = session.model
+    first_V = model.predict_text(session.read()[:, -1])[0].float().log_softmax(-1)
+    scores = [_score_group(session, group, first_V) for group in _option_groups(model, options)]
+    return torch.cat(scores) if scores else torch.empty(0, device=model.device)
+
+
+def _option_groups(
+    model: MMInterleavedForConditionalGeneration, options: Sequence[Sequence[int]]
+) -> Iterator[list[Sequence[int]]]:
+    """Options of one pass each: many short ones where attention takes a mask of any form, else one."""
+    limit = TOKENS_AT_ONCE if model.config.text_config._attn_implementation == "sdpa" else 0
+    group: list[Sequence[int]] = []
+    for option in options:
+        if group and sum(map(len, group)) + len(option) > limit:
+            yield group
+            group = []
+        group.append(option)
+    if group:
+        yield group
+
+
+def _score_group(session: InterleavedSession, group: Sequence[Sequence[int]], first_V: Tensor) -> Tensor:
+    """Scores of options in one pass: (O,).
+
+    Args:
+        first_V: log-probabilities of the first token, which are the same for all.
     """
     model, cache = session.model, session.cache
-    last_11D = session.prompt()[:, -1:]
-    scores = []
-    for first in range(0, len(options), OPTIONS_AT_ONCE):
-        group = options[first : first + OPTIONS_AT_ONCE]
-        length = max(1, max(len(option) for option in group))
-        ids_OL = torch.zeros(len(group), length, dtype=torch.int64)
-        for line, option in zip(ids_OL, group, strict=True):
-            line[: len(option)] = torch.tensor(list(option), dtype=torch.int64)
-        length_O = torch.tensor([len(option) for option in group])
-        counts_OL = (torch.arange(length) < length_O[:, None]).to(model.device)
-        ids_OL = ids_OL.to(model.device)
+    score_O = torch.stack([first_V[option[0]] if len(option) else first_V.new_zeros(()) for option in group])
+    # Each token tells of the next one; an option's last tells nothing. (Option, place in it, id, next id.)
+    table = [
+        (number, place, option[place], option[place + 1])
+        for number, option in enumerate(group)
+        for place in range(len(option) - 1)
+    ]
+    if not table:
+        return score_O
+    option_T, place_T, id_T, next_T = torch.tensor(table, dtype=torch.int64, device=model.device).unbind(1)
+    num_tokens, num_before = len(table), cache.get_seq_length()
 
-        # Padding stands behind each option, where nothing that counts can see it.
-        embeddings_OLD = torch.cat([last_11D.expand(len(group), -1, -1), model.embed(ids_OL[:, :-1])], dim=1)
-        cache.batch_repeat_interleave(len(group))
-        logits_OLV = model(inputs_embeds=embeddings_OLD.to(last_11D.dtype), past_key_values=cache).logits
-        cache.crop(-length)
-        cache.batch_select_indices(torch.zeros(1, dtype=torch.int64, device=model.device))
+    # 1. Who sees whom: everyone the document, and of its own option what stands before.
+    mask_11Tt = None
+    if len(group) > 1:
+        own_TT = (option_T[:, None] == option_T[None, :]).tril()
+        mask_11Tt = torch.cat([own_TT.new_ones(num_tokens, num_before), own_TT], dim=1)[None, None]
 
-        log_probs_OL = logits_OLV.float().log_softmax(-1).gather(2, ids_OL[..., None])[..., 0]
-        scores.append((log_probs_OL * counts_OL).sum(1))
-    return torch.cat(scores) if scores else torch.empty(0, device=model.device)
+    # 2. One pass, forgotten afterwards.
+    logits_TV = model(
+        inputs_embeds=model.embed(id_T[None]).to(model.dtype),
+        attention_mask=mask_11Tt,
+        position_ids=(num_before + place_T)[None],
+        past_key_values=cache,
+    ).logits[0]
+    cache.crop(-num_tokens)
+
+    log_prob_T = logits_TV.float().log_softmax(-1).gather(1, next_T[:, None])[:, 0]
+    return score_O.index_add(0, option_T, log_prob_T)
