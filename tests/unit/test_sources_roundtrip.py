@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -56,6 +58,25 @@ def whole(story: Document) -> Document:
     return replace(story, parts=(*story.parts, *story.target), target=())
 
 
+def with_memory_files(folder: Path):
+    """Copies a folder to the storage of `memory://`."""
+    memory = fsspec.filesystem("memory")
+    for file in folder.rglob("*"):
+        if file.is_file():
+            memory.pipe(f"/{file.relative_to(folder.parent).as_posix()}", file.read_bytes())
+
+
+def address(value, folder: Path):
+    """The address of a path that lies in a folder; anything else as it is."""
+    return value.replace(f"{folder}/", "memory://") if isinstance(value, str) else value
+
+
+@pytest.fixture(autouse=True)
+def empty_memory():
+    yield
+    fsspec.filesystem("memory").store.clear()
+
+
 PAIR = {"lower_case": False, "image_first_share": 1}
 WORLD = {
     # format: (source, settings, task, what of the original is to be found)
@@ -82,6 +103,9 @@ def test_what_is_exported_is_read_back_and_converted(tmp_path, form):
     wanted = [expected(one) if expected else one for one in made(task)]
     assert len(found) == COUNT and all(map(same, found, wanted))
     assert len({one.id for one in found}) == COUNT
+    with_memory_files(tmp_path / "out")
+    remote = {key: address(value, tmp_path) for key, value in {"paths": str(path), **settings}.items()}
+    assert all(map(same, documents(make_source(name, remote)), found))
     converted = tmp_path / "elsewhere" / "documents.jsonl"
     convert_source(make_source(name, {"paths": str(path), **settings}), converted)
     again = read_documents(converted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from mm_interleaved.data.sources.files import (
     is_address,
     open_file,
     stem_of,
+    warn_of_unlisted,
 )
 from mm_interleaved.data.sources.image_stores import image_store
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
 from mm_interleaved.document import Document, Image, Part, Text
-from mm_interleaved.errors import InputError, UsageError, escape
+from mm_interleaved.errors import InputError, MMInterleavedError, UsageError, escape
 from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Field, FieldError
 
@@ -44,11 +46,12 @@ class ObelicsTables:
     """Pages with more images are left out."""
 
     def shards(self) -> list[Shard]:
-        return [Shard(path, _num_rows(path)) for path in found_files(self.paths)]
+        paths = found_files(self.paths)
+        # Most tables are written without check sums of their pages.
+        warn_of_unlisted(paths)
+        return [Shard(path, _num_rows(path)) for path in paths]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
-        import pyarrow
-
         path = shard.name
         store = image_store(self.images, path, skip_missing=True)
         position = start - 1
@@ -58,10 +61,8 @@ class ObelicsTables:
                 place = f"{path}: row group {group}, row {row}"
                 name = f"{stem_of(path)}:{position}"
                 yield position, self._item(values, place, name, store)
-        except (InputError, pyarrow.ArrowException, OSError) as error:
-            # Arrow says with an OSError, too, that what it read makes no sense.
-            reason = str(error).removeprefix(f"{path}: ")
-            yield position + 1, BrokenItem(path, f"damaged, or no such table ({escape(reason)})")
+        except InputError as error:
+            yield position + 1, BrokenItem(path, str(error).removeprefix(f"{path}: "))
 
     def _item(self, values: dict[str, Any], place: str, name: str, store: ImageStore) -> Item:
         def build() -> Document | FilteredItem:
@@ -119,7 +120,7 @@ def _image(reference: Field, store: ImageStore) -> Image | None:
 
 def _rows(path: str, start: int) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
     """Position, row group, row in it, and values, of the rows from `start` on."""
-    with open_file(path) as file:
+    with open_file(path) as file, _naming_damage(path):
         table = _opened(file, path)
         names = [name for name in (*_COLUMNS, "id") if name in table.schema_arrow.names]
         first = 0
@@ -135,17 +136,27 @@ def _rows(path: str, start: int) -> Iterator[tuple[int, int, int, dict[str, Any]
             first += num_rows
 
 
+@contextmanager
+def _naming_damage(path: str) -> Iterator[None]:
+    try:
+        yield
+    except MMInterleavedError:
+        raise
+    except Exception as error:
+        # Arrow raises nearly anything over a damaged table (ArrowInvalid, OSError, UnicodeError, ...).
+        reason = escape(str(error)) or type(error).__name__
+        raise InputError(f"{path}: damaged, or no table ({reason})") from error
+
+
 def _num_rows(path: str) -> int | None:
     """Rows of a local table; those at addresses are not opened before they are read."""
     import_parquet()
     if is_address(path):
         return None
-    import pyarrow
-
     try:
-        with open_file(path) as file:
+        with open_file(path) as file, _naming_damage(path):
             return _opened(file, path).metadata.num_rows
-    except (InputError, pyarrow.ArrowException, OSError):
+    except InputError:
         return None  # what is wrong with it is said when it is read
 
 

@@ -6,7 +6,9 @@ is not strict JSON is a broken item; the others are read.
 
 from __future__ import annotations
 
+import errno
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from typing import IO, NoReturn, TypeAlias
 
 from mm_interleaved.data.sources.files import check_against_manifest, fingerprint, open_file, reading
 from mm_interleaved.data.sources.source import BrokenItem
-from mm_interleaved.errors import InputError, escape
+from mm_interleaved.errors import InputError, StorageError, escape
 from mm_interleaved.strict_json import MAX_RECORD_BYTES, Field, Record, decoded, parse_strict
 
 MAX_TABLE_BYTES = 2 << 30
@@ -29,6 +31,9 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}"]', re.DOTALL)
 _COLUMN = re.compile(r"^(\d+): ")
 _NOT_BLANK = re.compile(rb"\S")
 _BOM = b"\xef\xbb\xbf"
+
+_ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, ValueError)
+"""What zipfile raises where the bytes make no sense; an OSError too."""
 
 _Piece: TypeAlias = tuple[str, int, bytes]
 """Place for messages, number from 1 (a line's, or a place in a list), the bytes of one JSON value."""
@@ -101,7 +106,7 @@ def _pieces(path: str) -> Iterator[_Piece]:
         try:
             with reading(path):
                 yield from _elements(file, path) if name.lower().endswith(".json") else _lines(file, path)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except _ZIP_DAMAGE as error:
             raise InputError(f"{path}: damaged ({escape(str(error))})") from error
 
 
@@ -115,14 +120,21 @@ def _unzipped(stack: ExitStack, file: IO[bytes], path: str) -> tuple[IO[bytes], 
         [member] = members
         if member.flag_bits & 1:
             raise InputError(f"{path}: is encrypted, expected a plain zip")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(f"{path}: found the compression {member.compress_type}, expected deflate")
         if member.file_size > max(_SMALL_BYTES, _MAX_RATIO * member.compress_size):
             raise InputError(
                 f"{path}: {member.compress_size} bytes that become {member.file_size}, expected at most "
                 f"{_MAX_RATIO} times as many"
             )
         return stack.enter_context(archive.open(member)), member.filename
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except (*_ZIP_DAMAGE, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{path}: damaged, or no zip ({escape(str(error))})") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+        # A place before the beginning of the file.
+        raise InputError(f"{path}: damaged, or no zip ({error.strerror})") from error
 
 
 def _lines(file: IO[bytes], path: str) -> Iterator[_Piece]:
