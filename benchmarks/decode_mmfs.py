@@ -42,17 +42,21 @@ def decode_case(
 
     textbook: list[Run] = []
     ours: list[Run] = []
+    sampled_first: list[Run] = []
     for seed in range(COPIES):
         layer = gated_synchronizer(size, device, dtype, seed)
         reference = TextbookGate(layer)
         kept = reference.project_cells(cells, size.level_sizes)
-        # The released code repeats the features for each beam, and so must projecting them.
+        # The released code repeats the features for each beam, and so must projecting them; ours are shared.
         repeated = kept._replace(value=kept.value[row]) if beams > 1 else kept
         textbook.append(lambda reference=reference, values=repeated: reference(hidden, values, index))
-        values = layer.project_cells(cells, size.level_sizes)
-        shared = values._replace(value=values.value[row]) if beams > 1 else values
-        ours.append(lambda layer=layer, values=shared: layer(hidden, values, index))
-    result = compare(setting, {"textbook": in_turn(textbook), "ours": in_turn(ours)})
+        image = torch.arange(batch * num_images, device=device).view(batch, num_images)[row]
+        for keep, side in (("values", ours), ("features", sampled_first)):
+            layer.synchronizer.keep = keep
+            values = layer.project_cells(cells, size.level_sizes)._replace(image_BN=image)
+            side.append(lambda layer=layer, values=values: layer(hidden, values, index))
+    sides = {"textbook": in_turn(textbook), "ours": in_turn(ours), "sample first": in_turn(sampled_first)}
+    result = compare(setting, sides)
 
     width = dtype.itemsize
     costs = (

@@ -233,10 +233,9 @@ class _LiveTensors(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        arguments = [each for each in _tensors((args, kwargs))]
-        old = {each.untyped_storage()._cdata for each in arguments}
+        old = {each.untyped_storage()._cdata for each in _dense_tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for each in _tensors(result):
+        for each in _dense_tensors(result):
             storage = each.untyped_storage()
             key = storage._cdata
             if key not in old and key not in self._known:
@@ -282,6 +281,11 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Mapping):
         value = list(value.values())
     return [each for part in value for each in _tensors(part)] if isinstance(value, list | tuple) else []
+
+
+def _dense_tensors(value: Any) -> list[Tensor]:
+    """Sparse ones are views of dense ones."""
+    return [each for each in _tensors(value) if each.layout is torch.strided]
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor], measure: str) -> float:

@@ -117,8 +117,8 @@ def both_ways(setting: Setting, kind: str, inputs: Inputs, *, queries: int, imag
 
 def implementations(setting: Setting) -> list[str]:
     """Names of the implementations that can run here, the readable reference first."""
-    names = ["reference", *sorted(IMPLEMENTATIONS.keys() - {"reference"})]
-    return names if setting.is_gpu else [name for name in names if name != "triton"] + ["auto"]
+    others = sorted(IMPLEMENTATIONS.keys() - {"reference", *([] if setting.is_gpu else ["triton"])})
+    return ["reference", *others, "auto"]
 
 
 def _told(result: Comparison) -> Case:

@@ -69,6 +69,19 @@ class TextbookSynchronizer(nn.Module):
     def __init__(self, ours: FeatureSynchronizer, sample: Sample = grid_sampling):
         super().__init__()
         self.ours, self.sample = ours, sample
+        self.value_projection = nn.Identity()
+
+    # What our models ask of a synchronizer that features are to be projected for: here nothing is projected.
+
+    def check_levels(self, level_sizes: tuple[int, ...]) -> None:
+        """Any will do."""
+
+    def weights_at_hand(self) -> None:
+        """None: nothing may be folded."""
+
+    def projected(self, cells: Tensor, level_sizes: tuple[int, ...]) -> ImageValues:
+        """The features themselves, with an axis where heads would stand."""
+        return ImageValues(cells.unsqueeze(-2), level_sizes)
 
     def forward(
         self,
@@ -131,14 +144,15 @@ class TextbookGate(nn.Module):
     def __init__(self, ours: GatedSynchronizer, sample: Sample = grid_sampling):
         super().__init__()
         self.ours, self.synchronizer = ours, TextbookSynchronizer(ours.synchronizer, sample)
+        self.feature_norm = nn.Identity()
 
     def project_cells(self, cells_BNSC: Tensor, level_sizes: tuple[int, ...]) -> ImageValues:
         """Nothing is kept but the features themselves."""
-        return ImageValues(cells_BNSC, level_sizes)
+        return self.synchronizer.projected(cells_BNSC, level_sizes)
 
     def forward(self, hidden_BTD: Tensor, values: ImageValues, relative_index_BTN: Tensor) -> Tensor:
         norm = self.ours.feature_norm
-        features_BNSC = _root_mean_square_norm(values.value, norm.weight, norm.eps)
+        features_BNSC = _root_mean_square_norm(_features_by_row(values), norm.weight, norm.eps)
         norm = self.ours.query_norm
         query_BTD = _root_mean_square_norm(hidden_BTD, norm.weight, norm.eps)
         seen_BTD = self.synchronizer(query_BTD, features_BNSC, relative_index_BTN > 0, values.level_sizes)
@@ -217,6 +231,17 @@ def textbook_layers(language_model: Any, sample: Sample = grid_sampling) -> Iter
     finally:
         for layer, synchronizer in zip(layers, ours, strict=True):
             layer.synchronizer = synchronizer
+
+
+def _features_by_row(values: ImageValues) -> Tensor:
+    """(B, N, S, C); copied only where rows share images or have them in another order."""
+    features, image_BN = values.value.squeeze(-2), values.image_BN
+    if image_BN is None:
+        return features
+    features_JSC = features.flatten(0, -3)
+    if torch.equal(image_BN.flatten().cpu(), torch.arange(len(features_JSC))):
+        return features_JSC.view(*image_BN.shape, *features_JSC.shape[1:])
+    return features_JSC[image_BN]
 
 
 def _root_mean_square_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
