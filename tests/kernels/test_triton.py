@@ -111,6 +111,12 @@ def test_images_are_shared_without_copies_and_by_all_heads():
     assert_equal({"out": out}, {"out": expected["out"]}, EXACT)
 
 
+def test_heads_of_many_channels_are_cut_into_blocks():
+    """As those of features that are sampled before they are projected."""
+    arguments = case(torch.ones(1, 5, 1, dtype=torch.bool), heads=1, points=1, channels=150)
+    assert_equal(outcome(arguments, "triton"), outcome(arguments, "reference"), EXACT)
+
+
 @pytest.mark.parametrize("leaf", ["value_BNSHD", "query_term_BQHE", "index_term_KHE", "ignore_HD"])
 def test_only_the_gradients_that_are_needed_are_computed(leaf):
     arguments = case(torch.ones(1, 5, 1, dtype=torch.bool), heads=1)
@@ -173,6 +179,9 @@ def test_auto_takes_the_kernel_on_cuda_if_triton_is_there(monkeypatch):
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
     assert attention.choose_implementation("auto", on_cuda) == "triton"
     assert attention.choose_implementation("auto", torch.empty(0)) == "gather"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert attention.choose_implementation("auto", on_cuda) == "gather"
     monkeypatch.setattr(attention, "HAS_TRITON", False)
     assert attention.choose_implementation("auto", on_cuda) == "gather"
     with pytest.raises(ValueError, match=r"needs Triton, which is not installed.*mm-interleaved\[kernels\]"):

@@ -128,14 +128,16 @@ def deformable_sampling(
 
 
 def choose_implementation(implementation: str, value: Tensor) -> str:
-    """Resolve "auto": the fused kernel on CUDA if Triton is there, the gather path elsewhere, but for devices
+    """Resolve "auto": on CUDA the fused kernel, if Triton is there and PyTorch is not asked for deterministic
+    algorithms (its gradients are added up in no fixed order); elsewhere the gather path, but for devices
     without `embedding_bag`.
 
     Raises:
         ValueError: the name is unknown, or Triton is wanted and not installed.
     """
     if implementation == "auto":
-        if value.device.type == "cuda" and HAS_TRITON:
+        is_fixed_order = torch.are_deterministic_algorithms_enabled()
+        if value.device.type == "cuda" and HAS_TRITON and not is_fixed_order:
             return "triton"
         return "reference" if value.device.type == "mps" else "gather"
     if implementation == "triton" and not HAS_TRITON:

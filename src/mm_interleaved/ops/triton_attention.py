@@ -34,6 +34,8 @@ meet in memory."""
 TERM_GRADIENT_BYTES, TERM_GRADIENT_REGISTERS = 4096, 128
 """The same for the gradients of the terms, in bytes of values: with so many, a thread's registers suffice.
 The second, for values in half precision, keeps ptxas from saving registers at the price of spilling some."""
+VALUE_GRADIENT_CHANNELS = 128
+"""At most so many of a head are added up at a time."""
 COMBINED_ROWS = 16
 ENOUGH_PROGRAMS = 2048
 """More programs than run at a time, on any GPU."""
@@ -51,11 +53,9 @@ class Tile(NamedTuple):
         return self.width * self.height * self.points
 
 
-def choose_tile(
-    num_queries: int, grid_width: int, block_d: int, block_size: int, least_rows: int = 1
-) -> Tile:
+def choose_tile(num_queries: int, grid_width: int, block_d: int, block_size: int) -> Tile:
     """A tile of about `block_size` rows times channels: a rectangle of a grid, or neighbours in a line."""
-    rows = min(64, max(least_rows, block_size // block_d))
+    rows = min(64, max(1, block_size // block_d))
     if grid_width == num_queries:
         return Tile(rows, 1)
     height = 2 ** ((rows.bit_length() - 1) // 2)
@@ -66,7 +66,7 @@ def choose_forward_tile(num_queries: int, grid_width: int, block_d: int, num_poi
     """As `choose_tile`, but for few queries: they need more programs than there are tiles."""
     if num_queries > FEW_QUERIES:
         return choose_tile(num_queries, grid_width, block_d, FORWARD_BLOCK)
-    return Tile(1, 1, min(8, triton.next_power_of_2(num_points)))
+    return Tile(1, 1, min(8, _power_of_two(num_points)))
 
 
 def attend_triton(
@@ -134,52 +134,53 @@ def attend_images(
     reference_BQ2 = _with_adjacent_channels(reference_BQ2).expand(B, Q, 2)
     sizes = kernel_sizes(H, D, level_sizes, num_points, base_size)
     tile = choose_forward_tile(Q, grid_width, sizes["BLOCK_D"], num_points)
-    splits = triton.cdiv(N, IMAGES_PER_SPLIT) if tile.points > 1 else 1
+    splits = _ceil_div(N, IMAGES_PER_SPLIT) if tile.points > 1 else 1
     if splits > 1:
         part = query_term_BQHE.new_empty(splits, B, Q, H, D)
         part_max, part_sum = part.new_empty(splits, B, Q, H), part.new_empty(splits, B, Q, H)
     else:
         part, part_max, part_sum = out_BQHD, lse_BQH, lse_BQH
-    forward_kernel[(_num_tiles(Q, grid_width, tile), B * H, splits)](
-        value_JSHD,
-        image_BN.contiguous(),
-        query_term_BQHE,
-        index_term_KHE.contiguous(),
-        relative_index_BQN,
-        reference_BQ2,
-        ignore_HD.contiguous(),
-        part,
-        part_max,
-        part_sum,
-        Q,
-        grid_width,
-        N,
-        IMAGES_PER_SPLIT,
-        *_value_strides(value_JSHD),
-        *relative_index_BQN.stride(),
-        *reference_BQ2.stride()[:2],
-        **sizes,
-        IS_SPLIT=splits > 1,
-        TILE_WIDTH=tile.width,
-        TILE_HEIGHT=tile.height,
-        BLOCK_P=tile.points,
-        num_warps=choose_warps(tile, sizes["BLOCK_D"]),
-    )
-    if splits > 1:
-        tile = Tile(COMBINED_ROWS, 1)
-        combine_kernel[(triton.cdiv(B * Q * H, tile.rows),)](
+    with torch.cuda.device_of(value_JSHD):
+        forward_kernel[(_num_tiles(Q, grid_width, tile), B * H, splits)](
+            value_JSHD,
+            image_BN.contiguous(),
+            query_term_BQHE,
+            index_term_KHE.contiguous(),
+            relative_index_BQN,
+            reference_BQ2,
+            ignore_HD.contiguous(),
             part,
             part_max,
             part_sum,
-            out_BQHD,
-            lse_BQH,
-            B * Q * H,
-            splits,
-            D=D,
-            BLOCK_D=sizes["BLOCK_D"],
-            BLOCK_M=tile.rows,
+            Q,
+            grid_width,
+            N,
+            IMAGES_PER_SPLIT,
+            *_value_strides(value_JSHD),
+            *relative_index_BQN.stride(),
+            *reference_BQ2.stride()[:2],
+            **sizes,
+            IS_SPLIT=splits > 1,
+            TILE_WIDTH=tile.width,
+            TILE_HEIGHT=tile.height,
+            BLOCK_P=tile.points,
             num_warps=choose_warps(tile, sizes["BLOCK_D"]),
         )
+        if splits > 1:
+            tile = Tile(COMBINED_ROWS, 1)
+            combine_kernel[(_ceil_div(B * Q * H, tile.rows),)](
+                part,
+                part_max,
+                part_sum,
+                out_BQHD,
+                lse_BQH,
+                B * Q * H,
+                splits,
+                D=D,
+                BLOCK_D=sizes["BLOCK_D"],
+                BLOCK_M=tile.rows,
+                num_warps=choose_warps(tile, sizes["BLOCK_D"]),
+            )
     return out_BQHD, lse_BQH
 
 
@@ -224,52 +225,57 @@ def attend_images_backward(
     block_d = sizes["BLOCK_D"]
     queries = (Q, grid_width, N)
     strides = (*relative_index_BQN.stride(), *reference_BQ2.stride()[:2])
-    if out_BQHD.numel() and (needs_query_term or needs_index_term):
-        tile = choose_tile(Q, grid_width, block_d, TERM_GRADIENT_BYTES // value_JSHD.element_size())
-        term_gradients_kernel[_backward_grid(out_BQHD, grid_width, tile, num_points)](
-            value_JSHD,
-            image_BN,
-            query_term_BQHE,
-            index_term_KHE,
-            relative_index_BQN,
-            reference_BQ2,
-            out_BQHD,
-            lse_BQH,
-            grad_out_BQHD,
-            grad_query_term,
-            grad_index_term,
-            *queries,
-            *_value_strides(value_JSHD),
-            *strides,
-            **sizes,
-            NEEDS_QUERY_TERM=needs_query_term,
-            NEEDS_INDEX_TERM=needs_index_term,
-            TILE_WIDTH=tile.width,
-            TILE_HEIGHT=tile.height,
-            num_warps=choose_warps(tile, block_d),
-            maxnreg=TERM_GRADIENT_REGISTERS if value_JSHD.element_size() == 2 else None,
-        )
-    if out_BQHD.numel() and needs_value:
-        # A matrix product wants 16 rows.
-        tile = choose_tile(Q, grid_width, block_d, VALUE_GRADIENT_BLOCK, least_rows=16)
-        value_gradients_kernel[_backward_grid(out_BQHD, grid_width, tile, num_points)](
-            image_BN,
-            query_term_BQHE,
-            index_term_KHE,
-            relative_index_BQN,
-            reference_BQ2,
-            lse_BQH,
-            grad_out_BQHD,
-            grad_value,
-            *queries,
-            *_value_strides(grad_value),
-            *strides,
-            **sizes,
-            PRECISION=dot_precision(value_JSHD.dtype),
-            TILE_WIDTH=tile.width,
-            TILE_HEIGHT=tile.height,
-            num_warps=choose_warps(tile, block_d),
-        )
+    if not out_BQHD.numel():
+        return grad_value, grad_query_term, grad_index_term
+    with torch.cuda.device_of(value_JSHD):
+        if needs_query_term or needs_index_term:
+            tile = choose_tile(Q, grid_width, block_d, TERM_GRADIENT_BYTES // value_JSHD.element_size())
+            term_gradients_kernel[_backward_grid(out_BQHD, grid_width, tile, num_points)](
+                value_JSHD,
+                image_BN,
+                query_term_BQHE,
+                index_term_KHE,
+                relative_index_BQN,
+                reference_BQ2,
+                out_BQHD,
+                lse_BQH,
+                grad_out_BQHD,
+                grad_query_term,
+                grad_index_term,
+                *queries,
+                *_value_strides(value_JSHD),
+                *strides,
+                **sizes,
+                NEEDS_QUERY_TERM=needs_query_term,
+                NEEDS_INDEX_TERM=needs_index_term,
+                TILE_WIDTH=tile.width,
+                TILE_HEIGHT=tile.height,
+                num_warps=choose_warps(tile, block_d),
+                maxnreg=TERM_GRADIENT_REGISTERS if value_JSHD.element_size() == 2 else None,
+            )
+        if needs_value:
+            # A matrix product wants 16 rows, and its operands lie in shared memory.
+            sizes["BLOCK_D"] = block_d = min(block_d, VALUE_GRADIENT_CHANNELS)
+            tile = choose_tile(Q, grid_width, block_d, VALUE_GRADIENT_BLOCK)
+            tiles, heads, programs = _backward_grid(out_BQHD, grid_width, tile, num_points)
+            value_gradients_kernel[tiles, heads * _ceil_div(D, block_d), programs](
+                image_BN,
+                query_term_BQHE,
+                index_term_KHE,
+                relative_index_BQN,
+                reference_BQ2,
+                lse_BQH,
+                grad_out_BQHD,
+                grad_value,
+                *queries,
+                *_value_strides(grad_value),
+                *strides,
+                **sizes,
+                PRECISION=dot_precision(value_JSHD.dtype),
+                TILE_WIDTH=tile.width,
+                TILE_HEIGHT=tile.height,
+                num_warps=choose_warps(tile, block_d),
+            )
     return grad_value.to(value_JSHD.dtype), grad_query_term, grad_index_term
 
 
@@ -334,6 +340,15 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 attend_images.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
 def _empty_results(value_JSHD: Tensor, query_term_BQHE: Tensor) -> tuple[Tensor, Tensor]:
     B, Q, H, _ = query_term_BQHE.shape
     return value_JSHD.new_empty(B, Q, H, value_JSHD.shape[-1]), query_term_BQHE.new_empty(B, Q, H)
@@ -360,15 +375,15 @@ def _grid_width(reference_BQ2: Tensor, num_queries: int) -> int:
 
 
 def _num_tiles(num_queries: int, grid_width: int, tile: Tile) -> int:
-    height = triton.cdiv(num_queries, grid_width)
-    return triton.cdiv(grid_width, tile.width) * triton.cdiv(height, tile.height)
+    height = _ceil_div(num_queries, grid_width)
+    return _ceil_div(grid_width, tile.width) * _ceil_div(height, tile.height)
 
 
 def _backward_grid(out_BQHD: Tensor, grid_width: int, tile: Tile, num_points: int) -> tuple[int, int, int]:
     """Tiles, rows times heads, and programs that share the points: more where tiles alone fill no GPU."""
     B, Q, H, _ = out_BQHD.shape
     tiles = _num_tiles(Q, grid_width, tile)
-    return tiles, B * H, min(num_points, triton.cdiv(ENOUGH_PROGRAMS, tiles * B * H))
+    return tiles, B * H, min(num_points, _ceil_div(ENOUGH_PROGRAMS, tiles * B * H))
 
 
 def choose_warps(tile: Tile, block_d: int) -> int:
@@ -394,7 +409,7 @@ def kernel_sizes(
         "L": len(level_sizes),
         "P": num_points,
         "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_D": max(16, _power_of_two(D)),
         "LEVEL_SIZES": tuple(level_sizes),
         "LEVEL_STARTS": (0, *ends[:-1]),
         "BASE_SIZE": base_size,

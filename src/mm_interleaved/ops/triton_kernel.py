@@ -8,9 +8,12 @@ The softmax is online: a row starts at the logit of zero, "look nowhere" (maximu
 ignore value), and is rescaled when a greater logit comes. Coordinates, weights and sums have the dtype of
 the query terms (float32), whatever the dtype of the values. The backward pass computes it all again from the
 terms and `lse`, the logarithm of each query's sum.
-`triton_attention.py` launches these kernels. Formulas: `sampling_plan`; locations and corners: `gather.py`.
+`triton_attention.py` launches these kernels. Formulas: `sampling_plan`; corners of a point: `corners.py`.
 Letters: as `attention.py`, and R rows of a block, Q queries of a tile, C images of a chunk.
 """
+
+# What is decorated is another language, of which pyright understands the grammar only.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -92,12 +95,12 @@ def _corner(
 
 
 @triton.jit
-def _with_channels(mask_R, BLOCK_D: tl.constexpr, D: tl.constexpr):
+def _with_channels(mask_R, d_D, BLOCK_D: tl.constexpr, D: tl.constexpr):
     """A mask of rows for a block of rows and channels; without the channels' own mask where none is cut."""
-    if D == BLOCK_D:
+    if D % BLOCK_D == 0:
         return mask_R[:, None]
     else:
-        return mask_R[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+        return mask_R[:, None] & (d_D < D)[None, :]
 
 
 @triton.jit(do_not_specialize=["num_queries", "grid_width", "num_images", "images_per_split"])
@@ -211,7 +214,7 @@ def forward_kernel(
                     offset_R = (LEVEL_STARTS[level] + cell_R) * value_stride_s
                     cell_RD = tl.load(
                         map_ptr + offset_R[:, None] + d_D[None, :],
-                        mask=_with_channels(looks_R & is_on_map_R, BLOCK_D, D),
+                        mask=_with_channels(looks_R & is_on_map_R, d_D, BLOCK_D, D),
                         other=0.0,
                     )
                     acc_RD += (weight_R * share_x_R * share_y_R)[:, None] * cell_RD.to(real)
@@ -236,7 +239,8 @@ def forward_kernel(
         tl.store(max_ptr + state + query_Q * H, max_Q + tl.log(sum_Q), mask=is_query_Q)
         acc_QD = acc_QD / sum_Q[:, None]
     out_pointer_QD = out_ptr + state * D + query_Q[:, None] * (H * D) + d_D[None, :]
-    tl.store(out_pointer_QD, acc_QD.to(out_ptr.dtype.element_ty), mask=_with_channels(is_query_Q, BLOCK_D, D))
+    mask_QD = _with_channels(is_query_Q, d_D, BLOCK_D, D)
+    tl.store(out_pointer_QD, acc_QD.to(out_ptr.dtype.element_ty), mask=mask_QD)
 
 
 @triton.jit(do_not_specialize=["num_states", "num_splits"])
@@ -260,7 +264,7 @@ def combine_kernel(
     d_D = tl.arange(0, BLOCK_D)
     state_M = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_state_M = state_M < num_states
-    mask_MD = _with_channels(is_state_M, BLOCK_D, D)
+    mask_MD = _with_channels(is_state_M, d_D, BLOCK_D, D)
     max_M = tl.zeros([BLOCK_M], dtype=real)
     sum_M = tl.zeros([BLOCK_M], dtype=real)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=real)
@@ -340,7 +344,7 @@ def term_gradients_kernel(
     d_D = tl.arange(0, BLOCK_D)
     state = b * num_queries * H + h
     offset_RD = query_R[:, None] * (H * D) + d_D[None, :]
-    mask_RD = _with_channels(is_query_R, BLOCK_D, D)
+    mask_RD = _with_channels(is_query_R, d_D, BLOCK_D, D)
     grad_out_RD = tl.load(grad_out_ptr + state * D + offset_RD, mask=mask_RD, other=0.0).to(real)
     out_RD = tl.load(out_ptr + state * D + offset_RD, mask=mask_RD, other=0.0).to(real)
     delta_R = tl.sum(grad_out_RD * out_RD, axis=1)
@@ -384,7 +388,7 @@ def term_gradients_kernel(
                     offset_R = (LEVEL_STARTS[level] + cell_R) * value_stride_s
                     cell_RD = tl.load(
                         map_ptr + offset_R[:, None] + d_D[None, :],
-                        mask=_with_channels(looks_R & is_on_map_R, BLOCK_D, D),
+                        mask=_with_channels(looks_R & is_on_map_R, d_D, BLOCK_D, D),
                         other=0.0,
                     )
                     product_R = tl.sum(grad_out_RD * cell_RD.to(real), axis=1)
@@ -457,7 +461,9 @@ def value_gradients_kernel(
     TILE_WIDTH: tl.constexpr,
     TILE_HEIGHT: tl.constexpr,
 ):
-    """Gradients of the values, zero before, added to in no fixed order. Grid: as `term_gradients_kernel`.
+    """Gradients of the values, zero before, added to in no fixed order.
+
+    Grid: (tiles, B * H * blocks of channels, programs that share the points).
 
     Queries of a tile hit the same cells, often by the dozen (those of a language model all start from the
     same reference point), and additions to memory are what takes the time. So a tile's shares of a cell are
@@ -466,8 +472,9 @@ def value_gradients_kernel(
     E: tl.constexpr = 2 * P + L * P
     SIDE: tl.constexpr = 4
     real = query_term_ptr.dtype.element_ty
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    CHANNEL_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    bh = tl.program_id(1) // CHANNEL_BLOCKS
+    b, h = (bh // H).to(tl.int64), bh % H
 
     # 1. Rows, and the images they see.
     query_R, _slot_R, is_query_R = _tile_rows(num_queries, grid_width, TILE_WIDTH, TILE_HEIGHT, 1)
@@ -476,11 +483,11 @@ def value_gradients_kernel(
     reference_pointer_R = reference_ptr + b * reference_stride_b + query_R * reference_stride_q
     reference_x_R = tl.load(reference_pointer_R, mask=is_query_R, other=0.0)
     reference_y_R = tl.load(reference_pointer_R + 1, mask=is_query_R, other=0.0)
-    d_D = tl.arange(0, BLOCK_D)
+    d_D = (tl.program_id(1) % CHANNEL_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
     cell_C = tl.arange(0, SIDE * SIDE)
     state = b * num_queries * H + h
     offset_RD = query_R[:, None] * (H * D) + d_D[None, :]
-    mask_RD = _with_channels(is_query_R, BLOCK_D, D)
+    mask_RD = _with_channels(is_query_R, d_D, BLOCK_D, D)
     grad_out_RD = tl.load(grad_out_ptr + state * D + offset_RD, mask=mask_RD, other=0.0).to(real)
     lse_R = tl.load(lse_ptr + state + query_R * H, mask=is_query_R, other=0.0)
 
@@ -526,6 +533,6 @@ def value_gradients_kernel(
                     tl.atomic_add(
                         map_ptr + offset_C[:, None] + d_D[None, :],
                         tl.dot(share_CR, grad_out_RD, input_precision=PRECISION),
-                        mask=_with_channels(is_touched_C, BLOCK_D, D),
+                        mask=_with_channels(is_touched_C, d_D, BLOCK_D, D),
                         sem="relaxed",
                     )
