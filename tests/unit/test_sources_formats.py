@@ -194,6 +194,13 @@ def test_visdial_keeps_the_dialogue_and_its_candidates(tmp_path):
     assert words(one.target) == ["no"] and one.meta["relevance"] == [0, 1, 0.5]
 
 
+def test_visdial_can_leave_out_the_round_that_the_published_history_lacks(tmp_path):
+    one = read("visdial", visdial(tmp_path), skips_previous_round=True)[0]
+    assert words(one.parts)[1:] == ["a dog", "is it big", "yes", "is it old"] and words(one.target) == [
+        "maybe"
+    ]
+
+
 def test_llava_turns_and_texts_without_image_are_kept(tmp_path):
     put(tmp_path / "a.png", 1)
     turns = [
@@ -448,6 +455,16 @@ def test_mmc4_counts_missing_images_and_moves_no_other(tmp_path, pictures):
     one, lost = read("mmc4", path, images=pictures, image_first_share=1)
     assert one.meta == {"missing_images": 1} and lost.rule == "missing_images"
     assert words(one.parts) == ["Sentence 0.", "<1.png>", "Sentence 1.", "<2.png>", "Sentence 2. Sentence 3."]
+
+
+def test_images_of_one_sentence_keep_their_order(tmp_path, pictures):
+    record = page(4)
+    for info in record["image_info"]:
+        info["matched_text_index"] = 2
+    path = put(tmp_path / "docs.jsonl", "\n".join([json.dumps(record)] * 20))
+    for share in (0, 0.5, 1):
+        for one in read("mmc4", path, images=pictures, image_first_share=share):
+            assert words(one.parts)[1:-1] == ["<0.png>", "<1.png>", "<2.png>", "<3.png>"]
 
 
 def test_mmc4_comes_zipped_with_images_in_tars(tmp_path, pictures):

@@ -77,8 +77,9 @@ class MMC4:
                 return FilteredItem(place, "missing_images")
             if len(images) == 1 and not keeps_single:
                 return FilteredItem(place, "single_image")
-            sides = {number: chance.happens(self.image_first_share) for number, _, _ in images}
-            placed = [(sentence, sides[number], image) for number, sentence, image in images]
+            # The images of one sentence stand on one side of it, in their order.
+            sides = {sentence: chance.happens(self.image_first_share) for _, sentence, _ in images}
+            placed = [(sentence, sides[sentence], image) for _, sentence, image in images]
             given = record.get("id")
             meta = {"missing_images": missing} if missing else {}
             return Document(

@@ -37,6 +37,8 @@ class VisualDialogues:
     """Folder, address or tars of the images (COCO's and VisualDialog's names are known)."""
     is_conversation: bool = True
     """User and assistant; False writes one text, `caption: ... question: ...? answer: ...`, as published."""
+    skips_previous_round: bool = False
+    """Leave out the round before the last question, as the published evaluation does by mistake."""
 
     def shards(self) -> list[Shard]:
         return [Shard(path, len(_data(path)["dialogs"].list())) for path in found_files(self.paths)]
@@ -79,6 +81,8 @@ class VisualDialogues:
             )
             for entry in rounds
         ]
+        if self.skips_previous_round:
+            turns[-2:-1] = []
         parts = _conversation(image, caption, turns) if self.is_conversation else _text(image, caption, turns)
         answer = turns[-1][1]
         said_by = "assistant" if self.is_conversation else None
@@ -100,7 +104,7 @@ def _conversation(image: Image, caption: str, turns: _Turns) -> tuple[Part, ...]
 
 
 def _text(image: Image, caption: str, turns: _Turns) -> tuple[Part, ...]:
-    """The published prompt; unlike in the published evaluation, no round is left out."""
+    """The published prompt."""
     said = [f"caption: {caption}."] if caption else []
     said += [f"question: {_asked(question)} answer: {answer}." for question, answer in turns[:-1]]
     said.append(f"question: {_asked(turns[-1][0])} answer:")
