@@ -53,5 +53,7 @@ def test_an_unknown_recipe_and_a_folder_in_use_are_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no run"):
         run_recipe("storyworld", out=tmp_path, resume=True)
     (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "log.jsonl").write_text("")
     with pytest.raises(UsageError, match="holds a run already"):
         run_recipe("storyworld", out=tmp_path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +17,7 @@ from mm_interleaved.cli.command import command
 from mm_interleaved.cli.estimate import BYTES, DEVICES, needs_of
 from mm_interleaved.cli.models import describe_model
 from mm_interleaved.cli.output import say
+from mm_interleaved.cli.training_plan import GPUS, plan_lines, training_needs
 from mm_interleaved.errors import MMInterleavedError
 
 _CORE = ("torch", "transformers", "diffusers", "accelerate", "safetensors", "tokenizers", "pillow", "numpy")
@@ -60,20 +63,24 @@ def doctor():
 
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="storyworld, a folder, or a hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="storyworld, a folder, a hub id, or `released`: the full-size model.",
+        ),
     ] = "storyworld",
+    gpus: Annotated[
+        list[int] | None,
+        typer.Option("--gpus", help="Also plan its training on so many GPUs; may be repeated."),
+    ] = None,
 ):
     """Memory and time that a model needs, by device and number format: estimated, not measured.
 
     Memory to generate is that of weights and of a document that fills the context; to train it is that of
     weights, gradients and the optimizer, with activations still on top. Time is counted in multiplications.
     """
-    from mm_interleaved.checkpoint.headers import tensor_headers
-    from mm_interleaved.model_source import find_model, read_config
-
-    folder = find_model(model)
-    headers = tensor_headers(folder)
-    needs = needs_of(read_config(folder), {name: header.shape for name, header in headers.items()})
+    config, shapes = _numbers_of(model)
+    needs = needs_of(config, shapes)
     say(f"{model}: {needs.parameters:,} parameters; context {needs.tokens} tokens, {needs.images} images")
     say()
     say(f"{'memory':<18} {'':<10} {'to generate':>14} {'to train all':>14}")
@@ -90,6 +97,48 @@ def plan(
             say(f"{device.name:<18} {dtype:<10} {picture:>14} {words:>14,.0f}")
     say()
     say(f"A picture takes {needs.steps} guided steps. Time is right within a factor of a few.")
+    if gpus:
+        _say_training_plan(config, shapes, needs.tokens, gpus)
+
+
+def _numbers_of(model: str) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, ...]]]:
+    """A model's configuration, and the shapes of its tensors; no weight is read."""
+    if model == "released":
+        from mm_interleaved.checkpoint.load import model_shapes
+        from mm_interleaved.checkpoint.released_config import RELEASED, released_config
+
+        released = released_config(**RELEASED)
+        return json.loads(released.to_json_string(use_diff=False)), model_shapes(released)
+    from mm_interleaved.checkpoint.headers import tensor_headers
+    from mm_interleaved.model_source import find_model, read_config
+
+    folder = find_model(model)
+    return read_config(folder), {name: header.shape for name, header in tensor_headers(folder).items()}
+
+
+def _say_training_plan(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    tokens: int,
+    gpus: Sequence[int],
+):
+    # A row of the released mixture holds at most 30 pairs or 15 images of pages.
+    images = min(12, tokens // 64)
+    needs = training_needs(config, shapes, tokens=tokens, images=images)
+    say()
+    say(
+        f"Training as the recipe `pretrain` does: {needs.trained / 1e9:.2f} of "
+        f"{(needs.frozen + needs.trained) / 1e9:.2f} billion parameters; rows of {tokens} tokens and "
+        f"{images} images, {needs.row.training_flops / 1e12:.3g} TFLOP each"
+    )
+    say()
+    say(f"{'GPUs':<18} {'':<14} {'memory a GPU':>14} {'tokens/s':>14}")
+    for gpu in GPUS:
+        for num_gpus in gpus:
+            for line in plan_lines(needs, gpu, num_gpus):
+                name = f"{num_gpus} {gpu.name}"
+                memory = _size(line.memory) if line.fits else f"{_size(line.memory)}, no"
+                say(f"{name:<18} {line.strategy:<14} {memory:>14} {line.tokens_a_second:>14,.0f}")
 
 
 def _size(num_bytes: float) -> str:

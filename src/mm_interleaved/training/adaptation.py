@@ -94,10 +94,9 @@ def checkpoint_activations(model: MMInterleavedForConditionalGeneration) -> None
 
 def compile_layers(model: MMInterleavedForConditionalGeneration, backend: str) -> None:
     """Compiles the layers that are called many times, each kind once; names of weights stay."""
-    try:
-        torch.compile(backend=backend)
-    except RuntimeError as error:
-        raise UsageError(f"compile_backend: {error}") from error
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UsageError(f"compile_backend: expected one of {', '.join(known)}, found {backend!r}")
     for layer in model.language_model.layers:
         layer.compile(backend=backend)
     if model.image_decoder is not None:

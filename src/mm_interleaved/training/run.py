@@ -16,6 +16,7 @@ from mm_interleaved.recipes import storyworld
 from mm_interleaved.recipes.documents import export_run, train_documents
 from mm_interleaved.recipes.tasks import task_recipes
 from mm_interleaved.storage import locked_folder, make_folder, write_file
+from mm_interleaved.training.metrics import LOG_NAME
 from mm_interleaved.training.settings import from_record, override, to_record
 from mm_interleaved.training.train_config import TrainConfig
 
@@ -68,7 +69,7 @@ def run_recipe(
     """
     name, settings = _settings_of(name)
     path = out / SETTINGS_NAME
-    if path.exists() and not resume:
+    if not resume and _has_begun(out):
         raise UsageError(f"{out} holds a run already; give --resume to go on with it, or another folder")
     if resume and not path.exists():
         raise UsageError(f"--resume: {out} holds no run ({SETTINGS_NAME} is not there)")
@@ -105,6 +106,11 @@ def export(run: Path, out: Path) -> int:
     return export_run(settings, run, out)
 
 
+def _has_begun(out: Path) -> bool:
+    """Something has been trained there; settings alone are what a run leaves that was refused."""
+    return any(out.glob(f"*/{LOG_NAME}")) or any(out.glob("*/step-*"))
+
+
 def _settings_of(name: str) -> tuple[str, Any]:
     """Recipe and settings that a name or a file of settings stands for."""
     if name.endswith(".json"):
@@ -133,7 +139,7 @@ def _settings_to_resume(path: Path, name: str, defaults: Any) -> Any:
 
 def _keep_settings(path: Path, name: str, settings: Any) -> None:
     record = {"recipe": name, "settings": to_record(settings)}
-    if path.exists() and _read(path) != json.loads(json.dumps(record)):
+    if _has_begun(path.parent) and _read(path) != json.loads(json.dumps(record)):
         logger.warning("%s: settings differ from those the run began with; the new ones are used", path)
     write_file(path, (json.dumps(record, indent=2) + "\n").encode())
 
