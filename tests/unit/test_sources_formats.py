@@ -372,9 +372,9 @@ def test_flintstonessv_is_unpickled_once_and_read_as_stories(tmp_path):
     ids = [f"s_{n}" for n in range(5)]
     for name in ids:
         strip(tmp_path / "video_frames" / f"{name}.png", [5, 6])
-    put(tmp_path / "following_cache4.pkl", pickle.dumps({"s_0": ids[1:]}))
+    put(tmp_path / "following_cache4.pkl", pickle.dumps({"s_0": ids[1:], "s_3": ids[4:]}))
     put(tmp_path / "train-val-test_split.json", {"train": ["s_0", "s_3"], "val": [], "test": []})
-    annotations = [{"globalID": name, "description": f"Fred at {name}.", "x": 1} for name in ids]
+    annotations = [{"globalID": name, "description": f"Fred at\n{name}.", "x": 1} for name in ids]
     put(tmp_path / "flintstones_annotations_v1-0.json", annotations)
     lines = list(unpickled_records("flintstonessv-pickles", tmp_path))
     path = put(tmp_path / "flintstonessv.jsonl", "\n".join(map(json.dumps, lines)))

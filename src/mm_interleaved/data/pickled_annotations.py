@@ -23,6 +23,8 @@ from mm_interleaved.strict_json import Field, FieldError, parse_strict
 
 _MAX_BYTES = 2 << 30
 _MAX_DEPTH = 20
+_NUM_FOLLOWING = 4
+"""A story has five frames."""
 _SPLITS = ("train", "val", "test")
 _PORORO_NAMES = ("pororo", "loopy", "eddy", "harry", "poby", "tongtong", "crong", "rody", "petty")
 _NPY_START = b"\x93NUMPY"
@@ -149,7 +151,7 @@ def _path(text: str) -> str:
 
 def _named(caption: str) -> str:
     """The characters' names with capitals, which the published captions lack."""
-    words = caption.split(" ")
+    words = caption.split()
     is_name = [word.strip(".,'\"").lower() in _PORORO_NAMES for word in words]
     return " ".join(word.capitalize() if named else word for word, named in zip(words, is_name, strict=True))
 
@@ -165,13 +167,15 @@ def _flintstones(folder: Path) -> Iterator[dict[str, Any]]:
     for split in _SPLITS:
         for item in splits[split].list():
             name = item.text()
-            if name not in following:
+            followers = following[name].list() if name in following else []
+            if len(followers) != _NUM_FOLLOWING:
                 continue  # too near to the end of its episode to begin a story
             frames = []
-            for frame in (item, *following[name].list()):
+            for frame in (item, *followers):
                 if frame.text() not in captions:
                     frame.wrong("the globalID of an annotation")
-                frames.append({"image": f"{frame.text()}.png", "caption": captions[frame.text()]})
+                caption = " ".join(captions[frame.text()].split())
+                frames.append({"image": f"{frame.text()}.png", "caption": caption})
             yield {"id": f"flintstonessv-{split}-{name}", "split": split, "frames": frames}
 
 
