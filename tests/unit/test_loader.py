@@ -247,6 +247,12 @@ def test_every_item_of_an_epoch_is_in_a_row_or_counted_by_the_reason_it_is_not(p
             unused = sum(counts.get(f"skipped_{kind}", 0) for kind in kinds)
             assert counts["documents"] + unused == 13 * epoch + group
     assert seen == {f"p{i}" for i in range(9)}
+    # A run that goes on inside a block counts nothing of it a second time.
+    again = loader(processor, mixture=mixed, batch=1)
+    again.load_state_dict(own.state_dict())
+    take(again, 1)
+    next(iterator)
+    assert again.counts() == own.counts()
     assert {(skip.place, skip.kind) for skip in skipped} == {
         ("memory-0:3", "broken"),
         ("u", "image"),
