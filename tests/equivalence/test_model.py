@@ -177,6 +177,20 @@ def test_every_dtype_runs_and_stays_near_float64(model, dtype):
 
 
 @torch.no_grad()
+def test_an_autoencoder_that_leaves_the_range_of_float16_is_computed_in_float32(caplog):
+    decoder = tiny_model().image_decoder
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    assert decoder.half().decode(latents).isfinite().all()
+    assert "range of float16" not in caplog.text
+    # What the first convolutions make of this is beyond 65504; the norms after them make all sizes alike.
+    decoder.float().vae.post_quant_conv.weight.mul_(1e4)
+    expected = decoder.decode(latents)
+    found = decoder.half().decode(latents)
+    assert "range of float16" in caplog.text
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("size", [48, 64])
 def test_other_input_resolutions_run(model, size):
     features = model.encode_images(pixels(1, size))

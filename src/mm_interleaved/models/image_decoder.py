@@ -6,6 +6,8 @@ Letters: I images being painted, K earlier images each looks at, T context token
 conditioning vectors, X latent channels, y and x rows and columns of the latents.
 """
 
+import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -19,6 +21,8 @@ from mm_interleaved.models.resampler import Resampler
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.unet import UNetSynchronizers, unet_forward
 from mm_interleaved.visibility import relative_image_index
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,12 @@ class ImageDecoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """RGB images in [0, 1] from scaled latents: (I, 3, y * factor, x * factor)."""
-        decoded = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        unscaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        decoded = self.vae.decode(unscaled).sample
+        if decoded.dtype == torch.float16 and unscaled.isfinite().all() and not decoded.isfinite().all():
+            # Some published autoencoders exceed the range of float16 inside; an overflow ends as no number.
+            logger.warning("the autoencoder leaves the range of float16; its pictures are decoded in float32")
+            decoded = copy.deepcopy(self.vae).float().decode(unscaled.float()).sample
         return (decoded / 2 + 0.5).clamp(0, 1)
 
     @property

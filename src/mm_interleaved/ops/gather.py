@@ -54,10 +54,11 @@ def attend_gather(
     ignore_HD: Tensor,
 ) -> Tensor:
     """`multi_image_deformable_attention`, its optional arguments filled in, over the visible pairs alone."""
-    return _Attend.apply(
-        value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD,
-        image_BN, relative_index_BQN, Sizes(level_sizes, num_points, base_size),
-    )  # fmt: skip
+    inputs = (value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD)
+    sizes = Sizes(level_sizes, num_points, base_size)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _Attend.apply(*inputs, image_BN, relative_index_BQN, sizes)
+    return _attend(*inputs, image_BN, relative_index_BQN, sizes)[0]
 
 
 def sample_gather(
@@ -67,38 +68,48 @@ def sample_gather(
     return _Sample.apply(value_BSHD, location_BQHLP2, weight_BQHLP, level_sizes)
 
 
+def _attend(
+    value_JSHD: Tensor,
+    query_term_BQHE: Tensor,
+    index_term_KHE: Tensor,
+    reference_BQ2: Tensor,
+    ignore_HD: Tensor,
+    image_BN: Tensor,
+    relative_index_BQN: Tensor,
+    sizes: Sizes,
+) -> tuple[Tensor, Tensor]:
+    """Softmax over all pairs of a query and one logit of zero, of bags of rows: the result, and the
+    logarithms of what all weights were divided by, (q, H).
+    """
+    B, Q, H, _ = query_term_BQHE.shape
+    pairs = visible_pairs(relative_index_BQN, image_BN)
+    term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs)
+    logit_MHj = term_MHE[..., 2 * sizes.num_points :]
+    normalizer_qH = log_normalizers(logit_MHj, pairs.query, B * Q)
+    reference_q2 = _reference_of_queries(reference_BQ2, B, Q)
+    # Sums over images are kept in the precision of the terms, single or better.
+    out_qHD = normalizer_qH.neg().exp_()[..., None] * ignore_HD.to(term_MHE.dtype)
+    table_RD = value_JSHD.reshape(-1, value_JSHD.shape[-1])
+    levels = level_table(sizes.level_sizes, sizes.num_points, term_MHE.dtype, term_MHE.device)
+    for portion in _portions(len(pairs.query), logit_MHj.shape[1:].numel(), value_JSHD.device):
+        query_n = pairs.query[portion]
+        corners = _corners(term_MHE[portion], query_n, reference_q2, levels, sizes)
+        weight_nHj = _weights(logit_MHj[portion], query_n, normalizer_qH)
+        row_br = _rows(corners.cell, levels, pairs.image[portion], value_JSHD)
+        weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
+        seen_nHD = sum_bags(table_RD, row_br, weight_br).view(-1, H, table_RD.shape[1])
+        out_qHD.index_add_(0, query_n, seen_nHD.to(out_qHD.dtype))
+    return out_qHD.view(B, Q, H, value_JSHD.shape[-1]).to(value_JSHD.dtype), normalizer_qH
+
+
 class _Attend(torch.autograd.Function):
-    """Softmax over all pairs of a query and one logit of zero, of bags of rows."""
+    """`_attend` with a backward that keeps no sample."""
 
     @staticmethod
-    def forward(
-        ctx: Any, value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN,
-        relative_index_BQN, sizes: Sizes,
-    ) -> Tensor:  # fmt: skip
-        B, Q, H, _ = query_term_BQHE.shape
-        pairs = visible_pairs(relative_index_BQN, image_BN)
-        term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs)
-        logit_MHj = term_MHE[..., 2 * sizes.num_points :]
-        normalizer_qH = log_normalizers(logit_MHj, pairs.query, B * Q)
-        reference_q2 = _reference_of_queries(reference_BQ2, B, Q)
-        # Sums over images are kept in the precision of the terms, single or better.
-        out_qHD = normalizer_qH.neg().exp_()[..., None] * ignore_HD.to(term_MHE.dtype)
-        table_RD = value_JSHD.reshape(-1, value_JSHD.shape[-1])
-        levels = level_table(sizes.level_sizes, sizes.num_points, term_MHE.dtype, term_MHE.device)
-        for portion in _portions(len(pairs.query), logit_MHj.shape[1:].numel(), value_JSHD.device):
-            query_n = pairs.query[portion]
-            corners = _corners(term_MHE[portion], query_n, reference_q2, levels, sizes)
-            weight_nHj = _weights(logit_MHj[portion], query_n, normalizer_qH)
-            row_br = _rows(corners.cell, levels, pairs.image[portion], value_JSHD)
-            weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
-            seen_nHD = sum_bags(table_RD, row_br, weight_br).view(-1, H, table_RD.shape[1])
-            out_qHD.index_add_(0, query_n, seen_nHD.to(out_qHD.dtype))
-        out_BQHD = out_qHD.view(B, Q, H, value_JSHD.shape[-1]).to(value_JSHD.dtype)
-        ctx.sizes = sizes
-        ctx.save_for_backward(
-            value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN,
-            relative_index_BQN, out_BQHD, normalizer_qH,
-        )  # fmt: skip
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out_BQHD, normalizer_qH = _attend(*arguments)
+        ctx.sizes = arguments[-1]
+        ctx.save_for_backward(*arguments[:-1], out_BQHD, normalizer_qH)
         return out_BQHD
 
     @staticmethod
