@@ -137,8 +137,9 @@ class Objective:
             totals: result of `totals` for the step.
             forward: the wrapped model (DDP, compiled); default the model itself.
         """
+        # Counted before the batch moves: what lies on a device has to be waited for.
         counts = count_targets(batch)
-        device = self.model.device
+        batch = batch.to(self.model.device)
         draws, hide_earlier, weight = None, None, None
         if batch.target_pixel_values is not None:
             draws, hide_earlier = self.draw(batch, row_numbers)
@@ -146,7 +147,6 @@ class Objective:
                 weight = min_snr_weight(
                     draws.timestep, self.model.training_scheduler, self.config.min_snr_gamma
                 )
-        batch = batch.to(device)
         output = (forward or self.model)(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -163,9 +163,13 @@ class Objective:
         return self._losses(output, counts, batch.num_images, totals)
 
     def draw(self, batch: Batch, row_numbers: Sequence[int]) -> tuple[DiffusionDraws, Tensor]:
-        """Random numbers of the image loss, and (I,) bool, which images see no earlier ones."""
-        assert batch.target_pixel_values is not None
-        targets = batch.target_pixel_values.to(self.model.device)
+        """Random numbers of the image loss, and (I,) bool, which images see no earlier ones.
+
+        Args:
+            batch: lies on the model's device.
+        """
+        targets = batch.target_pixel_values
+        assert targets is not None
         images_a_row = (batch.image_start != NO_IMAGE).sum(1).tolist()
         draws, hidden = [], []
         generator = torch.Generator(device=targets.device)
