@@ -59,7 +59,7 @@ def run_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
         quick=options.quick,
         least=5 if options.quick else 11 if device.type == "cpu" else 20,
         seconds=2.0 if options.quick else 6.0,
-        patience=10.0 if options.quick else 20.0,
+        patience=5.0 if options.quick else 10.0,
     )
     part = importlib.import_module(f"benchmarks.{name}")
     print(f"\n{name}: {part.__doc__.splitlines()[0]}", flush=True)

@@ -29,9 +29,15 @@ EXACT = 1e-11
 
 
 def run(setting: Setting) -> Iterator[Case]:
-    tokens = 64 if setting.quick else 256
+    tokens = 64 if setting.quick else 2048 if setting.is_gpu else 128
     yield from language_cases(setting, LANGUAGE, tokens, images=4)
-    grids = ((320, 32),) if setting.quick else ((320, 64), (640, 32), (1280, 8))
+    grids = (
+        ((320, 32),)
+        if setting.quick
+        else ((320, 64), (640, 32), (1280, 8))
+        if setting.is_gpu
+        else ((320, 32), (1280, 8))
+    )
     for channels, grid in grids:
         yield from map_cases(setting, unet_map(channels, grid), grid)
 

@@ -31,7 +31,7 @@ def run(setting: Setting) -> Iterator[Case]:
     elif setting.quick:
         sizes = ((256, 4, 1), (512, 8, 1))
     else:
-        sizes = ((256, 4, 1), (512, 4, 1), (512, 8, 1), (512, 8, DOCUMENTS), (1024, 8, 1))
+        sizes = ((256, 4, 1), (512, 4, 1), (512, 8, 1), (512, 8, DOCUMENTS))
     for tokens, images, documents in sizes:
         yield prefill_case(setting, LANGUAGE, tokens, images, documents)
 

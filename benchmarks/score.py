@@ -26,10 +26,8 @@ def run(setting: Setting) -> Iterator[Case]:
         config = writer_config(
             hidden=5120, layers=40, intermediate=13824, heads=40, value_dim=1024, vision_dim=1024
         )
-    elif setting.quick:
-        config = writer_config(hidden=256, layers=4, intermediate=512, heads=4, value_dim=128)
     else:
-        config = writer_config(hidden=512, layers=8, intermediate=1376, heads=8)
+        config = writer_config(hidden=256, layers=4, intermediate=512, heads=4, value_dim=128)
     model = random_model(config, setting.device, setting.dtype)
     yield score_case(setting, model, 20 if setting.quick else 100)
 

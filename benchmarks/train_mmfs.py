@@ -25,7 +25,7 @@ def run(setting: Setting) -> Iterator[Case]:
     elif setting.quick:
         sizes = ((512, 8),)
     else:
-        sizes = ((256, 4), (512, 8), (1024, 8))
+        sizes = ((256, 4), (512, 8))
     for tokens, images in sizes:
         yield train_case(setting, LANGUAGE, tokens, images)
 
