@@ -25,7 +25,7 @@ from mm_interleaved.data.sources.files import (
     manifest_of,
 )
 from mm_interleaved.data.sources.records import read_records
-from mm_interleaved.data.sources.registry import make_source
+from mm_interleaved.data.sources.registry import SOURCES, make_source, source_name_of
 from mm_interleaved.data.sources.source import BrokenItem, Shard, in_epoch
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, UsageError
@@ -540,3 +540,19 @@ def test_shards_name_records_and_read_nothing_before_they_are_asked(tmp_path):
     source = make_source("documents", {"paths": str(tmp_path / "a.jsonl")})
     assert source.shards() == [Shard(str(tmp_path / "a.jsonl"))]
     assert not isinstance(next(iter(read_records(source.shards()[0].name)))[1], Record)
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_a_folder_of_images_that_is_not_there_stops_at_the_start(tmp_path, name):
+    path = tmp_path / "a.json"
+    path.write_text("[]")
+    if "images" in SOURCES[name].__dataclass_fields__:
+        with pytest.raises(UsageError, match="no such folder"):
+            make_source(name, {"paths": str(path), "images": f"{tmp_path}/gone"}).shards()
+
+
+def test_tables_longer_than_a_record_are_still_told_apart(tmp_path, monkeypatch):
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": [], "annotations": []}))
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 10)
+    assert source_name_of(str(path)) == "captions"

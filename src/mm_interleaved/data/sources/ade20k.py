@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from mm_interleaved.data.sources.files import found_files, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.files import stem_of
+from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.records import read_records
 from mm_interleaved.data.sources.source import BrokenItem, Item, Shard, attempt
 from mm_interleaved.document import Document, Text
@@ -34,7 +34,7 @@ class SegmentationPairs:
     """Put behind each caption; the released model's recipe has a full stop."""
 
     def shards(self) -> list[Shard]:
-        return [Shard(path) for path in found_files(self.paths)]
+        return [Shard(path) for path in found_with_images(self.paths, self.images)]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)

@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mm_interleaved.data.sources.files import found_files
-from mm_interleaved.data.sources.image_stores import image_store
+from mm_interleaved.data.sources.image_stores import found_with_images, image_store
 from mm_interleaved.data.sources.records import read_records
 from mm_interleaved.data.sources.source import BrokenItem, Item, Shard, attempt
 from mm_interleaved.document import Document
@@ -28,7 +27,7 @@ class DocumentFiles:
     """Leave out images that are not there, instead of calling the document broken."""
 
     def shards(self) -> list[Shard]:
-        return [Shard(path) for path in found_files(self.paths)]
+        return [Shard(path) for path in found_with_images(self.paths, self.images)]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=self.skip_missing_images)

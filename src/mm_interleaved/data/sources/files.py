@@ -145,7 +145,7 @@ def _local_problem(path: str) -> str:
     if not stat.S_ISREG(status.st_mode):
         return f"{escape(path)}: is a {file_kind(status.st_mode)}, expected a regular file"
     if not os.access(path, os.R_OK):
-        return f"{escape(path)}: must not be read"
+        return f"{escape(path)}: there is no permission to read it"
     return "" if status.st_size else f"{escape(path)}: is empty"
 
 

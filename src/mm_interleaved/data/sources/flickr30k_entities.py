@@ -16,11 +16,10 @@ from mm_interleaved.data.sources.files import (
     check_against_manifest,
     file_exists,
     folder_of,
-    found_files,
     open_file,
     reading,
 )
-from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.refcoco import Box, checked_box
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
 from mm_interleaved.document import Document
@@ -52,7 +51,7 @@ class Flickr30kEntities:
     prompt: TaskPrompt = GROUND
 
     def shards(self) -> list[Shard]:
-        return [Shard(path) for path in found_files(self.paths)]
+        return [Shard(path) for path in found_with_images(self.paths, self.images)]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         folder = folder_of(shard.name)

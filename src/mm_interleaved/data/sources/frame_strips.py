@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mm_interleaved.data.sources.files import found_files
-from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.records import read_records
 from mm_interleaved.data.sources.source import (
     BrokenItem,
@@ -50,7 +49,7 @@ class FrameStripStories:
         check_settings(self)
 
     def shards(self) -> list[Shard]:
-        return [Shard(path) for path in found_files(self.paths)]
+        return [Shard(path) for path in found_with_images(self.paths, self.images)]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)

@@ -58,6 +58,17 @@ def image_store(images: str | None, annotations: str, *, skip_missing: bool = Fa
     return ImageFolder(Path(images if is_address(beside) else beside), Path(images), skip_missing)
 
 
+def found_with_images(paths: str | Sequence[str], images: str | None) -> list[str]:
+    """The files that patterns name, where there is a place for their images, too.
+
+    Raises:
+        UsageError, InputError: as `found_files` and `image_store` do.
+    """
+    found = found_files(paths)
+    image_store(images, found[0])
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class AddressedImages:
     """Images below an address of fsspec."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mm_interleaved.data.sources.files import found_files, stem_of
-from mm_interleaved.data.sources.image_stores import image_store
+from mm_interleaved.data.sources.files import stem_of
+from mm_interleaved.data.sources.image_stores import found_with_images, image_store
 from mm_interleaved.data.sources.records import read_records
 from mm_interleaved.data.sources.source import (
     BrokenItem,
@@ -52,7 +52,7 @@ class MMC4:
             raise UsageError(f"max_images: found {self.max_images}, expected at least 1", field="max_images")
 
     def shards(self) -> list[Shard]:
-        return [Shard(path) for path in found_files(self.paths)]
+        return [Shard(path) for path in found_with_images(self.paths, self.images)]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)

@@ -15,13 +15,12 @@ from typing import Any
 
 from mm_interleaved.data.sources.files import (
     check_against_manifest,
-    found_files,
     is_address,
     open_file,
     stem_of,
     warn_of_unlisted,
 )
-from mm_interleaved.data.sources.image_stores import image_store
+from mm_interleaved.data.sources.image_stores import found_with_images, image_store
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.errors import InputError, MMInterleavedError, UsageError, escape
@@ -46,7 +45,7 @@ class ObelicsTables:
     """Pages with more images are left out."""
 
     def shards(self) -> list[Shard]:
-        paths = found_files(self.paths)
+        paths = found_with_images(self.paths, self.images)
         # Most tables are written without check sums of their pages.
         warn_of_unlisted(paths)
         return [Shard(path, _num_rows(path)) for path in paths]

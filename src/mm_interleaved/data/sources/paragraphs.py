@@ -11,7 +11,7 @@ from functools import partial
 
 from mm_interleaved.data.prompts import PARAGRAPH, TaskPrompt
 from mm_interleaved.data.sources.files import found_files, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.records import read_table
 from mm_interleaved.data.sources.source import FilteredItem, Item, Shard, attempt
 from mm_interleaved.document import Document
@@ -31,17 +31,20 @@ class Paragraphs:
     prompt: TaskPrompt = PARAGRAPH
 
     def shards(self) -> list[Shard]:
-        if self.split_path is not None:
-            _ids(found_files(self.split_path)[0])
-        return [Shard(path, len(_records(path))) for path in found_files(self.paths)]
+        self._wanted()
+        return [Shard(path, len(_records(path))) for path in found_with_images(self.paths, self.images)]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)
-        wanted = None if self.split_path is None else _ids(self.split_path)
+        wanted = self._wanted()
         for position, record in enumerate(_records(shard.name)[start:], start):
             place = f"{shard.name}: {record.path}"
             name = f"{stem_of(shard.name)}:{position}"
             yield position, attempt(place, partial(self._item, record, place, name, store, wanted))
+
+    def _wanted(self) -> frozenset[str] | None:
+        """The ids of the split; None for all."""
+        return None if self.split_path is None else _ids(found_files(self.split_path)[0])
 
     def _item(
         self, record: Field, place: str, name: str, store: ImageStore, wanted: frozenset[str] | None

@@ -77,9 +77,14 @@ def _read_table(key: tuple[str, int, int]) -> Field:
 
 def first_record(path: str) -> Field | None:
     """The first value of a file, to tell its format; None where there is no sound one."""
-    for _, item in read_records(path):
-        return item.field if isinstance(item, Record) else None
-    return None
+    _, item = next(read_records(path), (0, None))
+    if isinstance(item, Record):
+        return item.field
+    try:
+        # A table may be longer than any record.
+        return read_table(path) if path.lower().endswith(".json") else None
+    except InputError:
+        return None
 
 
 def _record(place: str, number: int, data: bytes) -> Record | BrokenItem:

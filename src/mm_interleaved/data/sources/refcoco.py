@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from mm_interleaved.data.prompts import GROUND, TaskPrompt, box_answer, phrase
-from mm_interleaved.data.sources.files import found_files, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.files import stem_of
+from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.records import read_records, read_table
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
 from mm_interleaved.document import Document, Image
@@ -38,7 +38,7 @@ class ReferringExpressions:
     def shards(self) -> list[Shard]:
         return [
             Shard(path, None if _is_lines(path) else len(_table_records(path)))
-            for path in found_files(self.paths)
+            for path in found_with_images(self.paths, self.images)
         ]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:

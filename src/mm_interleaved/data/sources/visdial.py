@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.records import read_table
 from mm_interleaved.data.sources.source import Item, Shard, attempt
 from mm_interleaved.document import Document, Image, Part, Text
@@ -41,17 +41,26 @@ class VisualDialogues:
     """Leave out the round before the last question, as the published evaluation does by mistake."""
 
     def shards(self) -> list[Shard]:
-        return [Shard(path, len(_data(path)["dialogs"].list())) for path in found_files(self.paths)]
+        return [
+            Shard(path, len(_data(path)["dialogs"].list()))
+            for path in found_with_images(self.paths, self.images)
+        ]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         path = shard.name
         store = image_store(self.images, path, skip_missing=True)
         data = _data(path)
-        dense = {} if self.dense_annotations is None else _dense(fingerprint(self.dense_annotations))
+        dense = self._dense()
         for position, dialog in enumerate(data["dialogs"].list()[start:], start):
             name = f"{stem_of(path)}:{position}"
             build = partial(self._document, dialog, data, dense, name, store)
             yield position, attempt(f"{path}: {dialog.path}", build)
+
+    def _dense(self) -> Mapping[str, Field]:
+        """Dense annotations by image; none where none are given."""
+        if self.dense_annotations is None:
+            return {}
+        return _dense(fingerprint(found_files(self.dense_annotations)[0]))
 
     def _document(
         self, dialog: Field, data: Field, dense: Mapping[str, Field], name: str, store: ImageStore

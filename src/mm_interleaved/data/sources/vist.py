@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.files import fingerprint, stem_of
+from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.records import read_table
 from mm_interleaved.data.sources.source import Item, Shard, attempt
 from mm_interleaved.data.sources.stories import story_document
@@ -45,7 +45,10 @@ class VisualStories:
     """Parts (captions and images) that are given; negative: counted from the end; 0: all, no target."""
 
     def shards(self) -> list[Shard]:
-        return [Shard(path, len(_stories(fingerprint(path)))) for path in found_files(self.paths)]
+        return [
+            Shard(path, len(_stories(fingerprint(path))))
+            for path in found_with_images(self.paths, self.images)
+        ]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)

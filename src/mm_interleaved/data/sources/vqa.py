@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 
 from mm_interleaved.data.prompts import QUESTION, TaskPrompt
 from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, image_store
+from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.records import read_table
 from mm_interleaved.data.sources.source import Item, Shard, attempt
 from mm_interleaved.document import Document
@@ -42,6 +42,7 @@ class VisualQuestions:
     prompt: TaskPrompt = QUESTION
 
     def shards(self) -> list[Shard]:
+        found_with_images(self.paths, self.images)
         return [Shard(path, len(_questions(path))) for path in self._answers()]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
