@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from cases import DEVICE, assert_equal, case, causal, in_float64, outcome
 
+from mm_interleaved import FeatureSynchronizer
 from mm_interleaved.ops import attention, multi_image_deformable_attention, triton_attention
 from mm_interleaved.ops.triton_attention import Tile, attend_images, attend_images_backward, choose_tile
 
@@ -117,11 +118,43 @@ def test_heads_of_many_channels_are_cut_into_blocks():
     assert_equal(outcome(arguments, "triton"), outcome(arguments, "reference"), EXACT)
 
 
+def test_nothing_is_kept_for_backward_but_arguments_result_and_one_number_a_query_and_head():
+    arguments = case(VISIBILITY["packed documents"], heads=1, points=1)
+    value, term = (arguments[name].requires_grad_() for name in ("value_BNSHD", "query_term_BQHE"))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = multi_image_deformable_attention(**arguments, implementation="triton")
+    known = {x.data_ptr() for x in (value, term, out, *arguments.values()) if isinstance(x, torch.Tensor)}
+    new = sorted(tuple(x.shape) for x in kept if x.data_ptr() not in known)
+    B, Q, H, _ = term.shape
+    N = value.shape[1]
+    assert new == [(B, N), (B, Q, H)]  # which image stands where, and the logarithm of the sum
+
+
 @pytest.mark.parametrize("leaf", ["value_BNSHD", "query_term_BQHE", "index_term_KHE", "ignore_HD"])
 def test_only_the_gradients_that_are_needed_are_computed(leaf):
     arguments = case(torch.ones(1, 5, 1, dtype=torch.bool), heads=1)
     actual = outcome(arguments, "triton", (leaf,))
     assert_equal(actual, outcome(arguments, "reference", (leaf,)), EXACT)
+
+
+@pytest.mark.parametrize("keep", ["values", "features"])
+def test_the_synchronizer_gives_the_same_whatever_its_implementation(keep):
+    torch.manual_seed(0)
+    synchronizer = FeatureSynchronizer(
+        8, 6, value_dim=4, num_heads=2, num_levels=2, num_points=1, max_images=4, base_size=4, keep=keep
+    ).to(DEVICE, torch.float64)
+    torch.nn.init.normal_(synchronizer.sampling_offsets.weight)
+    maps = [torch.randn(1, 2, 6, size, size, dtype=torch.float64, device=DEVICE) for size in (4, 2)]
+    query = torch.randn(1, 6, 8, dtype=torch.float64, device=DEVICE)
+    found = {}
+    for implementation in ("reference", "triton"):
+        synchronizer.implementation = implementation
+        out = synchronizer(query, synchronizer.project_values(maps), causal(6, [0, 3]).to(DEVICE))
+        weights = [p for p in synchronizer.parameters() if p.requires_grad]
+        found[implementation] = [out, *torch.autograd.grad(out.square().sum(), weights)]
+    for fast, expected in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(fast, expected, rtol=0, atol=1e-11)
 
 
 def operator_arguments():

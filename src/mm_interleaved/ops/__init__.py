@@ -2,7 +2,8 @@
 
 `reference.py` is the specification (plain PyTorch, `grid_sample`); `gather.py` is the fast path for any
 device (`embedding_bag`, with a backward of its own), made of `pairs.py` (who looks at what), `corners.py`
-(where) and `bags.py` (weighted sums of rows). `implementation=` forces one of them.
+(where) and `bags.py` (weighted sums of rows); `triton_attention.py` launches the fused kernels for GPUs of
+`triton_kernel.py`. `implementation=` forces one of them.
 """
 
 from mm_interleaved.ops.attention import (
