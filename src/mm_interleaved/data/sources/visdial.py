@@ -41,6 +41,7 @@ class VisualDialogues:
     """Leave out the round before the last question, as the published evaluation does by mistake."""
 
     def shards(self) -> list[Shard]:
+        self._dense()
         return [
             Shard(path, len(_data(path)["dialogs"].list()))
             for path in found_with_images(self.paths, self.images)
@@ -60,7 +61,7 @@ class VisualDialogues:
         """Dense annotations by image; none where none are given."""
         if self.dense_annotations is None:
             return {}
-        return _dense(fingerprint(found_files(self.dense_annotations)[0]))
+        return _dense_annotations(fingerprint(found_files(self.dense_annotations)[0]))
 
     def _document(
         self, dialog: Field, data: Field, dense: Mapping[str, Field], name: str, store: ImageStore
@@ -151,7 +152,7 @@ def _data(path: str) -> Field:
 
 
 @lru_cache(maxsize=2)
-def _dense(key: tuple[str, int, int]) -> Mapping[str, Field]:
+def _dense_annotations(key: tuple[str, int, int]) -> Mapping[str, Field]:
     """Dense annotations by image."""
     try:
         return {str(item["image_id"].value): item for item in read_table(key[0]).list()}
