@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.baselines import baselines
 from benchmarks.cost import cached_cost, textbook_cost
-from benchmarks.harness import Case, Run, Setting, compare, in_turn
+from benchmarks.harness import Case, Run, Setting, compare, in_turn, wait
 from benchmarks.machine import rates
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, gated_synchronizer
-from benchmarks.textbook import TextbookGate
 
 COPIES = 3
 
@@ -41,30 +41,30 @@ def decode_case(
     index = torch.arange(num_images, 0, -1, device=device).expand(batch * beams, 1, num_images)
     row = torch.arange(batch, device=device).repeat_interleave(beams)
 
-    textbook: list[Run] = []
-    ours: list[Run] = []
-    sampled_first: list[Run] = []
+    copies: dict[str, list[Run]] = {}
     for seed in range(COPIES):
         layer = gated_synchronizer(size, device, dtype, seed)
-        reference = TextbookGate(layer)
-        kept = reference.project_cells(cells, size.level_sizes)
-        # The released code repeats the features for each beam, and so must projecting them; ours are shared.
-        repeated = kept._replace(value=kept.value[row]) if beams > 1 else kept
-        textbook.append(lambda reference=reference, values=repeated: reference(hidden, values, index))
+        for name, side in baselines(setting, layer, num_images).items():
+            kept = side.project_cells(cells, size.level_sizes)
+            # The released code repeats the features for each beam; ours are shared.
+            repeated = kept._replace(value=kept.value[row]) if beams > 1 else kept
+            copies.setdefault(name, []).append(lambda side=side, values=repeated: side(hidden, values, index))
         image = torch.arange(batch * num_images, device=device).view(batch, num_images)[row]
-        for keep, side in (("values", ours), ("features", sampled_first)):
+        for keep, name in (("values", "ours"), ("features", "sample first")):
             layer.synchronizer.keep = keep
             values = layer.project_cells(cells, size.level_sizes)._replace(image_BN=image)
-            side.append(lambda layer=layer, values=values: layer(hidden, values, index))
+            copies.setdefault(name, []).append(
+                lambda layer=layer, values=values: layer(hidden, values, index)
+            )
     # The first word after new images multiplies the weights that are folded; it is timed by itself.
     begin = time.perf_counter()
-    for each in ours:
+    for each in copies["ours"]:
         each()
+    wait(device)
     folding = (time.perf_counter() - begin) / COPIES
-    for each in sampled_first:
+    for each in copies["sample first"]:
         each()
-    sides = {"textbook": in_turn(textbook), "ours": in_turn(ours), "sample first": in_turn(sampled_first)}
-    result = compare(setting, sides)
+    result = compare(setting, {name: in_turn(runs) for name, runs in copies.items()})
 
     width = dtype.itemsize
     costs = (

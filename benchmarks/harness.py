@@ -170,6 +170,12 @@ def in_turn(runs: Sequence[Run]) -> Run:
     return run
 
 
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 # ---- Clocks --------------------------------------------------------------------------------------
 
 
@@ -193,7 +199,7 @@ def gpu_clock(device: torch.device) -> Callable[[Run, int], float]:
             begin.record()
             run()
             end.record()
-            torch.cuda.synchronize(device)
+            wait(device)
             total += begin.elapsed_time(end) / 1000
         return total / repeats
 
@@ -209,11 +215,11 @@ def peak_bytes(device: torch.device) -> Iterator[dict[str, int]]:
     counted = {"bytes": 0}
     if device.type == "cuda":
         gc.collect()
-        torch.cuda.synchronize(device)
+        wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield counted
-        torch.cuda.synchronize(device)
+        wait(device)
         counted["bytes"] = torch.cuda.max_memory_allocated(device) - before
         return
     with _LiveTensors() as live:

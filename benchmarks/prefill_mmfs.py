@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.baselines import baselines
 from benchmarks.cost import Cost, cached_cost, projection_flops, textbook_cost
 from benchmarks.harness import Case, Setting, compare
 from benchmarks.machine import rates
@@ -18,7 +19,6 @@ from benchmarks.sizes import (
     gated_synchronizer,
     packed_visibility,
 )
-from benchmarks.textbook import TextbookGate
 from mm_interleaved.visibility import relative_image_index
 
 DOCUMENTS = 4
@@ -54,7 +54,7 @@ def prefill_case(setting: Setting, size: SynchronizerSize, tokens: int, images: 
     visible = visibility(tokens, images, documents, device)
     index = relative_image_index(visible)
     sides = {}
-    for name, side in (("textbook", TextbookGate(layer)), ("ours", layer)):
+    for name, side in {**baselines(setting, layer, images), "ours": layer}.items():
         sides[name] = lambda side=side: side(hidden, side.project_cells(cells, size.level_sizes), index)
     if not setting.quick:
         # What a later layer of the same prompt, or a later round, costs with values that are there already.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import TOLERANCE, Case, Setting
+from benchmarks.harness import TOLERANCE, Case, Setting, wait
 from benchmarks.models import BOS, IMAGE_SIZE, random_model, writer_config
 from mm_interleaved.generation.session import InterleavedSession
 
@@ -137,7 +137,7 @@ def tell(model: Any, rounds: int, words: int) -> Told:
             session.start_image()
             hidden = session.read()
             session.finish_image(picture(number, model))
-            _wait(model)
+            wait(model.device)
             told.seconds.append(time.perf_counter() - begin)
         told.hidden = hidden.clone()
     return told
@@ -160,7 +160,7 @@ def tell_again(model: Any, rounds: int, words: int) -> Told:
             session.append_text(text_of(number, words))
             session.append_image(grey)
             told.hidden = session.read()[:, : session.image_starts[-1] + 1].clone()
-            _wait(model)
+            wait(model.device)
             told.seconds.append(time.perf_counter() - begin)
     return told
 
@@ -198,8 +198,3 @@ def counted(model: Any) -> Iterator[Work]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _wait(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.baselines import baselines
 from benchmarks.cost import cached_cost, projection_flops, textbook_cost
 from benchmarks.harness import Case, Setting, compare, saved_for_backward
 from benchmarks.prefill_mmfs import visibility
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, gated_synchronizer
-from benchmarks.textbook import TextbookGate
 from mm_interleaved.visibility import relative_image_index
 
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 1e-1}
@@ -53,7 +53,7 @@ def train_case(setting: Setting, size: SynchronizerSize, tokens: int, images: in
         out = forward(side)
         return out.detach(), *torch.autograd.grad(out, (hidden, cells, *weights), outward)
 
-    both = {"textbook": TextbookGate(layer), "ours": layer}
+    both = {**baselines(setting, layer, images), "ours": layer}
     sides = {name: lambda side=side: step(side) for name, side in both.items()}
     result = compare(setting, sides, tolerance=GRADIENT_TOLERANCE[dtype], measure="norm")
     saved = {}

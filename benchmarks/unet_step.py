@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost import cached_cost, textbook_cost
-from benchmarks.harness import Case, Setting, compare
+from benchmarks.harness import Case, Setting, compare, wait
 from benchmarks.models import random_painter, synchronizer_sizes, unet_settings
 from benchmarks.sizes import SynchronizerSize
 from benchmarks.textbook import textbook_between
@@ -60,8 +60,7 @@ def step_case(
     # 1. What is there before the first step. The textbook keeps the features alone, once for each half.
     begin = time.perf_counter()
     earlier = decoder.look_at(pyramid, torch.zeros(1, 1, dtype=torch.int64, device=device) - (1 - images))
-    if setting.is_gpu:
-        torch.cuda.synchronize(device)
+    wait(device)
     projecting = time.perf_counter() - begin
     guided = earlier.repeat(GUIDED)
     seen = textbook_between(

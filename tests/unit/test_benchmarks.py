@@ -9,10 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import decode_mmfs, decode_token, prefill_mmfs, sampler, score, story, train_mmfs, unet_step
-from benchmarks.__main__ import main
+from benchmarks.__main__ import PARTS, main
 from benchmarks.cost import cached_cost, sampling_flops, textbook_cost
 from benchmarks.harness import Setting, compare, peak_bytes, saved_for_backward
 from benchmarks.models import random_model, random_painter, writer_config
+from benchmarks.plot import DRAWN, draw
 from benchmarks.sizes import (
     SynchronizerSize,
     feature_synchronizer,
@@ -199,6 +200,23 @@ def test_the_last_line_is_one_json_object_and_differences_fail(monkeypatch, caps
     assert last["cases"][0]["ratio"] == 2.0
     assert json.loads((tmp_path / "precision-cpu.json").read_text()) == last
     assert ("OUTPUTS DIFFER" in out.out) == ("outputs differ" in out.err) == (not equal)
+
+
+def test_every_part_has_a_picture_or_a_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    seconds = {"textbook": 2.0, "ours": 1.0, "read again": 2.0, "remembered": 1.0}
+    case = {
+        "images": 2, "batch": 1, "beams": 1, "context": 8, "tokens": 4, "documents": 2, "ratio": 2.0,
+        "equal": True, "seconds": seconds, "share_of_limit": 0.5, "share": {"textbook": 0.5, "ours": 0.1},
+        "rounds": {"read again": [1.0, 2.0], "remembered": [1.0, 1.0]},
+    }  # fmt: skip
+    facts = {"device": "cpu", "hardware": "a machine", "threads": 1, "dtype": "float32", "commit": "0"}
+    for part in PARTS:
+        (tmp_path / f"{part}-cpu.json").write_text(
+            json.dumps({"benchmark": part, **facts, "cases": [case, case]})
+        )
+    draw(tmp_path, tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {f"bench_{part}-cpu" for part in DRAWN}
 
 
 # ---- The parts -----------------------------------------------------------------------------------
