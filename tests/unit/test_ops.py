@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from mm_interleaved.ops import deformable_sampling, gather, multi_image_deformable_attention, sampling_plan
+from mm_interleaved.ops import (
+    attention,
+    deformable_sampling,
+    gather,
+    multi_image_deformable_attention,
+    sampling_plan,
+)
 
 LEVELS = (4, 2)
 
@@ -307,6 +313,20 @@ def test_far_off_offsets_sample_nothing_and_stay_finite(case):
     far["ignore_HD"] = None
     for implementation in ("gather",):
         assert not multi_image_deformable_attention(**far, implementation=implementation).any()
+
+
+def test_the_choice_for_given_places_changes_no_result():
+    generator = torch.Generator().manual_seed(5)
+    value = torch.randn(1, 20, 2, attention.FEW_CHANNELS, generator=generator, dtype=torch.float64)
+    location = torch.rand(1, 5, 2, 2, 3, 2, generator=generator, dtype=torch.float64)
+    weight = torch.rand(1, 5, 2, 2, 3, generator=generator, dtype=torch.float64)
+    trained = deformable_sampling(value.clone().requires_grad_(), LEVELS, location, weight)
+    assert trained.grad_fn.name() != "_SampleBackward"
+    torch.testing.assert_close(
+        trained, deformable_sampling(value, LEVELS, location, weight), atol=1e-12, rtol=0
+    )
+    wider = torch.cat([value, value], dim=-1).requires_grad_()
+    assert deformable_sampling(wider, LEVELS, location, weight).grad_fn.name() == "_SampleBackward"
 
 
 def test_wrong_sizes_and_names_are_refused():
