@@ -134,7 +134,7 @@ def attend_images(
     reference_BQ2 = _with_adjacent_channels(reference_BQ2).expand(B, Q, 2)
     sizes = kernel_sizes(H, D, level_sizes, num_points, base_size)
     tile = choose_forward_tile(Q, grid_width, sizes["BLOCK_D"], num_points)
-    splits = _ceil_div(N, IMAGES_PER_SPLIT) if tile.points > 1 else 1
+    splits = _ceil_div(N, IMAGES_PER_SPLIT) if Q <= FEW_QUERIES else 1
     if splits > 1:
         part = query_term_BQHE.new_empty(splits, B, Q, H, D)
         part_max, part_sum = part.new_empty(splits, B, Q, H), part.new_empty(splits, B, Q, H)
