@@ -95,7 +95,7 @@ def test_a_twin_trains(name, folder, tmp_path):
 def test_a_run_is_run_again_from_its_settings_and_exported_to_the_same_bits(folder, tmp_path):
     pytest.importorskip("tensorboard")
     more = [
-        "training.ema_decay=0.5", "samples.every=1", "samples.count=1",
+        "frozen_type=bfloat16", "training.ema_decay=0.5", "samples.every=1", "samples.count=1",
         "samples.num_inference_steps=1", "samples.max_new_tokens=4", "tensorboard=true", "measure_mfu=true",
     ]  # fmt: skip
     assignments = [f"start_from={folder}", *QUICK, *more]

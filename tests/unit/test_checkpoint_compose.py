@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image as PILImage
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
@@ -30,6 +31,7 @@ from mm_interleaved.config import AdapterConfig, ResamplerConfig, SynchronizerCo
 from mm_interleaved.document import Document, Text
 from mm_interleaved.errors import ModelFileError, UsageError
 from mm_interleaved.models.unet import unet_forward
+from mm_interleaved.training.run import run_recipe
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -267,3 +269,27 @@ def test_a_missing_part_a_wrong_dtype_and_a_full_folder_are_refused(tmp_path, co
         compose(tmp_path / "out", **parts, dtype="float8")
     with pytest.raises(UsageError, match="there already"):
         compose(composed[0], **parts, joints=JOINTS)
+
+
+def test_a_composed_model_is_trained_by_a_recipe(tmp_path, composed):
+    PILImage.new("RGB", (20, 20), (200, 30, 40)).save(tmp_path / "lamp.png")
+    parts = [{"type": "text", "text": "A lamp."}, {"type": "image", "image": "lamp.png"}]
+    (tmp_path / "lamps.jsonl").write_text(json.dumps({"id": "lamp", "content": parts}))
+    settings = {
+        "start_from": composed[0], "corpora.pairs.kind": "documents", "max_length": 64, "num_threads": 1,
+        "corpora.pairs.paths": tmp_path / "lamps.jsonl", "corpora.stories.weight": 0, "training.steps": 2,
+        "global_batch_size": 2, "micro_batch_size": 1, "training.log_every": 1,
+    }  # fmt: skip
+    assignments = [f"{name}={value}" for name, value in settings.items()]
+    trained = run_recipe("pretrain-storyworld", assignments, out=tmp_path / "run")
+    before, after = (
+        MMInterleavedForConditionalGeneration.from_pretrained(folder).state_dict()
+        for folder in (composed[0], trained)
+    )
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert {"vision", "text_head", "image_decoder", "language_model"} <= changed
+    assert not any(
+        "self_attn" in name and not torch.equal(before[name], after[name])
+        for name in before
+        if name.startswith("language_model.")
+    )

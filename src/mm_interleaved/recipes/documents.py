@@ -29,7 +29,7 @@ from mm_interleaved.training.documents import DocumentsStage, build_loader
 from mm_interleaved.training.loop import train_stage, trained_parameters
 from mm_interleaved.training.metrics import LogWriter, TensorBoardWriter, WandbWriter
 from mm_interleaved.training.objectives import Objective
-from mm_interleaved.training.parallel import joined_ranks, spread
+from mm_interleaved.training.parallel import Ranks, joined_ranks, spread
 from mm_interleaved.training.parts import choose_trained, count_parameters
 from mm_interleaved.training.settings import to_record
 from mm_interleaved.training.train_config import CorpusConfig, TrainConfig
@@ -83,7 +83,7 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         # 2. Its data and its losses, on all ranks.
         loader = build_loader(config, processor, ranks=ranks, target_pixels=model.image_decoder is not None)
         objective = Objective(model, config.objective, seed=config.seed)
-        wrapped = spread(model, ranks, config.parallel, communication_type=_communication_type(config))
+        wrapped = spread(model, ranks, config.parallel, communication_type=_communication_type(config, ranks))
         stage = DocumentsStage(model, loader, objective, wrapped=wrapped, ranks=ranks)
 
         # 3. Train.
@@ -176,7 +176,11 @@ def _save(built: _Built, config: TrainConfig, out: Path) -> None:
         built.processor.save_pretrained(temporary)
 
 
-def _communication_type(config: TrainConfig) -> str:
+def _communication_type(config: TrainConfig, ranks: Ranks) -> str:
+    """The number type in which FSDP gathers weights; empty = as they are stored."""
+    # On a CPU, norms do not take weights of another type than their input.
+    if ranks.device.type == "cpu":
+        return ""
     if config.training.use_float16:
         return "float16"
     return "bfloat16" if config.training.use_bfloat16 else ""

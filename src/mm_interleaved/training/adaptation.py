@@ -72,20 +72,23 @@ def quantization_settings(config: LoraConfig) -> dict[str, Any]:
 
 
 def keep_frozen_as(model: nn.Module, number_type: torch.dtype) -> None:
-    """Keeps frozen weights in a smaller number type; the autoencoder stays as it is.
+    """Keeps frozen matrices and kernels in a smaller number type; norms, biases and the autoencoder stay.
 
     Call it when it is known what trains. Autocast has to be on: layers then see weights of two types.
     """
     vae = set(model.image_decoder.vae.parameters()) if model.image_decoder is not None else set()
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter not in vae and parameter.is_floating_point():
+        is_matrix = parameter.ndim >= 2 and parameter.is_floating_point()
+        if is_matrix and not parameter.requires_grad and parameter not in vae:
             parameter.data = parameter.data.to(number_type)
 
 
 def checkpoint_activations(model: MMInterleavedForConditionalGeneration) -> None:
     """Lets the language model, CLIP and the U-Net compute activations again in the backward pass."""
-    # The other kind breaks where a layer reads image features that need gradients too.
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Under its new name where transformers has it. The other kind of checkpoint (reentrant) breaks where a
+    # layer reads image features that need gradients too.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     if model.image_decoder is not None:
         model.image_decoder.unet.enable_gradient_checkpointing(
             partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
