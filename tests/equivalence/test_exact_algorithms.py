@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved.generation.session import InterleavedSession
+from mm_interleaved.models.norms import normalize
 from mm_interleaved.models.positions import resize_grid_table
 from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
 from mm_interleaved.models.unet import MapSynchronizer
@@ -168,6 +169,23 @@ def test_no_image_at_all_is_a_constant_without_any_query_work(form):
     expected = by_definition(module, hidden_x, hidden_cells, torch.zeros_like(hidden_index))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert counter.get_total_flops() <= 2 * V * D + 2 * D * D  # of one vector, whatever the queries
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norm", [nn.RMSNorm(6, eps=1e-3), nn.LayerNorm(6)], ids=["rms", "layer"])
+def test_a_norm_without_its_affine_part_is_that_norm(norm, dtype):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    norm = copy.deepcopy(norm).double()
+    outcomes = []
+    for function, at in ((norm, x), (lambda x: normalize(norm, x), x.detach().to(dtype).requires_grad_())):
+        out = function(at)
+        weights = torch.arange(36.0, dtype=torch.float64).view(2, 3, 6).sin().to(out.dtype)
+        outcomes.append((out, torch.autograd.grad((out * weights).sum(), at)[0]))
+    allowed = 1e-13 if dtype == torch.float64 else 0.05
+    for expected, found in zip(*outcomes, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=allowed)
 
 
 # ---- Weights that change ---------------------------------------------------------------------------

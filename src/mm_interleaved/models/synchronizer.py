@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from mm_interleaved.models.folding import FoldedOnce, FoldedTerms, fold_terms, weights_at_hand
+from mm_interleaved.models.norms import normalize
 from mm_interleaved.ops import SamplingPlan, multi_image_deformable_attention, sampling_plan
 from mm_interleaved.visibility import relative_image_index
 
@@ -412,13 +413,6 @@ def may_fold(module: nn.Module, values: ImageValues, weights: list[Tensor] | Non
     if weights is None or values.folded is None or module.training:
         return False
     return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
-
-
-def normalize(norm: nn.RMSNorm | nn.LayerNorm, x: Tensor) -> Tensor:
-    """A norm without its affine part."""
-    if isinstance(norm, nn.RMSNorm):
-        return F.rms_norm(x, norm.normalized_shape, eps=norm.eps)
-    return F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
 
 
 def project_for_all(

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from mm_interleaved.models.folding import FoldedTerms, fold_linear, weights_at_hand
+from mm_interleaved.models.norms import normalize
 from mm_interleaved.models.positions import resize_grid_table, sincos_2d_table
 from mm_interleaved.models.synchronizer import (
     FeatureSynchronizer,
     ImageValues,
     may_fold,
-    normalize,
     project_for_all,
 )
 
