@@ -1,6 +1,8 @@
 """One layer's synchronizer over a whole prompt: causal rows, and rows of several documents.
 
-The values are projected within the call on both sides: a prompt's images are new.
+The values are projected within the call on both sides: a prompt's images are new. What is folded of the
+weights is there from the round before; beside it stand a session's first prompt, and one whose images are
+known already.
 """
 
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.baselines import baselines
 from benchmarks.cost import Cost, cached_cost, projection_flops, textbook_cost
-from benchmarks.harness import Case, Setting, compare
+from benchmarks.harness import Case, Run, Setting, compare
 from benchmarks.machine import rates
 from benchmarks.sizes import (
     LANGUAGE,
@@ -53,13 +55,19 @@ def prefill_case(setting: Setting, size: SynchronizerSize, tokens: int, images: 
     hidden = torch.randn(1, tokens, size.query_dim, generator=generator, device=device).to(dtype)
     visible = visibility(tokens, images, documents, device)
     index = relative_image_index(visible)
-    sides = {}
-    for name, side in {**baselines(setting, layer, images), "ours": layer}.items():
-        sides[name] = lambda side=side: side(hidden, side.project_cells(cells, size.level_sizes), index)
-    if not setting.quick:
-        # What a later layer of the same prompt, or a later round, costs with values that are there already.
+    sides: dict[str, Run] = {
+        name: lambda side=side: side(hidden, side.project_cells(cells, size.level_sizes), index)
+        for name, side in baselines(setting, layer, images).items()
+    }
+    known = layer.project_cells(cells, size.level_sizes)
+
+    def ours() -> Tensor:
         values = layer.project_cells(cells, size.level_sizes)
-        sides["ours, values kept"] = lambda: layer(hidden, values, index)
+        return layer(hidden, values._replace(folded=known.folded), index)
+
+    sides["ours"] = ours
+    sides["ours, first prompt"] = lambda: layer(hidden, layer.project_cells(cells, size.level_sizes), index)
+    sides["ours, known images"] = lambda: layer(hidden, known, index)
     result = compare(setting, sides)
 
     pairs, width = int(visible.sum()), dtype.itemsize
@@ -75,6 +83,7 @@ def prefill_case(setting: Setting, size: SynchronizerSize, tokens: int, images: 
         "documents": documents,
         "pairs": pairs,
         **result.record("ours"),
+        "ratios": {name: result.ratio(name) for name in result.median},
         "model_ratio": theirs.flops / ours.flops,
         "flops": {"textbook": theirs.flops, "ours": ours.flops},
         "bytes": {"textbook": theirs.bytes, "ours": ours.bytes},
