@@ -35,9 +35,8 @@ VISIBILITY = {
 
 @pytest.mark.parametrize("name", VISIBILITY)
 def test_result_and_all_gradients_equal_the_reference(name):
-    arguments = case(
-        VISIBILITY[name], heads=1 if name == "causal" else 2, points=2 if name == "causal" else 1
-    )
+    heads, points = (1, 2) if name.startswith(("causal", "decoding")) else (2, 1)
+    arguments = case(VISIBILITY[name], heads=heads, points=points)
     assert_equal(outcome(arguments, "triton"), outcome(arguments, "reference"), EXACT)
 
 
