@@ -212,6 +212,21 @@ def test_given_places_and_all_gradients_equal_the_reference(level_sizes):
         torch.testing.assert_close(fast, reference, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_in_half_precision_are_summed_in_single(case, dtype):
+    exact = outcome(case, "reference")
+    low = {name: case[name].to(dtype if name == "value_BNSHD" else torch.float32) for name in INPUTS}
+    leaves = {name: tensor.requires_grad_() for name, tensor in low.items()}
+    out = multi_image_deformable_attention(**{**case, **leaves})
+    assert out.dtype == dtype
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gradients = torch.autograd.grad((out.double() * weights).sum(), leaves.values())
+    for name, found in zip(INPUTS, gradients, strict=True):
+        assert found.dtype == low[name].dtype
+        assert (found.double() - exact[name]).abs().max() <= 0.03 * exact[name].abs().max(), name
+    assert (out.double() - exact["out"]).abs().max() <= 0.01 * exact["out"].abs().max()
+
+
 def test_backward_keeps_the_arguments_and_little_more(case):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):

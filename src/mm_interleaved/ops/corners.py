@@ -31,23 +31,27 @@ class Levels(NamedTuple):
     has_second: Tensor | None
 
 
-@lru_cache(maxsize=32)
 def level_table(
     level_sizes: tuple[int, ...], num_points: int, dtype: torch.dtype, device: torch.device
 ) -> Levels:
-    """The same for every call with the same sizes."""
-    with torch.inference_mode(False):
-        size = torch.tensor(level_sizes, dtype=dtype, device=device)
-        start = size.square().cumsum(0) - size.square()
-        steps = [[0, 1, side, side + 1] if side > 1 else [0] * 4 for side in level_sizes]
-        steps_4L = torch.tensor(steps, dtype=torch.int32, device=device).t()
-        return Levels(
-            size=size.repeat_interleave(num_points),
-            last_low=(size - 2).clamp(min=0).repeat_interleave(num_points),
-            start=start.repeat_interleave(num_points),
-            steps=steps_4L.repeat_interleave(num_points, dim=1),
-            has_second=(size > 1).repeat_interleave(num_points) if 1 in level_sizes else None,
-        )
+    """The same for every call with the same sizes; made in two transfers to the device."""
+    numbers_3j, steps_4j = _level_numbers(level_sizes, num_points)
+    size, last_low, start = torch.tensor(numbers_3j, dtype=dtype, device=device).unbind()
+    steps = torch.tensor(steps_4j, dtype=torch.int32, device=device)
+    return Levels(size, last_low, start, steps, has_second=size > 1 if 1 in level_sizes else None)
+
+
+@lru_cache(maxsize=32)
+def _level_numbers(
+    level_sizes: tuple[int, ...], num_points: int
+) -> tuple[list[list[float]], list[list[int]]]:
+    # Numbers, not tensors: those of one mode (inference, compilation) would not serve in another.
+    numbers, steps, start = [], [], 0
+    for size in level_sizes:
+        numbers += [[size, max(size - 2, 0), start]] * num_points
+        steps += [[0, 1, size, size + 1] if size > 1 else [0] * 4] * num_points
+        start += size * size
+    return [list(row) for row in zip(*numbers, strict=True)], [list(row) for row in zip(*steps, strict=True)]
 
 
 class Corners(NamedTuple):
