@@ -227,6 +227,19 @@ def test_values_in_half_precision_are_summed_in_single(case, dtype):
     assert (out.double() - exact["out"]).abs().max() <= 0.01 * exact["out"].abs().max()
 
 
+def test_terms_in_half_precision_still_find_their_cells():
+    """More cells than half precision can tell apart: each query looks at the centre of the last one."""
+    size = 64
+    value = torch.arange(float(size * size)).view(1, 1, -1, 1, 1) / size**2
+    terms = torch.zeros(1, 2, 1, 3, dtype=torch.float16)
+    reference = torch.tensor([[[1 - 0.5 / size, 1 - 0.5 / size]]])
+    seen = torch.tensor([[[1], [1]]])
+    out = multi_image_deformable_attention(
+        value, terms, terms[0, :2], seen, reference.half(), (size,), num_points=1, base_size=size
+    )
+    torch.testing.assert_close(out, torch.full_like(out, 0.5 * (1 - size**-2)), rtol=0, atol=1e-5)
+
+
 def test_backward_keeps_the_arguments_and_little_more(case):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):

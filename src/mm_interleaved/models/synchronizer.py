@@ -23,8 +23,6 @@ from mm_interleaved.ops import SamplingPlan, multi_image_deformable_attention, s
 from mm_interleaved.visibility import relative_image_index
 
 CENTRE = 0.5
-
-
 KEEP = ("values", "features")
 
 

@@ -54,7 +54,10 @@ def attend_gather(
     ignore_HD: Tensor,
 ) -> Tensor:
     """`multi_image_deformable_attention`, its optional arguments filled in, over the visible pairs alone."""
-    inputs = (value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD)
+    # Half precision cannot count the cells of a large map.
+    exact = torch.promote_types(query_term_BQHE.dtype, torch.float32)
+    terms = (query_term_BQHE.to(exact), index_term_KHE.to(exact), reference_BQ2.to(exact))
+    inputs = (value_JSHD, *terms, ignore_HD)
     sizes = Sizes(level_sizes, num_points, base_size)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _Attend.apply(*inputs, image_BN, relative_index_BQN, sizes)
@@ -65,7 +68,8 @@ def sample_gather(
     value_BSHD: Tensor, level_sizes: tuple[int, ...], location_BQHLP2: Tensor, weight_BQHLP: Tensor
 ) -> Tensor:
     """Sum of bilinear samples. Arguments and result as `deformable_sampling`."""
-    return _Sample.apply(value_BSHD, location_BQHLP2, weight_BQHLP, level_sizes)
+    exact = torch.promote_types(location_BQHLP2.dtype, torch.float32)
+    return _Sample.apply(value_BSHD, location_BQHLP2.to(exact), weight_BQHLP.to(exact), level_sizes)
 
 
 def _attend(
@@ -162,7 +166,6 @@ class _Attend(torch.autograd.Function):
             of_index_term = torch.zeros_like(index_term_KHE).index_add_(0, pairs.relative, of_term_MHE)
         if needs[3]:
             of_reference = of_reference_q2.view(B, Q, 2).sum_to_size(reference_BQ2.shape)
-            of_reference = of_reference.to(reference_BQ2.dtype)
         if needs[4]:
             of_ignore = torch.einsum("qh,qhd->hd", normalizer_qH.neg().exp(), gradient_qHD)
             of_ignore = of_ignore.to(ignore_HD.dtype)
@@ -291,7 +294,7 @@ def _given(
     place_2nHj = (location_nHj2.movedim(-1, 0) * levels.size).sub_(0.5)
     row_n = torch.arange(portion.start, portion.stop, device=place_2nHj.device)
     row_n = row_n.div_(location_BQHLP2.shape[1], rounding_mode="floor")
-    weight_nHj = weight_BQHLP.flatten(0, 1)[portion].flatten(2).to(place_2nHj.dtype)
+    weight_nHj = weight_BQHLP.flatten(0, 1)[portion].flatten(2)
     return bilinear_corners(place_2nHj, levels), weight_nHj, row_n
 
 
