@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from mm_interleaved.document import Document, Text
+from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.text import TOKENS_AT_ONCE, score_options
-from tiny import BOS, tiny_model
+from tiny import BOS, tiny_model, tiny_processor
 
 
 def session_of(model):
@@ -59,3 +61,14 @@ def test_a_session_is_as_before_after_its_options_were_scored():
     assert (scored.read() - untouched.read()).abs().max() < 1e-12
     assert torch.equal(score_options(scored, OPTIONS[:9]), score_options(scored, OPTIONS[:9]))
     assert score_options(scored, []).shape == (0,)
+
+
+def test_candidates_are_encoded_once_each():
+    model = tiny_model()
+    generator = InterleavedGenerator(model, tiny_processor(model.config))
+    encoded = []
+    model.vision.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0])))
+    document = Document(id="d", parts=[Text("Hi")])
+    generator.generate(document, layout="I I", num_candidates=3, num_inference_steps=1, guidance_scale=1.0)
+    # Three to choose from for the text before them; of the three after an image, without any text, the first.
+    assert encoded == [1, 1, 1, 1]

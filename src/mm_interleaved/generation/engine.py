@@ -26,6 +26,7 @@ from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.generation.text import TextRules, is_released, score_options, write_text
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.vision import ImageFeatures
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.prompts import ANSWERING_ROLE
 
@@ -150,6 +151,8 @@ class _Continuation:
         self.role = ANSWERING_ROLE if any(part.role is not None for part in document.parts) else None
         self.tokens_left = settings.max_new_tokens
         self.num_painted = 0
+        # Of the pictures to choose from, by identity.
+        self.seen: dict[int, ImageFeatures] = {}
         self.height, self.width = self._picture_size()
         self.sequence = processor.encode(document)
         check_fits(self.sequence, model.config.text_config.max_position_embeddings, max_images(model))
@@ -258,10 +261,11 @@ class _Continuation:
         for first in range(0, len(seeds), PICTURES_AT_ONCE):
             group = seeds[first : first + PICTURES_AT_ONCE]
             pictures += yield from self._denoise(group, conditioning, earlier)
+        self.seen.clear()
         chosen = self._best_for(pictures, text_before)
 
         # 3. From here on it is an image like any other, seen through the same 8 bits and the same resizing.
-        session.finish_image(self._pixels(pictures[chosen]))
+        session.finish_seen_image(self._see(pictures[chosen]))
         self.num_painted += 1
         part = Image(pictures[chosen], role=self.role, generated=True, seed=seeds[chosen])
         self.document = self.document.extended(part)
@@ -302,9 +306,16 @@ class _Continuation:
         for picture in pictures:
             session = InterleavedSession(self.model)
             session.append_text([self.vocabulary.bos])
-            session.append_image(self._pixels(picture))
+            session.start_image()
+            session.finish_seen_image(self._see(picture))
             scores.append(score_options(session, [text_ids[: session.room]]).item())
         return max(range(len(scores)), key=scores.__getitem__)
+
+    def _see(self, picture: PILImage.Image) -> ImageFeatures:
+        """A candidate as the model sees it; it is encoded once, however often it is looked at."""
+        if id(picture) not in self.seen:
+            self.seen[id(picture)] = self.session.encode(self._pixels(picture))
+        return self.seen[id(picture)]
 
     def _text_since_last_image(self) -> list[int]:
         starts = self.session.image_starts

@@ -14,6 +14,7 @@ from torch import Tensor
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.models.vision import ImageFeatures
 from mm_interleaved.visibility import context_images
 
 
@@ -68,10 +69,18 @@ class InterleavedSession:
         self.image_starts.append(len(self.ids))
         self.append_text([self.model.config.image_start_token_id])
 
-    @torch.no_grad()
     def finish_image(self, pixel_values: Tensor) -> None:
         """The slots of the image just started: RGB in [0, 1], (1, 3, H, W), square. Encoded once."""
-        features = self.model.encode_images(pixel_values.to(self.model.device))
+        self.finish_seen_image(self.encode(pixel_values))
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor) -> ImageFeatures:
+        """What the model sees of an image: RGB in [0, 1], (1, 3, H, W), square."""
+        return self.model.encode_images(pixel_values.to(self.model.device))
+
+    @torch.no_grad()
+    def finish_seen_image(self, features: ImageFeatures) -> None:
+        """The same for an image that somebody has encoded already, see `encode`."""
         start = torch.tensor([[self.image_starts[-1]]], device=self.model.device)
         # The synchronizers must know the image before its slots are read: slots look at their own image.
         self.cache.append_images(start, self.model.values_by_row(features.pyramid, start))
