@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mm_interleaved.training.settings import StageConfig
 
-_ENDS = ("conv_in", "conv_out", "text_head", "patch_embedding")
-"""Layers between a network and what goes in or comes out of it."""
+_NOT_INNER = ("conv_in", "conv_out", "text_head", "patch_embedding", "synchronizer", "readers")
+"""Layers between a network and what goes in or comes out of it, and those that say where to look."""
 
 
 class ParameterRule(NamedTuple):
@@ -128,15 +128,13 @@ class MuonWithAdamW:
 
 
 def inner_matrices(parts: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Names of the weights that are Muon's: of linear layers and convolutions that are not at a network's
-    ends.
-    """
+    """Names of the weights that are Muon's: of linear layers and convolutions inside the networks."""
     return frozenset(
         name
         for part, module in parts.items()
         for layer_name, layer in module.named_modules(prefix=part)
         if isinstance(layer, nn.Linear | nn.Conv2d)
-        and not any(end in (name := f"{layer_name}.weight") for end in _ENDS)
+        and not any(end in (name := f"{layer_name}.weight") for end in _NOT_INNER)
     )
 
 

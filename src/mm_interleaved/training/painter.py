@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.training.data import DocumentBatch
-from mm_interleaved.training.naming import NAMES, NOT_THERE, ONLY_SEEN, SceneCode, painting_labels
+from mm_interleaved.training.naming import IS_ONLY_SEEN, NOT_THERE, SceneCode, painting_labels
 from mm_interleaved.training.painting import PaintingStage
-
-_ONLY_SEEN = torch.tensor([name.startswith(ONLY_SEEN) for name in NAMES])
 
 _SILENT = 0.3
 """Share of the pictures whose codes tell no more than words could."""
@@ -61,4 +59,4 @@ class PainterStage(PaintingStage):
     def condition(self, contexts: list[Tensor]) -> Tensor:
         labels_IN = torch.cat(contexts).long()
         is_silent_I1 = torch.rand(len(labels_IN), 1) < _SILENT
-        return self.code.encode(labels_IN.masked_fill(is_silent_I1 & _ONLY_SEEN, NOT_THERE))
+        return self.code.encode(labels_IN.masked_fill(is_silent_I1 & IS_ONLY_SEEN, NOT_THERE))

@@ -1,7 +1,8 @@
-"""The stage that teaches the vision tower to name what it sees, before a language model listens to it.
+"""The stage that teaches the vision tower and its slots to name what they see, before a language model listens
+to them.
 
-It stands where the released model takes CLIP's weights: a tower that knows nothing gives the language model
-nothing to listen to, and both wait for each other for thousands of steps.
+It stands where the released model takes the weights of CLIP and of a pretrained resampler: slots that tell
+nothing give the language model nothing to listen to, and both wait for each other for thousands of steps.
 Letters: I images, C channels.
 """
 
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 from mm_interleaved.models.vision import VisionTower
 from mm_interleaved.storyworld.renderer import render_scene, scene_at
 from mm_interleaved.training.loop import Losses
-from mm_interleaved.training.naming import SIZES, mean_loss, naming_losses, scene_labels
+from mm_interleaved.training.naming import (
+    IS_ONLY_SEEN,
+    NOT_THERE,
+    SIZES,
+    mean_loss,
+    naming_losses,
+    scene_labels,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +38,23 @@ class NamedPictures:
 
 
 class VisionSideStage:
-    """Trains the tower through linear readers of its pyramid's levels of 16 and 8 cells, which are thrown
-    away.
+    """Trains the tower through linear readers of its pyramid's levels of 16 and 8 cells and of its slots; the
+    readers are thrown away.
+
+    Badges and patterns are not to be read from the slots: the few slots are for what a picture is about, the
+    pyramid is for its details.
     """
 
     name = "vision"
 
     def __init__(self, vision: VisionTower, *, dim: int, grid_size: int, seed: int, batch_size: int) -> None:
         self.vision, self.seed, self.batch_size = vision, seed, batch_size
-        cells = ((2 * grid_size) ** 2, grid_size**2)
-        self.readers = nn.ModuleList(nn.Linear(number * dim, sum(SIZES)) for number in cells)
+        num_slots, slot_dim = vision.resampler.queries.shape[-2], vision.slot_projection.out_features
+        self.readers = nn.ModuleDict({
+            "16": nn.Linear((2 * grid_size) ** 2 * dim, sum(SIZES)),
+            "8": nn.Linear(grid_size**2 * dim, sum(SIZES)),
+            "slots": nn.Linear(num_slots * slot_dim, sum(SIZES)),
+        })  # fmt: skip
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         return {"vision": self.vision, "readers": self.readers}
@@ -55,11 +70,13 @@ class VisionSideStage:
         )
 
     def compute_losses(self, batch: NamedPictures) -> Losses:
-        pyramid = self.vision(batch.pixels).pyramid
+        seen = self.vision(batch.pixels)
+        read = {"16": seen.pyramid[1], "8": seen.pyramid[2], "slots": seen.slots}
         named: dict[str, Tensor] = {}
-        for reader, level_ICyx in zip(self.readers, pyramid[1:3], strict=True):
-            losses = naming_losses(reader(level_ICyx.flatten(1)), batch.labels)
-            size = level_ICyx.shape[-1]
-            named |= {f"naming{size}": mean_loss(losses), f"badge{size}": mean_loss(losses, "badge")}
+        for name, features in read.items():
+            is_hidden_N = IS_ONLY_SEEN & (name == "slots")
+            labels_IN = batch.labels.masked_fill(is_hidden_N, NOT_THERE)
+            losses = naming_losses(self.readers[name](features.flatten(1)), labels_IN)
+            named |= {f"naming_{name}": mean_loss(losses), f"badge_{name}": mean_loss(losses, "badge")}
         total = torch.stack([loss for name, loss in named.items() if name.startswith("naming")]).sum()
         return Losses(total=total, named=named, counts={"images": len(batch.pixels)}, document_ids=batch.ids)
