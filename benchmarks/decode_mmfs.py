@@ -5,12 +5,13 @@ Three copies of the layer take turns, so that neither side finds its weights in 
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from benchmarks.baselines import baselines
 from benchmarks.cost import cached_cost, textbook_cost
-from benchmarks.harness import Case, Run, Setting, compare, in_turn, wait
+from benchmarks.harness import Case, Run, Setting, compare, exact_first, in_turn, wait
 from benchmarks.machine import rates
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, gated_synchronizer
 
@@ -19,12 +20,13 @@ COPIES = 3
 
 def run(setting: Setting) -> Iterator[Case]:
     images = (1, 8, 32) if setting.quick else (1, 4, 8, 16, 32)
-    for num_images in images:
-        yield decode_case(setting, LANGUAGE, num_images, batch=1)
+    cases = [(count, 1, 1) for count in images]
     if not setting.quick:
         # Rows of one batch have images of their own; beams of one row share them.
-        yield decode_case(setting, LANGUAGE, 8, batch=8)
-        yield decode_case(setting, LANGUAGE, 8, batch=1, beams=5)
+        cases += [(8, 8, 1), (8, 1, 5)]
+    for count, batch, beams in cases:
+        case = partial(decode_case, size=LANGUAGE, num_images=count, batch=batch, beams=beams)
+        yield exact_first(setting, case)
 
 
 @torch.inference_mode()

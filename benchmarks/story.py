@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import TOLERANCE, Case, Setting, wait
+from benchmarks.harness import TOLERANCE, Case, Setting, cpu_seconds, wait
 from benchmarks.models import BOS, IMAGE_SIZE, random_model, writer_config
 from mm_interleaved.generation.session import InterleavedSession
 
@@ -126,11 +126,12 @@ def text_of(number: int, words: int) -> list[int]:
 @torch.inference_mode()
 def tell(model: Any, rounds: int, words: int) -> Told:
     """One session from the first word to the last picture."""
+    clock = time.perf_counter if model.device.type == "cuda" else cpu_seconds
     with counted(model) as work:
         session, told = InterleavedSession(model), Told(torch.empty(0), work=work)
         session.append_text([BOS])
         for number in range(rounds):
-            begin = time.perf_counter()
+            begin = clock()
             for word in text_of(number, words):
                 session.append_text([word])
                 session.read()
@@ -138,7 +139,7 @@ def tell(model: Any, rounds: int, words: int) -> Told:
             hidden = session.read()
             session.finish_image(picture(number, model))
             wait(model.device)
-            told.seconds.append(time.perf_counter() - begin)
+            told.seconds.append(clock() - begin)
         told.hidden = hidden.clone()
     return told
 
@@ -147,10 +148,11 @@ def tell(model: Any, rounds: int, words: int) -> Told:
 def tell_again(model: Any, rounds: int, words: int) -> Told:
     """A new session for every text and for every picture."""
     grey = torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5, device=model.device, dtype=model.dtype)
+    clock = time.perf_counter if model.device.type == "cuda" else cpu_seconds
     with counted(model) as work:
         told = Told(torch.empty(0), work=work)
         for number in range(rounds):
-            begin = time.perf_counter()
+            begin = clock()
             session = _read_again(model, number, words)
             session.read()
             for word in text_of(number, words):
@@ -161,7 +163,7 @@ def tell_again(model: Any, rounds: int, words: int) -> Told:
             session.append_image(grey)
             told.hidden = session.read()[:, : session.image_starts[-1] + 1].clone()
             wait(model.device)
-            told.seconds.append(time.perf_counter() - begin)
+            told.seconds.append(clock() - begin)
     return told
 
 

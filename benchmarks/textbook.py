@@ -234,14 +234,13 @@ def textbook_layers(language_model: Any, sample: Sample = grid_sampling) -> Iter
 
 
 def _features_by_row(values: ImageValues) -> Tensor:
-    """(B, N, S, C); copied only where rows share images or have them in another order."""
+    """(B, N, S, C); copied only where rows share images."""
     features, image_BN = values.value.squeeze(-2), values.image_BN
     if image_BN is None:
         return features
     features_JSC = features.flatten(0, -3)
-    if torch.equal(image_BN.flatten().cpu(), torch.arange(len(features_JSC))):
-        return features_JSC.view(*image_BN.shape, *features_JSC.shape[1:])
-    return features_JSC[image_BN]
+    # A single row has its own images, in their order.
+    return features_JSC[None] if len(image_BN) == 1 else features_JSC[image_BN]
 
 
 def _root_mean_square_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:

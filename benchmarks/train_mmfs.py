@@ -4,6 +4,7 @@ Token counts stand on both sides of the number from which folding the projection
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import baselines
 from benchmarks.cost import cached_cost, projection_flops, textbook_cost
-from benchmarks.harness import Case, Setting, compare, saved_for_backward
+from benchmarks.harness import Case, Setting, compare, exact_first, saved_for_backward
 from benchmarks.prefill_mmfs import visibility
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, gated_synchronizer
 from mm_interleaved.visibility import relative_image_index
 
-GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 1e-1}
+GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 0.8, torch.float16: 0.8}
 
 
 def run(setting: Setting) -> Iterator[Case]:
@@ -27,7 +28,7 @@ def run(setting: Setting) -> Iterator[Case]:
     else:
         sizes = ((256, 4), (512, 8))
     for tokens, images in sizes:
-        yield train_case(setting, LANGUAGE, tokens, images)
+        yield exact_first(setting, partial(train_case, size=LANGUAGE, tokens=tokens, images=images))
 
 
 def train_case(setting: Setting, size: SynchronizerSize, tokens: int, images: int) -> Case:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.models.norms import normalize
 from mm_interleaved.models.positions import resize_grid_table
+from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
 from mm_interleaved.models.unet import MapSynchronizer
 from mm_interleaved.ops import sampling_plan
@@ -427,6 +428,31 @@ def test_guidance_and_beams_share_values_without_a_copy(model):
     start, by_row = session.cache.images_of_rows()
     assert len(start) == 4
     assert all(values.value is kept[layer] for layer, values in by_row.items())
+
+
+@torch.no_grad()
+def test_images_by_row_and_images_by_index_are_remembered_alike(model):
+    generator = torch.Generator().manual_seed(6)
+    pixels = torch.rand(4, 3, 32, 32, generator=generator).double()
+    start = torch.tensor([[1, 9], [2, 8]])
+    by_index = model.values_by_row(model.encode_images(pixels).pyramid, start)
+    caches = []
+    for is_by_row in (False, True):
+        cache = PrefixCache(model.config.text_config, batch_size=2)
+        for first in (0, 1):  # one image a row at a time
+            part = {}
+            for layer, values in by_index.items():
+                chosen = values.image_BN[:, first : first + 1]
+                by_row = values._replace(value=values.value[chosen], image_BN=None)
+                part[layer] = by_row if is_by_row else values._replace(image_BN=chosen)
+            cache.append_images(start[:, first : first + 1], part)
+        caches.append(cache)
+    for cache in caches:
+        starts, remembered = cache.images_of_rows()
+        assert torch.equal(starts, start)
+        for layer, values in remembered.items():
+            expected = by_index[layer].value[by_index[layer].image_BN]
+            assert torch.equal(values.value[values.image_BN], expected)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mm_interleaved.checkpoint import store
-from mm_interleaved.errors import StorageError
+from mm_interleaved.errors import NumericalError, StorageError
 from mm_interleaved.training.loop import Losses, train_stage
 from mm_interleaved.training.settings import StageConfig
 
@@ -167,3 +168,34 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkey
     monkeypatch.setattr(store, "save_file", save_file)
     train(tmp_path)
     assert store.newest_checkpoint(tmp_path).step == 4
+
+
+class Gentle(Line):
+    """Gradients that float16 holds even where the loss is scaled up as far as it is at first."""
+
+    def compute_losses(self, batch):
+        losses = super().compute_losses(batch)
+        return replace(losses, total=losses.total * 1e-4)
+
+
+class Steep(Gentle):
+    """Its second gradient is more than float16 holds."""
+
+    def make_batch(self, step):
+        if step == 1:
+            self.part.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return super().make_batch(step)
+
+
+def test_an_overflow_in_float16_skips_the_step_and_halves_the_scale_that_is_kept(tmp_path):
+    config = replace(CONFIG, steps=2, use_float16=True, ema_decay=0.0)
+    train_stage(Steep(), config, tmp_path, seed=3)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert "skipped" not in lines[0] and lines[1]["skipped"] == 1
+    saved = store.load_newest_checkpoint(tmp_path)
+    assert saved.state["loss_scale"] == {"factor": 2.0**15, "good_steps": 0}
+    # The scale goes on where it was; in float32 the same gradient ends the run.
+    train_stage(Gentle(), replace(config, steps=3), tmp_path, seed=3)
+    assert store.load_newest_checkpoint(tmp_path).state["loss_scale"] == {"factor": 2.0**15, "good_steps": 1}
+    with pytest.raises(NumericalError, match="gradient norm"):
+        train_stage(Steep(), replace(config, use_float16=False), tmp_path / "float32", seed=3)

@@ -1,15 +1,20 @@
 """Many processes train what one trains: DDP, FSDP2, other numbers of ranks on resuming."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
+import torch
 from ranks import run_ranks
+from torch import nn
 
 from mm_interleaved.checkpoint.store import newest_checkpoint
+from mm_interleaved.errors import MMInterleavedError
 from mm_interleaved.training.documents import DocumentsStage, build_loader
-from mm_interleaved.training.loop import train_stage
+from mm_interleaved.training.loop import Losses, train_stage
 from mm_interleaved.training.objectives import Objective
 from mm_interleaved.training.parallel import ALONE, ParallelConfig, spread
 from mm_interleaved.training.parts import PartConfig, PartsConfig, choose_trained
@@ -109,7 +114,8 @@ def test_shares_of_weights_train_what_whole_weights_do_with_any_number_of_ranks(
         train(make_model(), processor, run, config, ranks)
 
     assert run_ranks(2, tmp_path, go) == [0, 0]
-    assert len(list((run / "step-00000004" / "weights").glob("*.safetensors"))) == 2, "a file a rank"
+    sizes = [path.stat().st_size for path in (run / "step-00000004" / "weights").glob("*.safetensors")]
+    assert len(sizes) == 2 and max(sizes) < 0.7 * sum(sizes), "a rank holds a share"
     assert_same(reference, run)
 
     # Two ranks stop half-way; one goes on; then a single process with whole weights does.
@@ -126,3 +132,47 @@ def test_shares_of_weights_train_what_whole_weights_do_with_any_number_of_ranks(
     run = tmp_path / "back"
     assert run_ranks(2, tmp_path, go) == [0, 0]
     assert_same(reference, run)
+
+
+class Apart:
+    """A stage of which the second rank fails, or is asked to stop, at step 2."""
+
+    name = "apart"
+
+    def __init__(self, ranks, *, fails):
+        self.part, self.ranks, self.fails = nn.Linear(2, 1), ranks, fails
+
+    def trained_parts(self):
+        return {"part": self.part}
+
+    def make_batch(self, step):
+        is_it = step == 2 and self.ranks.rank == 1
+        if is_it and not self.fails:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return float("nan") if is_it and self.fails else 1.0
+
+    def compute_losses(self, batch):
+        loss = self.part(torch.ones(1, 2)).sum() * batch
+        return Losses(loss, {"loss": loss}, {"rows": 1}, document_ids=(f"of-rank-{self.ranks.rank}",))
+
+
+@pytest.mark.parametrize(("fails", "code"), [(True, 5), (False, 75)], ids=["not a number", "stop signal"])
+def test_what_one_rank_meets_ends_all_ranks_alike(tmp_path, fails, code):
+    config = StageConfig(steps=5, learning_rate=1e-2, log_every=1)
+
+    def work(ranks):
+        try:
+            train_stage(Apart(ranks, fails=fails), config, tmp_path / "run", seed=0, ranks=ranks)
+        except MMInterleavedError as error:
+            (tmp_path / f"end-{ranks.rank}").write_text(str(error))
+            raise
+
+    assert run_ranks(2, tmp_path, work) == [code, code]
+    ends = [(tmp_path / f"end-{rank}").read_text() for rank in (0, 1)]
+    if fails:
+        assert all("step 2: loss nan" in end and end.endswith("documents of-rank-1") for end in ends), ends
+        assert newest_checkpoint(tmp_path / "run") is None
+    else:
+        assert all("after step 3" in end for end in ends), ends
+        assert newest_checkpoint(tmp_path / "run").step == 3
+    assert all("rows/s" in json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open())

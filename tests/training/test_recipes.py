@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -101,6 +102,7 @@ def test_a_run_is_run_again_from_its_settings_and_exported_to_the_same_bits(fold
     assignments = [f"start_from={folder}", *QUICK, *more]
     first = run_recipe("instructions-storyworld-lora", assignments, out=tmp_path / "first")
     again = run_recipe(str(tmp_path / "first" / "settings.json"), out=tmp_path / "again")
+    run_recipe("instructions-storyworld-lora", resume=True, out=tmp_path / "first")  # nothing is left to do
     steps = export(tmp_path / "first", tmp_path / "exported")
     assert steps == 1
     wanted = weights(first)
@@ -140,6 +142,9 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(folder, tmp_path):
             run(*assignments)
     with pytest.raises(ModelFileError, match="no such folder"):
         run("start_from=nowhere")
+    if find_spec("wandb") is None:
+        with pytest.raises(UsageError, match="wandb is not installed"):
+            run(f"start_from={folder}", "wandb=true", *QUICK, name="grounding-storyworld")
     with pytest.raises(UsageError, match="start the run with torchrun"):
         run(f"start_from={folder}", "parallel.strategy=fsdp", *QUICK, name="grounding-storyworld")
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import decode_mmfs, decode_token, prefill_mmfs, sampler, score, story, train_mmfs, unet_step
 from benchmarks.__main__ import PARTS, main
 from benchmarks.cost import cached_cost, sampling_flops, textbook_cost
-from benchmarks.harness import Setting, compare, peak_bytes, saved_for_backward
+from benchmarks.harness import Setting, compare, exact_first, peak_bytes, saved_for_backward
 from benchmarks.models import random_model, random_painter, writer_config
 from benchmarks.plot import DRAWN, draw
 from benchmarks.sizes import (
@@ -217,6 +218,14 @@ def test_every_part_has_a_picture_or_a_table(tmp_path):
         )
     draw(tmp_path, tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {f"bench_{part}-cpu" for part in DRAWN}
+
+
+def test_half_precision_is_compared_in_single_precision_first(setting):
+    half = replace(setting, dtype=torch.bfloat16)
+    case = exact_first(half, lambda given: decode_mmfs.decode_case(given, TINY, 3, batch=1))
+    assert case["equal"] and 0 < case["error_in_float32"]["ours"] < 1e-4 < case["error"]["ours"]
+    wrong = {torch.float32: False, torch.bfloat16: True}
+    assert not exact_first(half, lambda given: {"equal": wrong[given.dtype], "error": {}})["equal"]
 
 
 # ---- The parts -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from mm_interleaved.data.pickled_annotations import PICKLED
 from mm_interleaved.data.prompts import PROMPTS
 from mm_interleaved.data.sources.registry import SOURCES, make_source
 from mm_interleaved.document_formats import read_documents
+from mm_interleaved.errors import InputError
 from mm_interleaved.storyworld.exports import write_storyworld
 
 
@@ -60,6 +61,18 @@ def test_a_look_counts_everything(pages):
     assert "bad.png" in broken[0] and "GIF" in broken[0] and f"{pages}:5: image_info" in broken[1]
     # The accounting identity: every item is one of the three.
     assert report.num_documents + report.num_broken + sum(report.filtered.values()) == 6
+
+
+def test_a_document_that_no_tokenizer_takes_is_broken_and_no_document(pages):
+    def refuse(document):
+        raise InputError("text: found what has no tokens")
+
+    look = Look("refused", count_tokens=refuse)
+    source = make_source("mmc4", {"paths": str(pages)})
+    items = list(look.through(source, source.shards()))
+    report = look.report
+    assert (report.num_documents, report.num_broken, len(items)) == (0, 5, 6)
+    assert "has no tokens" in str(report.broken[0])
 
 
 def test_images_are_opened_only_where_they_are_wanted(pages):

@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -352,6 +355,29 @@ def test_workers_outlive_the_signals_that_stop_a_run(processor):
         os.kill(process.pid, signal.SIGINT)
     rows |= rows_of([next(iterator) for _ in range(4)])
     assert rows == rows_of(take(loader(processor), 5))
+
+
+LEFT_OPEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from corpora import corpus
+from mm_interleaved.data.loader import TrainingLoader
+from mm_interleaved.data.mixture import Mixture, MixtureSource
+from mm_interleaved.processing import MMInterleavedProcessor
+mixture = Mixture(sources=(MixtureSource(name="pairs", source=corpus("pair", [5])),), max_length=96)
+processor = MMInterleavedProcessor.from_pretrained(sys.argv[2])
+sizes = {"global_batch_size": 2, "micro_batch_size": 1}
+steps = iter(TrainingLoader(mixture, processor, **sizes, seed=0, num_workers=1, target_pixels=False))
+next(steps)
+print("one step")
+"""
+
+
+def test_a_process_with_open_workers_ends(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", LEFT_OPEN, str(Path(__file__).parents[1]), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert (done.returncode, done.stdout) == (0, "one step\n"), done.stderr
 
 
 def test_what_workers_get_can_be_sent_to_them(processor):

@@ -186,7 +186,7 @@ def test_chance_depends_on_the_epoch_and_not_on_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"pahts": "x"}, "did you mean 'paths'"),
+        ({"pathx": "x"}, "did you mean 'paths'"),
         ({}, "paths: missing"),
         ({"paths": "x", "max_images": "many"}, "expected int"),
         ({"paths": "x", "max_images": True}, "expected int"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,8 @@ def train(
     folder = run_recipe(
         recipe, assignments or (), resume=resume, out=out or Path("runs", name), show_progress=True
     )
-    say(f"the model is in {folder}")
+    if os.environ.get("RANK", "0") == "0":
+        say(f"the model is in {folder}")
 
 
 def export(

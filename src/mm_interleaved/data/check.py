@@ -156,6 +156,8 @@ class Look:
 
     def _count_document(self, document: Document):
         report = self.report
+        if self.count_tokens is not None and not self._count_tokens(document, self.count_tokens):
+            return
         place = self._sample_place(report.num_documents)
         report.num_documents += 1
         parts = (*document.parts, *document.target)
@@ -167,8 +169,6 @@ class Look:
         report.characters[sum(map(len, texts))] += 1
         missing = document.meta.get("missing_images")
         report.num_missing_images += missing if isinstance(missing, int) else 0
-        if self.count_tokens is not None:
-            self._count_tokens(document, self.count_tokens)
         if self.opens_images or place is not None:
             pictures = [self._opened(part, document) for part in images]
         else:
@@ -177,12 +177,15 @@ class Look:
             sample = _sample(document, pictures)
             report.samples[place : place + 1] = [sample]
 
-    def _count_tokens(self, document: Document, count_tokens: CountTokens):
+    def _count_tokens(self, document: Document, count_tokens: CountTokens) -> bool:
+        """False where it has none: such a document is a broken item."""
         try:
             self.report.tokens[count_tokens(document)] += 1
         except InputError as error:
             self.report.num_broken += 1
             self._name(BrokenItem(f"document {document.id!r}", str(error)))
+            return False
+        return True
 
     def _sample_place(self, number: int) -> int | None:
         """Where on the sheet the document of this number goes: each is as likely to stay as any other."""

@@ -69,9 +69,8 @@ def _chart(label: str, counts: Counter[int]) -> str:
         for first, last, count in bars
     )
     numbers = summary(counts)
-    told = (
-        f"median {numbers['median']:,.0f} · mean {numbers['mean']:,.1f} · 95 % at most {numbers['p95']:,.0f}"
-    )
+    middle = f"median {numbers['median']:,.0f} · mean {numbers['mean']:,.1f}"
+    told = f"{middle} · 95 % at most {numbers['p95']:,.0f}"
     return (
         f"<figure><figcaption>{escape(label)}</figcaption><div class=bars>{shown}</div>"
         f"<div class=ends><span>{numbers['min']:,.0f}</span><span>{numbers['max']:,.0f}</span></div>"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -144,31 +145,39 @@ class TrainingLoader:
         dataset = _LaneRows(self.reader, self.processor, self.lanes, dict(self._states), self.target_pixels)
         # Each process gives a list of rows a step, in turn; nothing is left to collate.
         workers = {"prefetch_factor": self.prefetch_steps} if self.num_workers else {}
-        items: Iterator[Any] = iter(
-            DataLoader(
-                dataset,
-                batch_size=None,
-                num_workers=self.num_workers,
-                collate_fn=_as_it_is,
-                worker_init_fn=_ignore_stop_signals,
-                **workers,
+        items: list[Iterator[Any]] = [
+            iter(
+                DataLoader(
+                    dataset,
+                    batch_size=None,
+                    num_workers=self.num_workers,
+                    collate_fn=_as_it_is,
+                    worker_init_fn=_ignore_stop_signals,
+                    **workers,
+                )
             )
-        )
+        ]
+        # Workers do not hear the signal with which multiprocessing ends them at the exit of the interpreter,
+        # and it would wait for them for ever. So the loader lets go of them before: finalizers run first.
+        let_go = weakref.finalize(self, items.clear)
         loaded = self._loaded
-        while True:
-            rows = list(chain.from_iterable(_next(items) for _ in range(max(1, self.num_workers))))
-            if loaded != self._loaded:
-                raise RuntimeError("the loader's state was loaded while its steps were being read")
-            rows.sort(key=lambda row: row.lane)
-            step = self._step
-            self._step += 1
-            self._states.update({row.lane: row.state for row in rows})
-            skips = tuple(skip for row in rows for skip in row.skips)
-            self._log(skips)
-            self._check_quality()
-            size = self.micro_batch_size
-            micro = tuple(self._micro_batch(step, rows[i : i + size]) for i in range(0, len(rows), size))
-            yield StepRows(step, micro, skips)
+        try:
+            while True:
+                rows = list(chain.from_iterable(_next(items[0]) for _ in range(max(1, self.num_workers))))
+                if loaded != self._loaded:
+                    raise RuntimeError("the loader's state was loaded while its steps were being read")
+                rows.sort(key=lambda row: row.lane)
+                step = self._step
+                self._step += 1
+                self._states.update({row.lane: row.state for row in rows})
+                skips = tuple(skip for row in rows for skip in row.skips)
+                self._log(skips)
+                self._check_quality()
+                size = self.micro_batch_size
+                micro = tuple(self._micro_batch(step, rows[i : i + size]) for i in range(0, len(rows), size))
+                yield StepRows(step, micro, skips)
+        finally:
+            let_go()
 
     def _micro_batch(self, step: int, rows: Sequence[_PixelRow]) -> MicroBatch:
         batches = [row.batch for row in rows]

@@ -43,6 +43,8 @@ class PrefixCache(DynamicCache):
     def append_images(self, image_start_RN: Tensor, values: Mapping[int, ImageValues]) -> None:
         """Remember further images of each source row, in the order in which they stand."""
         self.image_start = torch.cat([self.image_start, image_start_RN], dim=1)
+        if values:
+            self.image_index = torch.cat([self.image_index, self._index_of(values)], dim=1)
         joined: dict[int, Tensor] = {}
         for layer, new in values.items():
             old = self.image_values.get(layer)
@@ -53,18 +55,16 @@ class PrefixCache(DynamicCache):
             # What was folded of the weights serves the new images as well.
             folded = new.folded if old is None else old.folded
             self.image_values[layer] = new._replace(value=joined[id(new.value)], folded=folded)
-        self._append_index(values)
         self._by_row = None
 
-    def _append_index(self, values: Mapping[int, ImageValues]) -> None:
-        for new in values.values():
-            index_RN = new.image_BN
-            if index_RN is None:
-                index_RN = torch.arange(new.value.shape[:2].numel(), device=self.image_index.device)
-                index_RN = index_RN.view(new.value.shape[:2])
-            num_before = len(next(iter(self.image_values.values())).value) - new.value.shape[:-3].numel()
-            self.image_index = torch.cat([self.image_index, index_RN + num_before], dim=1)
-            return
+    def _index_of(self, values: Mapping[int, ImageValues]) -> Tensor:
+        """Which of the images kept, these included, stand where: (R, n) for the n new ones of a row."""
+        layer, new = next(iter(values.items()))
+        num_before = len(self.image_values[layer].value) if layer in self.image_values else 0
+        if new.image_BN is not None:
+            return num_before + new.image_BN
+        rows, images = new.value.shape[:2]
+        return num_before + torch.arange(rows * images, device=self.image_index.device).view(rows, images)
 
     def images_of_rows(self) -> tuple[Tensor, dict[int, ImageValues]]:
         """Image starts (B, N) and values for each row of the cache; rows of one source share theirs."""

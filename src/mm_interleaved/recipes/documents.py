@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,10 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         rules = choose_trained(model, config.parts)
         if config.frozen_type != "float32":
             keep_frozen_as(model, DTYPES[config.frozen_type])
-        model.to(ranks.device).train()
+        model.train()
+        if config.parallel.strategy != "fsdp":
+            # FSDP moves one unit after the other, so that no GPU has to hold all of it even once.
+            model.to(ranks.device)
         if config.checkpoint_activations:
             checkpoint_activations(model)
         if config.compile_backend:
@@ -104,7 +108,10 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
 
         # 4. Keep the result.
         if ranks.is_first:
-            if config.parallel.strategy == "fsdp":
+            # A model of fewer steps gives way.
+            _remove_model(folder)
+            # Where a process holds shares, or frozen weights in a smaller type, the checkpoint knows better.
+            if config.parallel.strategy == "fsdp" or config.frozen_type != "float32":
                 export_run(config, folder, folder / MODEL_FOLDER)
             else:
                 _save(_Built(model, processor, low_rank), config, folder / MODEL_FOLDER)
@@ -174,6 +181,12 @@ def _save(built: _Built, config: TrainConfig, out: Path) -> None:
     with new_folder(out) as temporary:
         model.save_pretrained(temporary, max_shard_size=_MAX_SHARD)
         built.processor.save_pretrained(temporary)
+
+
+def _remove_model(folder: Path) -> None:
+    """Removes what an earlier end of the run left; its checkpoints still have all of it."""
+    for name in (MODEL_FOLDER, f"{MODEL_FOLDER}-{ADDITIONS_FOLDER}"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _communication_type(config: TrainConfig, ranks: Ranks) -> str:

@@ -71,15 +71,17 @@ def quantization_settings(config: LoraConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def keep_frozen_as(model: nn.Module, number_type: torch.dtype) -> None:
-    """Keeps frozen matrices and kernels in a smaller number type; norms, biases and the autoencoder stay.
+def keep_frozen_as(model: MMInterleavedForConditionalGeneration, number_type: torch.dtype) -> None:
+    """Keeps frozen matrices and kernels of language model, CLIP and U-Net in a smaller number type.
 
+    These are nearly all there is to freeze. Norms, biases, the VAE, and what is ours stay as they are.
     Call it when it is known what trains. Autocast has to be on: layers then see weights of two types.
     """
-    vae = set(model.image_decoder.vae.parameters()) if model.image_decoder is not None else set()
-    for parameter in model.parameters():
-        is_matrix = parameter.ndim >= 2 and parameter.is_floating_point()
-        if is_matrix and not parameter.requires_grad and parameter not in vae:
+    stock = [model.language_model.embed_tokens, model.text_head.base, model.vision.clip]
+    stock += [block for layer in model.language_model.layers for block in (layer.self_attn, layer.mlp)]
+    stock += [] if model.image_decoder is None else [model.image_decoder.unet]
+    for parameter in (parameter for module in stock for parameter in module.parameters()):
+        if parameter.ndim >= 2 and parameter.is_floating_point() and not parameter.requires_grad:
             parameter.data = parameter.data.to(number_type)
 
 

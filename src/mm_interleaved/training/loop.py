@@ -112,7 +112,8 @@ class Observer(Protocol):
     """Steps between two looks; 0 = never."""
 
     def __call__(self, step: int) -> None:
-        """Called with the averaged weights in place, where there are any, after so many steps."""
+        """Called after so many steps, in the run's number type, with the averaged weights where there are
+        any."""
         ...
 
 
@@ -170,7 +171,7 @@ def train_stage(
                     run.save()
                 for observer in observers:
                     if observer.every and run.step % observer.every == 0:
-                        with run.averaged_weights():
+                        with run.averaged_weights(), _number_type(config, run.device):
                             observer(run.step)
                 if is_stopping:
                     name = stop[0] if stop else "a signal to another rank"
@@ -238,17 +239,22 @@ def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any, wan
 def _backward(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any) -> list[Losses]:
     """Adds up the gradients of a batch's pieces; returns their losses without their graphs."""
     pieces = batch.pieces if isinstance(batch, MicroBatches) else (batch,)
-    number_type = torch.float16 if config.use_float16 else torch.bfloat16
-    is_mixed = config.use_float16 or config.use_bfloat16
     results = []
     for index, piece in enumerate(pieces):
         with _summing(stage, is_last=index == len(pieces) - 1):
-            with torch.autocast(run.device.type, dtype=number_type, enabled=is_mixed):
+            with _number_type(config, run.device):
                 losses = stage.compute_losses(piece)
             (losses.total if run.scale.factor == 1.0 else losses.total * run.scale.factor).backward()
         named = {name: value.detach() for name, value in losses.named.items()}
         results.append(Losses(losses.total.detach(), named, losses.counts, losses.document_ids))
     return results
+
+
+def _number_type(config: StageConfig, device: torch.device) -> torch.autocast:
+    """The number type that convolutions and matrix products run in."""
+    number_type = torch.float16 if config.use_float16 else torch.bfloat16
+    is_mixed = config.use_float16 or config.use_bfloat16
+    return torch.autocast(device.type, dtype=number_type, enabled=is_mixed)
 
 
 def _summing(stage: Stage, *, is_last: bool) -> AbstractContextManager[None]:

@@ -183,7 +183,9 @@ def _shard(
     """
     if not dist.is_initialized():
         raise UsageError("strategy=fsdp needs processes to spread over; start the run with torchrun")
-    vae = set() if model.image_decoder is None else set(model.image_decoder.vae.parameters())
+    vae: set[nn.Parameter] = set()
+    if model.image_decoder is not None:
+        vae = set(model.image_decoder.vae.to(ranks.device).parameters())
     if any(parameter.requires_grad for parameter in vae):
         raise UsageError("strategy=fsdp keeps the VAE whole on every rank, found parts.vae.train=true")
     shard_ranks = config.shard_ranks or ranks.size
