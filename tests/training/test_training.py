@@ -16,11 +16,12 @@ from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
+from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
 from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig
-from mm_interleaved.training.text_side import TextSideStage, open_to_images
-from mm_interleaved.training.words import WordsStage, open_to_learning
+from mm_interleaved.training.text_side import TextSideStage, open_to_images, open_to_learning
+from mm_interleaved.training.vision_side import SlotReader, VisionSideStage
 
 ONE_DRAWING = Mixture(share=1, batch_size=1, tasks={"draw": 1})
 QUICK = StageConfig(steps=6, learning_rate=3e-3, warmup_steps=2, ema_decay=0.9, save_every=3, log_every=2)
@@ -68,24 +69,50 @@ def test_the_image_stage_changes_nothing_that_reads(model, processor, tmp_path):
         assert torch.equal(tensor, before[f"image_decoder.vae.{name}"])
 
 
-def test_words_alone_are_learned_and_nothing_that_sees_changes(model, processor, tmp_path):
+def test_blind_batches_teach_words_and_change_nothing_that_sees(model, processor, tmp_path):
     open_to_learning(model)
-    batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0)(0)
+    batches = DocumentBatches(processor, (replace(ONE_DRAWING, is_blind=True),), seed=0)
+    batch = batches(0)
+    assert batch.is_blind
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = StageConfig(steps=40, learning_rate=1e-2, optimizer="muon", warmup_steps=5, log_every=10)
-    train_stage(WordsStage(model, lambda step: batch), config, tmp_path, seed=0)
+    train_stage(TextSideStage(model, lambda step: batch), config, tmp_path, seed=0)
     lines = losses_of(tmp_path)
     assert lines[-1]["text"] < 0.2 * lines[0]["text"], lines
     assert lines[-1]["naming"] < 0.5 * lines[0]["naming"], lines
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    parts = (
-        "language_model.",
-        "text_head.",
-        "image_start",
-        "context_projection.",
-        "image_decoder.resampler.",
+    parts = ("language_model.", "text_head.", "image_start", "context", "image_decoder.resampler.")
+    assert all(name.startswith(parts) and "value_projection" not in name for name in changed), changed
+
+
+def test_a_blind_batch_reads_what_the_model_reads_without_pictures(model, processor):
+    """Its own path computes the hidden states of the model's forward up to the first picture."""
+    batches = DocumentBatches(processor, (replace(ONE_DRAWING, is_blind=True),), seed=0)
+    stage, inputs = TextSideStage(model.eval(), batches), batches(0).batch
+    with torch.no_grad():
+        blind, seeing = stage._read_words(inputs), stage._read(inputs)
+    first = int(inputs.image_start[0, 0]) + 1
+    torch.testing.assert_close(blind[:, :first], seeing[:, :first])
+    assert not torch.allclose(blind[:, first:], seeing[:, first:])
+
+
+def test_slots_of_positions_share_a_code():
+    reader = SlotReader(num_slots=5, slot_dim=6)
+    slots = torch.randn(2, 5, 6)
+    left, middle, right, setting = reader(slots).split(
+        [sum(SIZES_AT_POSITION)] * 3 + [sum(SIZES[-3:])], dim=1
     )
-    assert all(name.startswith(parts) and "synchronizer" not in name for name in changed), changed
+    exchanged = slots[:, [2, 1, 0, 3, 4]]
+    again = reader(exchanged).split([sum(SIZES_AT_POSITION)] * 3 + [sum(SIZES[-3:])], dim=1)
+    for found, expected in zip(again, (right, middle, left, setting), strict=True):
+        assert torch.equal(found, expected)
+    assert SlotReader(num_slots=1, slot_dim=6)(slots[:, :1]).shape == (2, sum(SIZES))
+
+
+def test_badges_are_to_be_read_from_the_pyramid_and_not_from_the_slots(model):
+    stage = VisionSideStage(model.vision, dim=16, grid_size=8, seed=0, batch_size=2)
+    losses = stage.compute_losses(stage.make_batch(0)).named
+    assert losses["badge_slots"] == 0 and losses["badge_16"] > 0 and losses["naming_slots"] > 0
 
 
 def test_the_painter_learns_from_codes_and_changes_the_unet_alone(model, processor, tmp_path):

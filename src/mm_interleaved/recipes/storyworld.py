@@ -40,23 +40,17 @@ from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig, to_record
-from mm_interleaved.training.text_side import TextSideStage, open_to_images
+from mm_interleaved.training.text_side import TextSideStage, open_to_images, open_to_learning
 from mm_interleaved.training.tokenizer import train_tokenizer
 from mm_interleaved.training.vision_side import VisionSideStage
-from mm_interleaved.training.words import WordsStage, open_to_learning
 
 PICTURE_SIZE = 64
 
-WORDS_MIXTURES = (
-    Mixture(share=2, batch_size=16, tasks={"story": 1}),
-    Mixture(share=1, batch_size=48, tasks={"draw": 1}),
-)
-"""What the language model learns its language from."""
-
 TEXT_MIXTURES = (
-    Mixture(share=5, batch_size=16, tasks={INTERVIEW: 60, "caption": 25, "paragraph": 5, "ground": 10}),
-    Mixture(share=4, batch_size=6, tasks={"story": 70, "few_shot": 10, "edit": 15, "segmentation": 5}),
-    Mixture(share=1, batch_size=48, tasks={"draw": 1}),
+    Mixture(share=3, batch_size=16, tasks={INTERVIEW: 55, "caption": 30, "paragraph": 5, "ground": 10}),
+    Mixture(share=3, batch_size=6, tasks={"story": 75, "few_shot": 8, "edit": 12, "segmentation": 5}),
+    Mixture(share=3, batch_size=16, tasks={"story": 1}, is_blind=True),
+    Mixture(share=1, batch_size=48, tasks={"draw": 1}, is_blind=True),
 )
 """What the text side learns from; interviews stand for vqa and dialogue."""
 
@@ -107,8 +101,7 @@ class StoryWorldConfig:
     num_threads: int = 2
     """Threads of PyTorch; the same number gives the same bits."""
     start_from: str = ""
-    """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay as they are, and
-    its language model need not learn its words. Empty: none."""
+    """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay. Empty: none."""
     detail_weight: float = 4.0
     """VAE and U-Net: extra weight beside edges."""
     kl_weight: float = 1e-5
@@ -134,23 +127,12 @@ class StoryWorldConfig:
         )
     )
     """Second stage: the vision tower learns to name what it sees."""
-    words: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=1200,
-            learning_rate=4e-3,
-            optimizer="muon",
-            warmup_steps=50,
-            ema_decay=0.99,
-            use_bfloat16=True,
-        )
-    )
-    """Third stage: the language model learns its language, from words alone."""
     text: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=2200, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
+            steps=6000, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
         )
     )
-    """Fourth stage: it learns to read pictures."""
+    """Third stage: the language model learns to read pictures and to write."""
     painter: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=1500,
@@ -160,13 +142,13 @@ class StoryWorldConfig:
             use_bfloat16=True,
         )
     )
-    """Fifth stage: the U-Net learns to paint from codes of scenes, without language model."""
+    """Fourth stage: the U-Net learns to paint from codes of scenes, without language model."""
     image: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=1000, learning_rate=1e-3, ema_decay=0.998, use_bfloat16=True
         )
     )
-    """Sixth stage: it learns to paint from documents, and to keep what earlier pictures show."""
+    """Fifth stage: it learns to paint from documents, and to keep what earlier pictures show."""
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
@@ -309,12 +291,12 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
         processor = build_processor(config)
         torch.manual_seed(config.seed)
         model = MMInterleavedForConditionalGeneration(model_config(config.sizes, processor))
+        open_to_images(model)
+        open_to_learning(model)
         _learn_to_see(model, config, run, folder)
     documents = partial(DocumentBatches, processor)
 
-    # 2. All that reads and writes: the language from words alone, then with pictures.
-    if not config.start_from:
-        run(WordsStage(model, documents(WORDS_MIXTURES, seed=config.seed)), config.words, folder / "words")
+    # 2. All that reads and writes.
     run(TextSideStage(model, documents(TEXT_MIXTURES, seed=config.seed)), config.text, folder / "text")
 
     # 3. All that paints: first from codes of scenes, then from what the language model has read.
@@ -336,7 +318,7 @@ def _learn_to_see(
     run: Callable[..., object],
     folder: Path,
 ) -> None:
-    """The stages that need pictures alone: the VAE, and the vision tower; then the others' first weights."""
+    """The stages that need pictures alone: the VAE, and the vision tower."""
     vae = model.image_decoder.vae
     pixels = storyworld_pixels(config.seed)
     vae_stage = ImageCodecStage(
@@ -356,8 +338,6 @@ def _learn_to_see(
         batch_size=config.batch_size,
     )
     run(vision_stage, config.vision, folder / "vision")
-    open_to_images(model)
-    open_to_learning(model)
 
 
 def save_model(

@@ -38,6 +38,8 @@ class DocumentBatch(NamedTuple):
 
     batch: Batch
     documents: tuple[Document, ...]
+    is_blind: bool = False
+    """The pictures are not to be looked at: words alone are learned, at a fraction of the cost."""
 
     @property
     def document_ids(self) -> tuple[str, ...]:
@@ -97,6 +99,8 @@ class Mixture:
     """Documents a step."""
     tasks: Mapping[str, int]
     """Tasks and their integer weights."""
+    is_blind: bool = False
+    """See `DocumentBatch`."""
 
 
 class DocumentBatches:
@@ -120,10 +124,13 @@ class DocumentBatches:
         self.target_pixels, self.max_images = target_pixels, max_images
         self._stride = max(mixture.batch_size for mixture in mixtures)
 
+    def _mixture(self, step: int) -> Mixture:
+        dice = Dice(_STEP_DOMAIN, self.seed, step)
+        return dice.weighted(self.mixtures, [mixture.share for mixture in self.mixtures])
+
     def documents(self, step: int) -> list[Document]:
         """The documents of a step."""
-        dice = Dice(_STEP_DOMAIN, self.seed, step)
-        mixture = dice.weighted(self.mixtures, [mixture.share for mixture in self.mixtures])
+        mixture = self._mixture(step)
         first = step * self._stride
         documents, num_images = [], 0
         for index in range(first, first + mixture.batch_size):
@@ -138,7 +145,7 @@ class DocumentBatches:
         """The batch of a step."""
         documents = self.documents(step)
         batch = self.processor(documents, eos=True, target_pixels=self.target_pixels)
-        return DocumentBatch(batch, tuple(documents))
+        return DocumentBatch(batch, tuple(documents), self._mixture(step).is_blind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,8 @@ _AT_POSITION: dict[str, Sequence[str]] = {
 _SETTING: dict[str, Sequence[str]] = {"place": PLACES, "time": TIMES, "weather": WEATHERS}
 NAMES = [f"{name}@{position}" for position in POSITIONS for name in _AT_POSITION] + list(_SETTING)
 IS_ONLY_SEEN = torch.tensor([name.startswith(ONLY_SEEN) for name in NAMES])
-SIZES = [len(answers) for _ in POSITIONS for answers in _AT_POSITION.values()]
+SIZES_AT_POSITION = [len(answers) for answers in _AT_POSITION.values()]
+SIZES = SIZES_AT_POSITION * len(POSITIONS)
 SIZES += [len(answers) for answers in _SETTING.values()]
 
 
