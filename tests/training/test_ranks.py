@@ -15,7 +15,7 @@ from mm_interleaved.checkpoint.store import newest_checkpoint
 from mm_interleaved.errors import MMInterleavedError
 from mm_interleaved.training.documents import DocumentsStage, build_loader
 from mm_interleaved.training.loop import Losses, train_stage
-from mm_interleaved.training.objectives import Objective
+from mm_interleaved.training.objectives import Objective, ObjectiveConfig
 from mm_interleaved.training.parallel import ALONE, ParallelConfig, spread
 from mm_interleaved.training.parts import PartConfig, PartsConfig, choose_trained
 from mm_interleaved.training.settings import StageConfig
@@ -33,8 +33,8 @@ CONFIG = TrainConfig(
 # Of few tensors, since reading thousands of small ones in shares takes seconds.
 STILL = PartConfig()
 FEW_PARTS = PartsConfig(
-    adapter=STILL, resamplers=STILL, offsets=STILL, image_synchronizers=STILL, unet=STILL,
-    language=PartConfig(train=True, learning_rate=5e-4),
+    adapter=STILL, slot_resampler=STILL, conditioning_resampler=STILL, offsets=STILL,
+    image_synchronizers=STILL, unet=STILL, language=PartConfig(train=True, learning_rate=5e-4),
 )  # fmt: skip
 FEW = replace(CONFIG, parts=FEW_PARTS)
 SHARDED = replace(FEW, parallel=ParallelConfig(strategy="fsdp"))
@@ -42,9 +42,11 @@ SHARDED = replace(FEW, parallel=ParallelConfig(strategy="fsdp"))
 
 def train(model, processor, folder, config, ranks, steps=4):
     rules = choose_trained(model, config.parts)
-    wrapped = spread(model, ranks, config.parallel)
-    loader = build_loader(config, processor, ranks=ranks)
-    stage = DocumentsStage(model, loader, Objective(model, config.objective), wrapped=wrapped, ranks=ranks)
+    objective = Objective(model, config.objective)
+    paints = model.config.image_loss_weight > 0
+    wrapped = spread(model, ranks, config.parallel, has_unused=not paints)
+    loader = build_loader(config, processor, ranks=ranks, target_pixels=paints)
+    stage = DocumentsStage(model, loader, objective, wrapped=wrapped, ranks=ranks)
     named = {f"model.{name}": rule for name, rule in rules.items()}
     training = replace(config.training, steps=steps, decay_fraction=0.0)
     train_stage(stage, training, folder, seed=0, rules=named, ranks=ranks)
@@ -102,6 +104,24 @@ def test_two_processes_train_what_one_trains(make_model, processor, tmp_path):
         0,
     ]
     assert_same(reference, tmp_path / "ddp")
+
+
+def test_two_processes_that_paint_nothing_train_what_one_trains(make_model, processor, tmp_path):
+    """What only the painter looks at gets no gradient then, which DDP must not wait for."""
+    reads = replace(CONFIG, objective=ObjectiveConfig(image_loss_weight=0.0))
+    reference = alone(make_model, processor, reads, tmp_path)
+    config, run = with_words(reads, tmp_path), tmp_path / "ddp"
+    assert run_ranks(2, tmp_path, lambda ranks: train(make_model(), processor, run, config, ranks)) == [0, 0]
+    assert_same(reference, run)
+
+
+def test_a_run_on_documents_goes_on_to_the_same_bits(make_model, processor, tmp_path):
+    reference = alone(make_model, processor, FEW, tmp_path)
+    run = tmp_path / "again"
+    shutil.copytree(reference / "step-00000002", run / "step-00000002")
+    train(make_model(), processor, run, with_words(FEW, tmp_path), ALONE)
+    (_, wanted), (_, found) = result(reference), result(run)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
 
 
 def test_shares_of_weights_train_what_whole_weights_do_with_any_number_of_ranks(

@@ -133,7 +133,7 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(folder, tmp_path):
         ([], "start_from: empty"),
         ([f"start_from={folder}", *QUICK], r"corpora\.refcoco\.paths: empty"),
         (["corpora.refcocoo.paths=x"], r"did you mean corpora\.refcoco"),
-        (["parts.languag.train=true"], r"did you mean parts\.language\.train"),
+        (["parts.languages.train=true"], r"did you mean parts\.language\.train"),
         (["lora.quantize=nf4"], r"set lora\.rank above 0"),
         (["parallel.strategy=zero"], "strategy must be ddp or fsdp"),
         (["training.use_float16=true"], "exclude each other"),

@@ -39,7 +39,9 @@ class EarlierImages:
         """The same, for a batch that is repeated along its first axis (guidance, candidates). Nothing is
         copied.
         """
-        image_IK = self.values[0].image_BN.repeat(times, 1)
+        image_IK = self.values[0].image_BN
+        assert image_IK is not None, "`look_at` says which image stands where"
+        image_IK = image_IK.repeat(times, 1)
         values = tuple(v._replace(image_BN=image_IK) for v in self.values)
         return replace(self, values=values, relative_index_IK=self.relative_index_IK.repeat(times, 1))
 

@@ -8,9 +8,9 @@ an image, C feature channels, D query channels, V value channels, d channels a h
 (see `ops.attention`), K rows of the relative-index table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -313,14 +313,10 @@ class FeatureSynchronizer(nn.Module):
         )
 
     def _tables(self, values: ImageValues) -> "FoldedTables | None":
-        weights = self.weights_at_hand()
-        if weights is None or not may_fold(self, values, weights):
-            return None
-
         def fold() -> FoldedTables:
             return FoldedTables(self.folded_terms(), None if values.is_projected else self.sampled_weights())
 
-        return values.folded.get(self, weights, fold)
+        return folded_tables(self, self, values, self.weights_at_hand(), fold)
 
     def plan(
         self, query_BQD: Tensor, visible_BQN: Tensor, reference_BQ2: Tensor | None = None
@@ -402,21 +398,36 @@ class FoldedTables:
     gate: float = 1.0
 
 
-def may_fold(module: nn.Module, values: ImageValues, weights: list[Tensor] | None) -> bool:
-    """Whether what is folded of the weights may be used: no gradient shall reach them.
+Tables = TypeVar("Tables")
+
+
+def folded_tables(
+    module: nn.Module, key: Any, values: ImageValues, weights: list[Tensor] | None, fold: Callable[[], Tables]
+) -> Tables | None:
+    """What is kept with the values, if it may be used: all weights are at hand and no gradient shall reach
+    them.
 
     Not in training mode either: there weights change with every step, and checkpointing's first pass must
     compute as its second does.
     """
     if weights is None or values.folded is None or module.training:
-        return False
-    return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights))
+        return None
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        return None
+    return values.folded.get(key, weights, fold)
+
+
+class LooksBehindNorm(Protocol):
+    """A synchronizer and the norm of the features that it looks into."""
+
+    feature_norm: Any
+    synchronizer: FeatureSynchronizer
 
 
 def project_for_all(
-    blocks: Sequence[nn.Module], cells: Tensor, level_sizes: tuple[int, ...]
+    blocks: Sequence[LooksBehindNorm], cells: Tensor, level_sizes: tuple[int, ...]
 ) -> list[ImageValues]:
-    """The same features for each block, a `FeatureSynchronizer` behind a `feature_norm`.
+    """The same features for each block.
 
     The norms differ in their affine part alone, which goes into the matrix: so features are normalised once
     for all (performance.md, E3), and where they are kept as they are, kept once for all.
@@ -499,8 +510,6 @@ class GatedSynchronizer(nn.Module):
         weights = core.weights_at_hand()
         norms = weights_at_hand((self.query_norm, self.feature_norm), (nn.RMSNorm,))
         weights = None if weights is None or norms is None else [*weights, *norms, self.gate]
-        if weights is None or not may_fold(self, values, weights):
-            return None
 
         def fold() -> FoldedTables:
             return FoldedTables(
@@ -509,4 +518,4 @@ class GatedSynchronizer(nn.Module):
                 float(self.gate.tanh()),
             )
 
-        return values.folded.get(self, weights, fold)
+        return folded_tables(self, self, values, weights, fold)

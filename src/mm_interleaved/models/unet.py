@@ -22,7 +22,7 @@ from mm_interleaved.models.positions import resize_grid_table, sincos_2d_table
 from mm_interleaved.models.synchronizer import (
     FeatureSynchronizer,
     ImageValues,
-    may_fold,
+    folded_tables,
     project_for_all,
 )
 
@@ -197,8 +197,6 @@ class MapSynchronizer(nn.Module):
         weights = core.weights_at_hand()
         parts = weights_at_hand((self.query_norm, self.feature_norm, self.conv), (nn.LayerNorm, nn.Conv2d))
         weights = None if weights is None or parts is None else [*weights, *parts, self.position_table]
-        if weights is None or not may_fold(self, values, weights):
-            return None
 
         def fold() -> FoldedMap:
             table_QX = resize_grid_table(self.position_table, (height, width))
@@ -208,7 +206,7 @@ class MapSynchronizer(nn.Module):
             sampled = None if values.is_projected else core.sampled_weights(self.feature_norm)
             return FoldedMap(terms, weight, bias, sampled)
 
-        return values.folded.get((self, height, width), weights, fold)
+        return folded_tables(self, (self, height, width), values, weights, fold)
 
 
 def _pixel_centres(height: int, width: int, like: Tensor) -> Tensor:

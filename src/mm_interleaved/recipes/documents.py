@@ -85,9 +85,17 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         )
 
         # 2. Its data and its losses, on all ranks.
-        loader = build_loader(config, processor, ranks=ranks, target_pixels=model.image_decoder is not None)
         objective = Objective(model, config.objective, seed=config.seed)
-        wrapped = spread(model, ranks, config.parallel, communication_type=_communication_type(config, ranks))
+        # Pictures that count for nothing are not painted.
+        paints = model.image_decoder is not None and model.config.image_loss_weight > 0
+        loader = build_loader(config, processor, ranks=ranks, target_pixels=paints)
+        wrapped = spread(
+            model,
+            ranks,
+            config.parallel,
+            communication_type=_communication_type(config, ranks),
+            has_unused=not paints,
+        )
         stage = DocumentsStage(model, loader, objective, wrapped=wrapped, ranks=ranks)
 
         # 3. Train.

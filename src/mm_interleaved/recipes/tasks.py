@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from mm_interleaved.training.objectives import ObjectiveConfig
-from mm_interleaved.training.parts import PartConfig, PartsConfig
+from mm_interleaved.training.parts import TRAINED, PartConfig, PartsConfig
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.train_config import CorpusConfig, LoraConfig, SamplesConfig, TrainConfig
 
@@ -148,9 +148,12 @@ def interleaved_instructions() -> TrainConfig:
     return replace(
         config,
         corpora={"documents": CorpusConfig(kind="documents")},
-        parts=replace(config.parts, unet=PartConfig(train=True, learning_rate=1e-5)),
+        parts=replace(
+            config.parts, image_synchronizers=TRAINED, conditioning_resampler=TRAINED,
+            unet=PartConfig(train=True, learning_rate=1e-5),
+        ),
         objective=ObjectiveConfig(image_loss_weight=10.0, condition_dropout=0.1),
-    )
+    )  # fmt: skip
 
 
 def _fine_tuning(
@@ -180,7 +183,7 @@ def _fine_tuning(
         ),
         parts=PartsConfig(
             language=language, text_head=language, gates=PartConfig(train=True, weight_decay=0.0),
-            image_synchronizers=still, unet=still,
+            image_synchronizers=still, conditioning_resampler=still, unet=still,
         ),
         objective=ObjectiveConfig(image_loss_weight=0.0),
         checkpoint_activations=True,

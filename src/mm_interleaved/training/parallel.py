@@ -118,12 +118,15 @@ def spread(
     config: ParallelConfig,
     *,
     communication_type: str = "",
+    has_unused: bool = False,
 ) -> nn.Module:
     """The model as it is to be called: wrapped by DDP, or sharded where it stands, or untouched if alone.
 
     Args:
         communication_type: FSDP: weights are gathered and multiplied in this type, gradients summed in
             float32; empty = as they are stored.
+        has_unused: some of what trains takes no part in the losses (of a model that paints nothing, what only
+            the painter looks at); DDP has to look for it in every step.
 
     Raises:
         UsageError: the ranks cannot be divided as asked.
@@ -136,7 +139,11 @@ def spread(
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     # The model has no buffers that training changes; without this they would be sent round before each pass.
     return DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        model,
+        device_ids=device_ids,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=has_unused,
     )
 
 

@@ -46,8 +46,10 @@ class PartsConfig:
     """CLIP's transformer."""
     adapter: PartConfig = TRAINED
     """The pyramid beside it."""
-    resamplers: PartConfig = TRAINED
-    """Images into slots, and contexts into conditioning, with their projections."""
+    slot_resampler: PartConfig = TRAINED
+    """Images into slots, with norms and projections around it."""
+    conditioning_resampler: PartConfig = TRAINED
+    """Contexts into the U-Net's conditioning, with its projection and the conditioning of no context."""
     text_synchronizers: PartConfig = TRAINED
     """What lets the language model look into images."""
     image_synchronizers: PartConfig = TRAINED
@@ -135,7 +137,7 @@ def _claims(
         yield "text_synchronizers", _without_constants(model.language_model.layers[index].synchronizer)
     yield "vision", model.vision.clip.parameters()
     yield "adapter", model.vision.adapter.parameters()
-    yield "resamplers", model.vision.parameters()
+    yield "slot_resampler", model.vision.parameters()
     yield "language", _without_constants(model.language_model)
     yield "new_tokens", (*model.text_head.new.parameters(), model.image_start_embedding)
     yield "text_head", model.text_head.parameters()
@@ -146,8 +148,8 @@ def _claims(
         yield "image_synchronizers", _without_constants(decoder.synchronizers)
     yield "unet", decoder.unet.parameters()
     yield "vae", decoder.vae.parameters()
-    yield "resamplers", (*decoder.resampler.parameters(), *model.context_projection.parameters())
-    yield "resamplers", (decoder.negative_conditioning,)
+    yield "conditioning_resampler", (*decoder.resampler.parameters(), *model.context_projection.parameters())
+    yield "conditioning_resampler", (decoder.negative_conditioning,)
 
 
 def _without_constants(module: nn.Module) -> Iterator[nn.Parameter]:
