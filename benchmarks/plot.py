@@ -62,7 +62,7 @@ def _decode(axes: Any, result: Result) -> None:
             _ratio(case, 0), (count, low), (0, 7), textcoords="offset points", ha="center", color=OURS
         )
     axes.set_yscale("log")
-    axes.set_xlim(0, images[-1] * 1.2)
+    axes.set_xlim(-1, images[-1] * 1.2)
     axes.set_xticks(images)
     _titles(axes, result, "One layer's synchronizer, one new word", "images in the document", "ms")
 
