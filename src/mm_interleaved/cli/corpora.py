@@ -133,7 +133,7 @@ def convert(
     from mm_interleaved.data.pickled_annotations import PICKLED, unpickled_records
     from mm_interleaved.data.sources.source import BrokenItem
 
-    if form in PICKLED:
+    if form is not None and form in PICKLED:
         say(f"{out}: {write_lines(out, unpickled_records(form, Path(source)))} lines")
         return 0
     made = _source(source, form, image_root, settings)

@@ -144,7 +144,7 @@ class TrainingLoader:
         """
         dataset = _LaneRows(self.reader, self.processor, self.lanes, dict(self._states), self.target_pixels)
         # Each process gives a list of rows a step, in turn; nothing is left to collate.
-        workers = {"prefetch_factor": self.prefetch_steps} if self.num_workers else {}
+        workers: dict[str, Any] = {"prefetch_factor": self.prefetch_steps} if self.num_workers else {}
         items: list[Iterator[Any]] = [
             iter(
                 DataLoader(
@@ -372,7 +372,9 @@ def _next(items: Iterator[list[_PixelRow | _Failure]]) -> list[_PixelRow]:
             raise
         # Out of memory, mostly: the system ends the process without a word.
         raise StorageError(f"a process that reads the data ended ({str(error).splitlines()[0]})") from error
+    rows = []
     for row in found:
         if isinstance(row, _Failure):
             raise row.kind(row.message, field=row.field)
-    return found
+        rows.append(row)
+    return rows

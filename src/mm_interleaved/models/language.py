@@ -7,6 +7,7 @@ Letters: B rows, T tokens, V vocabulary, D hidden channels, N images a row.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class _InterleavedModel(OwnInitialisation):
 
     def project_images(self, cells: Tensor, level_sizes: tuple[int, ...]) -> dict[int, ImageValues]:
         """Each synchronized layer's projection of features (..., S, C); keep it."""
-        blocks = [self.layers[index].synchronizer for index in self.synchronized_layers]
+        blocks: list[Any] = [self.layers[index].synchronizer for index in self.synchronized_layers]
         return dict(zip(self.synchronized_layers, project_for_all(blocks, cells, level_sizes), strict=True))
 
 

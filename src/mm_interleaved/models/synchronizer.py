@@ -301,7 +301,7 @@ class FeatureSynchronizer(nn.Module):
     def weights_at_hand(self) -> list[Tensor] | None:
         """See `folding.weights_at_hand`."""
         own = weights_at_hand((self,), (FeatureSynchronizer,))
-        parts = weights_at_hand(tuple(self._modules.values()), (nn.Linear, PointLinear, nn.Embedding))
+        parts = weights_at_hand(tuple(self.children()), (nn.Linear, PointLinear, nn.Embedding))
         return None if own is None or parts is None else own + parts
 
     def folded_terms(self, scale_D: Tensor | None = None, shift_D: Tensor | None = None) -> FoldedTerms:

@@ -202,6 +202,7 @@ class MapSynchronizer(nn.Module):
             table_QX = resize_grid_table(self.position_table, (height, width))
             terms = core.folded_terms(self.query_norm.weight, self.query_norm.bias + table_QX)
             conv_XX = self.conv.weight.flatten(1)
+            assert self.conv.bias is not None
             weight, bias = fold_linear(core.output_projection, conv_XX, self.conv.bias)
             sampled = None if values.is_projected else core.sampled_weights(self.feature_norm)
             return FoldedMap(terms, weight, bias, sampled)
@@ -230,7 +231,8 @@ class UNetSynchronizers(nn.Module):
         """Each map's projection of earlier images, the middle last; the same at every denoising step, so keep
         it.
         """
-        return project_for_all([*self.skips, self.middle], cells_IKSC, level_sizes)
+        blocks: list[Any] = [*self.skips, self.middle]
+        return project_for_all(blocks, cells_IKSC, level_sizes)
 
     def callback(
         self, values: Sequence[ImageValues], relative_index_IK: Tensor, strength: float = 1.0
@@ -247,7 +249,7 @@ class UNetSynchronizers(nn.Module):
         # In training, pictures without earlier ones share a batch with others: they get their constant.
         are_mixed = torch.is_grad_enabled() and not bool(seeing_I.all())
 
-        def added(block: MapSynchronizer, values: ImageValues, to: Tensor) -> Tensor:
+        def added(block: Any, values: ImageValues, to: Tensor) -> Tensor:
             if not are_mixed or values.image_BN is None:
                 return block(to, values, relative_index_IK)
             image_BN = values.image_BN[seeing_I]

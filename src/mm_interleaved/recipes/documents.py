@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -72,7 +72,7 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         model.train()
         if config.parallel.strategy != "fsdp":
             # FSDP moves one unit after the other, so that no GPU has to hold all of it even once.
-            model.to(ranks.device)
+            cast(torch.nn.Module, model).to(ranks.device)
         if config.checkpoint_activations:
             checkpoint_activations(model)
         if config.compile_backend:

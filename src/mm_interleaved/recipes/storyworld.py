@@ -218,7 +218,7 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
         "clip_sample": False,
         "set_alpha_to_one": True,
     }
-    synchronizer = {"num_heads": 4, "num_points": 4, "value_dim": 96}
+    synchronizer: dict[str, Any] = {"num_heads": 4, "num_points": 4, "value_dim": 96}
     return MMInterleavedConfig(
         text_config=LlamaConfig(
             vocab_size=len(vocabulary),

@@ -35,8 +35,9 @@ def add_low_rank(model: MMInterleavedForConditionalGeneration, config: LoraConfi
     targets = [names[layer] for part in config.parts for layer in _linear_layers(model, part)]
     if not targets:
         raise UsageError(f"lora.parts: this model has no {' or '.join(config.parts)} to add to")
+    alpha: Any = config.alpha  # PEFT says int and takes any number
     settings: Any = PeftConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
+        r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=targets
     )
     return get_peft_model(model, settings)
 

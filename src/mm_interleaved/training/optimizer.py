@@ -100,8 +100,9 @@ class MuonWithAdamW:
 
     def tensors(self) -> dict[str, Tensor]:
         """Momenta and step counts, as `<parameter>:<key>`."""
+        names: Any = self._names
         return {
-            f"{self._names[parameter]}:{key}": value
+            f"{names[parameter]}:{key}": value
             for optimizer in self._optimizers
             for parameter, state in optimizer.state.items()
             for key, value in state.items()

@@ -97,6 +97,7 @@ class PaintingStage(ABC):
     def read(self, documents: DocumentBatch) -> list[PaintingTask]:
         """What the frozen parts make of a batch of documents: a task for each picture that counts."""
         batch = documents.batch
+        assert batch.target_pixel_values is not None, "documents come with target pixels"
         with torch.autocast(batch.pixel_values.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             contexts = self.read_contexts(documents)
             latents = self.model.image_decoder.encode(batch.target_pixel_values)

@@ -116,7 +116,7 @@ def _settings_of(name: str) -> tuple[str, Any]:
     if name.endswith(".json"):
         record = _read(Path(name))
         recipe = record.get("recipe") if isinstance(record, dict) else None
-        if recipe not in RECIPES:
+        if not isinstance(recipe, str) or recipe not in RECIPES:
             raise UsageError(f"{name}: expected the settings of a run, with its recipe; found {recipe!r}")
         return recipe, from_record(type(RECIPES[recipe].settings()), record["settings"], name)
     if name not in RECIPES:
