@@ -392,12 +392,15 @@ def test_stopped_runs_say_so_and_are_finished_later(capsys, tmp_path, tiny_folde
             time.sleep(0.02)
         os.kill(os.getpid(), sent)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    # A shell may have started these tests in the background, deaf to SIGINT.
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         threading.Thread(target=stop_after_first_record, daemon=True).start()
         fails(capsys, code, "generate", path, "-o", out, "--model", tiny_folder)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert 0 < len(records(out)) < 400
 
 
