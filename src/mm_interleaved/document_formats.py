@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -379,20 +379,26 @@ def _read_mmc4(record: Field, folder: ImageStore) -> Body:
 
 def _read_obelics(record: Field, folder: ImageStore) -> Body:
     """Two lists of equal length; at each index either a text or an image."""
-    _same_length(record, "texts", "images")
     parts: list[Part] = []
-    for text, image in zip(record["texts"].list(), record["images"].list(), strict=True):
-        if (text.value is None) == (image.value is None):
-            found = "neither" if text.value is None else "both"
-            raise FieldError(
-                text.path, f"found {found} a text and an image at one index, expected one of them"
-            )
+    for text, image in obelics_pairs(record):
         if text.value is not None:
             parts.append(Text(text.text()))
         else:
             reference = folder.image(image)
             parts += [] if reference is None else [reference]
     return Body(parts)
+
+
+def obelics_pairs(record: Field) -> Iterator[tuple[Field, Field]]:
+    """Text and image of each index, one of which is null. Raises FieldError."""
+    _same_length(record, "texts", "images")
+    for text, image in zip(record["texts"].list(), record["images"].list(), strict=True):
+        if (text.value is None) == (image.value is None):
+            found = "neither" if text.value is None else "both"
+            raise FieldError(
+                text.path, f"found {found} a text and an image at one index, expected one of them"
+            )
+        yield text, image
 
 
 def _read_annotation(record: Field, folder: ImageStore) -> Body:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.models.synchronizer import FeatureSynchronizer
 from mm_interleaved.training.optimizer import build_optimizer
 from mm_interleaved.training.parts import (
     PART_NAMES,
@@ -30,12 +29,7 @@ def test_every_parameter_belongs_to_one_part(model):
     parts = parameters_by_part(model)
     names = [name for parameters in parts.values() for name in parameters]
     assert len(names) == len(set(names))
-    constants = {
-        f"{name}.ignore_value"
-        for name, module in model.named_modules()
-        if isinstance(module, FeatureSynchronizer)
-    }
-    assert set(names) == {name for name, _ in model.named_parameters()} - constants
+    assert set(names) == {name for name, _ in model.named_parameters()}
     assert [part for part, parameters in parts.items() if not parameters] == ["lora"]
     # Offsets are taken out of the synchronizers of both sides and of the adapter.
     assert {name.split(".")[0] for name in parts["offsets"]} == {"vision", "language_model", "image_decoder"}

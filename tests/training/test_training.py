@@ -20,7 +20,12 @@ from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
 from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig
-from mm_interleaved.training.text_side import TextSideStage, open_to_images, open_to_learning
+from mm_interleaved.training.text_side import (
+    TextSideStage,
+    open_to_images,
+    open_to_learning,
+    read_batch,
+)
 from mm_interleaved.training.vision_side import SlotReader, VisionSideStage
 
 ONE_DRAWING = Mixture(share=1, batch_size=1, tasks={"draw": 1})
@@ -90,7 +95,7 @@ def test_a_blind_batch_reads_what_the_model_reads_without_pictures(model, proces
     batches = DocumentBatches(processor, (replace(ONE_DRAWING, is_blind=True),), seed=0)
     stage, inputs = TextSideStage(model.eval(), batches), batches(0).batch
     with torch.no_grad():
-        blind, seeing = stage._read_words(inputs), stage._read(inputs)
+        blind, seeing = stage._read_words(inputs), read_batch(model, inputs)
     first = int(inputs.image_start[0, 0]) + 1
     torch.testing.assert_close(blind[:, :first], seeing[:, :first])
     assert not torch.allclose(blind[:, first:], seeing[:, first:])

@@ -21,7 +21,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def weights_at_hand(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> list[Tensor] | None:
-    """All parameters of modules, if reading them is the same as calling the modules; else None.
+    """All parameters and buffers of modules, if reading them is the same as calling the modules; else None.
 
     It is not where a library has put something in the module's place or around it (LoRA, quantised layers,
     hooks), or where the weights come only during a call (offloading) or in parts (sharding).
@@ -32,7 +32,7 @@ def weights_at_hand(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> li
             return None
         if module._forward_hooks or module._forward_pre_hooks:
             return None
-        for weight in module._parameters.values():
+        for weight in (*module._parameters.values(), *module._buffers.values()):
             if weight is None:
                 continue
             if type(weight) not in (nn.Parameter, Tensor) or weight.device.type == "meta":

@@ -118,6 +118,8 @@ class FeatureSynchronizer(nn.Module):
         torch.Size([1, 5, 32])
     """
 
+    ignore_value: Tensor
+
     def __init__(
         self,
         query_dim: int,
@@ -149,7 +151,8 @@ class FeatureSynchronizer(nn.Module):
         self.attention_logits = PointLinear(query_dim, num_heads * num_levels * (num_points + 1))
         self.value_projection = nn.Linear(feature_dim, value_dim)
         self.output_projection = nn.Linear(value_dim, query_dim)
-        self.ignore_value = nn.Parameter(torch.zeros(value_dim), requires_grad=False)
+        # A buffer: the released checkpoint's parameter is frozen, and transformers unfreezes what it loads.
+        self.register_buffer("ignore_value", torch.zeros(value_dim))
         self.reset_parameters()
 
     @torch.no_grad()

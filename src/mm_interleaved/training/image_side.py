@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.training.data import DocumentBatch
 from mm_interleaved.training.painting import PaintingStage
+from mm_interleaved.training.text_side import read_batch
 from mm_interleaved.visibility import NO_IMAGE
 
 
@@ -26,14 +27,7 @@ class ImageSideStage(PaintingStage):
     def read_contexts(self, documents: DocumentBatch) -> list[Tensor]:
         """Hidden states from each image-start token back to the document's start."""
         batch = documents.batch
-        hidden_BTD = self.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            pixel_values=batch.pixel_values,
-            image_start=batch.image_start,
-            logits_to_keep=1,
-        ).hidden
+        hidden_BTD = read_batch(self.model, batch)
         row_I, column_I = (batch.image_start != NO_IMAGE).nonzero(as_tuple=True)
         end_I = batch.image_start[row_I, column_I]
         start_I = batch.document_start[row_I, end_I]

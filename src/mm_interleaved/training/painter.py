@@ -4,12 +4,12 @@ It stands where the released model takes Stable Diffusion's weights: a U-Net tha
 conditioning becomes a picture.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.training.data import DocumentBatch
 from mm_interleaved.training.naming import IS_ONLY_SEEN, NOT_THERE, SceneCode, painting_labels
 from mm_interleaved.training.painting import PaintingStage
@@ -27,25 +27,9 @@ class PainterStage(PaintingStage):
 
     name = "painter"
 
-    def __init__(
-        self,
-        model: MMInterleavedForConditionalGeneration,
-        documents: Callable[[int], DocumentBatch],
-        *,
-        batch_size: int,
-        pool_batches: int,
-        repeats: int,
-        detail_weight: float = 0.0,
-    ) -> None:
-        super().__init__(
-            model,
-            documents,
-            batch_size=batch_size,
-            pool_batches=pool_batches,
-            repeats=repeats,
-            detail_weight=detail_weight,
-        )
-        self.code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
+    @cached_property
+    def _code(self) -> SceneCode:
+        return SceneCode(*self.model.image_decoder.resampler.queries.shape[1:])
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         decoder = self.model.image_decoder
@@ -59,4 +43,4 @@ class PainterStage(PaintingStage):
     def condition(self, contexts: list[Tensor]) -> Tensor:
         labels_IN = torch.cat(contexts).long()
         is_silent_I1 = torch.rand(len(labels_IN), 1) < _SILENT
-        return self.code.encode(labels_IN.masked_fill(is_silent_I1 & IS_ONLY_SEEN, NOT_THERE))
+        return self._code.encode(labels_IN.masked_fill(is_silent_I1 & IS_ONLY_SEEN, NOT_THERE))

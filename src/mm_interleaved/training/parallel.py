@@ -164,7 +164,8 @@ def summing_gradients(model: nn.Module, is_last: bool) -> Iterator[None]:
 
 def unwrapped(model: nn.Module) -> MMInterleavedForConditionalGeneration:
     """The model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner
 
 
 def whole(tensor: Tensor) -> Tensor:

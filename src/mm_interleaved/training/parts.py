@@ -78,10 +78,7 @@ PART_NAMES = tuple(part.name for part in fields(PartsConfig))
 def parameters_by_part(
     model: MMInterleavedForConditionalGeneration,
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """All parameters by part and by their name in the model; each stands in one part.
-
-    What is never trained (the synchronizers' constant zero vectors) stands in none.
-    """
+    """All parameters by part and by their name in the model; each stands in one part."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PART_NAMES}
     for part, parameters in _claims(model):
@@ -89,9 +86,7 @@ def parameters_by_part(
             # A parameter stays with whoever claimed it first.
             if parameter in names:
                 parts[part][names.pop(parameter)] = parameter
-    constants = {module.ignore_value for module in model.modules() if isinstance(module, FeatureSynchronizer)}
-    left = [name for parameter, name in names.items() if parameter not in constants]
-    assert not left, f"parameters of no part: {left[:3]}"
+    assert not names, f"parameters of no part: {list(names.values())[:3]}"
     return parts
 
 
@@ -134,27 +129,22 @@ def _claims(
         elif isinstance(module, GatedSynchronizer):
             yield "gates", (module.gate,)
     for index in model.language_model.synchronized_layers:
-        yield "text_synchronizers", _without_constants(model.language_model.layers[index].synchronizer)
+        yield "text_synchronizers", model.language_model.layers[index].synchronizer.parameters()
     yield "vision", model.vision.clip.parameters()
     yield "adapter", model.vision.adapter.parameters()
     yield "slot_resampler", model.vision.parameters()
-    yield "language", _without_constants(model.language_model)
+    yield "language", model.language_model.parameters()
     yield "new_tokens", (*model.text_head.new.parameters(), model.image_start_embedding)
     yield "text_head", model.text_head.parameters()
     decoder = model.image_decoder
     if decoder is None:
         return
     if decoder.synchronizers is not None:
-        yield "image_synchronizers", _without_constants(decoder.synchronizers)
+        yield "image_synchronizers", decoder.synchronizers.parameters()
     yield "unet", decoder.unet.parameters()
     yield "vae", decoder.vae.parameters()
     yield "conditioning_resampler", (*decoder.resampler.parameters(), *model.context_projection.parameters())
     yield "conditioning_resampler", (decoder.negative_conditioning,)
-
-
-def _without_constants(module: nn.Module) -> Iterator[nn.Parameter]:
-    constants = {inner.ignore_value for inner in module.modules() if isinstance(inner, FeatureSynchronizer)}
-    return (parameter for parameter in module.parameters() if parameter not in constants)
 
 
 def _low_rank_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -12,11 +12,11 @@ from functools import partial
 
 from mm_interleaved.data.sources.files import stem_of
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_records
-from mm_interleaved.data.sources.source import BrokenItem, Item, Shard, attempt
+from mm_interleaved.data.sources.records import read_items
+from mm_interleaved.data.sources.source import Item, Shard
 from mm_interleaved.document import Document, Text
 from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field
+from mm_interleaved.strict_json import Record
 
 _SUFFIXES = (".png", ".jpg", "")
 
@@ -38,14 +38,10 @@ class SegmentationPairs:
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)
-        for position, record in read_records(shard.name, start):
-            if isinstance(record, BrokenItem):
-                yield position, record
-            else:
-                build = partial(self._document, record.field, stem_of(shard.name), position, store)
-                yield position, attempt(record.place, build)
+        yield from read_items(shard.name, start, partial(self._document, stem_of(shard.name), store))
 
-    def _document(self, record: Field, split: str, position: int, store: ImageStore) -> Document:
+    def _document(self, split: str, store: ImageStore, line: Record, position: int) -> Document:
+        record = line.field
         image_id = record["image_id"]
         caption = Text(record["caption"].text().strip() + self.caption_end)
         shown, drawn = (

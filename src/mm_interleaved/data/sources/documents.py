@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mm_interleaved.data.sources.image_stores import found_with_images, image_store
-from mm_interleaved.data.sources.records import read_records
-from mm_interleaved.data.sources.source import BrokenItem, Item, Shard, attempt
+from mm_interleaved.data.sources.records import read_items
+from mm_interleaved.data.sources.source import Item, Shard
 from mm_interleaved.document import Document
 from mm_interleaved.document_formats import read_record
-from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Record
 
 
@@ -31,12 +30,8 @@ class DocumentFiles:
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=self.skip_missing_images)
-        for position, record in read_records(shard.name, start):
-            yield position, record if isinstance(record, BrokenItem) else _item(record, store)
 
+        def build(record: Record, _: int) -> Document:
+            return read_record(record, store)
 
-def _item(record: Record, store: ImageStore) -> Item:
-    def build() -> Document:
-        return read_record(record, store)
-
-    return attempt(record.place, build)
+        yield from read_items(shard.name, start, build)

@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_records
+from mm_interleaved.data.sources.records import read_items
 from mm_interleaved.data.sources.source import (
-    BrokenItem,
     Chance,
     FilteredItem,
     Item,
     Shard,
-    attempt,
     check_settings,
 )
 from mm_interleaved.data.sources.stories import story_document
@@ -53,15 +51,12 @@ class FrameStripStories:
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)
-        for position, record in read_records(shard.name, start):
-            if isinstance(record, BrokenItem):
-                yield position, record
-            else:
-                chance = Chance(self.seed, self.epoch, shard.name, position)
-                yield position, attempt(record.place, partial(self._item, record, store, chance))
+        yield from read_items(shard.name, start, partial(self._document, shard.name, store))
 
-    def _item(self, record: Record, store: ImageStore, chance: Chance) -> Document | FilteredItem:
-        story = record.field
+    def _document(
+        self, path: str, store: ImageStore, record: Record, position: int
+    ) -> Document | FilteredItem:
+        story, chance = record.field, Chance(self.seed, self.epoch, path, position)
         if self.split is not None and story["split"].text() != self.split:
             return FilteredItem(record.place, "other_split")
         panels = [

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from mm_interleaved.data.sources.files import stem_of
 from mm_interleaved.data.sources.image_stores import found_with_images, image_store
 from mm_interleaved.data.sources.pairs import caption_of, pair_parts
-from mm_interleaved.data.sources.records import read_records
+from mm_interleaved.data.sources.records import read_items
 from mm_interleaved.data.sources.source import (
-    BrokenItem,
     Chance,
     FilteredItem,
     Item,
     Shard,
-    attempt,
     check_settings,
 )
 from mm_interleaved.document import Document
@@ -47,27 +46,21 @@ class PairLines:
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name)
-        for position, record in read_records(shard.name, start):
-            if isinstance(record, BrokenItem):
-                yield position, record
-            else:
-                chance = Chance(self.seed, self.epoch, shard.name, position)
-                yield position, self._item(record, f"{stem_of(shard.name)}:{position}", store, chance)
+        yield from read_items(shard.name, start, partial(self._document, shard.name, store))
 
-    def _item(self, record: Record, name: str, store: ImageStore, chance: Chance) -> Item:
-        def build() -> Document | FilteredItem:
-            caption = caption_of(record.field["caption"])
-            if len(caption) < self.min_characters:
-                return FilteredItem(record.place, "short_caption")
-            image = store.image(record.field["image"])
-            assert image is not None, "this store raises where an image is missing"
-            parts = pair_parts(
-                image,
-                caption,
-                chance,
-                image_first_share=self.image_first_share,
-                lower_case=self.lower_case,
-            )
-            return Document(id=name, parts=parts)
-
-        return attempt(record.place, build)
+    def _document(
+        self, path: str, store: ImageStore, record: Record, position: int
+    ) -> Document | FilteredItem:
+        caption = caption_of(record.field["caption"])
+        if len(caption) < self.min_characters:
+            return FilteredItem(record.place, "short_caption")
+        image = store.image(record.field["image"])
+        assert image is not None, "this store raises where an image is missing"
+        parts = pair_parts(
+            image,
+            caption,
+            Chance(self.seed, self.epoch, path, position),
+            image_first_share=self.image_first_share,
+            lower_case=self.lower_case,
+        )
+        return Document(id=f"{stem_of(path)}:{position}", parts=parts)

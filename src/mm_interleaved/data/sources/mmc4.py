@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mm_interleaved.data.sources.files import stem_of
 from mm_interleaved.data.sources.image_stores import found_with_images, image_store
-from mm_interleaved.data.sources.records import read_records
+from mm_interleaved.data.sources.records import read_items
 from mm_interleaved.data.sources.source import (
-    BrokenItem,
     Chance,
     FilteredItem,
     Item,
     Shard,
-    attempt,
     check_settings,
 )
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.errors import UsageError
 from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.strict_json import Field, FieldError, Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,37 +55,32 @@ class MMC4:
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)
-        for position, record in read_records(shard.name, start):
-            if isinstance(record, BrokenItem):
-                yield position, record
-                continue
-            name = f"{stem_of(shard.name)}:{position}"
-            chance = Chance(self.seed, self.epoch, shard.name, position)
-            yield position, self._item(record.field, record.place, name, store, chance)
+        yield from read_items(shard.name, start, partial(self._document, shard.name, store))
 
-    def _item(self, record: Field, place: str, name: str, store: ImageStore, chance: Chance) -> Item:
-        def build() -> Document | FilteredItem:
-            sentences = [sentence.text() for sentence in record["text_list"].list()]
-            matched = self._matched(record, len(sentences))
-            if not matched:
-                return FilteredItem(place, "no_similar_image")
-            # Drawn whatever is there, so that the later choices do not depend on earlier ones.
-            keeps_single = chance.happens(self.single_image_share)
-            images, missing = self._images(matched, store, chance)
-            if not images:
-                return FilteredItem(place, "missing_images")
-            if len(images) == 1 and not keeps_single:
-                return FilteredItem(place, "single_image")
-            # The images of one sentence stand on one side of it, in their order.
-            sides = {sentence: chance.happens(self.image_first_share) for _, sentence, _ in images}
-            placed = [(sentence, sides[sentence], image) for _, sentence, image in images]
-            given = record.get("id")
-            meta = {"missing_images": missing} if missing else {}
-            return Document(
-                id=name if given is None else given.text(), parts=_between(sentences, placed), meta=meta
-            )
-
-        return attempt(place, build)
+    def _document(
+        self, path: str, store: ImageStore, record: Record, position: int
+    ) -> Document | FilteredItem:
+        page, chance = record.field, Chance(self.seed, self.epoch, path, position)
+        sentences = [sentence.text() for sentence in page["text_list"].list()]
+        matched = self._matched(page, len(sentences))
+        if not matched:
+            return FilteredItem(record.place, "no_similar_image")
+        # Drawn whatever is there, so that the later choices do not depend on earlier ones.
+        keeps_single = chance.happens(self.single_image_share)
+        images, missing = self._images(matched, store, chance)
+        if not images:
+            return FilteredItem(record.place, "missing_images")
+        if len(images) == 1 and not keeps_single:
+            return FilteredItem(record.place, "single_image")
+        # The images of one sentence stand on one side of it, in their order.
+        sides = {sentence: chance.happens(self.image_first_share) for _, sentence, _ in images}
+        placed = [(sentence, sides[sentence], image) for _, sentence, image in images]
+        given = page.get("id")
+        return Document(
+            id=f"{stem_of(path)}:{position}" if given is None else given.text(),
+            parts=_between(sentences, placed),
+            meta={"missing_images": missing} if missing else {},
+        )
 
     def _matched(self, record: Field, num_sentences: int) -> list[tuple[int, int, Field]]:
         """Number, sentence and name of each image that is similar enough; everything is checked."""

@@ -23,9 +23,10 @@ from mm_interleaved.data.sources.files import (
 from mm_interleaved.data.sources.image_stores import found_with_images, image_store
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
 from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.document_formats import obelics_pairs
 from mm_interleaved.errors import InputError, MMInterleavedError, UsageError, escape
 from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.strict_json import Field
 
 _COLUMNS = ("texts", "images")
 _SUFFIXES = (".jpg", ".png", ".webp", ".jpeg", "")
@@ -82,17 +83,9 @@ class ObelicsTables:
 
 def _parts(row: Field, store: ImageStore) -> tuple[list[Part], int]:
     """The parts, and the number of images that are not there."""
-    texts, images = (row[name].list() for name in _COLUMNS)
-    if len(texts) != len(images):
-        raise FieldError("texts", f"found {len(texts)} items, expected {len(images)} as in images")
     parts: list[Part] = []
     missing = 0
-    for text, image in zip(texts, images, strict=True):
-        if (text.value is None) == (image.value is None):
-            found = "neither" if text.value is None else "both"
-            raise FieldError(
-                text.path, f"found {found} a text and an image at one index, expected one of them"
-            )
+    for text, image in obelics_pairs(row):
         if text.value is not None:
             parts.append(Text(text.text()))
         elif (found_image := _image(image, store)) is not None:

@@ -11,13 +11,14 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import IO, NoReturn, TypeAlias
 
 from mm_interleaved.data.sources.files import check_against_manifest, fingerprint, open_file, reading
-from mm_interleaved.data.sources.source import BrokenItem
+from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, attempt
+from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, StorageError, escape
 from mm_interleaved.strict_json import MAX_RECORD_BYTES, Field, Record, decoded, parse_strict
 
@@ -53,6 +54,21 @@ def read_records(path: str, start: int = 0) -> Iterator[tuple[int, Record | Brok
     except InputError as error:
         # The rest of the file cannot be told apart into records.
         yield max(position + 1, start), BrokenItem(path, _without_place(error, path))
+
+
+def read_items(
+    path: str, start: int, build: Callable[[Record, int], Document | FilteredItem]
+) -> Iterator[tuple[int, Item]]:
+    """What `build` makes of each record and its position, from position `start` on; broken ones stay so.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    for position, record in read_records(path, start):
+        if isinstance(record, BrokenItem):
+            yield position, record
+        else:
+            yield position, attempt(record.place, partial(build, record, position))
 
 
 def read_table(path: str) -> Field:

@@ -14,8 +14,8 @@ from functools import partial
 from mm_interleaved.data.prompts import GROUND, TaskPrompt, box_answer, phrase
 from mm_interleaved.data.sources.files import stem_of
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_records, read_table
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.sources.records import read_items, read_table
+from mm_interleaved.data.sources.source import FilteredItem, Item, Shard, attempt
 from mm_interleaved.document import Document, Image
 from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Field, FieldError, Record
@@ -45,13 +45,7 @@ class ReferringExpressions:
         path = shard.name
         store = image_store(self.images, path, skip_missing=True)
         if _is_lines(path):
-            for position, record in read_records(path, start):
-                if isinstance(record, BrokenItem):
-                    yield position, record
-                else:
-                    name = f"{stem_of(path)}:{position}"
-                    build = partial(self._from_line, record, name, store)
-                    yield position, attempt(record.place, build)
+            yield from read_items(path, start, partial(self._from_line, path, store))
             return
         images = _table_images(path)
         for position, annotation in enumerate(_table_records(path)[start:], start):
@@ -59,8 +53,10 @@ class ReferringExpressions:
             build = partial(self._from_table, annotation, image, f"{stem_of(path)}:{position}", store)
             yield position, attempt(f"{path}: {annotation.path}", build)
 
-    def _from_line(self, line: Record, name: str, store: ImageStore) -> Document | FilteredItem:
-        record = line.field
+    def _from_line(
+        self, path: str, store: ImageStore, line: Record, position: int
+    ) -> Document | FilteredItem:
+        record, name = line.field, f"{stem_of(path)}:{position}"
         if self.split is not None and record["split"].text() != self.split:
             return FilteredItem(line.place, "other_split")
         reference, sentence = record["image"], record["sent"].text()
