@@ -12,11 +12,20 @@ from torch import nn
 
 from mm_interleaved.checkpoint.store import load_newest_checkpoint
 from mm_interleaved.errors import ModelFileError, NumericalError
+from mm_interleaved.storyworld.renderer import figure_box, scene_at
+from mm_interleaved.storyworld.world import BADGES
 from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
-from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION
+from mm_interleaved.training.naming import (
+    AT_POSITION,
+    NAMES,
+    NOT_THERE,
+    SIZES,
+    SIZES_AT_POSITION,
+    cell_labels,
+)
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
 from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig
@@ -114,10 +123,33 @@ def test_slots_of_positions_share_a_code():
     assert SlotReader(num_slots=1, slot_dim=6)(slots[:, :1]).shape == (2, sum(SIZES))
 
 
-def test_badges_are_to_be_read_from_the_pyramid_and_not_from_the_slots(model):
-    stage = VisionSideStage(model.vision, dim=16, grid_size=8, seed=0, batch_size=2)
-    losses = stage.compute_losses(stage.make_batch(0)).named
-    assert losses["badge_slots"] == 0 and losses["badge_16"] > 0 and losses["naming_slots"] > 0
+def test_each_cell_of_the_pyramid_names_the_figure_on_which_it_lies(model):
+    """One reader for all cells and levels; badges and patterns are asked of them, and not of the slots."""
+    stage = VisionSideStage(model.vision, seed=0, batch_size=2)
+    batch = stage.make_batch(0)
+    named = stage.compute_losses(batch).named
+    assert all(named[name] > 0 for name in ("badge", "slots", "cells_32", "cells_16", "cells_8"))
+    badges = NAMES.index("badge@left"), NAMES.index("badge@middle"), NAMES.index("badge@right")
+    for index in badges:
+        batch.labels[:, index] = 0
+    assert torch.equal(stage.compute_losses(batch).named["slots"], named["slots"])
+
+
+def test_labels_of_cells_stand_where_the_renderer_draws():
+    scene = scene_at("train", 0, 3)
+    labels = cell_labels(scene, 64)
+    kinds = dict(zip(AT_POSITION, labels, strict=True))
+    for figure in scene.figures:
+        left, top, right, bottom = figure_box(figure)
+        inside = kinds["badge"][top : bottom + 1, left : right + 1]
+        assert (inside == BADGES.index(figure.character.badge)).all()
+    area = sum(
+        (right - left + 1) * (bottom - top + 1)
+        for left, top, right, bottom in (figure_box(figure) for figure in scene.figures)
+    )
+    assert (kinds["badge"] != NOT_THERE).sum() == area
+    coarse = cell_labels(scene, 8)
+    assert torch.equal(coarse[0], labels[0, 4::8, 4::8])
 
 
 def test_the_painter_learns_from_codes_and_changes_the_unet_alone(model, processor, tmp_path):

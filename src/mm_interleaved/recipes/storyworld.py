@@ -107,7 +107,9 @@ class StoryWorldConfig:
     kl_weight: float = 1e-5
     """VAE: weight of the KL term."""
     batch_size: int = 16
-    """Pictures a step in the first two stages."""
+    """Pictures a step in the first stage."""
+    vision_batch_size: int = 48
+    """Pictures a step in the second stage."""
     image_batch_size: int = 32
     """Pictures a step in the last two stages."""
     sizes: SizesConfig = field(default_factory=SizesConfig)
@@ -119,11 +121,7 @@ class StoryWorldConfig:
     """First stage: pixels to latents and back."""
     vision: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=700,
-            learning_rate=1e-3,
-            ema_decay=0.99,
-            decay_fraction=0.0,
-            use_bfloat16=True,
+            steps=700, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
         )
     )
     """Second stage: the vision tower learns to name what it sees."""
@@ -330,13 +328,7 @@ def _learn_to_see(
     )
     run(vae_stage, config.vae, folder / "vae")
     normalise_latents(vae, 2 * pixels(0, 256) - 1)
-    vision_stage = VisionSideStage(
-        model.vision,
-        dim=config.sizes.vision_dim,
-        grid_size=8,
-        seed=config.seed,
-        batch_size=config.batch_size,
-    )
+    vision_stage = VisionSideStage(model.vision, seed=config.seed, batch_size=config.vision_batch_size)
     run(vision_stage, config.vision, folder / "vision")
 
 

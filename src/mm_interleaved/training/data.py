@@ -73,7 +73,7 @@ def training_document(seed: int, index: int, task_weights: Mapping[str, int]) ->
 
 
 def _interview(seed: int, index: int) -> Document:
-    """A picture, a question about each figure's badge, and questions about anything."""
+    """A picture, questions about the badge and pattern of each figure, and questions about anything."""
     dice = Dice(_INTERVIEW_DOMAIN, seed, index)
     scene = random_scene(dice, "train")
     questions = {
@@ -82,7 +82,7 @@ def _interview(seed: int, index: int) -> Document:
         for kind in FINE_DETAIL
         if (question := QUESTIONS[kind](dice, replace(scene, figures=(figure,)))) is not None
     }
-    questions.update((question.text, question) for question in ask_several(dice, scene, 5))
+    questions.update((question.text, question) for question in ask_several(dice, scene, 8))
     parts = [picture(scene, "user")]
     for question in dice.sample(list(questions.values()), len(questions)):
         parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from mm_interleaved.document import Document, Image
 from mm_interleaved.errors import UsageError
+from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
+from mm_interleaved.storyworld.renderer import figure_box, prop_box
 from mm_interleaved.storyworld.world import (
     ACTIONS,
     BADGES,
@@ -47,6 +49,8 @@ _AT_POSITION: dict[str, Sequence[str]] = {
     "prop_colour": PROP_COLOURS,
 }
 _SETTING: dict[str, Sequence[str]] = {"place": PLACES, "time": TIMES, "weather": WEATHERS}
+AT_POSITION = list(_AT_POSITION)
+"""Attributes of the figure and the prop at one position."""
 NAMES = [f"{name}@{position}" for position in POSITIONS for name in _AT_POSITION] + list(_SETTING)
 IS_ONLY_SEEN = torch.tensor([name.startswith(ONLY_SEEN) for name in NAMES])
 SIZES_AT_POSITION = [len(answers) for answers in _AT_POSITION.values()]
@@ -76,6 +80,28 @@ def scene_labels(scene: Scene, unknown: frozenset[str] = frozenset()) -> list[in
             value = values.get(name)
             labels.append(answers.index(value) if value in answers else NOT_THERE)
     return labels + [answers.index(getattr(scene, name)) for name, answers in _SETTING.items()]
+
+
+def cell_labels(scene: Scene, size: int) -> Tensor:
+    """What each of `size` by `size` cells over a picture lies on, (attributes of a position, size, size)
+    int64.
+
+    A cell whose centre is in the box of a figure has the figure's answers, one in the box of a prop the
+    prop's; all else is NOT_THERE. Answers are those of `scene_labels` at that position.
+    """
+    answers_PA = torch.tensor(scene_labels(scene)[: -len(_SETTING)]).view(len(POSITIONS), -1)
+    labels = torch.full((len(AT_POSITION), size, size), NOT_THERE)
+    is_of_prop_A = torch.tensor([name.startswith("prop") for name in AT_POSITION])
+    things = [(figure_box(figure), figure.position, ~is_of_prop_A) for figure in scene.figures]
+    things += [(prop_box(prop), prop.position, is_of_prop_A) for prop in scene.props]
+    centre = (torch.arange(size) + 0.5) * (PICTURE_SIZE / size)
+    for (left, top, right, bottom), position, is_told_A in things:
+        is_column = (centre >= left) & (centre < right + 1)
+        is_row = (centre >= top) & (centre < bottom + 1)
+        box = is_told_A[:, None, None] & is_row[:, None] & is_column
+        answer_A11 = answers_PA[POSITIONS.index(position)][:, None, None]
+        labels = torch.where(box, answer_A11, labels)
+    return labels
 
 
 def painting_labels(documents: Sequence[Document], *, reader: str = "eyes") -> Tensor:

@@ -2,7 +2,7 @@
 
 It stands where the released model takes the weights of CLIP and of a pretrained resampler: slots that tell
 nothing give the language model nothing to listen to, and both wait for each other for thousands of steps.
-Letters: I images, C channels, S slots, D their channels, A answers of all attributes.
+Letters: I images, C channels, S slots, D their channels, N attributes, s cells a side of a level.
 """
 
 from collections.abc import Mapping
@@ -11,20 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_interleaved.models.vision import VisionTower
 from mm_interleaved.storyworld.renderer import render_scene, scene_at
 from mm_interleaved.storyworld.world import POSITIONS
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.naming import (
+    AT_POSITION,
     IS_ONLY_SEEN,
     NOT_THERE,
     SIZES,
     SIZES_AT_POSITION,
+    cell_labels,
     mean_loss,
     naming_losses,
     scene_labels,
 )
+
+LEVELS = (0, 1, 2)
+"""Levels of the pyramid that are read: those into which synchronizers look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +41,10 @@ class NamedPictures:
     pixels: Tensor
     """(I, 3, 64, 64) float32 in [0, 1]."""
     labels: Tensor
-    """(I, number of attributes) int64."""
+    """(I, N) int64, see `scene_labels`."""
     ids: tuple[str, ...]
+    cells: tuple[Tensor, ...] = ()
+    """For each of LEVELS (I, attributes of a position, s, s) int64, see `cell_labels`."""
 
 
 class SlotReader(nn.Module):
@@ -62,21 +71,23 @@ class SlotReader(nn.Module):
 
 
 class VisionSideStage:
-    """Trains the tower through linear readers of its pyramid's levels of 16 and 8 cells and of its slots; the
-    readers are thrown away.
+    """Trains the tower through linear readers of its pyramid and of its slots; the readers are thrown away.
 
+    Each cell of the pyramid has to name the figure or thing on which it lies, in the same code wherever that
+    is and on whatever level: a synchronizer projects all cells by one matrix, so it can only use what all
+    cells say alike, and whoever samples anywhere on a figure learns who it is. (Readers that took a level as
+    a whole were right as well, each cell in a code of its own; nothing ever learned to look at badges then.)
     Badges and patterns are not to be read from the slots: the few slots are for what a picture is about, the
     pyramid is for its details.
     """
 
     name = "vision"
 
-    def __init__(self, vision: VisionTower, *, dim: int, grid_size: int, seed: int, batch_size: int) -> None:
+    def __init__(self, vision: VisionTower, *, seed: int, batch_size: int) -> None:
         self.vision, self.seed, self.batch_size = vision, seed, batch_size
         num_slots, slot_dim = vision.resampler.queries.shape[-2], vision.slot_projection.out_features
         self.readers = nn.ModuleDict({
-            "16": nn.Sequential(nn.Flatten(), nn.Linear((2 * grid_size) ** 2 * dim, sum(SIZES))),
-            "8": nn.Sequential(nn.Flatten(), nn.Linear(grid_size**2 * dim, sum(SIZES))),
+            "cells": nn.Linear(vision.token_projection.in_features, sum(SIZES_AT_POSITION)),
             "slots": SlotReader(num_slots, slot_dim),
         })  # fmt: skip
 
@@ -87,20 +98,37 @@ class VisionSideStage:
         first = step * self.batch_size
         scenes = [scene_at("train", self.seed, first + i) for i in range(self.batch_size)]
         pixels = torch.from_numpy(np.stack([render_scene(scene) for scene in scenes]))
+        size = pixels.shape[1]
         return NamedPictures(
             pixels=pixels.permute(0, 3, 1, 2).float() / 255,
             labels=torch.tensor([scene_labels(scene) for scene in scenes]),
+            cells=tuple(
+                torch.stack([cell_labels(scene, size // (2 << level)) for scene in scenes])
+                for level in LEVELS
+            ),
             ids=tuple(f"scene-{self.seed}-{first + i}" for i in range(self.batch_size)),
         )
 
     def compute_losses(self, batch: NamedPictures) -> Losses:
-        seen = self.vision(batch.pixels)
-        read = {"16": seen.pyramid[1], "8": seen.pyramid[2], "slots": seen.slots}
-        named: dict[str, Tensor] = {}
-        for name, features in read.items():
-            is_hidden_N = IS_ONLY_SEEN & (name == "slots")
-            labels_IN = batch.labels.masked_fill(is_hidden_N, NOT_THERE)
-            losses = naming_losses(self.readers[name](features), labels_IN)
-            named |= {f"naming_{name}": mean_loss(losses), f"badge_{name}": mean_loss(losses, "badge")}
-        total = torch.stack([loss for name, loss in named.items() if name.startswith("naming")]).sum()
+        with sdpa_kernel(SDPBackend.MATH):  # see text_side
+            seen = self.vision(batch.pixels)
+        read = naming_losses(
+            self.readers["slots"](seen.slots), batch.labels.masked_fill(IS_ONLY_SEEN, NOT_THERE)
+        )
+        named = {"slots": mean_loss(read)}
+        badges = []
+        for level, labels in zip(LEVELS, batch.cells, strict=True):
+            losses = self._read_cells(seen.pyramid[level], labels)
+            named[f"cells_{labels.shape[-1]}"] = torch.stack(losses).mean()
+            badges.append(losses[AT_POSITION.index("badge")])
+        total = torch.stack(list(named.values())).sum()
+        named["badge"] = torch.stack(badges).mean()
         return Losses(total=total, named=named, counts={"images": len(batch.pixels)}, document_ids=batch.ids)
+
+    def _read_cells(self, cells_ICss: Tensor, labels: Tensor) -> list[Tensor]:
+        """Loss of each attribute of a position, over the cells that have it."""
+        answers = self.readers["cells"](cells_ICss.movedim(1, -1)).float().movedim(-1, 1)
+        return [
+            F.cross_entropy(answer, label_Iss, ignore_index=NOT_THERE)
+            for answer, label_Iss in zip(answers.split(SIZES_AT_POSITION, 1), labels.unbind(1), strict=True)
+        ]
