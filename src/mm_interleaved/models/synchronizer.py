@@ -508,6 +508,10 @@ class GatedSynchronizer(nn.Module):
         added_MD = torch.addmm(output.bias, seen_MV, output.weight.t(), beta=tables.gate, alpha=tables.gate)
         return added_MD.view(*hidden_BTD.shape[:-1], -1)
 
+    def plan(self, hidden_BTD: Tensor, relative_index_BTN: Tensor) -> SamplingPlan:
+        """Where tokens look; arguments as `forward`."""
+        return self.synchronizer.plan(self.query_norm(hidden_BTD), relative_index_BTN)
+
     def _tables(self, values: ImageValues) -> FoldedTables | None:
         core = self.synchronizer
         weights = core.weights_at_hand()

@@ -25,6 +25,7 @@ from mm_interleaved.models.synchronizer import (
     folded_tables,
     project_for_all,
 )
+from mm_interleaved.ops import SamplingPlan
 
 NORM_EPS = 1e-6
 
@@ -187,6 +188,14 @@ class MapSynchronizer(nn.Module):
         )
         added_IQX = F.linear(seen_IQV.to(tables.weight.dtype), tables.weight, tables.bias)
         return added_IQX.transpose(1, 2).unflatten(2, (height, width))
+
+    def plan(self, map_IXyx: Tensor, relative_index_IK: Tensor) -> SamplingPlan:
+        """Where pixels look, row by row; arguments as `forward`."""
+        height, width = map_IXyx.shape[-2:]
+        query_IQX = self.query_norm(map_IXyx.flatten(2).transpose(1, 2))
+        query_IQX = query_IQX + resize_grid_table(self.position_table, (height, width))
+        index_IQK = relative_index_IK[:, None].expand(-1, height * width, -1)
+        return self.synchronizer.plan(query_IQX, index_IQK, _pixel_centres(height, width, map_IXyx))
 
     def nothing_seen(self) -> Tensor:
         """What is added where no image is visible, the same for each pixel: (1, X, 1, 1)."""
