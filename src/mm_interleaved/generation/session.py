@@ -21,6 +21,10 @@ from mm_interleaved.visibility import context_images
 class InterleavedSession:
     """One growing document.
 
+    Args:
+        max_cache_len: tokens that it may hold at most, for a cache that never moves (see `PrefixCache`);
+            None: as many as the model's context.
+
     Attributes:
         model: who reads and writes.
         ids: all token ids so far, image starts and slots included.
@@ -29,11 +33,11 @@ class InterleavedSession:
         pyramid: the feature maps of all images, (N, C, s, s) a level, for the image decoder.
     """
 
-    def __init__(self, model: MMInterleavedForConditionalGeneration):
+    def __init__(self, model: MMInterleavedForConditionalGeneration, max_cache_len: int | None = None):
         self.model = model
         self.ids: list[int] = []
         self.image_starts: list[int] = []
-        self.cache = PrefixCache(model.config.text_config, device=model.device)
+        self.cache = PrefixCache(model.config.text_config, device=model.device, max_cache_len=max_cache_len)
         self.pyramid = model.vision.empty_pyramid()
         # Embeddings of the tokens that the cache lacks, and of the last token. They are kept because the
         # embedding of a slot stands in no table.
@@ -101,7 +105,7 @@ class InterleavedSession:
         """Tokens that `generate` has chosen, and mostly read already: it reads each but the last."""
         self.append_text(ids)
         first_unread = len(self.ids) - self._unread_1UD.shape[1]
-        self._unread_1UD = self._unread_1UD[:, self.cache.get_seq_length() - first_unread :]
+        self._unread_1UD = self._unread_1UD[:, self.cache.num_tokens - first_unread :]
 
     def _append(self, ids: Sequence[int], embeddings_1UD: Tensor) -> None:
         self.ids.extend(ids)
@@ -116,17 +120,26 @@ class InterleavedSession:
         assert self.cache.hidden is not None, "a document holds at least its first token"
         return self.cache.hidden
 
-    def prompt(self) -> Tensor:
-        """What `generate` continues: (1, T, D), all read but the last token.
-
-        transformers cuts off as many of these as the cache holds, so only the last one is real.
-        """
+    def read_but_last(self) -> None:
+        """Leave exactly the last token unread: `generate` reads it to find the next one."""
         if self._unread_1UD.shape[1] == 0:
             self.cache.crop(-1)
             self._unread_1UD = self._last_11D.to(self._unread_1UD.dtype)
         self._read(self._unread_1UD.shape[1] - 1)
-        read = self._unread_1UD.new_zeros(1, self.cache.get_seq_length(), self._unread_1UD.shape[2])
+
+    def prompt(self) -> Tensor:
+        """What `generate` continues where ids alone do not tell it: (1, T, D), all read but the last token.
+
+        transformers cuts off as many of these as the cache holds, so only the last one is real.
+        """
+        self.read_but_last()
+        read = self._unread_1UD.new_zeros(1, self.cache.num_tokens, self._unread_1UD.shape[2])
         return torch.cat([read, self._unread_1UD], dim=1)
+
+    @property
+    def ends_in_table(self) -> bool:
+        """Whether the last token's embedding stands in the table, as that of all tokens but slots."""
+        return self.ids[-1] != self.model.config.image_token_id
 
     @torch.no_grad()
     def _read(self, count: int) -> None:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
+    PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -36,6 +38,8 @@ STREAM_EVERY = 4
 """Tokens between two runs of streamed text. A call of `generate` takes about 1 ms beside the 8 ms of a token
 of a model of the shipped size (one core, 2026-11).
 """
+FAST_STREAM_EVERY = 16
+"""The same where words come faster: compiled, or several at once."""
 TOKENS_AT_ONCE = 256
 """Of options that are scored in one row. Attention between options is computed and masked: with more tokens
 it would outweigh what fewer passes save.
@@ -79,21 +83,28 @@ def write_text(
     settings: GenerationSettings,
     rules: TextRules,
     generator: torch.Generator | None = None,
+    assistant_model: PreTrainedModel | None = None,
 ) -> Iterator[TextRun]:
     """Continue a document with text; the session grows by it, stop id excluded.
 
-    One beam comes in runs of `STREAM_EVERY` tokens, several beams in one run at the end.
+    One beam comes in runs of a few tokens, several beams in one run at the end.
 
     Args:
         generator: where sampled words come from; on the CPU, so that they are the same on any device.
+        assistant_model: a smaller language model with the same vocabulary, whose guesses are checked several
+            at once; it sees ids alone, no images. Greedy text only.
     """
     if settings.num_beams > 1:
         yield _write_beams(session, settings, rules)
         return
+    if settings.do_sample or session.cache.is_static:
+        assistant_model = None
+    is_fast = session.cache.is_static or settings.prompt_lookup_num_tokens or assistant_model is not None
+    stream_every = FAST_STREAM_EVERY if is_fast else STREAM_EVERY
     written: list[int] = []
     while len(written) < rules.max_new_tokens:
-        run_length = min(STREAM_EVERY, rules.max_new_tokens - len(written))
-        new_ids = _generate(session, settings, rules, written, run_length, generator)
+        run_length = min(stream_every, rules.max_new_tokens - len(written))
+        new_ids = _write_run(session, settings, rules, written, run_length, generator, assistant_model)
         run = _cut(new_ids, rules.stop_ids)
         session.accept(run.ids)
         yield run
@@ -102,40 +113,60 @@ def write_text(
         written += run.ids
 
 
-def _write_beams(session: InterleavedSession, settings: GenerationSettings, rules: TextRules) -> TextRun:
-    num_read = len(session.ids) - 1
-    new_ids = _generate(session, settings, rules, [], rules.max_new_tokens, None)
-    # Back to the prompt, in one row: the chosen words are read again, in one pass, when they are needed.
-    session.cache.crop(num_read - session.cache.get_seq_length())
-    session.cache.batch_select_indices(torch.zeros(1, dtype=torch.int64, device=session.model.device))
-    run = _cut(new_ids, rules.stop_ids)
-    session.accept(run.ids)
-    return run
-
-
-def _generate(
+def _write_run(
     session: InterleavedSession,
     settings: GenerationSettings,
     rules: TextRules,
     written: list[int],
     max_new_tokens: int,
     generator: torch.Generator | None,
+    assistant_model: PreTrainedModel | None,
 ) -> list[int]:
+    """The next few ids; `written` are those of the same text part before."""
     model = session.model
-    start = [*_decoder_start(model, settings), *written]
-    prompt = session.prompt()
+    session.read_but_last()
+    ids = torch.tensor([session.ids], dtype=torch.int64, device=model.device)
+    processors = logits_processors(model, settings, rules, generator)
     output = _call_generate(
         model,
-        prompt,
-        attention_mask=torch.ones(prompt.shape[:2], dtype=torch.int64, device=model.device),
+        ids,
+        # What is guessed is looked up in the ids, but a slot cannot be read by its id.
+        inputs_embeds=None if session.ends_in_table else session.prompt(),
+        attention_mask=torch.ones_like(ids),
         cache=session.cache,
-        start_ids=torch.tensor([start], dtype=torch.int64, device=model.device),
-        processors=logits_processors(model, settings, rules, generator),
+        processors=LogitsProcessorList(
+            [OnTextAlone(processors, ids.shape[1] - len(written), _decoder_start(model, settings))]
+        ),
         settings=settings,
         stop_ids=rules.stop_ids,
         max_new_tokens=max_new_tokens,
+        # Compiled code takes one token a pass, the first one too.
+        prefill_chunk_size=1 if session.cache.is_static and session.ends_in_table else None,
+        assistant_model=assistant_model,
     )
-    return output.sequences[0, len(start) :].tolist()
+    return output.sequences[0, ids.shape[1] :].tolist()
+
+
+def _write_beams(session: InterleavedSession, settings: GenerationSettings, rules: TextRules) -> TextRun:
+    model, num_read = session.model, len(session.ids) - 1
+    start, prompt = _decoder_start(model, settings), session.prompt()
+    output = _call_generate(
+        model,
+        torch.tensor([start], dtype=torch.int64, device=model.device),
+        inputs_embeds=prompt,
+        attention_mask=torch.ones(prompt.shape[:2], dtype=torch.int64, device=model.device),
+        cache=session.cache,
+        processors=logits_processors(model, settings, rules),
+        settings=settings,
+        stop_ids=rules.stop_ids,
+        max_new_tokens=rules.max_new_tokens,
+    )
+    # Back to the prompt, in one row: the chosen words are read again, in one pass, when they are needed.
+    session.cache.crop(num_read - session.cache.num_tokens)
+    session.cache.batch_select_indices(torch.zeros(1, dtype=torch.int64, device=model.device))
+    run = _cut(output.sequences[0, len(start) :].tolist(), rules.stop_ids)
+    session.accept(run.ids)
+    return run
 
 
 def _cut(ids: list[int], stop_ids: Sequence[int]) -> TextRun:
@@ -185,6 +216,24 @@ class FiniteOnly(LogitsProcessor):
         return scores
 
 
+class OnTextAlone(LogitsProcessor):
+    """Shows to others the text part alone, never the prompt.
+
+    Args:
+        num_before: tokens before the text part, padding included.
+        start_ids: what stands in the place of the prompt, see `_decoder_start`.
+    """
+
+    def __init__(self, others: LogitsProcessorList, num_before: int, start_ids: Sequence[int] = ()):
+        self.others, self.num_before, self.start_ids = others, num_before, list(start_ids)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        start = torch.tensor(
+            [self.start_ids] * len(input_ids), dtype=input_ids.dtype, device=input_ids.device
+        )
+        return self.others(torch.cat([start, input_ids[:, self.num_before :]], dim=1), scores)
+
+
 class DrawnWord(LogitsProcessor):
     """Draws the next word of each row from its own generator, and leaves no other choice.
 
@@ -214,18 +263,23 @@ def _decoder_start(model: MMInterleavedForConditionalGeneration, settings: Gener
 
 def _call_generate(
     model: MMInterleavedForConditionalGeneration,
-    inputs_embeds: Tensor,
+    input_ids: Tensor,
     *,
+    inputs_embeds: Tensor | None,
     attention_mask: Tensor,
     cache: PrefixCache,
-    start_ids: Tensor,
     processors: LogitsProcessorList,
     settings: GenerationSettings,
     stop_ids: Sequence[int],
     max_new_tokens: int,
     num_return_sequences: int = 1,
     output_logits: bool = False,
+    prefill_chunk_size: int | None = None,
+    assistant_model: PreTrainedModel | None = None,
 ) -> Any:
+    """transformers' `generate`; `input_ids` are what is continued, the prompt or, with `inputs_embeds` as the
+    prompt, what was written so far.
+    """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=settings.num_beams,
@@ -235,6 +289,8 @@ def _call_generate(
         bos_token_id=model.config.bos_token_id,
         return_dict_in_generate=True,
         output_logits=output_logits,
+        prefill_chunk_size=prefill_chunk_size,
+        prompt_lookup_num_tokens=settings.prompt_lookup_num_tokens,
     )
     search = None
     if settings.num_beams > 1:
@@ -244,13 +300,14 @@ def _call_generate(
         cache.batch_repeat_interleave(settings.num_beams)
         search = released_beam_search if is_released(model, settings) else None
     return model.generate(
-        input_ids=start_ids,
+        input_ids=input_ids,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=cache,
         generation_config=config,
         logits_processor=processors,
         custom_generate=search,
+        assistant_model=assistant_model,
     )
 
 
@@ -290,10 +347,10 @@ def generate_text_batch(
     start = _decoder_start(model, settings)
     output = _call_generate(
         model,
-        model.embed(input_ids, image_start, features.slots),
+        torch.tensor([start] * len(input_ids), dtype=torch.int64, device=model.device),
+        inputs_embeds=model.embed(input_ids, image_start, features.slots),
         attention_mask=attention_mask,
         cache=cache,
-        start_ids=torch.tensor([start] * len(input_ids), dtype=torch.int64, device=model.device),
         processors=logits_processors(model, settings, rules, generator),
         settings=settings,
         stop_ids=rules.stop_ids,
@@ -357,13 +414,15 @@ def _score_group(session: InterleavedSession, group: Sequence[Sequence[int]], fi
     if not table:
         return score_O
     option_T, place_T, id_T, next_T = torch.tensor(table, dtype=torch.int64, device=model.device).unbind(1)
-    num_tokens, num_before = len(table), cache.get_seq_length()
+    num_tokens, num_before = len(table), cache.num_tokens
 
     # 1. Who sees whom: everyone the document, and of its own option what stands before.
     mask_11Tt = None
     if len(group) > 1:
         own_TT = (option_T[:, None] == option_T[None, :]).tril()
-        mask_11Tt = torch.cat([own_TT.new_ones(num_tokens, num_before), own_TT], dim=1)[None, None]
+        mask_Tt = torch.cat([own_TT.new_ones(num_tokens, num_before), own_TT], dim=1)
+        room = cache.get_mask_sizes(num_tokens, 0)[0] - mask_Tt.shape[1]
+        mask_11Tt = F.pad(mask_Tt, (0, room))[None, None]
 
     # 2. One pass, forgotten afterwards.
     logits_TV = model(

@@ -52,6 +52,10 @@ class FoldedOnce:
     def __init__(self) -> None:
         self._kept: dict[Any, tuple[list[Tensor], list[tuple[int, int]], Any]] = {}
 
+    def last(self, key: Any) -> Any:
+        """What was kept last for this key, or None; for compiled code, which cannot look at weights."""
+        return self._kept[key][2] if key in self._kept else None
+
     def get(self, key: Any, weights: list[Tensor], fold: Callable[[], Any]) -> Any:
         """`fold()`, or what it returned for this key before."""
         state = [(weight.data_ptr(), _version(weight)) for weight in weights]

@@ -8,6 +8,7 @@ Letters: B rows, T tokens, V vocabulary, D hidden channels, N images a row, I im
 order, K earlier images a painted image looks at, H and W pixels.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -370,7 +371,22 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         if input_ids is None or "inputs_embeds" in arguments:
             found = "inputs_embeds" if "inputs_embeds" in arguments else "nothing"
             raise ValueError(f"generate needs prompt ids of shape (rows, tokens) as input_ids, found {found}")
-        cache = PrefixCache(self.config.text_config, batch_size=len(input_ids), device=input_ids.device)
+        config = copy.deepcopy(arguments.pop("generation_config", None) or self.generation_config)
+        implementation = arguments.pop("cache_implementation", None) or config.cache_implementation
+        config.cache_implementation = None
+        max_cache_len = None
+        if implementation == "static":
+            new_tokens = arguments.get("max_new_tokens") or config.max_new_tokens
+            longest = arguments.get("max_length") or config.max_length or 0
+            max_cache_len = max(
+                input_ids.shape[1] + new_tokens if new_tokens else longest, config.max_cache_len or 0
+            )
+        cache = PrefixCache(
+            self.config.text_config,
+            batch_size=len(input_ids),
+            device=input_ids.device,
+            max_cache_len=max_cache_len,
+        )
         slots = None
         if pixel_values is not None:
             if image_start is None:
@@ -380,7 +396,6 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             slots = features.slots
             cache.append_images(image_start, self.values_by_row(features.pyramid, image_start))
         # `generate` repeats its tensors for beams and samples, but leaves a given cache to whoever gave it.
-        config = arguments.get("generation_config") or self.generation_config
         repeats = [
             arguments.get(name) or getattr(config, name, None) or 1
             for name in ("num_beams", "num_return_sequences")
@@ -388,7 +403,44 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         if max(repeats) > 1:
             cache.batch_repeat_interleave(max(repeats))
         embeddings = self.embed(input_ids, image_start, slots)
-        return super().generate(input_ids, inputs_embeds=embeddings, past_key_values=cache, **arguments)
+        return super().generate(
+            input_ids,
+            inputs_embeds=embeddings,
+            past_key_values=cache,
+            generation_config=config,
+            **arguments,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **arguments: Any,
+    ) -> dict[str, Any]:
+        """As transformers does. Also for the first pass of assisted decoding, which asks neither what the
+        cache holds already nor how the words that it has guessed are embedded.
+        """
+        if is_first_iteration and next_sequence_length is None and isinstance(past_key_values, PrefixCache):
+            if inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
+                guessed = self.embed(input_ids[:, inputs_embeds.shape[1] :]).to(inputs_embeds.dtype)
+                inputs_embeds = torch.cat([inputs_embeds, guessed], dim=1)
+            given = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            # Of a prompt that is read in pieces, only what is new is given.
+            unread = given - past_key_values.num_tokens
+            next_sequence_length = unread if unread > 0 else None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **arguments,
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens

@@ -8,59 +8,92 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from mm_interleaved.models.cache_layers import FixedLayer, FixedTensor, GrowingLayer, GrowingTensor
 from mm_interleaved.models.synchronizer import ImageValues
+from mm_interleaved.visibility import NO_IMAGE
+
+LEAST_ROOM_FOR_IMAGES = 4
 
 
-class PrefixCache(DynamicCache):
+class PrefixCache(Cache):
     """transformers' key-value cache, plus final hidden states and projected image values.
 
     The language model appends hidden states as it appends keys and values; the owner appends images. Images
     belong to source rows; all beams of a row look at the same ones, so they are kept once.
 
+    Args:
+        max_cache_len: room for so many tokens from the start, all at addresses that never change, as compiled
+            decoding needs it (transformers' `cache_implementation="static"`); None: room as it is needed.
+
+    Raises:
+        ValueError: `max_cache_len` with a language model that forgets (sliding windows).
+
     Attributes:
-        hidden: (B, T, D) final hidden states, or None before the first token.
         image_start: (R, N) int64, index of each image's start token in its row, `NO_IMAGE` where there is
             none.
-        image_values: projected features of those images by layer; which stands where is `image_index`.
         image_index: (R, N) int64, see `ImageValues.image_BN`.
+        image_values: projected features of those images by layer; which stands where is `image_index`.
         source_row: (B,) int64, which row of images each row of the cache looks at; None while each its own.
     """
 
-    def __init__(self, config: PreTrainedConfig, *, batch_size: int = 1, device: torch.device | str = "cpu"):
-        super().__init__(config=config)
-        self.hidden: Tensor | None = None
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        batch_size: int = 1,
+        device: torch.device | str = "cpu",
+        max_cache_len: int | None = None,
+    ):
+        super().__init__(layers=_layers(config, max_cache_len))
+        self.is_static = max_cache_len is not None
+        self._hidden = GrowingTensor(1) if max_cache_len is None else FixedTensor(max_cache_len)
         self.image_start = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
-        self.image_values: dict[int, ImageValues] = {}
         self.image_index = torch.empty_like(self.image_start)
+        self.image_values: dict[int, ImageValues] = {}
+        self._kept: dict[int, GrowingTensor] = {}
         self.source_row: Tensor | None = None
         self._by_row: tuple[Tensor, dict[int, ImageValues]] | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of each row, padding included; waits for the device where the cache is static."""
+        return int(self.get_seq_length())
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """(B, T, D) final hidden states, or None before the first token."""
+        return self._hidden.filled
+
     def append_hidden(self, hidden_BTD: Tensor) -> None:
-        self.hidden = hidden_BTD if self.hidden is None else torch.cat([self.hidden, hidden_BTD], dim=1)
+        self._hidden.append(hidden_BTD)
 
     def append_images(self, image_start_RN: Tensor, values: Mapping[int, ImageValues]) -> None:
         """Remember further images of each source row, in the order in which they stand."""
         self.image_start = torch.cat([self.image_start, image_start_RN], dim=1)
         if values:
             self.image_index = torch.cat([self.image_index, self._index_of(values)], dim=1)
-        joined: dict[int, Tensor] = {}
+        joined: dict[int, GrowingTensor] = {}
         for layer, new in values.items():
-            old = self.image_values.get(layer)
-            if id(new.value) not in joined:
-                # Layers may share one tensor, and shall go on sharing it.
-                new_JSHd = new.value.flatten(0, -4)
-                joined[id(new.value)] = new_JSHd if old is None else torch.cat([old.value, new_JSHd])
+            kept = joined.get(id(new.value))
+            if kept is None:
+                kept = self._kept.get(layer) or GrowingTensor(0, LEAST_ROOM_FOR_IMAGES)
+                kept.append(new.value.flatten(0, -4))
+            # Layers may share one tensor, and shall go on sharing it.
+            joined[id(new.value)] = self._kept[layer] = kept
+            value = kept.whole if self.is_static else kept.filled
             # What was folded of the weights serves the new images as well.
-            folded = new.folded if old is None else old.folded
-            self.image_values[layer] = new._replace(value=joined[id(new.value)], folded=folded)
+            folded = self.image_values[layer].folded if layer in self.image_values else new.folded
+            self.image_values[layer] = new._replace(value=value, folded=folded)
         self._by_row = None
 
     def _index_of(self, values: Mapping[int, ImageValues]) -> Tensor:
         """Which of the images kept, these included, stand where: (R, n) for the n new ones of a row."""
         layer, new = next(iter(values.items()))
-        num_before = len(self.image_values[layer].value) if layer in self.image_values else 0
+        num_before = self._kept[layer].length if layer in self._kept else 0
         if new.image_BN is not None:
             return num_before + new.image_BN
         rows, images = new.value.shape[:2]
@@ -70,6 +103,10 @@ class PrefixCache(DynamicCache):
         """Image starts (B, N) and values for each row of the cache; rows of one source share theirs."""
         if self._by_row is None:
             start, index = self.image_start, self.image_index
+            if self.is_static and self.image_values:
+                # Compiled code sees another shape only where the room for images has grown.
+                room = max(LEAST_ROOM_FOR_IMAGES, 1 << (start.shape[1] - 1).bit_length()) - start.shape[1]
+                start, index = F.pad(start, (0, room), value=NO_IMAGE), F.pad(index, (0, room))
             if self.source_row is not None:
                 start, index = start[self.source_row], index[self.source_row]
             values = {layer: v._replace(image_BN=index) for layer, v in self.image_values.items()}
@@ -81,8 +118,7 @@ class PrefixCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; a number of 0 or less, as transformers counts."""
         super().crop(tokens_to_remove)
-        if self.hidden is not None and tokens_to_remove:
-            self.hidden = self.hidden[:, : -abs(tokens_to_remove)]
+        self._hidden.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
@@ -109,5 +145,18 @@ class PrefixCache(DynamicCache):
             is_own_row = torch.arange(self.image_start.shape[0], device=rows.device)
             self.source_row = None if torch.equal(rows, is_own_row) else rows
             self._by_row = None
-        if self.hidden is not None:
-            self.hidden = self.hidden[index.to(self.hidden.device)]
+        self._hidden.select_rows(index)
+
+
+def _layers(config: PreTrainedConfig, max_cache_len: int | None) -> list[Any]:
+    """A layer's memory each, of the kind that the language model needs."""
+    if max_cache_len is None:
+        layers: list[Any] = DynamicCache(config=config).layers
+        return [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in layers]
+    layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
+    if any(type(layer) is not StaticLayer for layer in layers):
+        raise ValueError(
+            f"a static cache needs full attention in all layers, but those of this {config.model_type} "
+            "model attend in windows; use cache_implementation='dynamic'"
+        )
+    return [FixedLayer(max_cache_len) for _ in layers]

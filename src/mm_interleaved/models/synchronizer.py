@@ -385,7 +385,9 @@ class FeatureSynchronizer(nn.Module):
         """See `visibility.relative_image_index`; refused where it exceeds the table."""
         index = relative_image_index(visible_BQN) if visible_BQN.dtype == torch.bool else visible_BQN
         # The maximum is only read (a device sync) where so many images are there at all.
-        if index.shape[-1] >= self.max_images and int(index.max()) >= self.max_images:
+        # Compiled code sees as many as the pass before it, which read the prompt.
+        is_many = index.shape[-1] >= self.max_images and not torch.compiler.is_compiling()
+        if is_many and int(index.max()) >= self.max_images:
             raise ValueError(
                 f"a query sees {int(index.max())} images, at most {self.max_images - 1} are possible"
             )
@@ -514,6 +516,9 @@ class GatedSynchronizer(nn.Module):
 
     def _tables(self, values: ImageValues) -> FoldedTables | None:
         core = self.synchronizer
+        if torch.compiler.is_compiling():
+            # What the pass before made, which read the prompt and was not compiled.
+            return None if values.folded is None or self.training else values.folded.last(self)
         weights = core.weights_at_hand()
         norms = weights_at_hand((self.query_norm, self.feature_norm), (nn.RMSNorm,))
         weights = None if weights is None or norms is None else [*weights, *norms, self.gate]

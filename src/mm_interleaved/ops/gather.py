@@ -8,7 +8,7 @@ pair and head (L * P), b bags (a pair and head each), r rows a bag (4 j), R rows
 `attention.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,37 @@ def attend_gather(
     sizes = Sizes(level_sizes, num_points, base_size)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _Attend.apply(*inputs, image_BN, relative_index_BQN, sizes)
+    if torch.compiler.is_compiling():
+        return attend_visible_pairs(
+            *inputs, image_BN, relative_index_BQN, list(level_sizes), num_points, float(base_size)
+        )
     return _attend(*inputs, image_BN, relative_index_BQN, sizes)[0]
+
+
+@torch.library.custom_op("mm_interleaved::attend_visible_pairs", mutates_args=())
+def attend_visible_pairs(
+    value_JSHD: Tensor,
+    query_term_BQHE: Tensor,
+    index_term_KHE: Tensor,
+    reference_BQ2: Tensor,
+    ignore_HD: Tensor,
+    image_BN: Tensor,
+    relative_index_BQN: Tensor,
+    level_sizes: Sequence[int],
+    num_points: int,
+    base_size: float,
+) -> Tensor:
+    """`_attend` as one step of compiled code, which cannot know how many pairs are visible: (B, Q, H, D)."""
+    sizes = Sizes(tuple(level_sizes), num_points, base_size)
+    return _attend(
+        value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN, relative_index_BQN,
+        sizes,
+    )[0]  # fmt: skip
+
+
+@attend_visible_pairs.register_fake
+def _(value_JSHD: Tensor, query_term_BQHE: Tensor, *others: Any) -> Tensor:
+    return value_JSHD.new_empty(*query_term_BQHE.shape[:3], value_JSHD.shape[-1])
 
 
 def sample_gather(
