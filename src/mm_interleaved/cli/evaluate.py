@@ -16,6 +16,8 @@ from mm_interleaved.generation.events import Event
 
 TASK_NAMES = ("storyworld",)
 """Kept here too, so that the help does not import what scores."""
+PREDICTOR_NAMES = ("constant", "text-only", "nearest", "copy")
+"""Of `evaluation.baselines`."""
 
 
 def add_to(app: typer.Typer):
@@ -30,6 +32,12 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Score these answers; no model runs.", metavar="FILE")
     ] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Score a trivial answer instead of a model's: {', '.join(PREDICTOR_NAMES)}.", metavar="NAME"
+        ),
+    ] = None,
     model: Model = "storyworld",
     new_run: NewRun = False,
     device: Device = "auto",
@@ -41,6 +49,10 @@ def evaluate(
     for task in tasks:
         if task not in TASK_NAMES:
             raise UsageError(f"unknown task {task!r}: known are {', '.join(TASK_NAMES)}")
+    if predictor is not None and predictor not in PREDICTOR_NAMES:
+        raise UsageError(f"--predictor: found {predictor!r}, expected one of {', '.join(PREDICTOR_NAMES)}")
+    if predictor is not None and predictions is not None:
+        raise UsageError("give either --predictor or --predictions, found both")
     from mm_interleaved.evaluation.runner import evaluate_model, evaluate_predictions
     from mm_interleaved.evaluation.tasks import TASKS
     from mm_interleaved.generation_run import ModelChoice, RunRequest
@@ -49,7 +61,12 @@ def evaluate(
     for name in tasks:
         out = output if len(tasks) == 1 else output / name
         task = TASKS[name]
-        if predictions is not None:
+        if predictor is not None:
+            from mm_interleaved.evaluation.baselines import write_predictions
+
+            answers = write_predictions(predictor, task.read_gold(data), out)
+            scores = evaluate_predictions(task, data, answers, out)
+        elif predictions is not None:
             scores = evaluate_predictions(task, data, predictions, out)
         else:
             chosen = ModelChoice(name=model, device=device, dtype=dtype)

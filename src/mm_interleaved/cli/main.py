@@ -16,7 +16,7 @@ from typing import NoReturn
 import typer
 
 from mm_interleaved import __version__
-from mm_interleaved.cli import answers, chat, corpora, evaluate, generate, models, system, train
+from mm_interleaved.cli import answers, chat, claim, corpora, evaluate, generate, models, system, train
 from mm_interleaved.cli.output import say_error
 from mm_interleaved.errors import MMInterleavedError
 
@@ -54,7 +54,7 @@ def create_app() -> typer.Typer:
     ):
         pass
 
-    for module in (generate, answers, chat, models, train, evaluate, corpora, system):
+    for module in (generate, answers, chat, models, train, evaluate, corpora, claim, system):
         module.add_to(app)
     return app
 

@@ -1,0 +1,173 @@
+"""Sight: where a model looks in earlier images while it writes a word or paints a place.
+
+    record_looks -> Looks of words and of maps -> the samples of one word, or of one place of a new image
+                 -> how much of their weight falls where on each earlier image
+
+Letters: B rows, Q queries (tokens, or pixels of a U-Net map row by row), N earlier images, M samples.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.synchronizer import ImageValues
+from mm_interleaved.ops import SamplingPlan
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom as shares of an image's sides, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One call of one synchronizer: where all its queries looked."""
+
+    place: str
+    """Whose call: "layer 2" of the language model, "skip 3" or "middle" of the U-Net."""
+    plan: SamplingPlan
+    level_sizes: tuple[int, ...]
+    """Cells along one side of each level that was looked into."""
+    map_size: tuple[int, int] | None
+    """Rows and columns of the U-Net's map; None where the queries are tokens."""
+
+    @property
+    def num_images(self) -> int:
+        return self.plan.weight.shape[3] // len(self.level_sizes)
+
+
+class Samples(NamedTuple):
+    """Samples of one earlier image: `location` (M, 2), (x, y) from 0 to 1; `weight` (M,), the share of all
+    that was looked at; `cell` (M,), the width of a cell of the level that was sampled, the image's being 1.
+    """
+
+    location: Tensor
+    weight: Tensor
+    cell: Tensor
+
+
+@contextmanager
+def record_looks(model: MMInterleavedForConditionalGeneration) -> Iterator[list[Look]]:
+    """Within, each call of a synchronizer of the model adds a look to the list, in the order of the calls.
+
+    Nothing that the model computes changes: PyTorch tells us what a synchronizer is about to be given, and
+    its own `plan` says where it looks.
+    """
+    looks: list[Look] = []
+    handles = []
+    for place, module in _synchronizers(model):
+
+        def tell(called: Any, arguments: tuple, named: dict, place: str = place) -> None:
+            given = inspect.signature(called.forward).bind(*arguments, **named).arguments
+            queries, values, relative_index = list(given.values())[:3]
+            if relative_index.shape[-1]:
+                looks.append(_look(place, called, queries, values, relative_index))
+
+        handles.append(module.register_forward_pre_hook(tell, with_kwargs=True))
+    try:
+        yield looks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _synchronizers(model: MMInterleavedForConditionalGeneration) -> Iterator[tuple[str, Any]]:
+    for index in model.language_model.synchronized_layers:
+        yield f"layer {index}", model.language_model.layers[index].synchronizer
+    maps = None if model.image_decoder is None else model.image_decoder.synchronizers
+    if maps is not None:
+        for index, skip in enumerate(maps.skips):
+            yield f"skip {index}", skip
+        yield "middle", maps.middle
+
+
+@torch.no_grad()
+def _look(place: str, called: Any, queries: Tensor, values: ImageValues, relative_index: Tensor) -> Look:
+    map_size = (int(queries.shape[2]), int(queries.shape[3])) if queries.ndim == 4 else None
+    return Look(place, called.plan(queries, relative_index), values.level_sizes, map_size)
+
+
+def samples_of_token(looks: Sequence[Look], position: int) -> list[Samples]:
+    """What one token of the only row looked at, of each image; the mean of its layers and their heads.
+
+    Args:
+        looks: of one pass over the whole document.
+        position: of the token, from 0.
+    """
+    chosen = [look for look in looks if look.map_size is None]
+    return _samples([(look, [position]) for look in chosen])
+
+
+def samples_of_place(looks: Sequence[Look], box: Box, min_size: int) -> list[Samples]:
+    """What a place of the image being painted looked at, of each earlier image; the mean of all denoising
+    steps, maps and heads. Of several images painted at once (guidance) the last counts.
+
+    Args:
+        box: the place. On each map it is the cells whose centres it holds, or the one at its own centre.
+        min_size: maps of fewer cells a side do not count; their cells hold much more than the place.
+    """
+    chosen = [look for look in looks if look.map_size is not None and min(look.map_size) >= min_size]
+    return _samples([(look, cells_in(box, look.map_size)) for look in chosen if look.map_size is not None])
+
+
+def cells_in(box: Box, map_size: tuple[int, int]) -> list[int]:
+    """Indices, row by row, of the cells whose centres lie in a box; the one at its centre if none does."""
+    height, width = map_size
+    left, top, right, bottom = box
+    found = [
+        y * width + x
+        for y in range(height)
+        for x in range(width)
+        if left <= (x + 0.5) / width < right and top <= (y + 0.5) / height < bottom
+    ]
+    centre = int((top + bottom) / 2 * height) * width + int((left + right) / 2 * width)
+    return found or [centre]
+
+
+def _samples(queries: Sequence[tuple[Look, list[int]]]) -> list[Samples]:
+    if not queries:
+        return []
+    num_images = max(look.num_images for look, _ in queries)
+    found: list[list[Samples]] = [[] for _ in range(num_images)]
+    for look, indices in queries:
+        location = look.plan.location[-1, indices]
+        weight = look.plan.weight[-1, indices] / (location.shape[0] * location.shape[1] * len(queries))
+        num_levels = len(look.level_sizes)
+        for image in range(look.num_images):
+            levels = slice(image * num_levels, (image + 1) * num_levels)
+            cell = torch.tensor([1 / size for size in look.level_sizes])[None, None, :, None]
+            found[image].append(
+                Samples(
+                    location[:, :, levels].reshape(-1, 2).float(),
+                    weight[:, :, levels].reshape(-1).float(),
+                    cell.expand_as(weight[:, :, levels]).reshape(-1),
+                )
+            )
+    return [Samples(*(torch.cat(column) for column in zip(*parts, strict=True))) for parts in found]
+
+
+def heat_map(samples: Samples, size: int) -> Tensor:
+    """How much each of `size` by `size` pixels of an image weighed: (size, size), summing to the weight that
+    fell onto the image.
+
+    A sample is spread as the bilinear rule spreads it: a tent as wide as two cells of its level.
+    """
+    centre = (torch.arange(size) + 0.5) / size
+
+    def tents(along: Tensor) -> Tensor:
+        return (1 - (centre[None] - along[:, None]).abs() / samples.cell[:, None]).clamp(min=0)
+
+    x_Ms, y_Ms = tents(samples.location[:, 0]), tents(samples.location[:, 1])
+    # A whole tent has the area of one cell.
+    share_M = samples.weight / (samples.cell * size).square()
+    return torch.einsum("m,my,mx->yx", share_M, y_Ms, x_Ms)
+
+
+def weight_in(samples: Samples, box: Box, size: int) -> float:
+    """How much of what was looked at lies in a box."""
+    left, top, right, bottom = (round(edge * size) for edge in box)
+    return float(heat_map(samples, size)[top:bottom, left:right].sum())

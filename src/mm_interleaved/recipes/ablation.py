@@ -1,0 +1,250 @@
+"""What the synchronizers are worth: twins that differ in them alone, trained one after another.
+
+`AblationConfig` names every number; `train` trains what is missing and leaves each twin as a model of its
+own. Everything is resumable, and what is finished is never trained again. How twins are scored is told by
+`evaluation.ablation`, what comes out by docs/ablation.md.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_interleaved.checkpoint.load import load_model
+from mm_interleaved.errors import UsageError
+from mm_interleaved.model_source import find_model
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.recipes.ablation_twins import (
+    NO_LEVELS,
+    Painter,
+    Reader,
+    Twin,
+    TwinSizes,
+    all_twins,
+    build_twin,
+)
+from mm_interleaved.recipes.storyworld import save_model
+from mm_interleaved.storage import make_folder, new_folder, write_file
+from mm_interleaved.training.data import INTERVIEW, DocumentBatches, Mixture
+from mm_interleaved.training.loop import Stage, train_stage
+from mm_interleaved.training.metrics import count_flops
+from mm_interleaved.training.painter import PainterStage
+from mm_interleaved.training.settings import StageConfig, to_record
+from mm_interleaved.training.slot_side import SlotSideStage
+from mm_interleaved.training.text_side import TextSideStage
+
+logger = logging.getLogger(__name__)
+
+COST_NAME = "cost.json"
+TWINS_NAME = "twins"
+
+READER_MIXTURES = (
+    Mixture(share=5, batch_size=16, tasks={INTERVIEW: 1}),
+    Mixture(share=2, batch_size=16, tasks={"edit": 1}),
+    Mixture(share=2, batch_size=6, tasks={"story": 1}),
+    Mixture(share=1, batch_size=16, tasks={"story": 1}, is_blind=True),
+)
+"""What readers learn from: questions about a picture, and heroes who come again."""
+
+PAINTER_MIXTURES = (
+    Mixture(share=1, batch_size=24, tasks={"edit": 1}),
+    Mixture(share=2, batch_size=8, tasks={"story": 1}),
+)
+"""What painters learn from: pictures that follow from earlier ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AblationConfig:
+    """`mm-interleaved train ablation`: one name below, e.g. `text.steps`, is what `--set` takes."""
+
+    start_from: str = "storyworld"
+    """A finished model ("storyworld", a folder): all twins share its vision tower, VAE and first U-Net."""
+    twins: tuple[str, ...] = ()
+    """Which twins, by name, e.g. both-1,neither-1. Empty: all."""
+    seed: int = 1
+    """Seed of the slots' stage, which twins with the same number of slots share."""
+    num_threads: int = 2
+    """Threads of PyTorch; the same number gives the same bits."""
+    sizes: TwinSizes = field(default_factory=TwinSizes)
+    slot_batch_size: int = 64
+    """Pictures a step of the slots' stage."""
+    image_batch_size: int = 32
+    """Pictures a step of the painters."""
+    detail_weight: float = 4.0
+    """Painters: extra weight beside edges."""
+    slots: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=400, learning_rate=4e-3, optimizer="muon", warmup_steps=30, use_bfloat16=True
+        )
+    )
+    """First stage, once for each number of slots: they learn to tell all that a picture shows."""
+    text: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=1200, learning_rate=3e-3, optimizer="muon", warmup_steps=50, ema_decay=0.99,
+            use_bfloat16=True,
+        )
+    )  # fmt: skip
+    """Second stage, once for each reader: the language model learns to read pictures and to write."""
+    painter: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=400, learning_rate=5e-4, warmup_steps=50, ema_decay=0.99, use_bfloat16=True
+        )
+    )
+    """Third stage, once for each painter: the U-Net learns to paint what earlier pictures show."""
+
+
+def chosen_twins(names: tuple[str, ...]) -> tuple[Twin, ...]:
+    """The twins of these names, all where none is given. Raises UsageError for an unknown one."""
+    twins = {twin.name: twin for twin in all_twins()}
+    for name in names:
+        if name not in twins:
+            raise UsageError(f"twins: found {name!r}, expected some of {', '.join(twins)}")
+    return tuple(twins[name] for name in names) if names else tuple(twins.values())
+
+
+def train(config: AblationConfig, folder: Path, *, show_progress: bool = False) -> Path:
+    """Trains the twins of `config` that `folder` lacks; returns the folder that holds one model a twin."""
+    twins = chosen_twins(config.twins)
+    torch.set_num_threads(config.num_threads)
+    workshop = _Workshop(config, folder, show_progress)
+    for twin in twins:
+        if not twin_folder(folder, twin).exists():
+            workshop.make(twin)
+    return folder / TWINS_NAME
+
+
+def twin_folder(folder: Path, twin: Twin) -> Path:
+    """Where a run leaves a twin's model."""
+    return folder / TWINS_NAME / twin.name
+
+
+class _Workshop:
+    """Trains parts in folders of their own and joins them to twins."""
+
+    def __init__(self, config: AblationConfig, folder: Path, show_progress: bool) -> None:
+        self.config, self.folder, self.show_progress = config, folder, show_progress
+        self.source = find_model(config.start_from)
+        self.finished = load_model(self.source, dtype="float32")
+        self.tokenizer = MMInterleavedProcessor.from_pretrained(self.source).tokenizer
+
+    def make(self, twin: Twin) -> None:
+        """One twin, from whatever of it has been trained so far."""
+        logger.info("twin %s", twin.name)
+        model = build_twin(self.finished, self.config.sizes, twin.reader, twin.painter)
+        model.vision.load_state_dict(self.see(twin.reader.num_slots).vision.state_dict())
+        reader, painter = self.read(twin.reader), self.paint(twin.painter)
+        for name in ("language_model", "text_head", "context_projection"):
+            getattr(model, name).load_state_dict(getattr(reader, name).state_dict())
+        model.image_start_embedding.data.copy_(reader.image_start_embedding)
+        decoder = model.image_decoder
+        decoder.resampler.load_state_dict(reader.image_decoder.resampler.state_dict())
+        decoder.unet.load_state_dict(painter.image_decoder.unet.state_dict())
+        decoder.negative_conditioning.data.copy_(painter.image_decoder.negative_conditioning)
+        if twin.painter.levels:
+            decoder.synchronizers.load_state_dict(painter.image_decoder.synchronizers.state_dict())
+        make_folder(self.folder / TWINS_NAME)
+        with new_folder(twin_folder(self.folder, twin)) as temporary:
+            save_model(model, self._processor(twin.reader.num_slots), temporary)
+
+    def see(self, num_slots: int) -> MMInterleavedForConditionalGeneration:
+        """A model whose so many slots tell what they show."""
+        reader = Reader(num_slots=num_slots, levels=NO_LEVELS, seed=self.config.seed)
+        model = build_twin(self.finished, self.config.sizes, reader, Painter(levels=NO_LEVELS))
+        stage = SlotSideStage(model.vision, seed=self.config.seed, batch_size=self.config.slot_batch_size)
+        self._run(stage, self.config.slots, f"slots-{num_slots}", self.config.seed)
+        return model
+
+    def read(self, reader: Reader) -> MMInterleavedForConditionalGeneration:
+        """A model whose language model reads."""
+        model = build_twin(self.finished, self.config.sizes, reader, Painter(levels=NO_LEVELS))
+        model.vision.load_state_dict(self.see(reader.num_slots).vision.state_dict())
+        documents = DocumentBatches(self._processor(reader.num_slots), READER_MIXTURES, seed=reader.seed)
+        self._run(TextSideStage(model, documents), self.config.text, reader.name, reader.seed)
+        return model
+
+    def paint(self, painter: Painter) -> MMInterleavedForConditionalGeneration:
+        """A model whose U-Net paints; slots do not matter to it, so it gets one."""
+        config = self.config
+        reader = Reader(num_slots=1, levels=NO_LEVELS, seed=painter.seed)
+        model = build_twin(self.finished, config.sizes, reader, painter)
+        documents = DocumentBatches(
+            self._processor(1), PAINTER_MIXTURES, seed=painter.seed, target_pixels=True
+        )
+        stage = PainterStage(
+            model,
+            documents,
+            batch_size=config.image_batch_size,
+            pool_batches=24,
+            repeats=4,
+            detail_weight=config.detail_weight,
+        )
+        self._run(stage, config.painter, painter.name, painter.seed)
+        return model
+
+    def _processor(self, num_slots: int) -> MMInterleavedProcessor:
+        size = self.finished.config.vision_config.image_size
+        return MMInterleavedProcessor(self.tokenizer, size, size, num_slots)
+
+    def _run(self, stage: Stage, config: StageConfig, name: str, seed: int) -> None:
+        folder = self.folder / name
+        with_cost(
+            folder,
+            config,
+            flops_a_step=lambda: mean_flops(stage),
+            work=lambda: train_stage(
+                stage, config, folder, seed=seed, settings=to_record(self.config),
+                show_progress=self.show_progress,
+            ),
+        )  # fmt: skip
+
+
+def with_cost(
+    folder: Path, config: StageConfig, *, flops_a_step: Callable[[], float], work: Callable[[], object]
+) -> None:
+    """Does a stage's work and adds what it cost to `cost.json` in its folder, over all its parts."""
+    path = folder / COST_NAME
+    cost: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if cost.get("is_finished") and cost["steps"] == config.steps:
+        work()
+        return
+    flops = cost.get("flops_a_step") or flops_a_step()
+    wall, cpu = time.monotonic(), time.process_time()
+    is_finished = False
+    try:
+        work()
+        is_finished = True
+    finally:
+        record = {
+            "steps": config.steps,
+            "is_finished": is_finished,
+            "flops_a_step": flops,
+            "flops": flops * config.steps,
+            "wall_hours": cost.get("wall_hours", 0.0) + (time.monotonic() - wall) / 3600,
+            "core_hours": cost.get("core_hours", 0.0) + (time.process_time() - cpu) / 3600,
+            "threads": torch.get_num_threads(),
+        }
+        make_folder(folder)
+        write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def mean_flops(stage: Stage, num_batches: int = 3) -> float:
+    """Multiplications and additions of a step, forward and backward, by PyTorch's count of a few batches.
+
+    Sampling from pyramids is no matrix product and is not counted.
+    """
+
+    def steps() -> None:
+        for step in range(num_batches):
+            stage.compute_losses(stage.make_batch(step)).total.backward()
+
+    flops = count_flops(steps)
+    for part in stage.trained_parts().values():
+        nn.Module.zero_grad(part)
+    return flops / num_batches

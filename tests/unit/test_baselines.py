@@ -1,0 +1,105 @@
+"""Trivial predictors answer what a model is asked, and are scored by the same scorer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from mm_interleaved.cli.main import run
+from mm_interleaved.document import Image, Text
+from mm_interleaved.evaluation import baselines
+from mm_interleaved.storyworld.exports import write_storyworld
+from mm_interleaved.storyworld.tasks import TASKS, document
+
+
+@pytest.fixture(autouse=True)
+def few_examples(monkeypatch):
+    """Two hundred training documents a task; the rules are the same."""
+    monkeypatch.setattr(baselines, "NUM_EXAMPLES", 200)
+    for cached in (baselines._task_examples, baselines._examples, baselines._constant_target):
+        cached.cache_clear()
+    yield
+    for cached in (baselines._task_examples, baselines._examples, baselines._constant_target):
+        cached.cache_clear()
+
+
+def question(task: str, index: int = 0):
+    asked = document("test", 4, index, task)
+    visible = {name: asked.meta[name] for name in ("task", "candidates") if name in asked.meta}
+    return replace(asked, target=(), meta=visible)
+
+
+def kinds(parts):
+    return "".join("T" if isinstance(part, Text) else "I" for part in parts)
+
+
+@pytest.mark.parametrize("predictor", ["text-only", "nearest"])
+def test_a_training_document_is_answered_as_it_was(predictor):
+    """Whoever knows a document by heart finds it again by its words, or by its picture."""
+    for task in ("draw", "story_last"):
+        made = document("train", 1, 7, task)
+        parts, _ = baselines.PREDICTORS[predictor](replace(made, target=(), meta={"task": task}))
+        assert [part.load().tobytes() for part in parts] == [part.load().tobytes() for part in made.target]
+
+
+def test_the_nearest_picture_answers_a_caption():
+    made = document("train", 1, 11, "caption")
+    [answer], _ = baselines.nearest(replace(made, target=(), meta={"task": "caption"}))
+    assert answer.text == made.target[0].text
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("predictor", ["text-only", "nearest"])
+def test_answers_have_the_layout_that_was_asked_for(task, predictor):
+    asked = question(task)
+    parts, _ = baselines.PREDICTORS[predictor](asked)
+    assert kinds(parts) == asked.layout.replace(" ", "")
+
+
+def test_words_alone_give_the_commonest_answer_to_the_same_question():
+    asked = replace(question("vqa"), parts=(Text("Which time of day is it?", role="user"),))
+    [answer], _ = baselines.text_only(asked)
+    same = [
+        made.target[0].text
+        for made in (document("train", 1, index, "vqa") for index in range(200))
+        if made.meta["question"] == "Which time of day is it?"
+    ]
+    assert same.count(answer.text) == max(map(same.count, same))
+
+
+def test_a_constant_is_the_same_whatever_is_asked():
+    answers = {baselines.constant(question("vqa", index))[0][0].text for index in range(5)}
+    assert len(answers) == 1
+
+
+def test_candidates_are_all_ranked():
+    for predictor in ("constant", "text-only", "nearest"):
+        asked = question("dialogue", 2)
+        _, ranking = baselines.PREDICTORS[predictor](asked)
+        assert ranking is None or sorted(ranking) == list(range(len(asked.meta["candidates"])))
+
+
+def test_copying_gives_what_was_given_last():
+    asked = question("story_last")
+    [answer], _ = baselines.copy(asked)
+    assert isinstance(answer, Image) and answer.load().tobytes() == asked.images[-1].load().tobytes()
+
+
+def test_the_command_scores_a_predictor(tmp_path, capsys):
+    data = write_storyworld(tmp_path / "gold", 20, 3, "test").parent
+    out = tmp_path / "out"
+    assert run(["evaluate", "storyworld", "--data", str(data), "-o", str(out), "--predictor", "copy"]) == 0
+    scores = json.loads((out / "scores.json").read_text())
+    # The panel before, again, keeps its heroes; questions are not answered by asking them again.
+    assert scores["story.badge_kept"] > 0.5 and scores["vqa.accuracy"] == 0
+    told = run(["evaluate", "storyworld", "--data", str(data), "-o", str(out), "--predictor", "guess"])
+    assert told == 2 and "expected one of constant" in capsys.readouterr().err
+
+
+def test_a_predictor_never_sees_answers_or_scenes(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setitem(baselines.PREDICTORS, "copy", lambda asked: (seen.append(asked), ((), None))[1])
+    baselines.write_predictions("copy", [document("test", 4, 0, "dialogue")], tmp_path)
+    assert seen[0].target == () and set(seen[0].meta) == {"task", "candidates"}

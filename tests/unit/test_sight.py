@@ -1,0 +1,134 @@
+"""What sight shows is where the synchronizers sample, and all of it."""
+
+import pytest
+import torch
+
+from mm_interleaved.evaluation.sight import (
+    cells_in,
+    heat_map,
+    record_looks,
+    samples_of_place,
+    samples_of_token,
+    weight_in,
+)
+from mm_interleaved.ops.reference import sample_reference
+from tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    """With points and weights that depend on the query, as after training."""
+    torch.manual_seed(0)
+    model = tiny_model().double().eval()
+    for index in model.language_model.synchronized_layers:
+        # Closed gates would let any place pass for the right one.
+        torch.nn.init.constant_(model.language_model.layers[index].synchronizer.gate, 0.8)
+    for module in model.modules():
+        for name in ("sampling_offsets", "attention_logits"):
+            if hasattr(module, name):
+                torch.nn.init.normal_(getattr(module, name).weight, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def read(model, num_images=2):
+    """A row of two words, images, two words: (hidden states, looks)."""
+    config = model.config
+    ids, starts = [5, 6], []
+    for _ in range(num_images):
+        starts.append(len(ids))
+        ids += [config.image_start_token_id] + [config.image_token_id] * config.num_slots
+    ids += [7, 8]
+    pixels = torch.rand(num_images, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+    with record_looks(model) as looks:
+        output = model(input_ids=torch.tensor([ids]), pixel_values=pixels, image_start=torch.tensor([starts]))
+    return output, looks
+
+
+def test_each_synchronized_layer_tells_once_and_changes_nothing(model):
+    output, looks = read(model)
+    assert [look.place for look in looks] == [
+        f"layer {index}" for index in model.language_model.synchronized_layers
+    ]
+    again, later = read(model)
+    assert torch.equal(output.hidden, again.hidden)
+    for index in model.language_model.synchronized_layers:
+        assert not model.language_model.layers[index].synchronizer._forward_pre_hooks
+    assert len(later) == len(looks)
+
+
+def test_weights_sum_to_one_with_looking_nowhere(model):
+    _, looks = read(model)
+    for look in looks:
+        total = look.plan.weight.sum((-2, -1)) + look.plan.ignore
+        assert torch.allclose(total, torch.ones_like(total), atol=1e-12)
+    last = len(looks[0].plan.ignore[0]) - 1
+    shares = [float(samples.weight.sum()) for samples in samples_of_token(looks, last)]
+    nowhere = sum(float(look.plan.ignore[0, last].mean()) for look in looks) / len(looks)
+    assert sum(shares) + nowhere == pytest.approx(1, abs=1e-6)
+    assert min(shares) > 0
+
+
+def test_points_lie_where_the_op_samples(model):
+    """The recorded places and weights give, by plain bilinear sampling, what the synchronizer put out."""
+    index = model.language_model.synchronized_layers[0]
+    block, called = model.language_model.layers[index].synchronizer, []
+    handle = block.register_forward_hook(lambda module, given, out: called.append((given, out)))
+    _, looks = read(model)
+    handle.remove()
+    (_, values, _), expected = called[0]
+    core, plan = block.synchronizer, looks[0].plan
+    value_BSHD = values.value[values.image_BN].flatten(1, 2)
+    sizes = values.level_sizes * values.image_BN.shape[1]
+    seen = sample_reference(value_BSHD, sizes, plan.location, plan.weight)
+    with torch.no_grad():
+        output = block.gate.tanh() * core.output_projection(seen.flatten(2))
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
+
+
+def test_no_token_sees_an_image_that_is_still_to_come(model):
+    _, looks = read(model)
+    first, second = samples_of_token(looks, 2 + 1 + model.config.num_slots)
+    assert first.weight.sum() > 0 and second.weight.sum() == 0
+
+
+@torch.no_grad()
+def test_a_place_of_a_new_image_tells_of_all_its_steps(model):
+    decoder = model.image_decoder
+    pyramid = model.encode_images(torch.rand(2, 3, 32, 32).double()).pyramid
+    earlier = model.look_at(pyramid, torch.tensor([[0, 1]]))
+    with record_looks(model) as looks:
+        for timestep in (900, 100):
+            noise = torch.randn(1, 4, 8, 8).double()
+            decoder.predict(noise, torch.tensor(timestep), decoder.negative_conditioning, earlier)
+    assert [look.place for look in looks[-2:]] == [f"skip {len(decoder.synchronizers.skips) - 1}", "middle"]
+    box = (0.25, 0.25, 0.5, 0.5)
+    samples = samples_of_place(looks, box, min_size=8)
+    wide = [look for look in looks if min(look.map_size) >= 8]
+    chosen = cells_in(box, (8, 8))
+    assert chosen == [2 * 8 + 2, 2 * 8 + 3, 3 * 8 + 2, 3 * 8 + 3]
+    nowhere = sum(float(look.plan.ignore[0, chosen].mean()) for look in wide) / len(wide)
+    assert sum(float(one.weight.sum()) for one in samples) + nowhere == pytest.approx(1, abs=1e-6)
+
+
+def test_heat_falls_where_samples_are():
+    _, looks = read(tiny_model().eval().double())
+    samples = samples_of_token(looks, len(looks[0].plan.ignore[0]) - 1)[0]
+    inside = (
+        (samples.location > samples.cell[:, None]) & (samples.location < 1 - samples.cell[:, None])
+    ).all(1)
+    kept = samples._replace(
+        location=samples.location[inside], weight=samples.weight[inside], cell=samples.cell[inside]
+    )
+    heat = heat_map(kept, 64)
+    assert float(heat.sum()) == pytest.approx(float(kept.weight.sum()), rel=0.02)
+    assert weight_in(kept, (0, 0, 1, 1), 64) == pytest.approx(float(heat.sum()), rel=1e-6)
+    one = kept._replace(location=kept.location[:1], weight=kept.weight[:1], cell=kept.cell[:1])
+    y, x = divmod(int(heat_map(one, 64).argmax()), 64)
+    assert abs((x + 0.5) / 64 - float(one.location[0, 0])) < 1 / 64
+    assert abs((y + 0.5) / 64 - float(one.location[0, 1])) < 1 / 64
+
+
+def test_a_place_smaller_than_a_cell_is_the_cell_at_its_centre():
+    assert cells_in((0.30, 0.80, 0.32, 0.82), (4, 4)) == [3 * 4 + 1]
