@@ -44,6 +44,10 @@ class Image:
     seed: int | None = None
     name: str | None = None
     """The image's name where it came from, for messages and pages."""
+    pixel_error: float | None = None
+    """Of a generated image: mean difference, in levels of 0 to 255, from the one that is drawn from the
+    same noise with nothing left out; where it was measured (`report_error`).
+    """
 
     def load(self) -> PILImage.Image:
         """The picture as 8-bit RGB, upright. Raises ImageError where it cannot be read."""
@@ -126,6 +130,8 @@ def document_to_record(document: Document, image_path: ImagePath) -> dict[str, A
             record["generated"] = True
         if part.seed is not None:
             record["seed"] = part.seed
+        if isinstance(part, Image) and part.pixel_error is not None:
+            record["pixel_error"] = part.pixel_error
         return record
 
     record: dict[str, Any] = {"id": document.id}

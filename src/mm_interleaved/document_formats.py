@@ -227,7 +227,7 @@ def _part(item: Field, folder: ImageStore, role: str | None) -> list[Part]:
     generated, seed = item.get("generated"), item.get("seed")
     if generated is None and seed is None:
         return found
-    return [
+    found = [
         replace(
             part,
             generated=generated is not None and generated.boolean(),
@@ -235,6 +235,13 @@ def _part(item: Field, folder: ImageStore, role: str | None) -> list[Part]:
         )
         for part in found
     ]
+    error = item.get("pixel_error")
+    if error is None:
+        return found
+    levels = error.value
+    if isinstance(levels, bool) or not isinstance(levels, int | float) or not 0 <= levels <= 255:
+        error.wrong("a number from 0 to 255")
+    return [replace(part, pixel_error=levels) if isinstance(part, Image) else part for part in found]
 
 
 def _image(item: Field, folder: ImageStore, role: str | None) -> Image | None:

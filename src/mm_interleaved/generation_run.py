@@ -18,6 +18,8 @@ from mm_interleaved.generation.events import Event, Finished
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.images import open_image
 from mm_interleaved.model_source import (
+    AS_IT_IS,
+    Acceleration,
     find_model,
     generation_defaults,
     hash_model,
@@ -54,6 +56,7 @@ class ModelChoice:
     name: str = "storyworld"
     device: str = "auto"
     dtype: str = "auto"
+    acceleration: Acceleration = AS_IT_IS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,8 @@ class RunOutcome:
     num_failed: int
     num_already_finished: int
     records: Sequence[Mapping[str, Any]]
+    is_lossy: bool = False
+    """Whether pictures were drawn with something left out, or with an adapter."""
 
 
 def run_documents(
@@ -107,6 +112,7 @@ def run_documents(
         flags=request.flags,
         device=request.model.device,
         dtype=request.model.dtype,
+        acceleration=request.model.acceleration.record(),
     )
 
     def facts() -> dict[str, Any]:
@@ -127,7 +133,12 @@ def run_documents(
                 logger.warning(
                     "%s: %s; what is still to be made may differ in its last bits", run.path, difference
                 )
-            generator = load(folder, device=request.model.device, dtype=request.model.dtype)
+            generator = load(
+                folder,
+                device=request.model.device,
+                dtype=request.model.dtype,
+                acceleration=request.model.acceleration,
+            )
             for document in pending:
                 _continue(run, generator, document, settings[document.id], on_event)
         run.close(lambda records: _page(records, run.path, request.model.name, run_settings.seed))
@@ -137,6 +148,8 @@ def run_documents(
             num_failed=len(run.failed),
             num_already_finished=len(request.documents) - len(pending),
             records=list(run.finished.values()),
+            is_lossy=request.model.acceleration.adapter is not None
+            or any(chosen.is_lossy for chosen in settings.values()),
         )
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,46 @@ SHIPPED = ("storyworld",)
 CONFIG = "config.json"
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceleration:
+    """What is done to a model so that it paints faster, see `generation.acceleration`."""
+
+    channels_last: bool = False
+    compile: bool = False
+    adapter: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest tells of it: what is not as it is by default, an adapter with its hash.
+
+        Raises:
+            ModelFileError: the adapter is no folder.
+        """
+        told: dict[str, Any] = {name: True for name in ("channels_last", "compile") if getattr(self, name)}
+        if self.adapter is not None:
+            if not self.adapter.is_dir():
+                raise ModelFileError(f"adapter {escape(str(self.adapter))!r}: there is no such folder")
+            told["adapter"] = {"folder": str(self.adapter), "sha256": hash_model(self.adapter)}
+        return told
+
+    @classmethod
+    def of_record(cls, told: Mapping[str, Any]) -> Acceleration:
+        """The same again. Raises ModelFileError if the adapter's files have changed."""
+        adapter = told.get("adapter")
+        found = cls(
+            channels_last=told.get("channels_last", False),
+            compile=told.get("compile", False),
+            adapter=None if adapter is None else Path(adapter["folder"]),
+        )
+        if found.record() != dict(told):
+            raise ModelFileError(
+                f"adapter {escape(str(found.adapter))!r}: its files are not those of the run"
+            )
+        return found
+
+
+AS_IT_IS = Acceleration()
 
 
 def find_model(name: str) -> Path:
@@ -75,12 +116,18 @@ def hash_model(folder: Path) -> str:
     return total.hexdigest()
 
 
-def load_generator(folder: Path, *, device: str = "auto", dtype: str = "auto") -> InterleavedGenerator:
+def load_generator(
+    folder: Path, *, device: str = "auto", dtype: str = "auto", acceleration: Acceleration = AS_IT_IS
+) -> InterleavedGenerator:
     """The model of a folder, ready to continue documents.
 
     Args:
         device: a torch device, or "auto": a GPU where there is one.
         dtype: "float32", "bfloat16", "float16", or "auto": as saved on a GPU, float32 on a CPU.
+
+    Raises:
+        ModelFileError: no model of ours, or an adapter that does not fit it.
+        UsageError: what cannot be had here: the device, an adapter without PEFT, a model that does not paint.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -93,7 +140,23 @@ def load_generator(folder: Path, *, device: str = "auto", dtype: str = "auto") -
     model: Any = load_model(folder, dtype=kind)
     with model_file_errors(folder):
         processor = MMInterleavedProcessor.from_pretrained(folder)
-    return InterleavedGenerator(model.to(place), processor)
+    adapter = _accelerate(model, acceleration)
+    return InterleavedGenerator(model.to(place), processor, adapter=adapter)
+
+
+def _accelerate(model: Any, acceleration: Acceleration) -> Any:
+    from mm_interleaved.generation import acceleration as ways
+
+    if acceleration == AS_IT_IS:
+        return None
+    if model.image_decoder is None:
+        raise UsageError("channels_last, compile, adapter: this model does not paint")
+    adapter = None if acceleration.adapter is None else ways.load_adapter(model, acceleration.adapter)
+    if acceleration.channels_last:
+        ways.use_channels_last(model.image_decoder)
+    if acceleration.compile:
+        ways.compile_painter(model.image_decoder)
+    return adapter
 
 
 def torch_device(name: str):

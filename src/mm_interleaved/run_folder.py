@@ -66,6 +66,8 @@ class RunIdentity:
     """Those given on the command line; they outrank the documents' own."""
     device: str = "auto"
     dtype: str = "auto"
+    acceleration: Mapping[str, Any] = field(default_factory=dict)
+    """What was done to the model so that it paints faster."""
 
 
 @dataclass(slots=True)
@@ -243,6 +245,7 @@ def _identity_record(identity: RunIdentity) -> dict[str, Any]:
         "dtype": identity.dtype,
         "settings": dict(identity.settings),
         "flags": dict(identity.flags),
+        "acceleration": dict(identity.acceleration),
     }
 
 

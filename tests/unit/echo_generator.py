@@ -39,6 +39,6 @@ class EchoGenerator:
         yield Finished("layout", completed)
 
 
-def load_echo(folder: Path, *, device: str, dtype: str) -> EchoGenerator:
+def load_echo(folder: Path, *, device: str, dtype: str, acceleration: object = None) -> EchoGenerator:
     """Stands where `load_generator` does."""
     return EchoGenerator()

@@ -12,7 +12,7 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import InputError, NumericalError, TooLongError, UsageError
 from mm_interleaved.generation.engine import InterleavedGenerator, part_seed
 from mm_interleaved.generation.events import Finished, ImageDone, ImagePreview, ImageStarted, TextDelta
-from mm_interleaved.generation.settings import GenerationSettings, settings_for
+from mm_interleaved.generation.settings import SCHEDULERS, GenerationSettings, settings_for
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from tiny import BOS, EOS, PAD, tiny_model, tiny_processor
 
@@ -256,7 +256,8 @@ def test_the_documents_own_settings_hold_and_arguments_outrank_them(generator, p
         ({"width": 30}, "multiples of 4"),
         ({"widht": 32}, "width"),
         ({"layout": "T Q"}, "'Q' as part 2"),
-        ({"num_inference_steps": 1000, "scheduler": "euler"}, "scheduler"),
+        ({"num_inference_steps": 1000, "scheduler": "heun"}, "scheduler"),
+        ({"num_inference_steps": 51, "scheduler": "lcm"}, "at most 50"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_runs(generator, document, settings, named):
@@ -264,7 +265,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(generator, doc
         generator.stream(document, **settings)
 
 
-@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm-solver++", "unipc"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedulers_by_name(generator, document, scheduler):
     settings = {**FAST, "num_inference_steps": 2, "scheduler": scheduler, "layout": "I"}
     events = list(generator.stream(document, preview_every=1, **settings))

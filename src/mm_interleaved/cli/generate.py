@@ -18,6 +18,7 @@ from mm_interleaved.document import Document, Image, Part, Text, part_records
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, ModelFileError, UsageError
 from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, TextDelta
+from mm_interleaved.model_source import AS_IT_IS, Acceleration
 
 SOME_FAILED = 7
 
@@ -61,6 +62,16 @@ def generate(
     new_run: NewRun = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Keep the painter's maps channels last.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the painter: a minute more, then faster.")
+    ] = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Low-rank additions to draw with, such as an LCM-LoRA. Not exact.", metavar="DIR"),
+    ] = None,
     *,
     flags: Flags,
 ) -> int:
@@ -82,7 +93,15 @@ def generate(
         raise UsageError(f"{output}: is the input, expected another folder for the results")
     output = output or default_output(input.stem if input else "story", documents, model, flags)
     return run_and_report(
-        documents, output, model, device, dtype, flags, new_run=new_run, retry_errors=retry_errors
+        documents,
+        output,
+        model,
+        device,
+        dtype,
+        flags,
+        new_run=new_run,
+        retry_errors=retry_errors,
+        acceleration=Acceleration(channels_last=channels_last, compile=compile, adapter=adapter),
     )
 
 
@@ -114,7 +133,14 @@ def replay(
     with tempfile.TemporaryDirectory(prefix="mm-interleaved-replay-") as temporary:
         folder = output or Path(temporary) / "run"
         run_and_report(
-            documents, folder, name, wanted["device"], wanted["dtype"], wanted["flags"], is_quiet=True
+            documents,
+            folder,
+            name,
+            wanted["device"],
+            wanted["dtype"],
+            wanted["flags"],
+            is_quiet=True,
+            acceleration=Acceleration.of_record(wanted.get("acceleration", {})),
         )
         found = read_manifest(folder / "manifest.json")
     for difference in facts_that_differ(wanted, found):
@@ -159,6 +185,7 @@ def run_and_report(
     new_run: bool = False,
     retry_errors: bool = False,
     is_quiet: bool = False,
+    acceleration: Acceleration = AS_IT_IS,
 ) -> int:
     """Run documents with a progress bar, say what was written; the exit code."""
     from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
@@ -166,7 +193,7 @@ def run_and_report(
     request = RunRequest(
         documents=documents,
         output=output,
-        model=ModelChoice(name=model, device=device, dtype=dtype),
+        model=ModelChoice(name=model, device=device, dtype=dtype, acceleration=acceleration),
         flags=flags,
         new_run=new_run,
         retry_errors=retry_errors,
@@ -211,6 +238,15 @@ def _summary(outcome: Any) -> str:
     drawn = sum(1 for part in parts if part["type"] == "image" and part.get("generated"))
     documents, pictures = _counted(outcome.num_documents, "document"), _counted(drawn, "picture")
     lines = [f"{documents}, {pictures} drawn: {outcome.output / 'index.html'}"]
+    errors = [part["pixel_error"] for part in parts if "pixel_error" in part]
+    if errors:
+        mean, most = sum(errors) / len(errors), max(errors)
+        lines.append(
+            f"mean difference from what is drawn with nothing left out: {mean:.2f} of 255 levels, at most "
+            f"{most:.2f} in a picture"
+        )
+    elif outcome.is_lossy:
+        lines.append("drawn by a shorter way, not exactly; --report-error tells how far off it is")
     if outcome.num_already_finished:
         lines.append(f"{outcome.num_already_finished} of them were finished before")
     return "\n".join(lines)

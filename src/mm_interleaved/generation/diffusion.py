@@ -10,35 +10,37 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image as PILImage
 from torch import Tensor
 
 from mm_interleaved.models.image_decoder import EarlierImages, ImageDecoder
+from mm_interleaved.models.unet import DeepFeatures
 
-SCHEDULERS: dict[str, type[SchedulerMixin]] = {
-    "ddpm": DDPMScheduler,
-    "ddim": DDIMScheduler,
-    "dpm-solver++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    # Come to nearly the same picture in fewer steps.
+    "dpm-solver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    # For weights that were distilled to a few steps, see `acceleration.load_adapter`.
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
+"""Classes of diffusers, each loaded when it is wanted: some load scipy, which costs half a second."""
 
 
 class DenoisingStep(NamedTuple):
     """Where the loop stands after a step.
 
     `number`: steps done, from 1. `latents`: (I, X, y, x), less noisy than before. `clean`: the scheduler's
-    guess at the clean latents, for previews; DPM-Solver++ and UniPC tell none: there it is the noisy ones.
-    `prediction`: the U-Net's own words, unguided half first if there is guidance.
+    guess at the clean latents, for previews; where it tells none (DPM-Solver++, UniPC, TCD), the noisy ones.
+    `prediction`: the U-Net's own words, unguided half first if this step computed one.
     """
 
     number: int
@@ -60,6 +62,8 @@ def denoise(
     negative_conditioning: Tensor | None = None,
     context_strength: float = 1.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    step_cache: int = 1,
+    guidance_cache: int = 1,
 ) -> Iterator[DenoisingStep]:
     """Turn noise into the latents of images, step by step; the last step's latents are the result.
 
@@ -73,46 +77,80 @@ def denoise(
         negative_conditioning: what guidance pushes away from, (1 or I, R, D); default: the learned one.
         context_strength: 1 looks at earlier images as in training, 0 not at all.
         generator: where the noise of the steps comes from; one an image, or one for all.
+        step_cache: compute the U-Net's deep blocks in every so manyth step, and use them again in between
+            (see `DeepFeatures`); 1 is exact.
+        guidance_cache: compute what guidance adds in every so manyth step, and use it again in between, where
+            the unguided half is left out; 1 is exact.
     """
-    is_guided = guidance_scale > 1
     if negative_conditioning is None:
         negative_conditioning = decoder.negative_conditioning
-    if is_guided:
-        conditioning = torch.cat([negative_conditioning.expand_as(conditioning), conditioning])
-        earlier = None if earlier is None else earlier.repeat(2)
+    alone = _Half(conditioning, earlier)
+    is_guided = guidance_scale > 1
+    both = alone.with_unguided(negative_conditioning) if is_guided else alone
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     accepted = inspect.signature(scheduler.step).parameters
     noise = {"generator": generator} if "generator" in accepted else {}
     # The loop adds small differences up: single precision or better, whatever the network computes in.
     latents = latents.to(torch.promote_types(conditioning.dtype, torch.float32)) * scheduler.init_noise_sigma
+    deep = DeepFeatures() if step_cache > 1 else None
+    guidance = torch.zeros(())
 
-    for number, timestep in enumerate(scheduler.timesteps, start=1):
+    for index, timestep in enumerate(scheduler.timesteps):
         # 1. Expand.
+        has_unguided = is_guided and index % guidance_cache == 0
+        reading = both if has_unguided else alone
         model_input = scheduler.scale_model_input(
-            torch.cat([latents, latents]) if is_guided else latents, timestep
+            torch.cat([latents, latents]) if has_unguided else latents, timestep
         )
+        if deep is not None:
+            deep.keep_for(len(model_input), is_fresh=index % step_cache != 0)
         # 2. Predict.
         prediction = decoder.predict(
             model_input.to(conditioning.dtype),
             timestep,
-            conditioning,
-            earlier,
+            reading.conditioning,
+            reading.earlier,
             context_strength=context_strength,
+            deep=deep,
         )
         # 3. Guide.
         guided = prediction.to(latents.dtype)
-        if is_guided:
+        if has_unguided:
             without, with_conditioning = guided.chunk(2)
-            guided = without + guidance_scale * (with_conditioning - without)
+            guidance = with_conditioning - without
+            guided = without + guidance_scale * guidance
+        elif is_guided:
+            guided = guided + (guidance_scale - 1) * guidance
         # 4. Step.
         result = scheduler.step(guided, timestep, latents, **noise)
         latents = result.prev_sample
-        yield DenoisingStep(number, latents, getattr(result, "pred_original_sample", latents), prediction)
+        yield DenoisingStep(index + 1, latents, _clean_latents(result), prediction)
+
+
+class _Half(NamedTuple):
+    """What the U-Net reads and looks at, of each image painted."""
+
+    conditioning: Tensor
+    earlier: EarlierImages | None
+
+    def with_unguided(self, negative_conditioning: Tensor) -> "_Half":
+        """The same, the unguided half before it."""
+        negative = negative_conditioning.expand_as(self.conditioning)
+        earlier = None if self.earlier is None else self.earlier.repeat(2)
+        return _Half(torch.cat([negative, self.conditioning]), earlier)
+
+
+def _clean_latents(result: Any) -> Tensor:
+    # Each kind of scheduler has its own name for it; those of several orders have none.
+    for name in ("pred_original_sample", "denoised"):
+        if getattr(result, name, None) is not None:
+            return getattr(result, name)
+    return result.prev_sample
 
 
 def build_scheduler(name: str, scheduler_config: Mapping[str, Any]) -> SchedulerMixin:
     """A sampler by name, for the noise schedule that the model was trained with."""
-    kind = SCHEDULERS[name]
+    kind = getattr(diffusers, SCHEDULERS[name])
     known = inspect.signature(kind.__init__).parameters
     return kind(**{key: value for key, value in scheduler_config.items() if key in known})
 
@@ -155,3 +193,8 @@ def decode_pictures(decoder: ImageDecoder, latents: Tensor) -> list[PILImage.Ima
     """8-bit pictures of scaled latents; rounded as the released code does."""
     pixels = decoder.decode(latents).float().cpu().permute(0, 2, 3, 1).numpy()
     return [PILImage.fromarray((picture * 255 + 0.5).astype(np.uint8)) for picture in pixels]
+
+
+def pixel_error(found: PILImage.Image, expected: PILImage.Image) -> float:
+    """Mean absolute difference of two pictures of one size, in levels of 0 to 255."""
+    return float(np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).mean())

@@ -8,22 +8,34 @@ Nothing is read twice: one session keeps what the model remembers over all round
 import hashlib
 import logging
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mm_interleaved.batch import check_fits
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import NumericalError, TooLongError, UsageError
 from mm_interleaved.generation import diffusion
+from mm_interleaved.generation.acceleration import Adapter
+from mm_interleaved.generation.batched import Steps, stream_together
 from mm_interleaved.generation.events import Event, Finished, ImageDone, ImagePreview, ImageStarted, TextDelta
 from mm_interleaved.generation.layout import IMAGE, parse_layout, text_share
 from mm_interleaved.generation.session import InterleavedSession, max_images
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
-from mm_interleaved.generation.text import TextRules, is_released, score_options, write_text
+from mm_interleaved.generation.text import (
+    TextRequest,
+    TextRules,
+    TextRun,
+    is_released,
+    score_options,
+    write_text,
+)
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.vision import ImageFeatures
@@ -34,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 PICTURES_AT_ONCE = 8
 """Candidates that are painted in one batch, as many as the released code paints."""
+STATIC_ROOM = 256
+"""Static caches hold a multiple of so many tokens."""
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer shows of a character whose last bytes are still to come."""
 
@@ -49,13 +63,24 @@ class InterleavedGenerator:
     Args:
         model: put into eval mode.
         processor: its tokenizer and its image rule.
+        assistant_model: a smaller language model with the same vocabulary, which guesses words that the model
+            then checks several at once; the text is the same. It is used where text is greedy.
+        adapter: what `acceleration.load_adapter` added to the model; left out where errors are measured.
 
     Raises:
-        ValueError: the two do not belong together.
+        ValueError: model and processor do not belong together, or the assistant has another vocabulary.
     """
 
-    def __init__(self, model: MMInterleavedForConditionalGeneration, processor: MMInterleavedProcessor):
-        self.model, self.processor = model.eval(), processor
+    def __init__(
+        self,
+        model: MMInterleavedForConditionalGeneration,
+        processor: MMInterleavedProcessor,
+        *,
+        assistant_model: PreTrainedModel | None = None,
+        adapter: Adapter | None = None,
+    ):
+        self.model, self.processor, self.assistant_model = model.eval(), processor, assistant_model
+        self.adapter = adapter
         config, vocabulary = model.config, processor.vocabulary
         wanted = {
             "image_start": config.image_start_token_id, "image": config.image_token_id,
@@ -64,6 +89,13 @@ class InterleavedGenerator:
         found = {name: getattr(vocabulary, name) for name in wanted}
         if found != wanted:
             raise ValueError(f"the processor does not fit the model: it has {found}, the model {wanted}")
+        if assistant_model is not None:
+            own = config.text_config.vocab_size
+            others = assistant_model.config.get_text_config().vocab_size
+            if own != others:
+                raise ValueError(
+                    f"the assistant has a vocabulary of {others} ids, expected the model's {own}"
+                )
 
     def stream(
         self,
@@ -88,14 +120,22 @@ class InterleavedGenerator:
                 read, or it does not fit into the context.
             NumericalError: the model computed something that is not finite.
         """
+        return self._continuation(document, settings, overrides, preview_every).events()
+
+    def _continuation(
+        self,
+        document: Document,
+        settings: GenerationSettings | None,
+        overrides: dict[str, Any],
+        preview_every: int = 0,
+    ) -> "_Continuation":
         if settings is not None and overrides:
             raise UsageError(
                 f"give either settings or single ones by name, found both ({', '.join(overrides)})"
             )
         if settings is None:
-            defaults = getattr(self.model.config, "generation_settings", None) or {}
-            settings = settings_for(document, defaults, overrides)
-        return _Continuation(self.model, self.processor, document, settings, preview_every).events()
+            settings = settings_for(document, own_settings(self.model), overrides)
+        return _Continuation(self, document, settings, preview_every)
 
     def generate(
         self, document: Document, settings: GenerationSettings | None = None, **overrides: Any
@@ -105,6 +145,38 @@ class InterleavedGenerator:
             if isinstance(event, Finished):
                 return event.document
         raise AssertionError("a stream ends with Finished")
+
+    def stream_batch(
+        self,
+        documents: Sequence[Document],
+        settings: GenerationSettings | None = None,
+        **overrides: Any,
+    ) -> Iterator[tuple[int, Event]]:
+        """Continue several documents at once: (place among `documents`, event), each as `stream` tells it.
+
+        Those that want words at the same time write them in one pass, whatever their lengths and pictures;
+        greedy and sampled text are those of each document alone. Arguments and errors as `stream`; an error
+        in one document ends all.
+        """
+        streams = [self._continuation(each, settings, overrides).steps() for each in documents]
+        return stream_together(streams)
+
+    def generate_batch(
+        self,
+        documents: Sequence[Document],
+        settings: GenerationSettings | None = None,
+        *,
+        batch_size: int = 8,
+        **overrides: Any,
+    ) -> list[Document]:
+        """The completed documents, in their order; `batch_size` at once. See `stream_batch`."""
+        completed: dict[int, Document] = {}
+        for first in range(0, len(documents), batch_size):
+            group = documents[first : first + batch_size]
+            for place, event in self.stream_batch(group, settings, **overrides):
+                if isinstance(event, Finished):
+                    completed[first + place] = event.document
+        return [completed[place] for place in range(len(documents))]
 
     @torch.no_grad()
     def score_options(self, document: Document, options: Sequence[str]) -> list[float]:
@@ -116,7 +188,7 @@ class InterleavedGenerator:
         Raises:
             InputError: the document or an option cannot be encoded or does not fit into the context.
         """
-        continuation = _Continuation(self.model, self.processor, document, GenerationSettings(layout="T"), 0)
+        continuation = _Continuation(self, document, GenerationSettings(layout="T"))
         vocabulary = self.processor.vocabulary
         ids = [[*vocabulary.encode_text(option), vocabulary.eos] for option in options]
         session = continuation.open_session()
@@ -126,6 +198,11 @@ class InterleavedGenerator:
                 f"an option has {longest} tokens, expected at most {session.room} after the document"
             )
         return score_options(session, ids).tolist()
+
+
+def own_settings(model: MMInterleavedForConditionalGeneration) -> dict[str, Any]:
+    """The generation settings that a model prefers over the general defaults."""
+    return getattr(model.config, "generation_settings", None) or {}
 
 
 def part_seed(seed: int, index: int) -> int:
@@ -139,13 +216,14 @@ class _Continuation:
 
     def __init__(
         self,
-        model: MMInterleavedForConditionalGeneration,
-        processor: MMInterleavedProcessor,
+        generator: InterleavedGenerator,
         document: Document,
         settings: GenerationSettings,
-        preview_every: int,
+        preview_every: int = 0,
     ):
+        model, processor = generator.model, generator.processor
         self.model, self.processor, self.vocabulary = model, processor, processor.vocabulary
+        self.assistant_model, self.adapter = generator.assistant_model, generator.adapter
         self.document, self.settings, self.preview_every = document, settings, preview_every
         self.layout = parse_layout(settings.layout)
         self.role = ANSWERING_ROLE if any(part.role is not None for part in document.parts) else None
@@ -157,8 +235,26 @@ class _Continuation:
         self.sequence = processor.encode(document)
         check_fits(self.sequence, model.config.text_config.max_position_embeddings, max_images(model))
 
-    @torch.no_grad()
     def events(self) -> Iterator[Event]:
+        """What happens, while this is the only document."""
+        asked: TextRequest | None = None
+        runs: Iterator[TextRun] = iter(())
+        with closing(self.steps()) as steps:
+            item = next(steps)
+            while not isinstance(item, Finished):
+                answer = None
+                if isinstance(item, TextRequest):
+                    if item is not asked:
+                        asked, runs = item, write_text(item, self.assistant_model)
+                    answer = next(runs)
+                else:
+                    yield item
+                item = steps.send(answer)
+        yield item
+
+    @torch.no_grad()
+    def steps(self) -> Steps:
+        """What happens; where words are wanted, whoever asks for the next step gives the next run of them."""
         self.session = self.open_session()
         if self.layout is None:
             reason = yield from self._as_the_model_likes()
@@ -169,7 +265,7 @@ class _Continuation:
 
     # ---- Which part comes next -------------------------------------------------------------------
 
-    def _as_the_model_likes(self) -> Generator[Event, None, str]:
+    def _as_the_model_likes(self) -> Generator[Event | TextRequest, TextRun | None, str]:
         """Text until the model starts an image, the image, text again; returns why it ended."""
         paints = self.model.image_decoder is not None and self.settings.max_images > 0
         # Where no image is wanted, the model may not ask for one, but goes on in words.
@@ -189,7 +285,7 @@ class _Continuation:
                 return "length"
             yield from self._paint()
 
-    def _as_laid_out(self, layout: Sequence[str]) -> Generator[Event, None, str]:
+    def _as_laid_out(self, layout: Sequence[str]) -> Generator[Event | TextRequest, TextRun | None, str]:
         """Exactly these parts, as far as the context goes; returns why it ended."""
         image_tokens = 1 + self.vocabulary.num_slots
         for position, letter in enumerate(layout):
@@ -209,7 +305,7 @@ class _Continuation:
 
     def _write(
         self, limit: int, at_least: int, *, may_ask_for_image: bool
-    ) -> Generator[TextDelta, None, int | None]:
+    ) -> Generator[Event | TextRequest, TextRun | None, int | None]:
         """One text part; returns the id that ended it, None at the limit."""
         vocabulary, seed = self.vocabulary, part_seed(self.settings.seed, len(self.document.parts))
         stop_ids = (vocabulary.eos, vocabulary.image_start) if may_ask_for_image else (vocabulary.eos,)
@@ -221,9 +317,13 @@ class _Continuation:
         )
         ids: list[int] = []
         shown, stop = "", None
-        for run in write_text(self.session, self.settings, rules, torch.Generator().manual_seed(seed)):
+        request = TextRequest(self.session, self.settings, rules, torch.Generator().manual_seed(seed))
+        is_last = False
+        while not is_last:
+            run = yield request
+            assert run is not None, "a request is answered with a run of text"
             ids += run.ids
-            stop = run.stop
+            stop, is_last = run.stop, run.is_last
             text = vocabulary.decode(ids).rstrip(INCOMPLETE)
             if text[len(shown) :]:
                 yield TextDelta(text[len(shown) :])
@@ -246,7 +346,7 @@ class _Continuation:
 
     # ---- Pictures --------------------------------------------------------------------------------
 
-    def _paint(self) -> Generator[Event, None, None]:
+    def _paint(self) -> Generator[Event | TextRequest, TextRun | None, None]:
         """One image part: painted, looked at, remembered."""
         # 1. What it is painted from.
         session, seed = self.session, part_seed(self.settings.seed, len(self.document.parts))
@@ -260,21 +360,49 @@ class _Continuation:
         pictures: list[PILImage.Image] = []
         for first in range(0, len(seeds), PICTURES_AT_ONCE):
             group = seeds[first : first + PICTURES_AT_ONCE]
-            pictures += yield from self._denoise(group, conditioning, earlier)
+            pictures += yield from self._denoise(
+                group, conditioning, earlier, self.settings, self.preview_every
+            )
         self.seen.clear()
         chosen = self._best_for(pictures, text_before)
+        error = None
+        if self.settings.report_error:
+            error = yield from self._pixel_error(pictures[chosen], seeds[chosen], conditioning, earlier)
 
         # 3. From here on it is an image like any other, seen through the same 8 bits and the same resizing.
         session.finish_seen_image(self._see(pictures[chosen]))
         self.num_painted += 1
-        part = Image(pictures[chosen], role=self.role, generated=True, seed=seeds[chosen])
+        part = Image(pictures[chosen], role=self.role, generated=True, seed=seeds[chosen], pixel_error=error)
         self.document = self.document.extended(part)
-        yield ImageDone(pictures[chosen], seeds[chosen])
+        yield ImageDone(pictures[chosen], seeds[chosen], error)
+
+    def _pixel_error(
+        self, picture: PILImage.Image, seed: int, conditioning: Tensor, earlier: EarlierImages | None
+    ) -> Generator[ImagePreview, None, float]:
+        """Mean difference from the picture that is drawn from this noise with nothing left out.
+
+        Where it is the weights that are others, or only the sampler, it is compared with the model's own
+        sampler in its own number of steps.
+        """
+        exact = replace(self.settings, step_cache=1, guidance_cache=1)
+        if self.adapter is not None or not self.settings.is_lossy:
+            own = GenerationSettings.combine(own_settings(self.model))
+            exact = replace(exact, scheduler=own.scheduler, num_inference_steps=own.num_inference_steps)
+        if self.adapter is not None:
+            exact = replace(exact, guidance_scale=own.guidance_scale)
+        with nullcontext() if self.adapter is None else self.adapter.left_out():
+            [expected] = yield from self._denoise([seed], conditioning, earlier, exact)
+        return diffusion.pixel_error(picture, expected)
 
     def _denoise(
-        self, seeds: list[int], conditioning: Tensor, earlier: EarlierImages | None
+        self,
+        seeds: list[int],
+        conditioning: Tensor,
+        earlier: EarlierImages | None,
+        settings: GenerationSettings,
+        preview_every: int = 0,
     ) -> Generator[ImagePreview, None, list[PILImage.Image]]:
-        settings, decoder = self.settings, self.model.image_decoder
+        decoder = self.model.image_decoder
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents = diffusion.initial_latents(decoder, self.height, self.width, generators)
         steps = diffusion.denoise(
@@ -288,11 +416,13 @@ class _Continuation:
             negative_conditioning=self._negative_conditioning,
             context_strength=settings.context_strength,
             generator=generators,
+            step_cache=settings.step_cache,
+            guidance_cache=settings.guidance_cache,
         )
         for step in steps:
             latents = step.latents
             is_last = step.number == settings.num_inference_steps
-            if self.preview_every and step.number % self.preview_every == 0 and not is_last:
+            if preview_every and step.number % preview_every == 0 and not is_last:
                 yield ImagePreview(diffusion.decode_pictures(decoder, step.clean[:1])[0], step.number)
         if not latents.isfinite().all():
             raise NumericalError("the latents of a generated image are not finite, expected numbers")
@@ -395,7 +525,7 @@ class _Continuation:
 
     def open_session(self) -> InterleavedSession:
         """The given document, ready to be continued."""
-        session, sequence = InterleavedSession(self.model), self.sequence
+        session, sequence = InterleavedSession(self.model, self._room_to_reserve()), self.sequence
         position = 0
         for start, image in zip(sequence.image_starts.tolist(), sequence.images, strict=True):
             session.append_text(sequence.input_ids[position:start].tolist())
@@ -403,6 +533,17 @@ class _Continuation:
             position = start + 1 + self.vocabulary.num_slots
         session.append_text(sequence.input_ids[position:].tolist())
         return session
+
+    def _room_to_reserve(self) -> int | None:
+        """Tokens that a static cache must hold, rounded up, so that compiled code serves many documents."""
+        settings = self.settings
+        if settings.cache_implementation != "static":
+            return None
+        images = settings.max_images if self.layout is None else self.layout.count(IMAGE)
+        needed = len(self.sequence.input_ids) + settings.max_new_tokens
+        needed += images * (1 + self.vocabulary.num_slots)
+        rounded = -(-needed // STATIC_ROOM) * STATIC_ROOM
+        return min(rounded, self.model.config.text_config.max_position_embeddings)
 
     def _pixels(self, picture: PILImage.Image) -> Tensor:
         return torch.from_numpy(self.processor.encoder_pixels(picture))[None]

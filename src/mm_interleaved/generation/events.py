@@ -41,6 +41,8 @@ class ImageDone:
     image: PILImage.Image
     seed: int
     """The seed of its noise."""
+    pixel_error: float | None = None
+    """How far it is from the exact picture of the same noise, see `Image.pixel_error`; if it was measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from mm_interleaved.models.resampler import Resampler
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
-from mm_interleaved.models.unet import UNetSynchronizers, unet_forward
+from mm_interleaved.models.unet import DeepFeatures, UNetSynchronizers, unet_forward
 from mm_interleaved.visibility import relative_image_index
 
 logger = logging.getLogger(__name__)
@@ -116,12 +116,17 @@ class ImageDecoder(nn.Module):
         earlier: EarlierImages | None,
         *,
         context_strength: float = 1.0,
+        deep: DeepFeatures | None = None,
     ) -> Tensor:
-        """The U-Net's prediction (noise or velocity, as the scheduler says): (I, X, y, x)."""
+        """The U-Net's prediction (noise or velocity, as the scheduler says): (I, X, y, x).
+
+        Args:
+            deep: see `unet_forward`; None is exact.
+        """
         between = None
         if earlier is not None and self.synchronizers is not None:
             between = self.synchronizers.callback(earlier.values, earlier.relative_index_IK, context_strength)
-        return unet_forward(self.unet, latents, timesteps, conditioning, between)
+        return unet_forward(self.unet, latents, timesteps, conditioning, between, deep)
 
     def encode(self, pixels_I3yx: Tensor, latent_noise: Tensor | None = None) -> Tensor:
         """Scaled latents of RGB images in [0, 1]; the posterior's mean if no noise is given."""

@@ -29,7 +29,24 @@ from mm_interleaved.ops import SamplingPlan
 
 NORM_EPS = 1e-6
 
-Between = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+Between = Callable[[Tensor | None, tuple[Tensor, ...]], tuple[Tensor | None, tuple[Tensor, ...]]]
+
+
+@dataclass(slots=True)
+class DeepFeatures:
+    """What one denoising step computed of the U-Net's deep blocks, for later steps to use again.
+
+    Not exact: deep features change slowly from step to step, and this takes them for constant (the idea of
+    DeepCache, arXiv 2312.00858).
+    """
+
+    hidden: Tensor | None = None
+    """What enters the last upward block, (I, X, y, x); None: the next step computes all and keeps it."""
+
+    def keep_for(self, count: int, *, is_fresh: bool) -> None:
+        """Make it serve `count` images: the last ones of those it has; none if it is stale or has fewer."""
+        if self.hidden is not None:
+            self.hidden = self.hidden[-count:] if is_fresh and len(self.hidden) >= count else None
 
 
 def unet_forward(
@@ -38,6 +55,7 @@ def unet_forward(
     timesteps: Tensor,
     conditioning: Tensor,
     between: Between | None = None,
+    deep: DeepFeatures | None = None,
 ) -> Tensor:
     """A stock U-Net's forward with a callback between its middle and its upward path.
 
@@ -46,7 +64,9 @@ def unet_forward(
         latents: noisy latents (I, channels, y, x), any y and x that survive the U-Net's halvings.
         timesteps: (I,) or scalar.
         conditioning: (I, T, D), what cross-attention reads.
-        between: gets the middle's output and all skips, returns them changed.
+        between: gets the middle's output and all skips, returns them changed. Where deep blocks are left out,
+            it gets None and the skips of the first level alone.
+        deep: leaves out the deep blocks if it holds what they gave before, and keeps it if it does not.
 
     Returns:
         the prediction, shaped as the latents.
@@ -56,20 +76,32 @@ def unet_forward(
     # The stock code forces output sizes only if a side does not halve evenly; so do we.
     needs_sizes = any(side % 2**unet.num_upsamplers for side in latents.shape[-2:])
 
+    is_shallow = deep is not None and deep.hidden is not None
+    down_blocks, up_blocks = list(unet.down_blocks), list(unet.up_blocks)
+    if is_shallow:
+        down_blocks, up_blocks = down_blocks[:1], up_blocks[-1:]
+
     # 2. Down, keeping the skips.
     hidden = unet.conv_in(2 * latents - 1.0 if unet.config.center_input_sample else latents)
     skips: tuple[Tensor, ...] = (hidden,)
-    for block in unet.down_blocks:
+    for block in down_blocks:
         hidden, new_skips = block(hidden_states=hidden, temb=time_embedding, **_reading(block, conditioning))
         skips += new_skips
 
     # 3. Middle, and what others have to say there.
-    hidden = unet.mid_block(hidden, time_embedding, **_reading(unet.mid_block, conditioning))
+    middle = None
+    if is_shallow:
+        skips = skips[: len(up_blocks[-1].resnets)]
+    else:
+        middle = unet.mid_block(hidden, time_embedding, **_reading(unet.mid_block, conditioning))
     if between is not None:
-        hidden, skips = between(hidden, skips)
+        middle, skips = between(middle, skips)
 
     # 4. Up.
-    for block in unet.up_blocks:
+    hidden = deep.hidden if deep is not None and is_shallow else middle
+    for block in up_blocks:
+        if deep is not None and block is up_blocks[-1]:
+            deep.hidden = hidden
         count = len(block.resnets)
         block_skips, skips = skips[-count:], skips[:-count]
         hidden = block(
@@ -89,6 +121,17 @@ def unet_forward(
 def _reading(block: nn.Module, conditioning: Tensor) -> dict[str, Tensor]:
     has_cross_attention = getattr(block, "has_cross_attention", False)
     return {"encoder_hidden_states": conditioning} if has_cross_attention else {}
+
+
+def compile_blocks(unet: UNet2DConditionModel, backend: str = "inductor") -> None:
+    """Compile each block where it stands; names of weights stay. What synchronizers do between them is not
+    compiled: it depends on which images are visible.
+
+    Blocks instead of the whole: a kind of block is compiled in seconds, and the two guidance halves, another
+    number of images or a shallow step use the same ones.
+    """
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        block.compile(backend=backend)
 
 
 def check_unet(unet: UNet2DConditionModel) -> None:
@@ -265,12 +308,14 @@ class UNetSynchronizers(nn.Module):
             seen = block(to[seeing_I], values._replace(image_BN=image_BN), relative_index_IK[seeing_I])
             return block.nothing_seen().to(seen.dtype).expand_as(to).index_put((seeing_I,), seen)
 
-        def between(middle: Tensor, skips: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-            seen = [
-                added(block, block_values, skip)
-                for block, skip, block_values in zip(self.skips, skips, values[:-1], strict=True)
-            ]
-            middle = middle + strength * added(self.middle, values[-1], middle)
+        def between(
+            middle: Tensor | None, skips: tuple[Tensor, ...]
+        ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+            # A step that leaves out the deep blocks has the first skips only, and no middle.
+            blocks = zip(self.skips, skips, values[:-1], strict=middle is not None)
+            seen = [added(block, block_values, skip) for block, skip, block_values in blocks]
+            if middle is not None:
+                middle = middle + strength * added(self.middle, values[-1], middle)
             return middle, tuple(skip + strength * delta for skip, delta in zip(skips, seen, strict=True))
 
         return between
