@@ -6,7 +6,13 @@ import torch
 from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.generation.text import TextRules, generate_text_batch, score_options, write_text
+from mm_interleaved.generation.text import (
+    TextRequest,
+    TextRules,
+    generate_text_batch,
+    score_options,
+    write_text,
+)
 from mm_interleaved.visibility import context_images
 from tiny import BOS, EOS, tiny_model
 
@@ -30,7 +36,7 @@ def rules(model, length, **more):
 
 
 def write(session, length, **settings):
-    runs = write_text(session, GenerationSettings(**settings), rules(session.model, length))
+    runs = write_text(TextRequest(session, GenerationSettings(**settings), rules(session.model, length)))
     return [token for run in runs for token in run.ids]
 
 
@@ -179,7 +185,7 @@ def test_a_left_padded_batch_equals_its_rows_alone(model, pictures, compat, num_
         session = open_session(
             model, row[: row.index(slots[0])], picture, row[row.index(slots[0]) + len(slots) :]
         )
-        runs = write_text(session, settings, limits)
+        runs = write_text(TextRequest(session, settings, limits))
         expected = [token for run in runs for token in run.ids]
         assert line.tolist()[int(compat is not None) :][: len(expected)] == expected
 

@@ -64,6 +64,17 @@ class TextRun(NamedTuple):
 
     ids: list[int]
     stop: int | None
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextRequest:
+    """A text part that is to be written: where, how, and with whose dice."""
+
+    session: InterleavedSession
+    settings: GenerationSettings
+    rules: TextRules
+    generator: torch.Generator | None = None
 
 
 class TextBatch(NamedTuple):
@@ -78,22 +89,16 @@ class TextBatch(NamedTuple):
 # ---- One document --------------------------------------------------------------------------------
 
 
-def write_text(
-    session: InterleavedSession,
-    settings: GenerationSettings,
-    rules: TextRules,
-    generator: torch.Generator | None = None,
-    assistant_model: PreTrainedModel | None = None,
-) -> Iterator[TextRun]:
+def write_text(request: TextRequest, assistant_model: PreTrainedModel | None = None) -> Iterator[TextRun]:
     """Continue a document with text; the session grows by it, stop id excluded.
 
     One beam comes in runs of a few tokens, several beams in one run at the end.
 
     Args:
-        generator: where sampled words come from; on the CPU, so that they are the same on any device.
         assistant_model: a smaller language model with the same vocabulary, whose guesses are checked several
             at once; it sees ids alone, no images. Greedy text only.
     """
+    session, settings, rules = request.session, request.settings, request.rules
     if settings.num_beams > 1:
         yield _write_beams(session, settings, rules)
         return
@@ -104,30 +109,30 @@ def write_text(
     written: list[int] = []
     while len(written) < rules.max_new_tokens:
         run_length = min(stream_every, rules.max_new_tokens - len(written))
-        new_ids = _write_run(session, settings, rules, written, run_length, generator, assistant_model)
-        run = _cut(new_ids, rules.stop_ids)
-        session.accept(run.ids)
-        yield run
-        if run.stop is not None:
+        # An assistant would be handed the embedding of a slot, which is not of its kind.
+        is_alone = assistant_model is not None and not session.ends_in_table
+        new_ids = _write_run(
+            request, written, 1 if is_alone else run_length, None if is_alone else assistant_model
+        )
+        ids, stop = cut_at_stop(new_ids, rules.stop_ids)
+        session.accept(ids)
+        written += ids
+        is_last = stop is not None or len(written) == rules.max_new_tokens
+        yield TextRun(ids, stop, is_last)
+        if is_last:
             return
-        written += run.ids
 
 
 def _write_run(
-    session: InterleavedSession,
-    settings: GenerationSettings,
-    rules: TextRules,
-    written: list[int],
-    max_new_tokens: int,
-    generator: torch.Generator | None,
-    assistant_model: PreTrainedModel | None,
+    request: TextRequest, written: list[int], max_new_tokens: int, assistant_model: PreTrainedModel | None
 ) -> list[int]:
     """The next few ids; `written` are those of the same text part before."""
+    session, settings, rules = request.session, request.settings, request.rules
     model = session.model
     session.read_but_last()
     ids = torch.tensor([session.ids], dtype=torch.int64, device=model.device)
-    processors = logits_processors(model, settings, rules, generator)
-    output = _call_generate(
+    processors = logits_processors(model, settings, rules, [request.generator])
+    output = call_generate(
         model,
         ids,
         # What is guessed is looked up in the ids, but a slot cannot be read by its id.
@@ -135,7 +140,7 @@ def _write_run(
         attention_mask=torch.ones_like(ids),
         cache=session.cache,
         processors=LogitsProcessorList(
-            [OnTextAlone(processors, ids.shape[1] - len(written), _decoder_start(model, settings))]
+            [OnTextAlone(processors, ids.shape[1] - len(written), decoder_start(model, settings))]
         ),
         settings=settings,
         stop_ids=rules.stop_ids,
@@ -149,8 +154,8 @@ def _write_run(
 
 def _write_beams(session: InterleavedSession, settings: GenerationSettings, rules: TextRules) -> TextRun:
     model, num_read = session.model, len(session.ids) - 1
-    start, prompt = _decoder_start(model, settings), session.prompt()
-    output = _call_generate(
+    start, prompt = decoder_start(model, settings), session.prompt()
+    output = call_generate(
         model,
         torch.tensor([start], dtype=torch.int64, device=model.device),
         inputs_embeds=prompt,
@@ -164,14 +169,15 @@ def _write_beams(session: InterleavedSession, settings: GenerationSettings, rule
     # Back to the prompt, in one row: the chosen words are read again, in one pass, when they are needed.
     session.cache.crop(num_read - session.cache.num_tokens)
     session.cache.batch_select_indices(torch.zeros(1, dtype=torch.int64, device=model.device))
-    run = _cut(output.sequences[0, len(start) :].tolist(), rules.stop_ids)
-    session.accept(run.ids)
-    return run
+    ids, stop = cut_at_stop(output.sequences[0, len(start) :].tolist(), rules.stop_ids)
+    session.accept(ids)
+    return TextRun(ids, stop, is_last=True)
 
 
-def _cut(ids: list[int], stop_ids: Sequence[int]) -> TextRun:
+def cut_at_stop(ids: list[int], stop_ids: Sequence[int]) -> tuple[list[int], int | None]:
+    """What stands before the first stop id, and that id, if there is one."""
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    return TextRun(ids, None) if end is None else TextRun(ids[:end], ids[end])
+    return (ids, None) if end is None else (ids[:end], ids[end])
 
 
 # ---- What `generate` is told ---------------------------------------------------------------------
@@ -181,14 +187,18 @@ def logits_processors(
     model: MMInterleavedForConditionalGeneration,
     settings: GenerationSettings,
     rules: TextRules,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator | None] = (None,),
 ) -> LogitsProcessorList:
-    """Everything that changes the logits, in order; it looks at the text part alone, never at the prompt."""
+    """Everything that changes the logits, in order; it looks at the text part alone, never at the prompt.
+
+    Args:
+        generators: where sampled words come from, see `DrawnWord`.
+    """
     processors = LogitsProcessorList([FiniteOnly()])
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if rules.min_new_tokens:
-        min_length = rules.min_new_tokens + len(_decoder_start(model, settings))
+        min_length = rules.min_new_tokens + len(decoder_start(model, settings))
         stop_ids = list(rules.stop_ids)
         processors.append(MinLengthLogitsProcessor(min_length, stop_ids, device=str(model.device)))
     if rules.forbidden_ids:
@@ -203,7 +213,7 @@ def logits_processors(
         processors.append(TopKLogitsWarper(top_k))
     if settings.top_p < 1:
         processors.append(TopPLogitsWarper(settings.top_p))
-    processors.append(DrawnWord(generator))
+    processors.append(DrawnWord(generators))
     return processors
 
 
@@ -221,7 +231,7 @@ class OnTextAlone(LogitsProcessor):
 
     Args:
         num_before: tokens before the text part, padding included.
-        start_ids: what stands in the place of the prompt, see `_decoder_start`.
+        start_ids: what stands in the place of the prompt, see `decoder_start`.
     """
 
     def __init__(self, others: LogitsProcessorList, num_before: int, start_ids: Sequence[int] = ()):
@@ -238,13 +248,21 @@ class DrawnWord(LogitsProcessor):
     """Draws the next word of each row from its own generator, and leaves no other choice.
 
     `generate(do_sample=True)` draws from the global generator, which other threads and libraries use too.
+
+    Args:
+        generators: of each row, or one of all; on the CPU, so that words are the same on any device.
     """
 
-    def __init__(self, generator: torch.Generator | None):
-        self.generator = generator
+    def __init__(self, generators: Sequence[torch.Generator | None]):
+        self.generators = generators
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        word = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self.generator).to(scores.device)
+        parts = scores.softmax(-1).cpu().tensor_split(len(self.generators))
+        words = [
+            torch.multinomial(part, 1, generator=generator)
+            for part, generator in zip(parts, self.generators, strict=True)
+        ]
+        word = torch.cat(words).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, word, 0.0)
 
 
@@ -253,7 +271,7 @@ def is_released(model: MMInterleavedForConditionalGeneration, settings: Generati
     return "released" in (settings.compat, model.config.compat)
 
 
-def _decoder_start(model: MMInterleavedForConditionalGeneration, settings: GenerationSettings) -> list[int]:
+def decoder_start(model: MMInterleavedForConditionalGeneration, settings: GenerationSettings) -> list[int]:
     """Ids that stand before the written ones in the eyes of penalties and length rules.
 
     The released code starts the written part with a bos of its own, penalised and counted like any word.
@@ -261,7 +279,7 @@ def _decoder_start(model: MMInterleavedForConditionalGeneration, settings: Gener
     return [model.config.bos_token_id] if is_released(model, settings) else []
 
 
-def _call_generate(
+def call_generate(
     model: MMInterleavedForConditionalGeneration,
     input_ids: Tensor,
     *,
@@ -344,14 +362,14 @@ def generate_text_batch(
     features = model.encode_images(pixel_values)
     cache = PrefixCache(model.config.text_config, batch_size=len(input_ids), device=model.device)
     cache.append_images(image_start, model.values_by_row(features.pyramid, image_start))
-    start = _decoder_start(model, settings)
-    output = _call_generate(
+    start = decoder_start(model, settings)
+    output = call_generate(
         model,
         torch.tensor([start] * len(input_ids), dtype=torch.int64, device=model.device),
         inputs_embeds=model.embed(input_ids, image_start, features.slots),
         attention_mask=attention_mask,
         cache=cache,
-        processors=logits_processors(model, settings, rules, generator),
+        processors=logits_processors(model, settings, rules, [generator]),
         settings=settings,
         stop_ids=rules.stop_ids,
         max_new_tokens=rules.max_new_tokens,

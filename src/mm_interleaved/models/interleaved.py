@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -371,21 +371,17 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         if input_ids is None or "inputs_embeds" in arguments:
             found = "inputs_embeds" if "inputs_embeds" in arguments else "nothing"
             raise ValueError(f"generate needs prompt ids of shape (rows, tokens) as input_ids, found {found}")
-        config = copy.deepcopy(arguments.pop("generation_config", None) or self.generation_config)
-        implementation = arguments.pop("cache_implementation", None) or config.cache_implementation
-        config.cache_implementation = None
-        max_cache_len = None
-        if implementation == "static":
-            new_tokens = arguments.get("max_new_tokens") or config.max_new_tokens
-            longest = arguments.get("max_length") or config.max_length or 0
-            max_cache_len = max(
-                input_ids.shape[1] + new_tokens if new_tokens else longest, config.max_cache_len or 0
-            )
+        config = arguments.get("generation_config") or self.generation_config
+        is_static = "static" in (arguments.pop("cache_implementation", None), config.cache_implementation)
+        if "generation_config" in arguments:
+            # transformers takes either a cache or the name of one.
+            arguments["generation_config"] = copy.copy(config)
+            arguments["generation_config"].cache_implementation = None
         cache = PrefixCache(
             self.config.text_config,
             batch_size=len(input_ids),
             device=input_ids.device,
-            max_cache_len=max_cache_len,
+            max_cache_len=_longest(input_ids.shape[1], config, arguments) if is_static else None,
         )
         slots = None
         if pixel_values is not None:
@@ -403,13 +399,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         if max(repeats) > 1:
             cache.batch_repeat_interleave(max(repeats))
         embeddings = self.embed(input_ids, image_start, slots)
-        return super().generate(
-            input_ids,
-            inputs_embeds=embeddings,
-            past_key_values=cache,
-            generation_config=config,
-            **arguments,
-        )
+        return super().generate(input_ids, inputs_embeds=embeddings, past_key_values=cache, **arguments)
 
     def prepare_inputs_for_generation(
         self,
@@ -419,7 +409,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
-        **arguments: Any,
+        **kwargs: Any,  # by this name transformers knows that what `forward` takes is welcome
     ) -> dict[str, Any]:
         """As transformers does. Also for the first pass of assisted decoding, which asks neither what the
         cache holds already nor how the words that it has guessed are embedded.
@@ -428,19 +418,23 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             if inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
                 guessed = self.embed(input_ids[:, inputs_embeds.shape[1] :]).to(inputs_embeds.dtype)
                 inputs_embeds = torch.cat([inputs_embeds, guessed], dim=1)
-            given = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             # Of a prompt that is read in pieces, only what is new is given.
-            unread = given - past_key_values.num_tokens
+            unread = length - past_key_values.num_tokens
             next_sequence_length = unread if unread > 0 else None
-        return super().prepare_inputs_for_generation(
+        given = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
-            **arguments,
+            **kwargs,
         )
+        if given.get("position_ids") is not None:
+            # A part of a longer tensor has other strides, for which compiled code would be made once more.
+            given["position_ids"] = given["position_ids"].clone(memory_format=torch.contiguous_format)
+        return given
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
@@ -471,6 +465,13 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
                 f"input_ids hold {int(is_slot.sum())} slot tokens, not all there"
             )
         return row.flatten(), position.flatten()
+
+
+def _longest(prompt: int, config: GenerationConfig, arguments: dict[str, Any]) -> int:
+    """Tokens that one call of `generate` can reach, by its arguments or its configuration."""
+    new_tokens = arguments.get("max_new_tokens") or config.max_new_tokens
+    longest = arguments.get("max_length") or config.max_length or prompt
+    return max(prompt + new_tokens if new_tokens else longest, config.max_cache_len or 0)
 
 
 # transformers' registries are filled by whoever defines a model; `registration` adds the processor.

@@ -64,6 +64,11 @@ class PrefixCache(Cache):
         return int(self.get_seq_length())
 
     @property
+    def num_images(self) -> int:
+        """Images of all rows that values are kept of."""
+        return next(iter(self._kept.values())).length if self._kept else 0
+
+    @property
     def hidden(self) -> Tensor | None:
         """(B, T, D) final hidden states, or None before the first token."""
         return self._hidden.filled

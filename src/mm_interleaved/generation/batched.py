@@ -1,0 +1,250 @@
+"""Several documents at once: those that want words at the same time write them in one pass.
+
+    documents -> each goes on by itself until it asks for text -> one batch writes all of it -> each goes on
+
+Every document keeps a session of its own; what it remembers is laid side by side for the length of a text
+part, padded on the left, and what was written is handed back. So lengths, pictures and turns may differ.
+Letters: B rows, T tokens of the longest row, H heads, d channels a head, N images a row, D hidden channels.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LogitsProcessorList
+
+from mm_interleaved.generation.events import Event
+from mm_interleaved.generation.text import (
+    FAST_STREAM_EVERY,
+    OnTextAlone,
+    TextRequest,
+    TextRun,
+    call_generate,
+    cut_at_stop,
+    decoder_start,
+    logits_processors,
+    write_text,
+)
+from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.visibility import NO_IMAGE
+
+TEXT_SETTINGS = (
+    "num_beams", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty",
+    "compat", "cache_implementation", "prompt_lookup_num_tokens",
+)  # fmt: skip
+"""Settings that change how words are written."""
+
+Steps = Generator[Event | TextRequest, TextRun | None, None]
+"""A document while it is continued: events, and requests that are answered with runs of text."""
+
+
+def stream_together(documents: Sequence[Steps]) -> Iterator[tuple[int, Event]]:
+    """What happens in each document, by its number, in the order in which it happens."""
+    asking: dict[int, TextRequest] = {}
+
+    def go_on(number: int, answer: TextRun | None) -> Iterator[tuple[int, Event]]:
+        while True:
+            try:
+                item = documents[number].send(answer)
+            except StopIteration:
+                return
+            answer = None
+            if isinstance(item, TextRequest):
+                asking[number] = item
+                return
+            yield number, item
+
+    # 1. Each until it asks for text or ends.
+    for number in range(len(documents)):
+        yield from go_on(number, None)
+    # 2. Those who ask alike write together, until each has its text; then they ask again.
+    while asking:
+        kind = _kind(next(iter(asking.values())))
+        requests = {number: request for number, request in asking.items() if _kind(request) == kind}
+        for number, run in write_together(requests):
+            del asking[number]
+            yield from go_on(number, run)
+
+
+def write_together(requests: dict[int, TextRequest]) -> Iterator[tuple[int, TextRun]]:
+    """The runs of text parts, each as `write_text` gives them, several rows to a pass.
+
+    Beams and guessed words are written one document after another.
+
+    Args:
+        requests: by number; with the same settings and rules but for `max_new_tokens`.
+    """
+    first = next(iter(requests.values()))
+    if len(requests) == 1 or first.settings.num_beams > 1 or first.settings.prompt_lookup_num_tokens:
+        for number, request in requests.items():
+            for run in write_text(request):
+                yield number, run
+        return
+    batch = _Batch(requests)
+    while batch.rows:
+        yield from batch.write_run()
+
+
+def _kind(request: TextRequest) -> tuple[Any, ...]:
+    """What requests must have in common to share a pass."""
+    settings = tuple(getattr(request.settings, name) for name in TEXT_SETTINGS)
+    return replace(request.rules, max_new_tokens=0), *settings
+
+
+class _Batch:
+    """Text parts that are being written side by side."""
+
+    def __init__(self, requests: dict[int, TextRequest]):
+        self.requests, self.rows = requests, list(requests)
+        self.written: dict[int, list[int]] = {number: [] for number in requests}
+        for request in requests.values():
+            request.session.read_but_last()
+        sessions = [request.session for request in requests.values()]
+        self.first = sessions[0]
+        # Tokens of the longest row, the last one still to be read.
+        self.length = max(len(session.ids) for session in sessions)
+        caches = [session.cache for session in sessions]
+        room = self.length + max(request.rules.max_new_tokens for request in requests.values())
+        self.cache = side_by_side(caches, self.first.model.config.text_config, room)
+
+    def write_run(self) -> Iterator[tuple[int, TextRun]]:
+        """The next run of each row; rows that are done leave the batch."""
+        requests = [self.requests[number] for number in self.rows]
+        limits = [
+            request.rules.max_new_tokens - len(self.written[number])
+            for number, request in zip(self.rows, requests, strict=True)
+        ]
+        length = min(FAST_STREAM_EVERY, max(limits))
+        new_ids = self._generate(requests, length)
+
+        # 1. Each row takes what is its own, and leaves when it is done.
+        runs, staying = [], []
+        for row, (number, request, limit) in enumerate(zip(self.rows, requests, limits, strict=True)):
+            ids, stop = cut_at_stop(new_ids[row][:limit], request.rules.stop_ids)
+            self.written[number] += ids
+            is_last = stop is not None or len(ids) == limit
+            hand_back(self.cache, row, self.length - 1, min(length, len(ids) + 1), request.session.cache)
+            request.session.accept(ids)
+            runs.append((number, TextRun(ids, stop, is_last)))
+            if not is_last:
+                staying.append(row)
+        self.length += length
+        if 0 < len(staying) < len(requests):
+            self.cache.batch_select_indices(torch.tensor(staying, device=self.first.model.device))
+        self.rows = [self.rows[row] for row in staying]
+        # 2. Whoever goes on now finds its session as if it had been alone.
+        yield from runs
+
+    def _generate(self, requests: list[TextRequest], length: int) -> list[list[int]]:
+        sessions, rules = [request.session for request in requests], requests[0].rules
+        model, settings = self.first.model, requests[0].settings
+        pads = [self.length - len(session.ids) for session in sessions]
+        ids = torch.tensor(
+            [
+                [model.config.pad_token_id or 0] * pad + session.ids
+                for pad, session in zip(pads, sessions, strict=True)
+            ],
+            device=model.device,
+        )
+        pad_B = torch.tensor(pads, device=model.device)
+        position_T = torch.arange(self.length, device=model.device)
+        # What was written stands at the end of every row, however long its document is.
+        num_written = len(self.written[self.rows[0]])
+        drawn_from = [request.generator for request in requests]
+        processors = logits_processors(model, settings, rules, drawn_from)
+        are_in_table = all(session.ends_in_table for session in sessions)
+        embeddings = None
+        if not are_in_table:
+            last_B1D = torch.cat([session.prompt()[:, -1:] for session in sessions])
+            embeddings = F.pad(last_B1D, (0, 0, self.length - 1, 0))
+        output = call_generate(
+            model,
+            ids,
+            inputs_embeds=embeddings,
+            attention_mask=(position_T >= pad_B[:, None]).long(),
+            cache=self.cache,
+            processors=LogitsProcessorList(
+                [OnTextAlone(processors, self.length - num_written, decoder_start(model, settings))]
+            ),
+            settings=settings,
+            stop_ids=rules.stop_ids,
+            max_new_tokens=length,
+            prefill_chunk_size=1 if self.cache.is_static and are_in_table else None,
+        )
+        found = output.sequences[:, self.length :]
+        # All rows may have stopped before.
+        return F.pad(found, (0, length - found.shape[1]), value=rules.stop_ids[0]).tolist()
+
+
+def side_by_side(caches: Sequence[PrefixCache], config: Any, room: int) -> PrefixCache:
+    """Memories of one row each as the rows of one, padded on the left. Hidden states are left behind.
+
+    Args:
+        room: tokens that a static cache shall hold; it is one if those given are.
+    """
+    lengths = [cache.num_tokens for cache in caches]
+    longest, device = max(lengths), caches[0].image_start.device
+    joined = PrefixCache(
+        config, batch_size=len(caches), device=device, max_cache_len=room if caches[0].is_static else None
+    )
+    if longest:
+        longest_row = caches[lengths.index(longest)]
+        for index in range(len(longest_row.layers)):
+            joined.update(*_joined_layer(caches, lengths, index), index)
+        hidden_1TD = longest_row.hidden
+        assert hidden_1TD is not None
+        joined.append_hidden(hidden_1TD.new_zeros(len(caches), longest, hidden_1TD.shape[2]))
+    _join_images(caches, [longest - length for length in lengths], joined)
+    return joined
+
+
+def _joined_layer(caches: Sequence[PrefixCache], lengths: Sequence[int], index: int) -> list[Tensor]:
+    """Keys and values of one layer, (B, H, T, d) each, zeros where a row has none."""
+    longest = max(lengths)
+    joined = []
+    for name in ("keys", "values"):
+        parts = [getattr(cache.layers[index], name) for cache in caches]
+        # What has read nothing yet has no tensor either.
+        nothing = torch.zeros_like(parts[lengths.index(longest)][:, :, :longest])
+        padded = [
+            F.pad(part[:, :, :length], (0, 0, longest - length, 0)) if length else nothing
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+        joined.append(torch.cat(padded))
+    return joined
+
+
+def _join_images(caches: Sequence[PrefixCache], pads: Sequence[int], joined: PrefixCache) -> None:
+    """All images of all rows; their places move by what the row is padded with."""
+    most = max(cache.image_start.shape[1] for cache in caches)
+    if not most:
+        return
+    start_BN = torch.cat([
+        F.pad(cache.image_start + pad, (0, most - cache.image_start.shape[1]), value=NO_IMAGE)
+        for cache, pad in zip(caches, pads, strict=True)
+    ])  # fmt: skip
+    index, num_before = [], 0
+    for cache in caches:
+        index.append(F.pad(cache.image_index + num_before, (0, most - cache.image_index.shape[1])))
+        num_before += cache.num_images
+    layers = next((cache.image_values for cache in caches if cache.image_values), {})
+    # Layers that share one tensor shall go on sharing it.
+    together: dict[tuple[int, ...], Tensor] = {}
+    values = {}
+    for layer, kind in layers.items():
+        parts = [cache.image_values[layer].value[: cache.num_images] for cache in caches if cache.num_images]
+        value = together.setdefault(tuple(part.data_ptr() for part in parts), torch.cat(parts))
+        values[layer] = kind._replace(value=value, image_BN=torch.cat(index))
+    joined.append_images(start_BN, values)
+
+
+def hand_back(joined: PrefixCache, row: int, first: int, count: int, to: PrefixCache) -> None:
+    """Append what a row has read, `count` tokens from `first` on, to the memory of its own document."""
+    for index, layer in enumerate(joined.layers):
+        keys, values = (part[row : row + 1, :, first : first + count] for part in (layer.keys, layer.values))
+        to.update(keys, values, index)
+    assert joined.hidden is not None
+    to.append_hidden(joined.hidden[row : row + 1, first : first + count])

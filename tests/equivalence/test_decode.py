@@ -1,0 +1,319 @@
+"""Every fast way of writing words equals the plain one: static, compiled, guessed and checked, in batches."""
+
+import copy
+
+import pytest
+import torch
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+
+from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.errors import UsageError
+from mm_interleaved.generation.batched import write_together
+from mm_interleaved.generation.engine import InterleavedGenerator
+from mm_interleaved.generation.events import Finished, TextDelta
+from mm_interleaved.generation.session import InterleavedSession
+from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.generation.text import TextRequest, TextRules, score_options, write_text
+from mm_interleaved.models.cache_layers import GrowingTensor
+from mm_interleaved.models.prefix_cache import PrefixCache
+from tiny import BOS, EOS, tiny_config, tiny_model, tiny_processor
+
+EXACT = 1e-10
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().double()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.rand(3, 1, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+def request(session, length=11, *, settings=None, generator=None, stop_ids=(EOS,), **named):
+    forbidden = tuple(i for i in (EOS, 298, 299) if i == EOS or i not in stop_ids)
+    rules = TextRules(stop_ids=stop_ids, max_new_tokens=length, forbidden_ids=forbidden)
+    return TextRequest(session, settings or GenerationSettings(**named), rules, generator)
+
+
+def write(session, length=11, assistant_model=None, **named):
+    """Ids, and of how many each run was."""
+    runs = list(write_text(request(session, length, **named), assistant_model))
+    assert [run.is_last for run in runs] == [False] * (len(runs) - 1) + [True]
+    return [token for run in runs for token in run.ids], [len(run.ids) for run in runs]
+
+
+def tell(model, pictures, room=None, length=20, **named):
+    """A document of two pictures and texts: its ids, hidden states, lengths of runs."""
+    session, lengths = InterleavedSession(model, room), []
+    session.append_text([BOS, 5, 6])
+    for picture in pictures[:2]:
+        session.append_image(picture)
+        lengths += write(session, length, **named)[1]
+    return session.ids, session.read(), lengths
+
+
+def count_passes(model):
+    passes = []
+    hook = model.language_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    return passes, hook
+
+
+# ---- Memory that grows in place ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_growing_tensor_holds_what_concatenation_would():
+    generator = torch.Generator().manual_seed(1)
+    growing, expected = GrowingTensor(axis=-2, least_room=4), torch.empty(2, 3, 0, 5)
+    moves, place = 0, 0
+    for step in range(60):
+        new = torch.randn(len(expected), 3, 1 + step % 3, 5, generator=generator)
+        expected = torch.cat([expected, new], dim=-2)
+        assert torch.equal(growing.append(new), expected)
+        if step % 7 == 6:
+            growing.crop(2)
+            expected = expected[:, :, :-2]
+        if step in (20, 40):
+            rows = torch.tensor([1, 1, 0])
+            growing.select_rows(rows)
+            expected = expected[rows]
+        moves += growing.whole.data_ptr() != place
+        place = growing.whole.data_ptr()
+        assert torch.equal(growing.filled, expected)
+    assert moves < 16, "most appends write where there is room"
+
+
+def test_a_growing_tensor_lets_gradients_through_and_bears_both_modes():
+    growing = GrowingTensor(axis=0)
+    leaves = [torch.ones(1, 2, requires_grad=True) for _ in range(3)]
+    for leaf in leaves:
+        growing.append(2 * leaf)
+    growing.filled.sum().backward()
+    assert all(torch.equal(leaf.grad, torch.full((1, 2), 2.0)) for leaf in leaves)
+    with torch.inference_mode():
+        growing.append(torch.zeros(1, 2))
+    growing.append(torch.ones(1, 2))
+    assert growing.filled[:, 0].tolist() == [2, 2, 2, 0, 1]
+
+
+def test_windows_cannot_be_static():
+    text = {"model_type": "mistral", "sliding_window": 8}
+    config = tiny_config(text_config=tiny_config().text_config.to_dict() | text).text_config
+    assert PrefixCache(config).num_tokens == 0
+    with pytest.raises(ValueError, match="windows"):
+        PrefixCache(config, max_cache_len=32)
+
+
+# ---- Static ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_static_cache_changes_no_word(model, pictures, num_beams):
+    ids, hidden, runs = tell(model, pictures, num_beams=num_beams)
+    static = {"cache_implementation": "static", "num_beams": num_beams}
+    static_ids, static_hidden, static_runs = tell(model, pictures, room=100, **static)
+    assert static_ids == ids
+    assert (static_hidden - hidden).abs().max() < EXACT
+    # Streamed in both.
+    assert num_beams > 1 or (runs, static_runs) == ([4] * 10, [16, 4] * 2)
+
+
+@torch.no_grad()
+def test_options_are_scored_behind_a_static_cache_too(model, pictures):
+    scores = []
+    for room in (None, 64):
+        session = InterleavedSession(model, room)
+        session.append_text([BOS, 5])
+        session.append_image(pictures[0])
+        scores.append(score_options(session, [[9, 10, 11], [12], [13, 14]]))
+        assert session.cache.num_tokens == len(session.ids)
+    torch.testing.assert_close(*scores, rtol=0, atol=EXACT)
+
+
+def test_generate_of_the_model_takes_the_name_of_transformers(model, pictures):
+    prompt = {"input_ids": torch.tensor([[BOS, 5, 298, 299, 299, 299, 7]]), "pixel_values": pictures[0]}
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "suppress_tokens": [298, 299]}
+    plain = model.generate(**prompt, **options)
+    assert torch.equal(model.generate(**prompt, **options, cache_implementation="static"), plain)
+    assert torch.equal(model.generate(**prompt, **options, prompt_lookup_num_tokens=3), plain)
+
+
+# ---- Compiled ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_compiled_steps_are_one_graph_and_the_same_words(pictures, monkeypatch):
+    graphs, steps = [], []
+    # Fewer layers are traced in less time.
+    model = tiny_model(text_config=tiny_config().text_config.to_dict() | {"num_hidden_layers": 2})
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lambda *inputs: (steps.append(1), graph.forward(*inputs))[1]
+
+    expected, hidden, _ = tell(model, pictures, length=18)
+    config = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    # transformers compiles on GPUs by itself; this is how its own tests do it on a CPU.
+    config._compile_all_devices = True
+    monkeypatch.setattr(model.generation_config, "compile_config", config)
+    for _ in range(2):
+        ids, static_hidden, _ = tell(model, pictures, room=100, length=18, cache_implementation="static")
+        assert ids == expected
+        torch.testing.assert_close(static_hidden, hidden, rtol=0, atol=CLOSE)
+    # All but the first word after each picture, which is read by its embedding; once for all documents.
+    assert len(steps) == 2 * (36 - 2)
+    assert len(graphs) == 1
+
+
+# ---- Guessed and checked -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_guesses_from_the_prompt_change_no_word_and_save_passes(model, pictures):
+    expected = tell(model, pictures)
+    passes, hook = count_passes(model)
+    with_guesses = tell(model, pictures, prompt_lookup_num_tokens=4)
+    hook.remove()
+    assert with_guesses[0] == expected[0]
+    assert (with_guesses[1] - expected[1]).abs().max() < EXACT
+    assert len(passes) < 30, "40 words, of which many were guessed right"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_good", [True, False])
+def test_an_assistant_changes_no_word_however_it_guesses(model, pictures, is_good):
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=2,
+    )  # fmt: skip
+    assistant = copy.deepcopy(model) if is_good else LlamaForCausalLM(config).eval()
+    expected = tell(model, pictures, length=12)
+    passes, hook = count_passes(model)
+    ids, hidden, _ = tell(model, pictures, length=12, assistant_model=assistant)
+    hook.remove()
+    assert ids == expected[0]
+    assert (hidden - expected[1]).abs().max() < EXACT
+    assert not is_good or len(passes) < 24
+
+
+def test_guesses_are_for_greedy_text_alone():
+    for other in ({"do_sample": True}, {"num_beams": 2}, {"cache_implementation": "static"}):
+        with pytest.raises(UsageError, match="prompt_lookup_num_tokens"):
+            GenerationSettings(prompt_lookup_num_tokens=4, **other)
+
+
+def test_an_assistant_of_another_vocabulary_is_refused(model):
+    config = LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    with pytest.raises(ValueError, match="99"):
+        InterleavedGenerator(model, tiny_processor(model.config), assistant_model=LlamaForCausalLM(config))
+
+
+# ---- Several at once ---------------------------------------------------------------------------------
+
+
+def four_sessions(model, pictures, room=None):
+    """Of 1 to 16 tokens, with no picture, one in the middle, two, and one at the end."""
+    contents = [[[BOS]], [[BOS, 5], 0, [7, 8, 9]], [[BOS, 6, 7, 8], 1, [3], 2, [4, 5]], [[BOS, 9, 9], 2]]
+    sessions = []
+    for parts in contents:
+        session = InterleavedSession(model, room)
+        for part in parts:
+            if isinstance(part, list):
+                session.append_text(part)
+            else:
+                session.append_image(pictures[part])
+        sessions.append(session)
+    return sessions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [None, 96], ids=["dynamic", "static"])
+@pytest.mark.parametrize("named", [{}, {"do_sample": True, "top_k": 20, "repetition_penalty": 1.3}])
+def test_documents_written_in_one_pass_are_as_if_alone(model, pictures, room, named):
+    lengths = (20, 3, 33, 18)
+    named = named | {"cache_implementation": "static" if room else "dynamic"}
+
+    def requests(sessions):
+        return {
+            10 + number: request(
+                session, length, generator=torch.Generator().manual_seed(number), stop_ids=(EOS, 298), **named
+            )
+            for number, (session, length) in enumerate(zip(sessions, lengths, strict=True))
+        }
+
+    alone, together = four_sessions(model, pictures, room), four_sessions(model, pictures, room)
+    expected = {number: list(write_text(each)) for number, each in requests(alone).items()}
+    passes, hook = count_passes(model)
+    found = {number: [] for number in expected}
+    for number, run in write_together(requests(together)):
+        found[number].append(run)
+    hook.remove()
+    for number, runs in expected.items():
+        assert [i for run in found[number] for i in run.ids] == [i for run in runs for i in run.ids]
+        assert found[number][-1].stop == runs[-1].stop and found[number][-1].is_last
+        assert len(found[number]) == -(-sum(len(run.ids) for run in runs) // 16), "streamed"
+    assert len(passes) <= max(lengths) + 4 * 2
+    # The documents go on as if nothing had been.
+    for one, other in zip(alone, together, strict=True):
+        assert one.ids == other.ids
+        assert (one.read() - other.read()).abs().max() < EXACT
+
+
+@torch.no_grad()
+def test_logits_of_a_padded_row_are_those_of_the_row_alone(pictures):
+    model = tiny_model()
+    rows = [[BOS, 5, 298, 299, 299, 299, 7], [BOS, 298, 299, 299, 299]]
+    padded = torch.tensor([rows[0], [2, 2, *rows[1]]])
+    mask = torch.tensor([[1] * 7, [0, 0, *[1] * 5]])
+    options = {
+        "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "suppress_tokens": [298, 299],
+        "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    images = torch.cat([pictures[0], pictures[1]])
+    for implementation in ("dynamic", "static"):
+        together = model.generate(
+            padded, attention_mask=mask, pixel_values=images, cache_implementation=implementation, **options
+        )
+        for place, row in enumerate(rows):
+            alone = model.generate(torch.tensor([row]), pixel_values=images[place : place + 1], **options)
+            assert together.sequences[place, 7:].tolist() == alone.sequences[0, len(row) :].tolist()
+            for ours, theirs in zip(together.logits, alone.logits, strict=True):
+                torch.testing.assert_close(ours[place], theirs[0], rtol=0, atol=CLOSE)
+
+
+def test_whole_documents_at_once_are_those_continued_alone(pictures):
+    model = tiny_model()
+    generator = InterleavedGenerator(model, tiny_processor(model.config))
+    picture = Image(tiny_picture(pictures[0]))
+    documents = [
+        Document(id="a", parts=(Text("Hi"),)),
+        Document(id="b", parts=(Text("A longer one "), picture, Text("."))),
+        Document(id="c", parts=(picture,), layout="T"),
+    ]
+    named = {"layout": "T I T", "max_new_tokens": 24, "num_inference_steps": 2, "seed": 3}
+    expected = [generator.generate(document, **named) for document in documents]
+    found, streamed = {}, []
+    for place, event in generator.stream_batch(documents, **named):
+        if isinstance(event, Finished):
+            found[place] = event.document
+        elif isinstance(event, TextDelta):
+            streamed.append(place)
+    for place, document in enumerate(expected):
+        assert [part.text for part in texts(found[place])] == [part.text for part in texts(document)]
+        assert found[place].parts[-1] == document.parts[-1]
+    assert set(streamed) == {0, 1, 2}
+    assert [len(d.parts) for d in generator.generate_batch(documents, batch_size=2, **named)] == [4, 6, 4]
+
+
+def texts(document):
+    return [part for part in document.parts if isinstance(part, Text)]
+
+
+def tiny_picture(pixels):
+    from PIL import Image as PILImage
+
+    return PILImage.fromarray((pixels[0].permute(1, 2, 0) * 255).to(torch.uint8).numpy())
