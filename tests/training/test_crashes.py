@@ -14,7 +14,7 @@ from torch import nn
 
 from mm_interleaved.checkpoint import store
 from mm_interleaved.errors import NumericalError, StorageError
-from mm_interleaved.training.loop import Losses, train_stage
+from mm_interleaved.training.loop import Losses, StoppedBySignal, train_stage
 from mm_interleaved.training.settings import StageConfig
 
 CONFIG = StageConfig(
@@ -166,6 +166,51 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkey
     assert failed.value.exit_code == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "step-00000002"]
     monkeypatch.setattr(store, "save_file", save_file)
+    train(tmp_path)
+    assert store.newest_checkpoint(tmp_path).step == 4
+
+
+class Broken:
+    """A writer, and an observer, that fails."""
+
+    every = 2
+
+    def __init__(self):
+        self.calls = 0
+
+    def write(self, line):
+        self.calls += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __call__(self, step):
+        self.calls += 1
+        raise ValueError("nothing to draw")
+
+    def close(self):
+        pass
+
+
+def test_what_only_looks_on_cannot_end_a_run(tmp_path, caplog):
+    train(tmp_path / "whole")
+    writer, observer = Broken(), Broken()
+    train_stage(Line(), CONFIG, tmp_path / "run", seed=3, writers=(writer,), observers=(observer,))
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert (writer.calls, observer.calls) == (1, 2), "a writer is left out once it failed"
+    assert "Broken failed and gets no more lines (OSError" in caplog.text
+    assert "Broken failed after step 4 (ValueError: nothing to draw)" in caplog.text
+
+
+@pytest.mark.parametrize(("signals", "error"), [("TT", StoppedBySignal), ("II", KeyboardInterrupt)])
+def test_a_second_signal_to_stop_waits_for_the_step_and_a_second_interrupt_does_not(tmp_path, signals, error):
+    class Impatient(Line):
+        def make_batch(self, step):
+            for name in signals if step == 1 else ():
+                os.kill(os.getpid(), {"T": signal.SIGTERM, "I": signal.SIGINT}[name])
+            return super().make_batch(step)
+
+    with pytest.raises(error):
+        train_stage(Impatient(), CONFIG, tmp_path, seed=3)
+    assert store.newest_checkpoint(tmp_path).step == (2 if error is StoppedBySignal else 1)
     train(tmp_path)
     assert store.newest_checkpoint(tmp_path).step == 4
 

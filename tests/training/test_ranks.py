@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 from dataclasses import replace
 
 import pytest
@@ -12,11 +13,11 @@ from ranks import run_ranks
 from torch import nn
 
 from mm_interleaved.checkpoint.store import newest_checkpoint
-from mm_interleaved.errors import MMInterleavedError
+from mm_interleaved.errors import MMInterleavedError, UsageError
 from mm_interleaved.training.documents import DocumentsStage, build_loader
 from mm_interleaved.training.loop import Losses, train_stage
 from mm_interleaved.training.objectives import Objective, ObjectiveConfig
-from mm_interleaved.training.parallel import ALONE, ParallelConfig, spread
+from mm_interleaved.training.parallel import ALONE, ParallelConfig, joined_ranks, spread
 from mm_interleaved.training.parts import PartConfig, PartsConfig, choose_trained
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.train_config import CorpusConfig, TrainConfig
@@ -152,6 +153,57 @@ def test_shares_of_weights_train_what_whole_weights_do_with_any_number_of_ranks(
     run = tmp_path / "back"
     assert run_ranks(2, tmp_path, go) == [0, 0]
     assert_same(reference, run)
+
+
+def test_shares_within_a_node_and_copies_between_nodes_train_what_one_process_does(
+    make_model, processor, tmp_path
+):
+    """Hybrid sharding: four ranks stand for two nodes of two."""
+    reference = alone(make_model, processor, FEW, tmp_path)
+    hybrid = replace(FEW, parallel=ParallelConfig(strategy="fsdp", shard_ranks=2))
+    config, run = with_words(hybrid, tmp_path), tmp_path / "hybrid"
+    assert run_ranks(4, tmp_path, lambda ranks: train(make_model(), processor, run, config, ranks)) == [0] * 4
+    assert_same(reference, run)
+
+
+def test_ranks_that_do_not_find_each_other_or_lose_one_say_so(tmp_path, monkeypatch):
+    config = ParallelConfig(timeout_seconds=2)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    with (
+        pytest.raises(UsageError, match=r"rank 1 does not find the others \(.*MASTER_ADDR"),
+        joined_ranks(config),
+    ):
+        pass
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", free_port()), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if child == 0:
+            os._exit(lose_a_rank(str(rank), config))
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [6, 9]
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def lose_a_rank(rank, config):
+    os.environ.update(RANK=rank, GLOO_SOCKET_IFNAME="lo")
+    try:
+        with joined_ranks(config, "cpu") as ranks:
+            ranks.sum([1.0])
+            if rank == "1":
+                os._exit(9)
+            ranks.sum([1.0])
+        return 0
+    except MMInterleavedError as error:
+        return error.exit_code if "rank 0: another rank ended or did not answer" in str(error) else 1
 
 
 class Apart:

@@ -1,6 +1,7 @@
 """Recipes: every one resolves, its twin trains, its result is a model, its settings run again."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 
@@ -17,14 +18,15 @@ from mm_interleaved.training.adaptation import (
     compile_layers,
     quantization_settings,
 )
-from mm_interleaved.training.documents import build_loader
+from mm_interleaved.training.documents import build_loader, build_mixture
 from mm_interleaved.training.objectives import Objective
 from mm_interleaved.training.run import RECIPES, export, run_recipe
-from mm_interleaved.training.settings import from_record, to_record
+from mm_interleaved.training.settings import from_record, override, to_record
 from mm_interleaved.training.train_config import LoraConfig, TrainConfig
 from tiny import tiny_model
 
 FULL_SIZE = sorted(name for name in task_recipes() if not name.endswith(("-lora", "-storyworld")))
+CORPORA = task_recipes()["grounding"]().corpora
 QUICK = [
     "training.steps=1", "training.log_every=1", "max_length=192", "global_batch_size=1", "micro_batch_size=1",
     "num_threads=1",
@@ -131,7 +133,10 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(folder, tmp_path):
 
     for assignments, message in (
         ([], "start_from: empty"),
-        ([f"start_from={folder}", *QUICK], r"corpora\.refcoco\.paths: empty"),
+        # Found out before the model is loaded.
+        (["start_from=nowhere", *QUICK], r"corpora\.refcoco\.paths: empty.*corpora\.refcoco\.weight=0"),
+        (["start_from=nowhere", "device=banana"], "device: expected auto, cpu or cuda, found 'banana'"),
+        (["start_from=nowhere", *(f"corpora.{name}.weight=0" for name in CORPORA)], "are all 0"),
         (["corpora.refcocoo.paths=x"], r"did you mean corpora\.refcoco"),
         (["parts.languages.train=true"], r"did you mean parts\.language\.train"),
         (["lora.quantize=nf4"], r"set lora\.rank above 0"),
@@ -141,12 +146,77 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(folder, tmp_path):
         with pytest.raises(UsageError, match=message):
             run(*assignments)
     with pytest.raises(ModelFileError, match="no such folder"):
-        run("start_from=nowhere")
+        run("start_from=nowhere", name="grounding-storyworld")
     if find_spec("wandb") is None:
         with pytest.raises(UsageError, match="wandb is not installed"):
             run(f"start_from={folder}", "wandb=true", *QUICK, name="grounding-storyworld")
     with pytest.raises(UsageError, match="start the run with torchrun"):
         run(f"start_from={folder}", "parallel.strategy=fsdp", *QUICK, name="grounding-storyworld")
+
+
+def test_the_mixture_of_pretraining_is_the_published_one(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    files = {name: str(tmp_path / "a.txt") for name in ("blip2", "laion_en", "laion_coco", "mmc4")}
+    assignments = [f"corpora.{name}.paths={path}" for name, path in files.items()]
+    config = override(task_recipes()["pretrain"](), assignments)
+    mixed = build_mixture(config)
+    total = sum(entry.weight for entry in mixed.sources)
+    shares = [round(100 * entry.weight / total, 1) for entry in mixed.sources]
+    assert shares == [14.3, 14.3, 14.3, 57.1] and mixed.max_length == 2048
+    assert [entry.max_images for entry in mixed.sources] == [30, 30, 30, 15]
+    assert [entry.learn.text for entry in mixed.sources] == ["all", "after_image", "after_image", "all"]
+    assert [entry.few_shot is not None for entry in mixed.sources] == [True, True, True, False]
+    # As published, pairs are never merged, and move as a whole where their image would be cut.
+    released = build_mixture(override(config, ["released_packing=true", "corpora.mmc4.weight=0"]))
+    assert [entry.name for entry in released.sources] == ["blip2", "laion_en", "laion_coco"]
+    assert all(entry.few_shot is None and released.row_rule(entry).keep_pairs for entry in released.sources)
+
+
+def test_what_is_left_out_is_listed_beside_the_log_and_once_when_done_again(folder, tmp_path, caplog):
+    picture = "data:image/png;base64,iVBORw0KGgo="
+    contents = [[{"type": "text", "text": f"Pip {n}."}] for n in range(6)]
+    contents[2].append({"type": "image", "image": picture})
+    lines = [json.dumps({"id": f"d{n}", "content": content}) for n, content in enumerate(contents)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"id": "torn']))
+    more = [
+        "corpora.documents.shuffle_block=1", f"corpora.documents.paths={tmp_path / 'a.jsonl'}",
+        "training.save_every=1", "training.keep_checkpoints=3", "max_length=24",
+    ]  # fmt: skip
+    run, place = tmp_path / "run", tmp_path / "run" / "documents"
+    assignments = [f"start_from={folder}", *QUICK, *more, "training.steps=4", "num_workers=1"]
+    run_recipe("interleaved-instructions", assignments, out=run)
+
+    def listed(name="bad_samples.jsonl"):
+        return [json.loads(line) for line in (place / name).read_text().splitlines()]
+
+    whole = listed()
+    places = {(line["source"], line["kind"], line["place"].rpartition("/")[2]) for line in whole}
+    assert places == {("documents", "broken", "a.jsonl:7"), ("documents", "image", "d2")}
+    assert all(line["reason"] and 1 <= line["step"] <= 4 for line in whole)
+    assert "left out of the data: " in caplog.text and "of documents (broken " in caplog.text
+
+    # The run died after its second step was saved, and another time with a second rank.
+    for step in (3, 4):
+        shutil.rmtree(place / f"step-0000000{step}")
+    (place / "bad_samples-1.jsonl").write_text(
+        "".join(json.dumps({**whole[0], "step": n}) + "\n" for n in (1, 3))
+    )
+    run_recipe("interleaved-instructions", resume=True, out=run)
+    assert listed() == whole and [line["step"] for line in listed("bad_samples-1.jsonl")] == [1]
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(make_model, processor, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.language_model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "poisoned")
+    processor.save_pretrained(tmp_path / "poisoned")
+    with pytest.raises(
+        ModelFileError, match=r"language_model\.norm\.weight holds numbers that are not finite"
+    ):
+        run_recipe(
+            "grounding-storyworld", [f"start_from={tmp_path / 'poisoned'}", *QUICK], out=tmp_path / "run"
+        )
 
 
 def test_four_bits_are_refused_clearly_where_bitsandbytes_is_missing():

@@ -24,6 +24,7 @@ from mm_interleaved.training.naming import (
     NOT_THERE,
     SIZES,
     SIZES_AT_POSITION,
+    badge_cells,
     cell_labels,
 )
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
@@ -150,6 +151,19 @@ def test_labels_of_cells_stand_where_the_renderer_draws():
     assert (kinds["badge"] != NOT_THERE).sum() == area
     coarse = cell_labels(scene, 8)
     assert torch.equal(coarse[0], labels[0, 4::8, 4::8])
+
+
+def test_badges_weigh_more_where_the_painter_knows_them(model, processor):
+    batches = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)
+    settings = {"batch_size": 1, "pool_batches": 1, "repeats": 1}
+    plain, weighted = (
+        PainterStage(model, batches, **settings, badge_weight=weight).read(batches(0))[0].weight[0]
+        for weight in (0.0, 9.0)
+    )
+    (mask,) = badge_cells(batches(0).documents, plain.shape[-1])
+    assert mask.any() and not mask.all()
+    torch.testing.assert_close(weighted[mask] / weighted[~mask].mean(), torch.full((int(mask.sum()),), 10.0))
+    torch.testing.assert_close(plain, torch.ones_like(plain))
 
 
 def test_the_painter_learns_from_codes_and_changes_the_unet_alone(model, processor, tmp_path):

@@ -20,7 +20,7 @@ from mm_interleaved.data import lanes
 from mm_interleaved.data.few_shot import FewShot
 from mm_interleaved.data.lanes import lane_shares
 from mm_interleaved.data.loader import BLANK_ROW, TrainingLoader, merge_states
-from mm_interleaved.data.mixture import Mixture, MixtureSource, released_mixture
+from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.data.sources.documents import DocumentFiles
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import InputError, StorageError, UsageError
@@ -488,17 +488,10 @@ def test_a_model_that_does_not_paint_is_given_nothing_to_paint(byte_level_tokeni
         loader(writer, target_pixels=True)
 
 
-def test_the_released_mixture_is_the_published_one():
-    names = ("blip2", "laion_en", "laion_coco", "mmc4")
-    mixed = released_mixture({name: corpus(name, [1]) for name in names})
-    total = sum(entry.weight for entry in mixed.sources)
-    shares = [round(100 * entry.weight / total, 1) for entry in mixed.sources]
-    assert shares == [14.3, 14.3, 14.3, 57.1] and mixed.max_length == 2048
-    assert [entry.max_images for entry in mixed.sources] == [30, 30, 30, 15]
-    assert [entry.learn.text for entry in mixed.sources] == ["all", "after_image", "after_image", "all"]
-    assert [entry.few_shot is not None for entry in mixed.sources] == [True, True, True, False]
-    with pytest.raises(UsageError, match="'laion': expected one of blip2"):
-        released_mixture({"laion": corpus("x", [1])})
+def test_a_large_source_of_which_nothing_can_be_used_is_given_up_before_its_end(processor):
+    items = tuple(unanswered(f"i{i}") for i in range(1100))
+    with pytest.raises(InputError, match=r"in 1000 documents; of the last one, i\d+: nothing of it counts"):
+        take(loader(processor, mixture=one_source((items,) * 9), batch=1), 1)
 
 
 def test_pictures_are_opened_once_by_the_guard_and_named(processor):

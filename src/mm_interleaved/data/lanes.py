@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from mm_interleaved.data.packing import fill_row
 from mm_interleaved.data.preparation import Preparation, Prepared, Skip
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, in_epoch
 from mm_interleaved.document import Document
-from mm_interleaved.errors import InputError, StorageError
+from mm_interleaved.errors import InputError, StorageError, escape
 from mm_interleaved.sequence import Sequence as TokenSequence
 from mm_interleaved.sequence import slice_sequence
 from mm_interleaved.storyworld.dice import Dice
@@ -32,6 +32,8 @@ from mm_interleaved.vocabulary import Vocabulary
 _SHARD_DOMAIN, _BLOCK_DOMAIN = 32, 33
 RETRY_SECONDS = (0.5, 2.0, 8.0)
 """Waiting times before a shard whose storage failed is opened again."""
+_MAX_IDLE = 1000
+"""Documents in a row of which none can be used, before a source is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ class _SourceStream:
         self._prepared: Prepared | None = None
         self._skips: list[Skip] = []
         self._documents: dict[str, None] = {}
-        self._idle_epochs = 0
+        self._idle_epochs = self._idle_documents = 0
 
     def state(self) -> dict[str, Any]:
         block, *rest = self.cursor
@@ -226,6 +228,7 @@ class _SourceStream:
             self._prepared = self.prepare(groups[self.cursor.group])
             if not self._prepared.pieces:
                 self._note(self._prepared)
+                self._count_idle(groups[self.cursor.group], self._prepared)
                 self._to_next_group()
         piece = self._prepared.pieces[self.cursor.piece]
         return slice_sequence(piece, self.cursor.offset, len(piece)) if self.cursor.offset else piece
@@ -235,7 +238,7 @@ class _SourceStream:
         group, pieces = self._groups[self.cursor.group], self._prepared.pieces
         if self.cursor.piece == self.cursor.offset == 0:
             self._note(self._prepared)
-            self._idle_epochs = 0
+            self._idle_epochs = self._idle_documents = 0
             self.counts["documents"] += len(group) - len(self._prepared.skips)
         left_out = {skip.place for skip in self._prepared.skips}
         self._documents.update({document.id: None for document in group if document.id not in left_out})
@@ -270,7 +273,7 @@ class _SourceStream:
             if isinstance(item, Document):
                 documents.append(item)
             elif is_new and isinstance(item, BrokenItem):
-                self._note(Prepared(skips=(Skip(self.entry.name, item.place, "broken", str(item)),)))
+                self._note(Prepared(skips=(Skip(self.entry.name, item.place, "broken", _reason(item)),)))
             elif is_new and isinstance(item, FilteredItem):
                 self.counts[f"filtered_{item.rule}"] += 1
         self.cursor = self.cursor._replace(is_counted=1)
@@ -282,10 +285,21 @@ class _SourceStream:
     def _end_epoch(self) -> None:
         self._idle_epochs += 1
         if self._is_hopeless(self._idle_epochs):
-            found = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()) if count)
-            raise InputError(
-                f"source {self.entry.name!r}: found nothing that can be used ({found or 'no items'})"
+            self._give_up("found nothing that can be used")
+
+    def _count_idle(self, group: Sequence[Document], prepared: Prepared) -> None:
+        """Most sources are so large that waiting for the end of an epoch would be waiting for ever."""
+        self._idle_documents += len(group)
+        if self._idle_documents >= _MAX_IDLE:
+            last = prepared.skips[-1]
+            self._give_up(
+                f"found nothing that can be used in {self._idle_documents} documents; "
+                f"of the last one, {escape(last.place)}: {escape(last.reason, 300)}"
             )
+
+    def _give_up(self, why: str) -> NoReturn:
+        found = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()) if count)
+        raise InputError(f"source {self.entry.name!r}: {why} ({found or 'no items'})")
 
     def _is_hopeless(self, num_epochs: int) -> bool:
         """Within so many epochs the lane has had each part of the source once."""
@@ -305,6 +319,10 @@ def _read_on(source: Any, shard: Shard, start: int) -> Iterator[tuple[int, Item]
             if not waits:
                 raise
             time.sleep(waits.pop(0))
+
+
+def _reason(item: BrokenItem) -> str:
+    return f"{item.field}: {item.reason}" if item.field else item.reason
 
 
 def _shuffled(shards: Sequence[Shard], *seeds: int) -> list[Shard]:

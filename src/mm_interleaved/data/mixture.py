@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -101,38 +100,3 @@ class Mixture:
         if empty:
             raise InputError(f"source {empty[0]!r}: found no shards, expected at least one")
         return shards
-
-
-def released_mixture(
-    sources: Mapping[str, Source], max_length: int = 2048, compat: str | None = None
-) -> Mixture:
-    """The published pre-training mixture, of those of its corpora that are given.
-
-    Published: one part of each set of pairs, two rows a micro-batch, and two parts of MMC4, four rows a
-    micro-batch; so one row of each set of pairs to four of MMC4. Of captions from the web, text counts only
-    behind its image. Few-shot merging of pairs is meant there, and done here, unless `compat` is `released`.
-
-    Args:
-        sources: some of `blip2`, `laion_en`, `laion_coco` (pairs) and `mmc4`.
-    """
-    unknown = sorted(set(sources) - {*_RELEASED_ROWS})
-    if unknown:
-        raise UsageError(f"source {unknown[0]!r}: expected one of {', '.join(_RELEASED_ROWS)}")
-    entries = []
-    for name, source in sources.items():
-        is_pairs = name != "mmc4"
-        entries.append(
-            MixtureSource(
-                name=name,
-                source=source,
-                weight=_RELEASED_ROWS[name],
-                max_images=30 if is_pairs else 15,
-                learn=LearningRule(text="after_image" if name.startswith("laion") else "all"),
-                few_shot=FewShot() if is_pairs and compat is None else None,
-                keep_pairs=is_pairs,
-            )
-        )
-    return Mixture(sources=tuple(entries), max_length=max_length, compat=compat)
-
-
-_RELEASED_ROWS = {"blip2": 1.0, "laion_en": 1.0, "laion_coco": 1.0, "mmc4": 4.0}

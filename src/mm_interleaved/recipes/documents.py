@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -12,6 +12,7 @@ import torch
 
 from mm_interleaved.checkpoint.load import DTYPES, load_model
 from mm_interleaved.checkpoint.store import newest_checkpoint
+from mm_interleaved.data.loader import state_counts
 from mm_interleaved.errors import ModelFileError, UsageError
 from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
@@ -25,8 +26,9 @@ from mm_interleaved.training.adaptation import (
     keep_frozen_as,
     quantization_settings,
 )
+from mm_interleaved.training.bad_samples import BAD_SAMPLES, BadSamples
 from mm_interleaved.training.curves import CurvesPage
-from mm_interleaved.training.documents import DocumentsStage, build_loader
+from mm_interleaved.training.documents import DocumentsStage, build_loader, build_mixture
 from mm_interleaved.training.loop import train_stage, trained_parameters
 from mm_interleaved.training.metrics import LogWriter, TensorBoardWriter, WandbWriter
 from mm_interleaved.training.objectives import Objective
@@ -64,7 +66,10 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     with joined_ranks(config.parallel, config.device) as ranks:
-        # 1. The model, and what of it trains.
+        # 1. The model, and what of it trains; before it is loaded, which may take long, files that are not
+        # there.
+        mixture = build_mixture(config)
+        mixture.find_shards()
         model, processor, low_rank = _build(config)
         rules = choose_trained(model, config.parts)
         if config.frozen_type != "float32":
@@ -88,7 +93,7 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         objective = Objective(model, config.objective, seed=config.seed)
         # Pictures that count for nothing are not painted.
         paints = model.image_decoder is not None and model.config.image_loss_weight > 0
-        loader = build_loader(config, processor, ranks=ranks, target_pixels=paints)
+        loader = build_loader(config, processor, mixture=mixture, ranks=ranks, target_pixels=paints)
         wrapped = spread(
             model,
             ranks,
@@ -96,10 +101,12 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
             communication_type=_communication_type(config, ranks),
             has_unused=not paints,
         )
-        stage = DocumentsStage(model, loader, objective, wrapped=wrapped, ranks=ranks)
+        place = folder / STAGE_FOLDER
+        stage = DocumentsStage(
+            model, loader, objective, wrapped=wrapped, ranks=ranks, bad_samples=BadSamples(place, ranks)
+        )
 
         # 3. Train.
-        place = folder / STAGE_FOLDER
         train_stage(
             stage,
             config.training,
@@ -115,7 +122,10 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         )
 
         # 4. Keep the result.
+        left_out = _left_out(stage.state())
         if ranks.is_first:
+            if left_out:
+                logger.warning("left out of the data: %s; named in %s", left_out, place / BAD_SAMPLES)
             # A model of fewer steps gives way.
             _remove_model(folder)
             # Where a process holds shares, or frozen weights in a smaller type, the checkpoint knows better.
@@ -171,11 +181,41 @@ def _build(config: TrainConfig) -> _Built:
     quantization = quantization_settings(config.lora)
     processor = MMInterleavedProcessor.from_pretrained(source)
     model = load_model(source, dtype="float32", **quantization)
+    _check_weights(model, config)
     low_rank = None
     if config.lora.rank:
         torch.manual_seed(config.seed)
         low_rank = add_low_rank(model, config.lora)
     return _Built(model, processor, low_rank)
+
+
+def _check_weights(model: MMInterleavedForConditionalGeneration, config: TrainConfig) -> None:
+    """Refuses weights that are no numbers, from which no step could be made; warns of rows beyond the
+    model's reach.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise ModelFileError(f"{config.start_from}: {name} holds numbers that are not finite")
+    reach = model.config.text_config.max_position_embeddings
+    if config.max_length > reach:
+        logger.warning(
+            "max_length is %d, the model reads %d tokens: longer documents are learned where it never read",
+            config.max_length,
+            reach,
+        )
+
+
+def _left_out(state: Mapping[str, Any]) -> str:
+    """What a run left out of its data, by source and reason; empty where that is nothing."""
+    found = []
+    for source, counts in state_counts(state).items():
+        kinds = {
+            name.removeprefix("skipped_"): n for name, n in counts.items() if name.startswith("skipped_")
+        }
+        if sum(kinds.values()):
+            of = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+            found.append(f"{sum(kinds.values())} of {source} ({of})")
+    return "; ".join(found)
 
 
 def _save(built: _Built, config: TrainConfig, out: Path) -> None:

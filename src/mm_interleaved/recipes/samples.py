@@ -56,8 +56,10 @@ class SampleDrawer:
         was_training = self.model.training
         generator = InterleavedGenerator(self.model, self.processor)
         pictures: dict[str, PILImage.Image] = {}
-        records = [self._continue(generator, asked, pictures) for asked in self.documents]
-        self.model.train(was_training)
+        try:
+            records = [self._continue(generator, asked, pictures) for asked in self.documents]
+        finally:
+            self.model.train(was_training)
         made_by = f"after {step} steps, {self.config.num_inference_steps} denoising steps, seed 0"
         page = render_page(
             records, pictures.__getitem__, title=f"Samples after {step} steps", made_by=made_by

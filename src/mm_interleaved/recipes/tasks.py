@@ -20,17 +20,16 @@ def pretraining() -> TrainConfig:
 
     Released: float16 with a loss scale (here bfloat16, `training.use_float16=true` for the same), 128 GPUs
     with 2.8 rows each a step on average (here 384 rows; GPUs times rows must divide it).
+    `released_packing=true` fills rows as published.
     """
+    pairs = CorpusConfig(kind="laion", max_images=30, few_shot_share=0.25, keep_pairs=True)
+    web_pairs = replace(pairs, learn_text="after_image")
     return TrainConfig(
         seed=32,
         corpora={
-            "blip2": CorpusConfig(kind="laion", max_images=30, few_shot_share=0.25),
-            "laion_en": CorpusConfig(
-                kind="laion", max_images=30, learn_text="after_image", few_shot_share=0.25
-            ),
-            "laion_coco": CorpusConfig(
-                kind="laion", max_images=30, learn_text="after_image", few_shot_share=0.25
-            ),
+            "blip2": pairs,
+            "laion_en": web_pairs,
+            "laion_coco": web_pairs,
             # Twice as often by micro-batch, and twice the rows in each.
             "mmc4": CorpusConfig(kind="mmc4", max_images=15, weight=4.0),
         },

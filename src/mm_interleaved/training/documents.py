@@ -15,6 +15,7 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.sequence import LearningRule
+from mm_interleaved.training.bad_samples import BadSamples
 from mm_interleaved.training.data import StoryWorldSource
 from mm_interleaved.training.loop import Losses, MicroBatches
 from mm_interleaved.training.objectives import Objective, StepTotals
@@ -36,6 +37,7 @@ class DocumentsStage:
         model: the model itself.
         wrapped: the model as it is called: spread over ranks, or the same.
         loader: this rank's rows.
+        bad_samples: where it is listed what the loader leaves out.
     """
 
     name = "documents"
@@ -48,9 +50,11 @@ class DocumentsStage:
         *,
         wrapped: nn.Module | None = None,
         ranks: Ranks = ALONE,
+        bad_samples: BadSamples | None = None,
     ) -> None:
         self.model, self.wrapped = model, model if wrapped is None else wrapped
         self.loader, self.objective, self.ranks = loader, objective, ranks
+        self.bad_samples = bad_samples
         self._rows: Iterator[StepRows] | None = None
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
@@ -59,8 +63,12 @@ class DocumentsStage:
     def make_batch(self, step: int) -> MicroBatches:
         if self._rows is None:
             self._rows = iter(self.loader)
+            if self.bad_samples is not None:
+                self.bad_samples.begin(step)
         rows = next(self._rows)
         assert rows.step == step, f"the loader is at step {rows.step}, expected {step}"
+        if self.bad_samples is not None:
+            self.bad_samples.add(step + 1, rows.skips)
         totals = self.objective.totals([micro_batch.batch for micro_batch in rows.micro_batches])
         return MicroBatches(tuple(_Piece(micro_batch, totals) for micro_batch in rows.micro_batches))
 
@@ -91,29 +99,42 @@ class DocumentsStage:
         return summing_gradients(self.wrapped, is_last)
 
 
+def build_mixture(config: TrainConfig) -> Mixture:
+    """The corpora of a run; those of weight 0 are left out.
+
+    Raises:
+        UsageError: corpora that do not exist or do not fit together.
+    """
+    corpora = {name: corpus for name, corpus in config.corpora.items() if corpus.weight}
+    if config.corpora and not corpora:
+        raise UsageError(f"the weights of {', '.join(config.corpora)} are all 0, expected one above 0")
+    return Mixture(
+        sources=tuple(_mixture_source(name, corpus, config) for name, corpus in corpora.items()),
+        max_length=config.max_length,
+        compat="released" if config.released_packing else None,
+    )
+
+
 def build_loader(
     config: TrainConfig,
     processor: MMInterleavedProcessor,
     *,
+    mixture: Mixture | None = None,
     ranks: Ranks = ALONE,
     target_pixels: bool = True,
 ) -> TrainingLoader:
     """The rows of a run.
 
     Args:
+        mixture: result of `build_mixture`, where it is there already.
         target_pixels: False for a model that only writes.
 
     Raises:
         UsageError: corpora that do not exist or do not fit together.
         InputError: files that are not there.
     """
-    mixture = Mixture(
-        sources=tuple(_mixture_source(name, corpus, config.seed) for name, corpus in config.corpora.items()),
-        max_length=config.max_length,
-        compat="released" if config.released_packing else None,
-    )
     return TrainingLoader(
-        mixture,
+        mixture or build_mixture(config),
         processor,
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size,
@@ -122,30 +143,40 @@ def build_loader(
         num_ranks=ranks.size,
         num_workers=config.num_workers,
         target_pixels=target_pixels,
+        fixed_length=config.fixed_length,
         max_bad_fraction=config.max_bad_fraction,
     )
 
 
-def _mixture_source(name: str, corpus: CorpusConfig, seed: int) -> MixtureSource:
+def _mixture_source(name: str, corpus: CorpusConfig, config: TrainConfig) -> MixtureSource:
+    # The published loader means to merge pairs and does not.
+    share = 0.0 if config.released_packing else corpus.few_shot_share
     try:
         learn = LearningRule(text=corpus.learn_text, images=corpus.learn_images)
-        few_shot = FewShot(share=corpus.few_shot_share) if corpus.few_shot_share else None
+        return MixtureSource(
+            name=name,
+            source=_source(name, corpus, config.seed),
+            weight=corpus.weight,
+            max_images=corpus.max_images,
+            too_long=corpus.too_long,
+            learn=learn,
+            few_shot=FewShot(share=share) if share else None,
+            shuffle_block=corpus.shuffle_block,
+            keep_pairs=corpus.keep_pairs,
+        )
     except ValueError as error:
         raise UsageError(f"corpora.{name}: {error}") from error
-    return MixtureSource(
-        name=name,
-        source=_source(name, corpus, seed),
-        weight=corpus.weight,
-        max_images=corpus.max_images,
-        too_long=corpus.too_long,
-        learn=learn,
-        few_shot=few_shot,
-    )
 
 
 def _source(name: str, corpus: CorpusConfig, seed: int) -> Source:
     if corpus.kind == "storyworld":
         return StoryWorldSource(tasks=corpus.paths, seed=seed, learn_prompts=corpus.learn_prompts)
     if not corpus.paths:
-        raise UsageError(f"corpora.{name}.paths: empty; give its files with --set corpora.{name}.paths=...")
-    return make_source(corpus.kind, corpus.source_settings())
+        raise UsageError(
+            f"corpora.{name}.paths: empty; give its files with --set corpora.{name}.paths=..., "
+            f"or leave it out with --set corpora.{name}.weight=0"
+        )
+    try:
+        return make_source(corpus.kind, corpus.source_settings())
+    except UsageError as error:
+        raise UsageError(f"corpora.{name}: {error}") from error

@@ -29,7 +29,7 @@ from mm_interleaved.checkpoint.store import (
     save_checkpoint,
 )
 from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError
-from mm_interleaved.training.metrics import LogFile, LogWriter, Meter, close_all, count_flops
+from mm_interleaved.training.metrics import LOG_NAME, LinesFile, Log, LogWriter, Meter, count_flops
 from mm_interleaved.training.optimizer import (
     AveragedWeights,
     ParameterRule,
@@ -171,15 +171,14 @@ def train_stage(
                     run.save()
                 for observer in observers:
                     if observer.every and run.step % observer.every == 0:
-                        with run.averaged_weights(), _number_type(config, run.device):
-                            observer(run.step)
+                        _look_on(observer, config, run)
                 if is_stopping:
                     name = stop[0] if stop else "a signal to another rank"
                     raise StoppedBySignal(
                         f"stopped by {name} after step {run.step} of stage {stage.name}; resume to go on"
                     )
         finally:
-            close_all(writers)
+            run.lines.close()
     run.hand_on()
 
 
@@ -204,7 +203,8 @@ def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any, wan
     run.optimizer.zero_grad()
     losses = _backward(stage, config, run, batch)
     run.scale.undo(run.parameters.values())
-    norm = float(whole(nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)))
+    highest = config.max_grad_norm or math.inf
+    norm = float(whole(nn.utils.clip_grad_norm_(run.parameters.values(), highest)))
 
     # 2. What the ranks have to agree on: the losses, whether they are numbers, whether to stop.
     is_bad = not all(math.isfinite(float(piece.total)) for piece in losses)
@@ -275,6 +275,16 @@ def _refuse(stage: Stage, run: "_StageRun", losses: Sequence[Losses], norm: floa
     )
 
 
+def _look_on(observer: Observer, config: StageConfig, run: "_StageRun") -> None:
+    """Lets an observer look; what it fails at is no reason to end the run."""
+    with run.averaged_weights(), _number_type(config, run.device):
+        try:
+            observer(run.step)
+        except Exception as error:
+            name = type(observer).__name__
+            logger.warning("%s failed after step %d (%s: %s)", name, run.step, type(error).__name__, error)
+
+
 def _measure_flops(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any) -> None:
     """Counts what one batch costs a token, so that the log can tell the share of the device that is used."""
     losses: list[Losses] = []
@@ -307,8 +317,8 @@ class _StageRun:
         self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
         self.scale = LossScale(config.use_float16)
         self.meter = Meter(self.device, ranks.size)
-        self._file = LogFile(folder)
-        self._writers = (self._file, *writers)
+        self._file = LinesFile(folder / LOG_NAME)
+        self.lines = Log((self._file, *writers))
 
     def resume(self) -> None:
         checkpoint = newest_checkpoint(self.folder, self.ranks)
@@ -393,8 +403,7 @@ class _StageRun:
             "norm": round(self.norm, 4),
             "lr": learning_rate(self.step, self.config),
         }
-        for writer in self._writers:
-            writer.write(line)
+        self.lines.write(line)
         logger.info("%s", line)
         progress.set_postfix(numbers)
 
@@ -437,14 +446,23 @@ def load_stage_weights(stage: Stage, folder: Path) -> int:
 
 @contextmanager
 def _stop_signals():
-    """A list that receives the name of a stop signal as it arrives; earlier handlers come back at the end."""
+    """A list that receives the name of a stop signal as it arrives; earlier handlers come back at the end.
+
+    A second Ctrl-C does not wait for the step at hand: it interrupts.
+    """
     received: list[str] = []
+
+    def receive(number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and name in received:
+            raise KeyboardInterrupt
+        received.append(name)
+        logger.warning("%s: saving after the step at hand; Ctrl-C (again) does not wait for it", name)
+
     previous = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
-            previous[number] = signal.signal(
-                number, lambda number, _: received.append(signal.Signals(number).name)
-            )
+            previous[number] = signal.signal(number, receive)
         except ValueError:  # not the main thread: the caller's handlers stay in charge
             break
     try:

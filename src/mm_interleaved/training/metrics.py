@@ -8,7 +8,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,11 +73,11 @@ class Meter:
         self._since = time.monotonic()
 
 
-class LogFile:
-    """`log.jsonl` of a stage: a line every `log_every` steps."""
+class LinesFile:
+    """A file of lines of JSON, each with the `step` it is about."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOG_NAME
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def cut(self, step: int) -> None:
         """Removes what is said of steps after `step` (they are done again), and a line that was torn."""
@@ -101,6 +101,32 @@ class LogFile:
 
     def close(self) -> None:
         pass
+
+
+class Log:
+    """Writers, of which one that fails is left out from then on, with a warning: a run is worth more than its
+    curves. A disk that is full ends the run when the next checkpoint is written.
+    """
+
+    def __init__(self, writers: Sequence[LogWriter]) -> None:
+        self._writers = list(writers)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Hands a line to all of them."""
+        self._tell(lambda writer: writer.write(line))
+
+    def close(self) -> None:
+        """Closes them; used at the end of a stage, however it ends."""
+        self._tell(lambda writer: writer.close())
+
+    def _tell(self, action: Callable[[LogWriter], None]) -> None:
+        for writer in tuple(self._writers):
+            try:
+                action(writer)
+            except Exception as error:  # whatever a third party's writer raises
+                name = type(writer).__name__
+                logger.warning("%s failed and gets no more lines (%s: %s)", name, type(error).__name__, error)
+                self._writers.remove(writer)
 
 
 class TensorBoardWriter:
@@ -186,9 +212,3 @@ def peak_flops(device: torch.device) -> float:
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
-
-
-def close_all(writers: Sequence[LogWriter]) -> None:
-    """Closes writers; used at the end of a stage, however it ends."""
-    for writer in writers:
-        writer.close()

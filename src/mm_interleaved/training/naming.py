@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mm_interleaved.document import Document, Image
 from mm_interleaved.errors import UsageError
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
-from mm_interleaved.storyworld.renderer import figure_box, prop_box
+from mm_interleaved.storyworld.renderer import badge_box, figure_box, prop_box
 from mm_interleaved.storyworld.world import (
     ACTIONS,
     BADGES,
@@ -102,6 +102,24 @@ def cell_labels(scene: Scene, size: int) -> Tensor:
         answer_A11 = answers_PA[POSITIONS.index(position)][:, None, None]
         labels = torch.where(box, answer_A11, labels)
     return labels
+
+
+def badge_cells(documents: Sequence[Document], size: int) -> Tensor:
+    """Which of `size` by `size` cells over each picture show a part of a badge: (I, size, size) bool.
+
+    The pictures are those of all documents in order; of documents without scenes nothing is known.
+    """
+    masks = []
+    cell = PICTURE_SIZE // size
+    for document in documents:
+        scenes = [scene_from_record(record) for record in document.meta.get("scenes", ())]
+        for number in range(sum(isinstance(part, Image) for part in document.parts)):
+            mask = torch.zeros(size, size, dtype=torch.bool)
+            for figure in scenes[number].figures if scenes else ():
+                left, top, right, bottom = badge_box(figure)
+                mask[top // cell : bottom // cell + 1, left // cell : right // cell + 1] = True
+            masks.append(mask)
+    return torch.stack(masks) if masks else torch.zeros(0, size, size, dtype=torch.bool)
 
 
 def painting_labels(documents: Sequence[Document], *, reader: str = "eyes") -> Tensor:

@@ -7,7 +7,7 @@ Letters: I pictures, C context tokens, D their channels, K earlier images, J ima
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mm_interleaved.document import Document
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.training.data import DocumentBatch
 from mm_interleaved.training.image_codec import detail
 from mm_interleaved.training.loop import Losses
+from mm_interleaved.training.naming import badge_cells
 from mm_interleaved.visibility import NO_IMAGE, context_images
 
 
@@ -45,8 +47,11 @@ class PaintingStage(ABC):
         batch_size: pictures a step.
         pool_batches: batches of documents in a pool.
         repeats: how often each picture of a pool is painted, on average.
-        detail_weight: extra weight of the errors beside the sharpest possible edges. A badge covers two
-            hundredths of a picture; without extra weight it was still unreadable when all else was right.
+        detail_weight: extra weight of the errors beside the sharpest possible edges.
+        badge_weight: extra weight of the errors in cells that show a badge, where a document tells its
+            scenes. A badge covers two hundredths of a picture, and nothing but the code tells which it is:
+            without this weight it was at chance after 1,600 steps when all else was right, with it right in
+            nine of ten after 1,000 more.
     """
 
     name: str
@@ -60,8 +65,9 @@ class PaintingStage(ABC):
         pool_batches: int,
         repeats: int,
         detail_weight: float = 0.0,
+        badge_weight: float = 0.0,
     ) -> None:
-        self.detail_weight = detail_weight
+        self.detail_weight, self.badge_weight = detail_weight, badge_weight
         self.model, self.documents, self.batch_size = model, documents, batch_size
         self.pool_batches, self.repeats = pool_batches, repeats
         self._pool: list[PaintingTask] = []
@@ -101,7 +107,7 @@ class PaintingStage(ABC):
         with torch.autocast(batch.pixel_values.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             contexts = self.read_contexts(documents)
             latents = self.model.image_decoder.encode(batch.target_pixel_values)
-            weight_I1yx = self._weights(batch.target_pixel_values)
+            weight_I1yx = self._weights(batch.target_pixel_values, documents.documents)
             settings = self.model.config.part("image_synchronizer")
             levels = []
             if settings is not None:
@@ -157,11 +163,11 @@ class PaintingStage(ABC):
             document_ids=tuple(task.document_id for task in batch),
         )
 
-    def _weights(self, pixels: Tensor) -> Tensor:
+    def _weights(self, pixels: Tensor, documents: Sequence[Document]) -> Tensor:
         change_I1HW = detail(2 * pixels.float() - 1)
-        weight_I1yx = 1 + self.detail_weight * F.avg_pool2d(
-            change_I1HW, self.model.image_decoder.latent_factor
-        )
+        edges_I1yx = F.avg_pool2d(change_I1HW, self.model.image_decoder.latent_factor)
+        badges_I1yx = badge_cells(documents, edges_I1yx.shape[-1])[:, None]
+        weight_I1yx = 1 + self.detail_weight * edges_I1yx + self.badge_weight * badges_I1yx
         return weight_I1yx / weight_I1yx.mean((1, 2, 3), keepdim=True)
 
     def _look_at(self, batch: list[PaintingTask]):

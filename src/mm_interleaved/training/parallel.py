@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mm_interleaved.errors import UsageError
+from mm_interleaved.errors import StorageError, UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 
 logger = logging.getLogger(__name__)
@@ -91,25 +91,55 @@ def joined_ranks(config: ParallelConfig, device: str = "auto") -> Iterator[Ranks
 
     Args:
         device: `auto` takes this rank's GPU where there is one.
+
+    Raises:
+        UsageError: no such device, or the processes do not find each other.
+        StorageError: another process ended, or did not answer in time.
     """
-    environment = os.environ
-    local_rank = int(environment.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    if "RANK" not in environment or dist.is_initialized():
+    place = _place(device)
+    if "RANK" not in os.environ or dist.is_initialized():
         size = dist.get_world_size() if dist.is_initialized() else 1
         yield Ranks(dist.get_rank() if size > 1 else 0, size, place)
         return
-    dist.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
+        )
+    except (ValueError, dist.DistError) as error:
+        raise UsageError(
+            f"rank {os.environ['RANK']} does not find the others ({_first_line(error)}); "
+            "start them with torchrun"
+        ) from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+    except RuntimeError as error:
+        # Gloo's errors have no class of their own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise StorageError(
+            f"rank {dist.get_rank()}: another rank ended or did not answer within "
+            f"{config.timeout_seconds} s, its exit_status file says why ({_first_line(error)})"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _place(device: str) -> torch.device:
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device: expected auto, cpu or cuda, found {device!r}") from error
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"device {device}: PyTorch finds no GPU here; use device=cpu or auto")
+        torch.cuda.set_device(place)
+    return place
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def spread(
@@ -160,12 +190,6 @@ def summing_gradients(model: nn.Module, is_last: bool) -> Iterator[None]:
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(is_last)
     yield
-
-
-def unwrapped(model: nn.Module) -> MMInterleavedForConditionalGeneration:
-    """The model itself."""
-    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    return inner
 
 
 def whole(tensor: Tensor) -> Tensor:

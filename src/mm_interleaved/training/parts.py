@@ -15,6 +15,7 @@ from mm_interleaved.models.adapter import DeformableAttention
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
 from mm_interleaved.training.optimizer import ParameterRule
+from mm_interleaved.training.settings import check_least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +30,7 @@ class PartConfig:
     """Its weight decay; none = the run's."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UsageError(f"{name} of a part must be 0 or more, found {value}")
+        check_least(self, 0, "learning_rate", "weight_decay")
 
 
 TRAINED = PartConfig(train=True)

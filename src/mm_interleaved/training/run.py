@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
-from mm_interleaved.recipes import storyworld
+from mm_interleaved.recipes import ablation, scaling, storyworld
 from mm_interleaved.recipes.documents import export_run, train_documents
 from mm_interleaved.recipes.tasks import task_recipes
 from mm_interleaved.storage import locked_folder, make_folder, write_file
@@ -36,7 +36,11 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {"storyworld": Recipe(storyworld.StoryWorldConfig, storyworld.train)}
+    {
+        "storyworld": Recipe(storyworld.StoryWorldConfig, storyworld.train),
+        "ablation": Recipe(ablation.AblationConfig, ablation.train),
+        "scaling": Recipe(scaling.ScalingConfig, scaling.train),
+    }
     | {name: Recipe(settings, train_documents) for name, settings in task_recipes().items()}
 )
 

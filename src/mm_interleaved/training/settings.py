@@ -6,9 +6,10 @@ checkpoint.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,7 +43,7 @@ class StageConfig:
     epsilon: float = 1e-8
     """AdamW's addition to the root of the second moment."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; 0 = they are left as they are."""
     ema_decay: float = 0.0
     """Decay a step of the averaged weights, which are the ones that a stage hands on; 0 keeps no average."""
     use_bfloat16: bool = False
@@ -57,31 +58,54 @@ class StageConfig:
     """Steps between two lines of the log."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "save_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be 1 or more, found {getattr(self, name)}")
+        check_least(self, 1, "steps", "save_every", "keep_checkpoints", "log_every")
+        check_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "epsilon", "max_grad_norm")
         if self.use_bfloat16 and self.use_float16:
             raise UsageError("use_bfloat16 and use_float16 exclude each other, found both true")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
-        if not 0 <= self.decay_fraction <= 1:
-            raise UsageError(f"decay_fraction must lie in [0, 1], found {self.decay_fraction}")
-        if not 0 <= self.ema_decay < 1:
-            raise UsageError(f"ema_decay must lie in [0, 1), found {self.ema_decay}")
+        check_shares(self, "decay_fraction")
+        for name in ("ema_decay", "beta_1", "beta_2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
+
+
+def check_least(settings: Any, least: float, *names: str) -> None:
+    """Refuses numbers below a limit, and such that are not finite; None is not looked at.
+
+    Raises:
+        UsageError: names the first of them.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not least <= value < math.inf:
+            raise UsageError(f"{name} must be {least} or more, found {value}")
+
+
+def check_shares(settings: Any, *names: str) -> None:
+    """Refuses numbers outside of [0, 1], as `check_least` does."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UsageError(f"{name} must lie in [0, 1], found {value}")
 
 
 def override(settings: Settings, assignments: typing.Iterable[str]) -> Settings:
-    """The settings with assignments such as `image.steps=500` applied.
+    """The settings with assignments such as `image.steps=500` applied, all at once: what they must not be
+    together is asked of the result alone, in whatever order they stand.
 
     Raises:
-        UsageError: not of the form name=value, a name that does not exist, or a value of the wrong type.
+        UsageError: not of the form name=value, a name that does not exist, a value of the wrong type, or
+            values that do not go together.
     """
+    changes: dict[tuple[str, ...], Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise UsageError(f"--set {assignment}: expected name=value")
-        settings = _assign(settings, name.strip().split("."), value.strip(), name.strip())
-    return settings
+        path = tuple(name.strip().split("."))
+        changes[path] = _parse(value.strip(), _type_of(settings, path, name.strip()), name.strip())
+    return _changed(settings, changes)
 
 
 def to_record(settings: Any) -> dict[str, Any]:
@@ -122,21 +146,27 @@ def _children(settings: Any) -> dict[str, Any]:
     return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
 
 
-def _assign(settings: Any, path: list[str], value: str, full_name: str) -> Any:
+def _type_of(settings: Any, path: Sequence[str], full_name: str) -> Any:
+    """The type of the setting at the end of a path."""
     name, *rest = path
     children = _children(settings)
     if name not in children or _is_group(children[name]) != bool(rest):
         raise UsageError(f"--set {full_name}: no such setting{_suggestion(settings, full_name, path)}")
-    if rest:
-        changed = _assign(children[name], rest, value, full_name)
-    else:
-        changed = _parse(value, typing.get_type_hints(type(settings))[name], full_name)
-    if isinstance(settings, Mapping):
-        return {**settings, name: changed}
-    return dataclasses.replace(settings, **{name: changed})
+    return _type_of(children[name], rest, full_name) if rest else typing.get_type_hints(type(settings))[name]
 
 
-def _suggestion(settings: Any, full_name: str, path: list[str]) -> str:
+def _changed(settings: Any, changes: Mapping[tuple[str, ...], Any]) -> Any:
+    """The settings with the values at the ends of some paths exchanged."""
+    values = {path[0]: value for path, value in changes.items() if len(path) == 1}
+    for name in dict.fromkeys(path[0] for path in changes if len(path) > 1):
+        inner = {path[1:]: value for path, value in changes.items() if path[0] == name}
+        values[name] = _changed(_children(settings)[name], inner)
+    return (
+        {**settings, **values} if isinstance(settings, Mapping) else dataclasses.replace(settings, **values)
+    )
+
+
+def _suggestion(settings: Any, full_name: str, path: Sequence[str]) -> str:
     prefix = full_name.removesuffix(".".join(path))
     close = difflib.get_close_matches(full_name, setting_names(settings, prefix), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else ""

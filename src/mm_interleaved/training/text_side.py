@@ -107,7 +107,7 @@ def open_to_images(model: MMInterleavedForConditionalGeneration) -> None:
     """
     nn.init.normal_(model.vision.slot_projection.weight, std=model.vision.slot_projection.in_features**-0.5)
     for index in model.language_model.synchronized_layers:
-        model.language_model.layers[index].synchronizer.gate.fill_(0.8)
+        model.language_model.layers[index].synchronizer.gate.fill_(0.5)
     resamplers = [model.vision.resampler]
     if model.image_decoder is not None:
         resamplers.append(model.image_decoder.resampler)

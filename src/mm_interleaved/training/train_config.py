@@ -11,7 +11,7 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.training.objectives import ObjectiveConfig
 from mm_interleaved.training.parallel import ParallelConfig
 from mm_interleaved.training.parts import PartsConfig
-from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.settings import StageConfig, check_least, check_shares
 
 NUMBER_TYPES = ("float32", "bfloat16", "float16")
 LORA_PARTS = ("language", "unet")
@@ -41,9 +41,19 @@ class CorpusConfig:
     learn_prompts: bool = False
     """Of `storyworld`: what is asked counts as well as the answer (pre-training)."""
     few_shot_share: float = 0.0
-    """How often documents are merged into few-shot documents, 0 to 1."""
+    """How often documents are merged into few-shot documents, 0 to 1; never with `released_packing`, as the
+    published loader does not."""
+    shuffle_block: int = 256
+    """Documents that are read, shuffled and merged together; 1 keeps the order of the files."""
+    keep_pairs: bool = False
+    """With `released_packing`: what would lose its image at a row's end goes into the next row as a whole."""
     too_long: str = "cut"
     """What happens to a document that is longer than a row: `cut` at the borders of its parts, or `skip`."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "weight")
+        check_least(self, 1, "max_images", "shuffle_block")
+        check_shares(self, "few_shot_share")
 
     def source_settings(self) -> dict[str, Any]:
         """What the source of this format is made with.
@@ -106,6 +116,10 @@ class SamplesConfig:
     max_new_tokens: int = 64
     """Tokens of a text."""
 
+    def __post_init__(self) -> None:
+        check_least(self, 0, "every")
+        check_least(self, 1, "count", "num_inference_steps", "max_new_tokens")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -125,6 +139,8 @@ class TrainConfig:
     """Tokens a row."""
     released_packing: bool = False
     """Fill rows as the published loader does."""
+    fixed_length: bool = False
+    """Pad all rows to `max_length`, so that compiled layers see one shape."""
     global_batch_size: int = 8
     """Rows of an optimizer step over all ranks."""
     micro_batch_size: int = 1
@@ -132,7 +148,7 @@ class TrainConfig:
     num_workers: int = 0
     """Processes a rank that read data; 0 = none of their own."""
     max_bad_fraction: float = 0.001
-    """Share of unreadable items above which the run stops; below it they are named in the log."""
+    """Share of unreadable items above which the run stops; `bad_samples.jsonl` names them."""
     training: StageConfig = field(default_factory=lambda: StageConfig(steps=1000, learning_rate=1e-4))
     """Steps, rates, precision, checkpoints."""
     parts: PartsConfig = field(default_factory=PartsConfig)
@@ -161,6 +177,9 @@ class TrainConfig:
     """Number type in which the finished model is saved."""
 
     def __post_init__(self) -> None:
+        check_least(self, 0, "seed", "num_threads", "num_workers")
+        check_least(self, 1, "max_length", "global_batch_size", "micro_batch_size")
+        check_shares(self, "max_bad_fraction")
         for name in ("frozen_type", "model_type"):
             if getattr(self, name) not in NUMBER_TYPES:
                 raise UsageError(
