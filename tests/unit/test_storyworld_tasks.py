@@ -133,6 +133,22 @@ def test_a_strangers_badge_is_not_kept_but_a_familiar_body_is():
     )
     scores = score([_answered(one, (picture(replace(truth, figures=(other,))),))], [one])
     assert (scores["story.character_kept"], scores["story.badge_kept"]) == (1.0, 0.0)
+    assert scores["story.name_known"] == scores["story.species_kept"] == scores["story.pattern_kept"] == 1.0
+
+
+def test_each_attribute_of_a_look_has_its_own_score():
+    one = next(
+        made
+        for index in range(100)
+        if len((made := document("test", 7, index, "story_last")).meta["scenes"][-1]["figures"]) == 1
+    )
+    truth = scene_from_record(one.meta["scenes"][-1])
+    figure = truth.figures[0]
+    pattern = "plain" if figure.character.pattern != "plain" else "striped"
+    other = replace(figure, character=replace(figure.character, pattern=pattern))
+    scores = score([_answered(one, (picture(replace(truth, figures=(other,))),))], [one])
+    assert scores["story.pattern_kept"] == scores["story.character_kept"] == 0.0
+    assert scores["story.species_kept"] == scores["story.body_colour_kept"] == scores["story.hat_kept"] == 1.0
 
 
 def test_a_dialogue_is_scored_by_the_rank_of_its_answer():

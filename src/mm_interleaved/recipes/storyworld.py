@@ -37,7 +37,8 @@ from mm_interleaved.training.data import (
 )
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
-from mm_interleaved.training.loop import train_stage
+from mm_interleaved.training.loop import train_stage, trained_parameters
+from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig, to_record
 from mm_interleaved.training.text_side import TextSideStage, open_to_images, open_to_learning
@@ -47,10 +48,10 @@ from mm_interleaved.training.vision_side import VisionSideStage
 PICTURE_SIZE = 64
 
 TEXT_MIXTURES = (
-    Mixture(share=3, batch_size=16, tasks={INTERVIEW: 55, "caption": 30, "paragraph": 5, "ground": 10}),
-    Mixture(share=3, batch_size=6, tasks={"story": 75, "few_shot": 8, "edit": 12, "segmentation": 5}),
-    Mixture(share=3, batch_size=16, tasks={"story": 1}, is_blind=True),
-    Mixture(share=1, batch_size=48, tasks={"draw": 1}, is_blind=True),
+    Mixture(share=4, batch_size=16, tasks={INTERVIEW: 62, "caption": 22, "paragraph": 6, "ground": 10}),
+    Mixture(share=3, batch_size=7, tasks={"story": 72, "few_shot": 8, "edit": 15, "segmentation": 5}),
+    Mixture(share=2, batch_size=16, tasks={"story": 1}, is_blind=True),
+    Mixture(share=1, batch_size=40, tasks={"draw": 1}, is_blind=True),
 )
 """What the text side learns from; interviews stand for vqa and dialogue."""
 
@@ -58,7 +59,7 @@ GENERATION_SETTINGS = {"scheduler": "ddim", "num_inference_steps": 25, "guidance
 """What the finished model prefers over the general defaults."""
 
 IMAGE_MIXTURES = (
-    Mixture(share=1, batch_size=24, tasks={"draw": 60, "segmentation": 12, "edit": 28}),
+    Mixture(share=3, batch_size=24, tasks={"draw": 88, "segmentation": 5, "edit": 7}),
     Mixture(share=2, batch_size=8, tasks={"story": 1}),
 )
 """What the image side learns from: pictures that follow from text and earlier pictures."""
@@ -104,6 +105,10 @@ class StoryWorldConfig:
     """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay. Empty: none."""
     detail_weight: float = 4.0
     """VAE and U-Net: extra weight beside edges."""
+    badge_weight: float = 20.0
+    """U-Net: extra weight of badges."""
+    synchronizer_learning_rate: float = 1e-3
+    """Highest learning rate of the language model's synchronizers."""
     kl_weight: float = 1e-5
     """VAE: weight of the KL term."""
     batch_size: int = 16
@@ -127,7 +132,7 @@ class StoryWorldConfig:
     """Second stage: the vision tower learns to name what it sees."""
     text: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=6000, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
+            steps=6000, learning_rate=2.5e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
         )
     )
     """Third stage: the language model learns to read pictures and to write."""
@@ -295,7 +300,15 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     documents = partial(DocumentBatches, processor)
 
     # 2. All that reads and writes.
-    run(TextSideStage(model, documents(TEXT_MIXTURES, seed=config.seed)), config.text, folder / "text")
+    text = TextSideStage(model, documents(TEXT_MIXTURES, seed=config.seed))
+    # As fast as the rest, synchronizers say nothing before they have learned where to look, and the language
+    # model stops listening to them for good (LOG.md).
+    slower = {
+        name: ParameterRule("synchronizers", config.synchronizer_learning_rate)
+        for name in trained_parameters(text)
+        if "synchronizer" in name
+    }
+    run(text, config.text, folder / "text", rules=slower)
 
     # 3. All that paints: first from codes of scenes, then from what the language model has read.
     pictures = documents(IMAGE_MIXTURES, seed=config.seed, target_pixels=True)
@@ -304,6 +317,7 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
         "pool_batches": 24,
         "repeats": 4,
         "detail_weight": config.detail_weight,
+        "badge_weight": config.badge_weight,
     }
     run(PainterStage(model, pictures, **settings), config.painter, folder / "painter")
     run(ImageSideStage(model, pictures, **settings), config.image, folder / "image")

@@ -135,6 +135,13 @@ def figure_box(figure: Figure) -> tuple[int, int, int, int]:
     return _box(mask, POSITION_X[figure.position] - sprites.FIGURE_CENTRE, 0)
 
 
+def badge_box(figure: Figure) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the glyph on a figure's badge in pixels, all included."""
+    left = POSITION_X[figure.position] - sprites.FIGURE_CENTRE + sprites.GLYPH_LEFT
+    top = sprites.GLYPH_TOP + sprites.LIFT[figure.action]
+    return left, top, left + sprites.GLYPH_COLUMNS - 1, top + sprites.GLYPH_ROWS - 1
+
+
 def prop_box(prop: Prop) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of the prop in pixels, all included."""
     mask = sprites.prop_sprite(prop.kind) != sprites.TRANSPARENT

@@ -202,7 +202,8 @@ def _story(found: Found, document: Document, answer: Sequence[Part], ranking: ob
 
     For somebody whose first picture is given, that look is the truth; for others it is what the oracle reads
     in the first generated picture, after the text that introduces it. A picture that is missing, or whose
-    text names nobody, counts as one character not kept.
+    text names nobody, counts as one character not kept. Beside the whole look each attribute of it has a
+    score of its own, and `name_known` says how often a named character had been introduced.
     """
     looks = _given_looks(document)
     texts = [part.text for part in document.parts if isinstance(part, Text)]
@@ -237,18 +238,20 @@ def _score_panel(
     if not named:
         _add(found, "story.character_kept", False)
         _add(found, "story.badge_kept", False)
+    introductions = read_introductions(" ".join(texts))
     at = {figure.position: figure for figure in figures}
     for name, said in named.items():
-        figure = at.get(said.position or "")
+        figure, introduced = at.get(said.position or ""), introductions.get(name)
+        _add(found, "story.name_known", introduced is not None)
         if name in looks:
-            look = looks[name]
-            is_kept = figure is not None and all(
-                getattr(figure, key) == look[key] for key in _LOOK_ATTRIBUTES
-            )
-            _add(found, "story.character_kept", is_kept)
-            _add(found, "story.badge_kept", figure is not None and figure.badge == look["badge"])
+            kept = {
+                key: figure is not None and getattr(figure, key) == looks[name][key]
+                for key in (*_LOOK_ATTRIBUTES, "badge")
+            }
+            for key, is_kept in kept.items():
+                _add(found, f"story.{key}_kept", is_kept)
+            _add(found, "story.character_kept", all(kept[key] for key in _LOOK_ATTRIBUTES))
         else:
-            introduced = read_introductions(" ".join(texts)).get(name)
             _add(found, "story.character_kept", figure is not None and _is_as_told(figure, introduced))
             if figure is not None:
                 looks[name] = {key: getattr(figure, key) for key in (*_LOOK_ATTRIBUTES, "badge")}
