@@ -9,15 +9,131 @@ import typer
 
 from mm_interleaved.cli.command import command
 from mm_interleaved.cli.generate import Device, Dtype, Model
-from mm_interleaved.cli.output import say
+from mm_interleaved.cli.output import progress, say
+from mm_interleaved.document import Document
+from mm_interleaved.generation.events import Event
 
 _PANEL = "Claims"
+
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting; may be repeated.")
+]
+Docs = Annotated[Path, typer.Option(help="Folder for page, plots and raw results.", metavar="DIR")]
 
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    for function in (sight,):
+    for function in (ablation, scaling, curves, sight, census):
         command(app, panel=_PANEL)(function)
+
+
+def ablation(
+    run: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("runs/ablation"),
+    assignments: Settings = None,
+    documents: Annotated[int, typer.Option(help="Test documents that each twin answers.", min=20)] = 400,
+    docs: Docs = Path("docs"),
+):
+    """Train the twins that are missing, score them, and write the page about all that are there.
+
+    Run again, it goes on where it was stopped; `--set twins=both-1,neither-1` does some of them alone.
+    """
+    from mm_interleaved.evaluation.ablation import score_twins
+    from mm_interleaved.evaluation.ablation_page import write_page
+    from mm_interleaved.recipes.ablation import AblationConfig, chosen_twins
+    from mm_interleaved.training.run import SETTINGS_NAME, run_recipe
+    from mm_interleaved.training.settings import override
+
+    names = override(AblationConfig(), assignments or ()).twins
+    wanted = chosen_twins(names)
+    # A run that is resumed keeps its settings; which twins are wanted is told anew each time.
+    overrides = [*(assignments or ()), f"twins={','.join(names)}"]
+    is_begun = (run / SETTINGS_NAME).exists()
+    run_recipe("ablation", overrides, resume=is_begun, out=run, show_progress=True)
+    with progress(documents * len(wanted), "reading the models") as bar:
+
+        def on_event(document: Document, event: Event | str):
+            if event in ("finished", "failed"):
+                bar.advance("")
+
+        score_twins(run, wanted, documents, on_event)
+    say(f"page: {write_page(run, chosen_twins(()), docs)}")
+
+
+def scaling(
+    run: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("runs/scaling"),
+    assignments: Settings = None,
+    docs: Docs = Path("docs"),
+):
+    """Train three sizes of the same reader, and draw what more compute should give."""
+    from mm_interleaved.evaluation.scaling import write_scaling
+    from mm_interleaved.recipes.scaling import ScalingConfig
+    from mm_interleaved.training.run import SETTINGS_NAME, run_recipe
+    from mm_interleaved.training.settings import override
+
+    config = override(ScalingConfig(), assignments or ())
+    run_recipe(
+        "scaling", assignments or (), resume=(run / SETTINGS_NAME).exists(), out=run, show_progress=True
+    )
+    results = write_scaling(run, config.widths, config.seed, docs)
+    if results["law"]:
+        law = results["law"]
+        say(f"loss = {law['factor']:.3g} * FLOPs ** -{law['exponent']:.3f}")
+    for factor, loss in results["expected_at_times"].items():
+        say(f"expected at {factor} times the largest compute: {loss}")
+    say(f"plot: {docs / 'images' / 'scaling.png'}")
+
+
+def curves(
+    logs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[LOG]...", help="log.jsonl of stages. Default: the shipped model's."),
+    ] = None,
+    docs: Docs = Path("docs"),
+    cost: Annotated[
+        bool, typer.Option(help="Count what a step of each stage of `train storyworld` takes.")
+    ] = True,
+):
+    """Draw how the shipped model learned, and count the multiplications that it took."""
+    from mm_interleaved.evaluation.learning_curves import by_stage, flops_a_step, plot_curves, steps_of
+    from mm_interleaved.model_source import find_model
+    from mm_interleaved.recipes.storyworld import StoryWorldConfig
+    from mm_interleaved.training.metrics import read_log
+
+    paths = logs or [find_model("storyworld") / "training_log.jsonl"]
+    lines = [line for path in paths for line in read_log(path)]
+    plot = docs / "images" / "learning_curves.png"
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    plot_curves(lines, plot)
+    flops = flops_a_step("storyworld", StoryWorldConfig()) if cost else {}
+    for stage, members in by_stage(lines).items():
+        steps = steps_of(members)
+        told = (
+            f", {flops[stage]:.2e} FLOPs a step, {steps * flops[stage]:.2e} in all" if stage in flops else ""
+        )
+        say(f"{stage}: {steps} steps{told}")
+    say(f"plot: {plot}")
+
+
+def census(
+    stories: Annotated[int, typer.Option(help="Stories to compare with each other.", min=1)] = 20000,
+    pictures: Annotated[int, typer.Option(help="Pictures to draw against the clock.", min=1)] = 20000,
+):
+    """Count the world: how many stories it has, how fast it is drawn, whether it is the same everywhere."""
+    from mm_interleaved.storyworld import census as counting
+    from mm_interleaved.storyworld.world import SPLITS
+
+    for split in SPLITS:
+        looks, told = counting.count_appearances(split), counting.count_hero_stories(split)
+        say(f"{split}: {looks:,} appearances; at least {told:.2e} stories (one hero, nothing on the ground)")
+    found = counting.variety(counting.drawn_stories(stories, seed=0))
+    say(
+        f"of {found.stories:,} stories of train: {found.scenes_and_texts:,} different, "
+        f"{found.texts:,} different in words alone, {found.casts:,} different casts; "
+        f"{found.pictures:,} different of {found.all_pictures:,} pictures"
+    )
+    rate = counting.pictures_per_core_second(pictures, seed=0)
+    say(f"pictures a second: {rate:,.0f} a core, {16 * rate:,.0f} on sixteen")
+    say(f"SHA-256 of 5 documents of each split and task, seed 0: {counting.fingerprint(5, seed=0)}")
 
 
 def sight(

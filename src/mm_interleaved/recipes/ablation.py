@@ -77,6 +77,8 @@ class AblationConfig:
     """Pictures a step of the slots' stage."""
     image_batch_size: int = 32
     """Pictures a step of the painters."""
+    pool_batches: int = 24
+    """Painters: batches of documents that are read at once."""
     detail_weight: float = 4.0
     """Painters: extra weight beside edges."""
     slots: StageConfig = field(
@@ -113,7 +115,7 @@ def train(config: AblationConfig, folder: Path, *, show_progress: bool = False) 
     """Trains the twins of `config` that `folder` lacks; returns the folder that holds one model a twin."""
     twins = chosen_twins(config.twins)
     torch.set_num_threads(config.num_threads)
-    workshop = _Workshop(config, folder, show_progress)
+    workshop = Workshop(config, folder, show_progress)
     for twin in twins:
         if not twin_folder(folder, twin).exists():
             workshop.make(twin)
@@ -125,7 +127,7 @@ def twin_folder(folder: Path, twin: Twin) -> Path:
     return folder / TWINS_NAME / twin.name
 
 
-class _Workshop:
+class Workshop:
     """Trains parts in folders of their own and joins them to twins."""
 
     def __init__(self, config: AblationConfig, folder: Path, show_progress: bool) -> None:
@@ -181,7 +183,7 @@ class _Workshop:
             model,
             documents,
             batch_size=config.image_batch_size,
-            pool_batches=24,
+            pool_batches=config.pool_batches,
             repeats=4,
             detail_weight=config.detail_weight,
         )

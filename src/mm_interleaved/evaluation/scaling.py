@@ -1,0 +1,109 @@
+"""What the scaling study found: loss against compute for each size, and what a power law says of more.
+
+DOCS/scaling_results.json   of each size: parameters, FLOPs a step, the curve
+DOCS/images/scaling.png     the curves, and the law fitted to the best loss at each compute
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.evaluation.ablation_page import load_pyplot
+from mm_interleaved.recipes.ablation import COST_NAME
+from mm_interleaved.recipes.ablation_twins import Reader
+from mm_interleaved.recipes.scaling import size_folder
+from mm_interleaved.storage import make_folder, write_file
+from mm_interleaved.training.metrics import LOG_NAME, read_log
+
+_WINDOW = 5
+"""Lines of the log that a point of a curve is the mean of: steps differ in their mixtures."""
+_WARM = 0.2
+"""Share of each curve that is left out of the fit: the start says nothing about the end."""
+FACTORS = (10, 1000)
+"""How many times the largest compute the law is asked about."""
+
+
+def write_scaling(run: Path, widths: Sequence[int], seed: int, docs: Path) -> dict[str, Any]:
+    """Writes results and plot; returns the results.
+
+    Raises:
+        UsageError: no size has been trained, or matplotlib is missing.
+    """
+    sizes = [size for width in widths if (size := _size(run, width, seed)) is not None]
+    if not sizes:
+        raise UsageError(f"{run}: no size has been trained yet")
+    law = fit_law(envelope([size["curve"] for size in sizes]))
+    most = max(compute for size in sizes for compute, _ in size["curve"])
+    expected = {str(factor): round(law_loss(law, factor * most), 4) for factor in FACTORS} if law else {}
+    results = {"sizes": sizes, "law": law, "largest_compute": most, "expected_at_times": expected}
+    make_folder(docs / "images")
+    write_file(docs / "scaling_results.json", (json.dumps(results, indent=1) + "\n").encode())
+    _plot(results, docs / "images" / "scaling.png")
+    return results
+
+
+def _size(run: Path, width: int, seed: int) -> dict[str, Any] | None:
+    folder = size_folder(run, width) / Reader(seed=seed).name
+    if not (folder / LOG_NAME).exists() or not (folder / COST_NAME).exists():
+        return None
+    cost = json.loads((folder / COST_NAME).read_text())
+    lines = [line for line in read_log(folder / LOG_NAME) if "text" in line]
+    groups = [lines[i : i + _WINDOW] for i in range(0, len(lines) - _WINDOW + 1, _WINDOW)]
+    curve = [
+        (cost["flops_a_step"] * group[-1]["step"], sum(line["text"] for line in group) / len(group))
+        for group in groups
+    ]
+    return {
+        "width": width,
+        "flops_a_step": cost["flops_a_step"],
+        "core_hours": cost["core_hours"],
+        "curve": [(float(f"{compute:.4g}"), round(loss, 4)) for compute, loss in curve],
+    }
+
+
+Curve = Sequence[tuple[float, float]]
+
+
+def envelope(curves: Sequence[Curve]) -> list[tuple[float, float]]:
+    """The lowest loss that any size has reached at each compute, along all points but the early ones."""
+    points = sorted(point for curve in curves for point in curve[math.floor(_WARM * len(curve)) :])
+    best: list[tuple[float, float]] = []
+    for compute, loss in points:
+        if not best or loss < best[-1][1]:
+            best.append((compute, loss))
+    return best
+
+
+def fit_law(points: Curve) -> dict[str, float] | None:
+    """`loss = factor * compute ** -exponent`, by least squares of logarithms; None of fewer than three."""
+    if len(points) < 3:
+        return None
+    x, y = (np.log([point[axis] for point in points]) for axis in (0, 1))
+    slope, intercept = np.polyfit(x, y, 1)
+    return {"factor": float(np.exp(intercept)), "exponent": float(-slope)}
+
+
+def law_loss(law: Mapping[str, float], compute: float) -> float:
+    """What the law says of a compute in FLOPs."""
+    return law["factor"] * compute ** -law["exponent"]
+
+
+def _plot(results: Mapping[str, Any], path: Path) -> None:
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for size in results["sizes"]:
+        axes.plot(*zip(*size["curve"], strict=True), label=f"width {size['width']}")
+    if results["law"]:
+        reach = np.geomspace(results["largest_compute"] / 100, 1000 * results["largest_compute"], 50)
+        axes.plot(reach, [law_loss(results["law"], c) for c in reach], "k:", label="power law")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs of training", ylabel="text loss")
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
