@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mm_interleaved.checkpoint import store
-from mm_interleaved.errors import NumericalError, StorageError
+from mm_interleaved.errors import NumericalError, StorageError, UsageError
 from mm_interleaved.training.loop import Losses, StoppedBySignal, train_stage
 from mm_interleaved.training.settings import StageConfig
 
@@ -168,6 +168,24 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkey
     monkeypatch.setattr(store, "save_file", save_file)
     train(tmp_path)
     assert store.newest_checkpoint(tmp_path).step == 4
+
+
+def test_an_average_that_is_asked_for_on_the_way_begins_with_the_weights_of_then(tmp_path):
+    train_stage(Line(), replace(CONFIG, steps=3, learning_rate=1.0, ema_decay=0.0), tmp_path, seed=3)
+    then = store.load_newest_checkpoint(tmp_path).tensors["weights"]
+    train_stage(Line(), replace(CONFIG, steps=4, learning_rate=0.0, ema_decay=0.99), tmp_path, seed=3)
+    average = store.load_newest_checkpoint(tmp_path).tensors["average"]
+    assert all(torch.allclose(average[name], weight) for name, weight in then.items())
+
+
+def test_other_weights_than_were_trained_cannot_go_on(tmp_path):
+    train_stage(Line(), replace(CONFIG, steps=2), tmp_path, seed=3)
+    changed = Line()
+    changed.part.bias.requires_grad_(False)
+    with pytest.raises(
+        UsageError, match=r"other weights than are trained now; .*part\.bias; what trains cannot"
+    ):
+        train_stage(changed, CONFIG, tmp_path, seed=3)
 
 
 class Broken:

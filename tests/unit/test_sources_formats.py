@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 
 from mm_interleaved.data.pickled_annotations import unpickled_records
 from mm_interleaved.data.prompts import CAPTION_RELEASED, GROUND_RELEASED, QUESTION_RELEASED
+from mm_interleaved.data.sources import records
 from mm_interleaved.data.sources.registry import make_source, source_name_of
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, in_epoch
 from mm_interleaved.document import Document, Image, Text
@@ -139,6 +140,25 @@ def test_vqa_knows_cocos_names_and_the_most_common_answer(tmp_path):
     assert "no annotation" in str(second) and "questions[1].question_id" in str(second)
     named = read("vqa", path, image_name="COCO_val2014_{image_id:012}.jpg")
     assert [one.target for one in named] == [(), ()]
+
+
+def test_tables_of_a_mixture_are_parsed_once_however_reading_alternates(tmp_path):
+    put(tmp_path / "a.jpg", 1)
+    sources = []
+    for number in range(6):
+        question = {"image_id": number, "image": "a.jpg", "question": "What?", "question_id": 1}
+        answer = {"question_id": 1, "answers": [{"answer": "it"}]}
+        path = put(tmp_path / f"q{number}.json", {"questions": [question]})
+        annotations = put(tmp_path / f"a{number}.json", {"annotations": [answer]})
+        sources.append(make_source("vqa", {"paths": path, "annotations": annotations}))
+    before = records._read_table.cache_info().misses
+    shards = [source.shards()[0] for source in sources]
+    assert records._read_table.cache_info().misses == before + 12, "answers too: workers inherit them"
+    for _ in range(2):
+        for source, shard in zip(sources, shards, strict=True):
+            [(_, document)] = source.read(shard)
+            assert words(document.target) == ["it"]
+    assert records._read_table.cache_info().misses == before + 12
 
 
 def test_textvqa_and_vizwiz_files_are_read(tmp_path):

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mm_interleaved.errors import ModelFileError, StorageError
+from mm_interleaved.errors import ModelFileError, StorageError, UsageError
 from mm_interleaved.training.parallel import ALONE, Ranks, is_spread
 
 logger = logging.getLogger(__name__)
@@ -86,14 +86,17 @@ class CheckedFolder:
         """Fills tensors of the same names; those that are spread over ranks get their shares.
 
         Raises:
-            StorageError: names or shapes differ.
+            UsageError: names differ.
+            StorageError: it cannot be read, or shapes differ.
         """
         path = self._place(group)
         found = self.names(group)
         if found != destination.keys():
             differing = sorted(found ^ destination.keys())[:3]
-            raise StorageError(
-                f"{path}: not what is trained now; only in one of the two: {', '.join(differing)}"
+            raise UsageError(
+                f"{path}: other weights than are trained now; only in one of the two: "
+                f"{', '.join(differing)}; what trains cannot change on the way, but a new run can start from "
+                "a run's model"
             )
         if path.is_file() and not is_spread(destination):
             with _reading(path):

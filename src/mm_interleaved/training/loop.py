@@ -335,6 +335,9 @@ class _StageRun:
             checkpoint.read_into("optimizer", self.optimizer.tensors())
         if self.average is not None and "average" in checkpoint.groups:
             checkpoint.read_into("average", self.average.tensors)
+        elif self.average is not None:
+            # It was not kept so far: it begins with the weights as they are now, not as they were at first.
+            self.average = AveragedWeights(self.parameters, self.config.ema_decay)
         if "loss_scale" in checkpoint.state:
             self.scale.restore(checkpoint.state["loss_scale"])
         if isinstance(self.stage, StreamStage):

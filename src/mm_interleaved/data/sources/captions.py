@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from mm_interleaved.data.prompts import CAPTION, TaskPrompt
 from mm_interleaved.data.sources.files import fingerprint, stem_of
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_table
+from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table
 from mm_interleaved.data.sources.source import Item, Shard, attempt
 from mm_interleaved.document import Document, Text
 from mm_interleaved.errors import InputError
@@ -89,7 +89,7 @@ def _names(image: Field) -> list[str]:
     return [name] if folder is None else [f"{folder.text()}/{name}", name]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=REMEMBERED_TABLES)
 def _rows(key: tuple[str, int, int], split: str | None, one_per_image: bool) -> tuple[_Row, ...]:
     path = key[0]
     table = read_table(path)

@@ -24,6 +24,9 @@ from mm_interleaved.strict_json import MAX_RECORD_BYTES, Field, Record, decoded,
 
 MAX_TABLE_BYTES = 2 << 30
 """Of a JSON file that is read whole."""
+REMEMBERED_TABLES = 32
+"""Tables that a process keeps: more than a mixture has, since one that falls out is parsed again for each
+lane that begins to read it. Worker processes that are forked inherit those that `shards` has read."""
 _MAX_RATIO = 200
 """A zip that promises to become more times larger than this is refused; JSON shrinks to a tenth or so."""
 _SMALL_BYTES = 64 << 20
@@ -81,7 +84,7 @@ def read_table(path: str) -> Field:
     return _read_table(fingerprint(path))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=REMEMBERED_TABLES)
 def _read_table(key: tuple[str, int, int]) -> Field:
     path, size, _ = key
     if size > MAX_TABLE_BYTES:

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 
 from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_table
+from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table
 from mm_interleaved.data.sources.source import Item, Shard, attempt
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.image_references import ImageStore
@@ -151,7 +151,7 @@ def _data(path: str) -> Field:
         raise error.at(path) from error
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=REMEMBERED_TABLES)
 def _dense_annotations(key: tuple[str, int, int]) -> Mapping[str, Field]:
     """Dense annotations by image."""
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mm_interleaved.data.sources.files import fingerprint, stem_of
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_table
+from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table
 from mm_interleaved.data.sources.source import Item, Shard, attempt
 from mm_interleaved.data.sources.stories import story_document
 from mm_interleaved.document import Document
@@ -80,7 +80,7 @@ def _names(panel: Field) -> list[str]:
     return [f"{image_id.value}{suffix}" for suffix in _SUFFIXES]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=REMEMBERED_TABLES)
 def _stories(key: tuple[str, int, int]) -> tuple[_Story, ...]:
     path = key[0]
     try:

@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from mm_interleaved.data.prompts import QUESTION, TaskPrompt
 from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_table
+from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table
 from mm_interleaved.data.sources.source import Item, Shard, attempt
 from mm_interleaved.document import Document
 from mm_interleaved.errors import UsageError
@@ -43,7 +43,10 @@ class VisualQuestions:
 
     def shards(self) -> list[Shard]:
         found_with_images(self.paths, self.images)
-        return [Shard(path, len(_questions(path))) for path in self._answers()]
+        answers = self._answers()
+        for path in filter(None, answers.values()):
+            _annotations(fingerprint(path))
+        return [Shard(path, len(_questions(path))) for path in answers]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         path = shard.name
@@ -137,7 +140,7 @@ def _id(record: Field) -> str:
     return "" if given is None else str(given.value)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=REMEMBERED_TABLES)
 def _annotations(key: tuple[str, int, int]) -> Mapping[str, Field | None]:
     """Annotations by the id of their question; None where a question has two."""
     path = key[0]
