@@ -1,0 +1,45 @@
+"""Weights in few bits: a third to a half of the bytes that a word of a large model has to read.
+
+Only the language model's own attention and feed-forward layers are kept so, nearly all of its weights. Not
+exact: what it costs is measured in `tests/unit/test_quantization.py` and told in docs/performance.md.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+from mm_interleaved.errors import UsageError
+
+QUANTIZATIONS = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
+"""Kinds of weights and the library each needs. `int8`: one scale a row. `int4`: one scale each 128 weights,
+on GPUs. `nf4`: 16 levels spread as a normal distribution, one scale each 64 weights."""
+AS_THEY_ARE = ["vision", "text_head", "image_decoder", "context_projection", r".*\.synchronizer\."]
+"""Modules that stay: small, or read by attribute. A text is a prefix of names, or a regular expression."""
+
+
+def weight_only(kind: str) -> Any:
+    """The `quantization_config` of transformers' `from_pretrained` for one of `QUANTIZATIONS`.
+
+    Raises:
+        UsageError: there is no such kind, or its library is not installed.
+    """
+    if kind not in QUANTIZATIONS:
+        raise UsageError(
+            f"quantization: found {kind!r}, expected {' or '.join(QUANTIZATIONS)}", field="quantization"
+        )
+    library = QUANTIZATIONS[kind]
+    if find_spec(library) is None:
+        raise UsageError(
+            f"quantization {kind} needs {library}, which is not installed; install mm-interleaved[quantize]",
+            field="quantization",
+        )
+    if kind == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=AS_THEY_ARE
+        )
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    settings = Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=128)
+    return TorchAoConfig(settings, modules_to_not_convert=AS_THEY_ARE)
