@@ -1,6 +1,9 @@
 """Faster painting: what is exact stays so, what is not says how far off it is."""
 
+import gc
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +19,7 @@ from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.acceleration import compile_painter, load_adapter, use_channels_last
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import ImageDone
-from mm_interleaved.model_source import Acceleration
+from mm_interleaved.model_source import Acceleration, no_garbage_search
 from mm_interleaved.models.unet import DeepFeatures, compile_blocks, unet_forward
 from mm_interleaved.training.adaptation import add_low_rank
 from mm_interleaved.training.train_config import LoraConfig
@@ -315,3 +318,27 @@ def test_a_manifest_tells_an_adapter_by_its_content(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{ }")
     with pytest.raises(ModelFileError, match="not those of the run"):
         Acceleration.of_record(told)
+
+
+# ---- Start-up -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_garbage_is_looked_for_again_after_loading_as_before(was_on):
+    try:
+        (gc.enable if was_on else gc.disable)()
+        with pytest.raises(KeyError), no_garbage_search():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() is was_on
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def test_a_sampler_loads_no_library_that_only_others_need():
+    code = (
+        "import sys; from mm_interleaved.generation.diffusion import build_scheduler; "
+        "build_scheduler('ddim', {}); print('diffusers.schedulers.scheduling_unipc_multistep' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
