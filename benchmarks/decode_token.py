@@ -1,7 +1,8 @@
 """One word of a whole language model behind a filled cache: what images add to it, and the memory's limit.
 
 The limit is the time to read all weights and all keys and values once, at the bandwidth of a large copy
-measured in the same run.
+measured in the same run. Beside the growing cache stand the static one and, on a GPU or where time is, the
+static one in compiled code; then several documents of unequal length, one by one and in one pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,13 @@ from benchmarks.harness import Case, Run, Setting, compare
 from benchmarks.machine import rates
 from benchmarks.models import IMAGE_SIZE, random_model, writer_config
 from benchmarks.textbook import textbook_layers
+from mm_interleaved.generation.batched import side_by_side
 from mm_interleaved.models.prefix_cache import PrefixCache
+
+ROWS = 4
+"""Documents of the batch."""
+SHORTER = 7
+"""Tokens by which each document of the batch is shorter than the one before."""
 
 
 def run(setting: Setting) -> Iterator[Case]:
@@ -35,17 +42,31 @@ def run(setting: Setting) -> Iterator[Case]:
         contexts = (512,)
     model = random_model(config, setting.device, setting.dtype)
     for context in contexts:
-        yield from token_cases(setting, model, context, images)
+        yield from token_cases(
+            setting, model, context, images, is_compiled=setting.is_gpu or not setting.quick
+        )
+        yield batch_case(setting, model, context, images[1])
 
 
 @torch.inference_mode()
-def token_cases(setting: Setting, model: Any, context: int, images: Sequence[int]) -> Iterator[Case]:
+def token_cases(
+    setting: Setting, model: Any, context: int, images: Sequence[int], *, is_compiled: bool = False
+) -> Iterator[Case]:
     """All numbers of images in turns, so that their growth is measured at one time."""
     ours = {count: stepper(model, context, count) for count in images}
     for count in images:
         also: dict[str, Run] = {f"ours, {other} images": ours[other] for other in images if other != count}
         theirs = textbook_stepper(model, context, count) if count else ours[count]
-        result = compare(setting, {"textbook": theirs, "ours": ours[count]}, also=also)
+        sides = {
+            "textbook": theirs,
+            "ours": ours[count],
+            "static": stepper(model, context, count, room=context + 1),
+        }
+        if is_compiled:
+            sides["compiled"] = stepper(
+                model, context, count, room=context + 1, forward=compiled(setting, model)
+            )
+        result = compare(setting, sides, also=also)
         if not result.equal:
             yield {"images": count, "context": context, **result.record("ours")}
             continue
@@ -61,19 +82,70 @@ def token_cases(setting: Setting, model: Any, context: int, images: Sequence[int
                 "textbook": result.median["textbook"] / none - 1,
                 "ours": result.median["ours"] / none - 1,
             },
-            "tokens_a_second": 1 / result.median["ours"],
+            "ratios": {name: result.ratio(name, "ours") for name in sides},
+            "tokens_a_second": 1 / min(result.median[name] for name in sides),
             "bytes": {"ours": read},
-            "share_of_limit": read / bandwidth / result.median["ours"],
+            "share_of_limit": read / bandwidth / min(result.median[name] for name in sides),
         }
 
 
-def stepper(model: Any, context: int, images: int) -> Run:
-    """One more token behind a cache; the cache is as before afterwards."""
-    cache = filled_cache(model, context, images)
+@torch.inference_mode()
+def batch_case(setting: Setting, model: Any, context: int, images: int) -> Case:
+    """A word of each of several documents, all with pictures and of unequal length."""
+    lengths = [context - SHORTER * row for row in range(ROWS)]
+    caches = [filled_cache(model, length, images) for length in lengths]
+    token_BTD = _normal(model, ROWS, 1, model.config.text_config.hidden_size)
+    joined = side_by_side(caches, model.config.text_config, context + 1)
+    length_B = torch.tensor(lengths, device=model.device)
+    place_T = torch.arange(context + 1, device=model.device)
+    mask_BT = (place_T >= context - length_B[:, None]).long()
+
+    def one_by_one() -> Tensor:
+        rows = [
+            model(inputs_embeds=token_BTD[row : row + 1], past_key_values=cache).logits
+            for row, cache in enumerate(caches)
+        ]
+        for cache in caches:
+            cache.crop(-1)
+        return torch.cat(rows)
+
+    def together() -> Tensor:
+        logits = model(
+            inputs_embeds=token_BTD,
+            attention_mask=mask_BT,
+            position_ids=length_B[:, None],
+            past_key_values=joined,
+        ).logits
+        joined.crop(-1)
+        return logits
+
+    result = compare(setting, {"one by one": one_by_one, "together": together})
+    return {"images": images, "context": context, "documents": ROWS, **result.record("together")}
+
+
+def compiled(setting: Setting, model: Any) -> Run:
+    """A pass as transformers compiles it for a static cache: with CUDA graphs on a GPU."""
+    return torch.compile(model.__call__, mode="reduce-overhead" if setting.is_gpu else None, fullgraph=True)
+
+
+def stepper(
+    model: Any, context: int, images: int, *, room: int | None = None, forward: Run | None = None
+) -> Run:
+    """One more token behind a cache; the cache is as before afterwards.
+
+    Args:
+        room: of a static cache.
+        forward: the model's own where not given.
+    """
+    cache = filled_cache(model, context, images, room)
     token = _normal(model, 1, 1, model.config.text_config.hidden_size)
+    forward = forward or model.__call__
+    # What compiled code takes from the pass before it.
+    model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1)
+    cache.crop(-1)
 
     def step() -> Tensor:
-        logits = model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1).logits
+        logits = forward(inputs_embeds=token, past_key_values=cache, logits_to_keep=1).logits.clone()
         cache.crop(-1)
         return logits
 
@@ -92,9 +164,9 @@ def textbook_stepper(model: Any, context: int, images: int) -> Run:
     return textbook_step
 
 
-def filled_cache(model: Any, context: int, images: int) -> PrefixCache:
-    """Of random tokens, with images that began evenly among them."""
-    cache = PrefixCache(model.config.text_config, device=model.device)
+def filled_cache(model: Any, context: int, images: int, room: int | None = None) -> PrefixCache:
+    """Of random tokens, with images that began evenly among them; static with room for so many."""
+    cache = PrefixCache(model.config.text_config, device=model.device, max_cache_len=room)
     if images:
         generator = torch.Generator().manual_seed(images)
         pixels = torch.rand(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)

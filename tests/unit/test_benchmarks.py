@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import decode_mmfs, decode_token, prefill_mmfs, sampler, score, story, train_mmfs, unet_step
+from benchmarks import (
+    decode_mmfs,
+    decode_token,
+    painting,
+    prefill_mmfs,
+    sampler,
+    score,
+    story,
+    train_mmfs,
+    unet_step,
+)
 from benchmarks.__main__ import PARTS, main
 from benchmarks.cost import cached_cost, sampling_flops, textbook_cost
 from benchmarks.harness import Setting, compare, exact_first, peak_bytes, saved_for_backward
@@ -23,8 +33,10 @@ from benchmarks.sizes import (
     random_module,
 )
 from benchmarks.textbook import TextbookGate, TextbookMap, textbook_between, textbook_layers
+from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.unet import MapSynchronizer
 from mm_interleaved.visibility import relative_image_index
+from tiny import tiny_model
 
 EXACT = 1e-12
 CPU = torch.device("cpu")
@@ -220,6 +232,20 @@ def test_every_part_has_a_picture_or_a_table(tmp_path):
     assert {path.stem for path in tmp_path.glob("*.png")} == {f"bench_{part}-cpu" for part in DRAWN}
 
 
+def test_a_way_of_painting_that_leaves_something_out_tells_its_error(setting):
+    model = tiny_model(generation_settings={"num_inference_steps": 4, "scheduler": "ddim"})
+    conditioning = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+    own = GenerationSettings.combine(model.config.generation_settings)
+    easel = painting.Easel(model.image_decoder, model.config.scheduler_config, own, conditioning, None)
+    with torch.no_grad():
+        [kept] = painting.exact_cases(setting, easel)
+        exact = [easel.steps(0)]
+        case = painting.lossy_case(setting, easel, exact, "step_cache=2", {"step_cache": 2})
+    assert kept["equal"] and kept["exact"] and kept["switch"] == "channels_last"
+    assert case["equal"] and not case["exact"] and 0 < case["pixel_error"] <= case["pixel_error_most"]
+    assert case["seconds"].keys() == {"exact", "switch"}
+
+
 def test_half_precision_is_compared_in_single_precision_first(setting):
     half = replace(setting, dtype=torch.bfloat16)
     case = exact_first(half, lambda given: decode_mmfs.decode_case(given, TINY, 3, batch=1))
@@ -268,3 +294,9 @@ def test_a_word_of_a_whole_model_is_the_same_with_textbook_layers(setting, write
     cases = list(decode_token.token_cases(setting, writer, 40, (0, 2)))
     assert [case["equal"] for case in cases] == [True, True]
     assert cases[1]["growth_from_no_image"].keys() == {"textbook", "ours"}
+    assert cases[1]["ratios"].keys() == {"textbook", "ours", "static"}
+
+
+def test_a_word_of_several_documents_at_once_is_the_same(setting, writer):
+    case = decode_token.batch_case(setting, writer, 40, 2)
+    assert case["equal"] and case["documents"] == 4
