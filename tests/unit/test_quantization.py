@@ -22,7 +22,7 @@ def test_a_missing_library_is_named_with_what_to_install(kind, monkeypatch):
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match="int8 or int4 or nf4"):
+    with pytest.raises(UsageError, match="int8 or nf4"):
         weight_only("int3")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from mm_interleaved.errors import UsageError
 
-QUANTIZATIONS = {"int8": "torchao", "int4": "torchao", "nf4": "bitsandbytes"}
-"""Kinds of weights and the library each needs. `int8`: one scale a row. `int4`: one scale each 128 weights,
-on GPUs. `nf4`: 16 levels spread as a normal distribution, one scale each 64 weights."""
+QUANTIZATIONS = {"int8": "torchao", "nf4": "bitsandbytes"}
+"""Kinds of weights and the library each needs. `int8`: one scale a row. `nf4`: four bits, 16 levels spread as a
+normal distribution, one scale each 64 weights."""
 AS_THEY_ARE = ["vision", "text_head", "image_decoder", "context_projection", r".*\.synchronizer\."]
 """Modules that stay: small, or read by attribute. A text is a prefix of names, or a regular expression."""
 
@@ -38,8 +38,7 @@ def weight_only(kind: str) -> Any:
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=AS_THEY_ARE
         )
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    settings = Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig(group_size=128)
-    return TorchAoConfig(settings, modules_to_not_convert=AS_THEY_ARE)
+    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=AS_THEY_ARE)
