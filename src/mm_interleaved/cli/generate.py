@@ -68,6 +68,10 @@ def generate(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the painter: a minute more, then faster.")
     ] = False,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="Not exact: weights of the language model in few bits: int8 or nf4."),
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(help="Low-rank additions to draw with, such as an LCM-LoRA. Not exact.", metavar="DIR"),
@@ -101,7 +105,9 @@ def generate(
         flags,
         new_run=new_run,
         retry_errors=retry_errors,
-        acceleration=Acceleration(channels_last=channels_last, compile=compile, adapter=adapter),
+        acceleration=Acceleration(
+            channels_last=channels_last, compile=compile, adapter=adapter, quantization=quantization
+        ),
     )
 
 

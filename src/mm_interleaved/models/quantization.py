@@ -10,8 +10,8 @@ from typing import Any
 from mm_interleaved.errors import UsageError
 
 QUANTIZATIONS = {"int8": "torchao", "nf4": "bitsandbytes"}
-"""Kinds of weights and the library each needs. `int8`: one scale a row. `nf4`: four bits, 16 levels spread as a
-normal distribution, one scale each 64 weights."""
+"""Kinds of weights and the library each needs. `int8`: one scale a row. `nf4`: four bits, 16 levels spread as
+a normal distribution, one scale each 64 weights."""
 AS_THEY_ARE = ["vision", "text_head", "image_decoder", "context_projection", r".*\.synchronizer\."]
 """Modules that stay: small, or read by attribute. A text is a prefix of names, or a regular expression."""
 
