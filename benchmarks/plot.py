@@ -109,7 +109,7 @@ def _story(axes: Any, result: Result) -> None:
 
 
 def _unet(axes: Any, result: Result) -> None:
-    cases = result["cases"]
+    cases = [case for case in result["cases"] if "share" in case]
     labels = ["no earlier image" if case["images"] == 0 else "one earlier image" for case in cases]
     rows = [("textbook", TEXTBOOK, -0.2), ("ours", OURS, 0.2)]
     for side, color, shift in rows:

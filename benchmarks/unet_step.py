@@ -1,7 +1,7 @@
 """One denoising step with guidance: the synchronizers' share of it, without and with an earlier image.
 
 The share is that of the time between the middle and the upward path. The published size is counted as well,
-where it is not what runs.
+where it is not what runs. After the steps come whole pictures of the shipped model, see `painting`.
 """
 
 import time
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cost import cached_cost, textbook_cost
 from benchmarks.harness import Case, Setting, compare, wait
 from benchmarks.models import random_painter, synchronizer_sizes, unet_settings
+from benchmarks.painting import painting_cases
 from benchmarks.sizes import SynchronizerSize
 from benchmarks.textbook import textbook_between
 from mm_interleaved.models.unet import Between, unet_forward
@@ -37,6 +38,7 @@ def run(setting: Setting) -> Iterator[Case]:
     for images in (0, 1):
         case = step_case(setting, decoder, sizes, sample_size, images)
         yield {**case, "published": published_counts(images)}
+    yield from painting_cases(setting)
 
 
 @torch.inference_mode()

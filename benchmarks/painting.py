@@ -1,0 +1,144 @@
+"""A whole picture of the shipped model: what each way of painting faster saves, and what it costs.
+
+Part of `unet_step`. Ways that are exact are compared by their latents; the others leave something out, and
+the case tells by how much their pictures differ from the exact ones of the same noise, in levels of 0 to 255.
+"""
+
+import copy
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from benchmarks.harness import Case, Setting, compare
+from mm_interleaved.generation import diffusion
+from mm_interleaved.generation.acceleration import compile_painter, use_channels_last
+from mm_interleaved.generation.session import InterleavedSession
+from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.model_source import find_model, load_generator
+from mm_interleaved.models.image_decoder import EarlierImages, ImageDecoder
+
+TEXT = "Here is Lulu, a green duck with a white crown. It is a cloudy day in the town. Lulu sits on the left."
+LOSSY: dict[str, dict[str, Any]] = {
+    "step_cache=2": {"step_cache": 2},
+    "step_cache=3": {"step_cache": 3},
+    "guidance_cache=2": {"guidance_cache": 2},
+    "step_cache=2, guidance_cache=2": {"step_cache": 2, "guidance_cache": 2},
+    "dpm-solver++, 10 steps": {"scheduler": "dpm-solver++", "num_inference_steps": 10},
+    "unipc, 10 steps": {"scheduler": "unipc", "num_inference_steps": 10},
+    "euler, 15 steps": {"scheduler": "euler", "num_inference_steps": 15},
+}
+QUICK = ("step_cache=2", "guidance_cache=2", "dpm-solver++, 10 steps")
+
+
+@dataclass(frozen=True, slots=True)
+class Easel:
+    """What pictures are painted from."""
+
+    decoder: ImageDecoder
+    scheduler_config: Mapping[str, Any]
+    settings: GenerationSettings
+    """The model's own."""
+    conditioning: Tensor
+    earlier: EarlierImages | None
+
+    def steps(self, seed: int, decoder: ImageDecoder | None = None, **switches: Any) -> list[Tensor]:
+        """The latents after each step."""
+        chosen = GenerationSettings.combine(self.settings.to_dict(), switches)
+        decoder = decoder or self.decoder
+        generator = torch.Generator().manual_seed(seed)
+        height, width = diffusion.default_size(decoder)
+        steps = diffusion.denoise(
+            decoder,
+            diffusion.build_scheduler(chosen.scheduler, self.scheduler_config),
+            diffusion.initial_latents(decoder, height, width, [generator]),
+            self.conditioning,
+            self.earlier,
+            num_inference_steps=chosen.num_inference_steps,
+            guidance_scale=chosen.guidance_scale,
+            generator=generator,
+            step_cache=chosen.step_cache,
+            guidance_cache=chosen.guidance_cache,
+        )
+        return [step.latents for step in steps]
+
+
+def painting_cases(setting: Setting) -> Iterator[Case]:
+    # A picture takes a second: a few turns must do.
+    setting = replace(setting, least=3, seconds=0.0, patience=0.0)
+    easel = open_easel(setting)
+    yield from exact_cases(setting, easel)
+    exact = [easel.steps(seed) for seed in range(2 if setting.quick else 4)]
+    for name in QUICK if setting.quick else LOSSY:
+        yield lossy_case(setting, easel, exact, name, LOSSY[name])
+
+
+@torch.no_grad()
+def open_easel(setting: Setting, model_name: str = "storyworld") -> Easel:
+    """The shipped model has read a sentence and looks at a picture of noise."""
+    dtype = str(setting.dtype).removeprefix("torch.")
+    generator = load_generator(find_model(model_name), device=str(setting.device), dtype=dtype)
+    model, processor = generator.model, generator.processor
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    session = InterleavedSession(model)
+    session.append_text([processor.vocabulary.bos, *processor.vocabulary.encode_text(TEXT)])
+    session.append_image(torch.from_numpy(processor.encoder_pixels(PILImage.fromarray(noise)))[None])
+    session.start_image()
+    return Easel(
+        model.image_decoder,
+        model.config.scheduler_config,
+        GenerationSettings.combine(model.config.generation_settings or {}),
+        session.conditioning(),
+        session.earlier_images("all"),
+    )
+
+
+def exact_cases(setting: Setting, easel: Easel) -> Iterator[Case]:
+    """Another memory layout; on a GPU, compiled blocks too (on a CPU compiling takes longer than that)."""
+    last = copy.deepcopy(easel.decoder)
+    use_channels_last(last)
+    sides = {"as it is": easel.steps, "channels_last": partial(easel.steps, decoder=last)}
+    if setting.is_gpu:
+        compiled = copy.deepcopy(last)
+        compile_painter(compiled)
+        sides["channels_last, compiled"] = partial(easel.steps, decoder=compiled)
+    result = compare(setting, {name: lambda f=f: f(0)[-1] for name, f in sides.items()}, tolerance=1e-3)
+    steps = easel.settings.num_inference_steps
+    for name in list(sides)[1:]:
+        yield {"kind": "painting", "switch": name, "exact": True, "steps": steps, **result.record(name)}
+
+
+def lossy_case(
+    setting: Setting, easel: Easel, exact: Sequence[list[Tensor]], name: str, switches: Mapping[str, Any]
+) -> Case:
+    """`equal`: the first step, in which no cache leaves anything out, is the same as in the exact picture."""
+    lossy = [easel.steps(seed, **switches) for seed in range(len(exact))]
+    is_same = "scheduler" in switches or all(
+        torch.equal(a[0], b[0]) for a, b in zip(exact, lossy, strict=True)
+    )
+    errors = [
+        diffusion.pixel_error(*(diffusion.decode_pictures(easel.decoder, each[-1])[0] for each in pair))
+        for pair in zip(lossy, exact, strict=True)
+    ]
+    result = compare(
+        setting,
+        {"exact": lambda: easel.steps(0)[-1]},
+        also={"switch": lambda: easel.steps(0, **switches)[-1]},
+    )
+    record = result.record("switch")
+    return {
+        "kind": "painting",
+        "switch": name,
+        "exact": False,
+        "steps": switches.get("num_inference_steps", easel.settings.num_inference_steps),
+        **record,
+        "equal": record["equal"] and is_same,
+        "pixel_error": statistics.fmean(errors),
+        "pixel_error_most": max(errors),
+    }
