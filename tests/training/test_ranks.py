@@ -18,7 +18,7 @@ from mm_interleaved.training.documents import DocumentsStage, build_loader
 from mm_interleaved.training.loop import Losses, train_stage
 from mm_interleaved.training.objectives import Objective, ObjectiveConfig
 from mm_interleaved.training.parallel import ALONE, ParallelConfig, joined_ranks, spread
-from mm_interleaved.training.parts import PartConfig, PartsConfig, choose_trained
+from mm_interleaved.training.parts import PART_NAMES, PartConfig, PartsConfig, choose_trained
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.train_config import CorpusConfig, TrainConfig
 
@@ -159,20 +159,22 @@ def test_shares_within_a_node_and_copies_between_nodes_train_what_one_process_do
     make_model, processor, tmp_path
 ):
     """Hybrid sharding: four ranks stand for two nodes of two."""
-    reference = alone(make_model, processor, FEW, tmp_path)
-    hybrid = replace(FEW, parallel=ParallelConfig(strategy="fsdp", shard_ranks=2))
-    config, run = with_words(hybrid, tmp_path), tmp_path / "hybrid"
-    assert run_ranks(4, tmp_path, lambda ranks: train(make_model(), processor, run, config, ranks)) == [0] * 4
-    assert_same(reference, run)
+    only = PartsConfig(**{name: STILL for name in PART_NAMES} | {"language": FEW_PARTS.language})
+    config = replace(CONFIG, parts=only, training=replace(CONFIG.training, ema_decay=0.0, save_every=4))
+    train(make_model(), processor, tmp_path / "alone", config, ALONE)
+    hybrid = replace(config, parallel=ParallelConfig(strategy="fsdp", shard_ranks=2))
+    run = tmp_path / "hybrid"
+    assert run_ranks(4, tmp_path, lambda ranks: train(make_model(), processor, run, hybrid, ranks)) == [0] * 4
+    assert_same(tmp_path / "alone", run)
 
 
 def test_ranks_that_do_not_find_each_other_or_lose_one_say_so(tmp_path, monkeypatch):
     config = ParallelConfig(timeout_seconds=2)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")
     with (
-        pytest.raises(UsageError, match=r"rank 1 does not find the others \(.*MASTER_ADDR"),
+        pytest.raises(UsageError, match=r"rank 1 does not find the others \(.*WORLD_SIZE"),
         joined_ranks(config),
     ):
         pass

@@ -121,6 +121,11 @@ def test_a_run_is_run_again_from_its_settings_and_exported_to_the_same_bits(fold
     assert list((run / "documents" / "tensorboard").iterdir())
     lines = [json.loads(line) for line in (run / "documents" / "log.jsonl").read_text().splitlines()]
     assert all(0 < line["mfu"] < 1 for line in lines)
+    with pytest.raises(UsageError, match="global_batch_size was 1 and is 2 now"):
+        run_recipe(
+            "instructions-storyworld-lora", ["global_batch_size=2", "training.steps=2"], resume=True, out=run
+        )
+    assert json.loads((run / "settings.json").read_text())["settings"]["global_batch_size"] == 1
     with pytest.raises(UsageError, match="holds a run of instructions-storyworld-lora"):
         run_recipe("grounding", resume=True, out=run)
     with pytest.raises(UsageError, match="holds no run"):

@@ -83,9 +83,11 @@ def run_recipe(
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
         make_folder(out)
-    with locked_folder(out) if is_first else nullcontext(), _exit_status(out):
-        if is_first:
-            _keep_settings(path, name, settings)
+    with (
+        locked_folder(out) if is_first else nullcontext(),
+        _exit_status(out),
+        _kept_settings(path, name, settings) if is_first else nullcontext(),
+    ):
         return RECIPES[name].train(settings, out, show_progress=show_progress)
 
 
@@ -112,7 +114,7 @@ def export(run: Path, out: Path) -> int:
 
 def _has_begun(out: Path) -> bool:
     """Something has been trained there; settings alone are what a run leaves that was refused."""
-    return any(out.glob(f"*/{LOG_NAME}")) or any(out.glob("*/step-*"))
+    return any(out.glob(f"*/{LOG_NAME}")) or bool(_checkpoints(out))
 
 
 def _settings_of(name: str) -> tuple[str, Any]:
@@ -122,7 +124,7 @@ def _settings_of(name: str) -> tuple[str, Any]:
         recipe = record.get("recipe") if isinstance(record, dict) else None
         if not isinstance(recipe, str) or recipe not in RECIPES:
             raise UsageError(f"{name}: expected the settings of a run, with its recipe; found {recipe!r}")
-        return recipe, from_record(type(RECIPES[recipe].settings()), record["settings"], name)
+        return recipe, from_record(type(RECIPES[recipe].settings()), record.get("settings"), name)
     if name not in RECIPES:
         close = get_close_matches(name, RECIPES, n=1)
         suggestion = f"; did you mean {close[0]}?" if close else ""
@@ -138,14 +140,30 @@ def _settings_to_resume(path: Path, name: str, defaults: Any) -> Any:
         return defaults
     if record["recipe"] != name:
         raise UsageError(f"--resume: {path.parent} holds a run of {record['recipe']}, found {name}")
-    return from_record(type(defaults), record["settings"], str(path))
+    return from_record(type(defaults), record.get("settings"), str(path))
 
 
-def _keep_settings(path: Path, name: str, settings: Any) -> None:
+@contextmanager
+def _kept_settings(path: Path, name: str, settings: Any) -> Iterator[None]:
+    """Writes the settings; those of a resumed run come back if it is refused before it has gone on, so that
+    what could not be set does not stand in the way of the next attempt.
+    """
     record = {"recipe": name, "settings": to_record(settings)}
-    if _has_begun(path.parent) and _read(path) != json.loads(json.dumps(record)):
+    earlier = path.read_bytes() if _has_begun(path.parent) else None
+    if earlier is not None and _read(path) != json.loads(json.dumps(record)):
         logger.warning("%s: settings differ from those the run began with; the new ones are used", path)
     write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+    checkpoints = _checkpoints(path.parent)
+    try:
+        yield
+    except MMInterleavedError:
+        if earlier is not None and _checkpoints(path.parent) == checkpoints:
+            write_file(path, earlier)
+        raise
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return sorted(out.glob("*/step-*"))
 
 
 @contextmanager
