@@ -1,9 +1,14 @@
 """What sight shows is where the synchronizers sample, and all of it."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
 
 from mm_interleaved.evaluation.sight import (
+    Samples,
     cells_in,
     heat_map,
     record_looks,
@@ -11,7 +16,9 @@ from mm_interleaved.evaluation.sight import (
     samples_of_token,
     weight_in,
 )
+from mm_interleaved.evaluation.sight_page import Seen, badge_box, numbers_of, sheet
 from mm_interleaved.ops.reference import sample_reference
+from mm_interleaved.storyworld.renderer import render_scene, scene_at
 from tiny import tiny_model
 
 
@@ -132,3 +139,30 @@ def test_heat_falls_where_samples_are():
 
 def test_a_place_smaller_than_a_cell_is_the_cell_at_its_centre():
     assert cells_in((0.30, 0.80, 0.32, 0.82), (4, 4)) == [3 * 4 + 1]
+
+
+def test_the_frame_lies_on_the_badge_and_heat_where_it_was_looked():
+    scene = scene_at("test", 3, 0)
+    figure, image = scene.figures[0], PILImage.fromarray(render_scene(scene))
+    left, top, right, bottom = badge_box(figure)
+    centre = torch.tensor([[(left + right) / 2, (top + bottom) / 2]])
+    seen = Seen(image, "picture 1", Samples(centre, torch.tensor([0.5]), torch.tensor([1 / 32])), figure)
+    numbers = numbers_of(seen)
+    assert numbers["on_image"] == 0.5
+    assert numbers["on_badge"] == pytest.approx(0.5, abs=0.05)
+    assert numbers["area_of_badge"] < 0.01
+    # What the frame holds is what differs between two badges.
+    badge = "A" if figure.character.badge != "A" else "H"
+    other = replace(figure, character=replace(figure.character, badge=badge))
+    changed = replace(scene, figures=(other, *scene.figures[1:]))
+    rows, columns = np.nonzero((render_scene(scene) != render_scene(changed)).any(-1))
+    assert left * 64 <= columns.min() and columns.max() < right * 64
+    assert top * 64 <= rows.min() and rows.max() < bottom * 64
+    # The heat is red there, and nowhere else.
+    plain, heated = (np.asarray(sheet([one], "")).astype(int) for one in (
+        replace(seen, samples=seen.samples._replace(weight=torch.tensor([0.0]))), seen,
+    ))  # fmt: skip
+    y, x = np.nonzero((plain != heated).any(-1))
+    # The caption under the picture tells another share, so it differs too.
+    in_picture = y < plain.shape[0] - 34
+    assert abs(x[in_picture].mean() - 8 - float(centre[0, 0]) * 320) < 8

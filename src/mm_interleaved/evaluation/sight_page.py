@@ -107,7 +107,7 @@ def _look_while_naming(
         "question": question,
         "answer": answer,
         "truth": hero.character.badge,
-        "images": [_numbers(seen)],
+        "images": [numbers_of(seen)],
     }
 
 
@@ -154,7 +154,7 @@ def _look_while_painting(
     ]
     title = f"the badge of the {hero.character.species} (truth: {hero.character.badge})"
     write_file(path, to_png(sheet(seen, title, new=new, place=badge_box(hero))))
-    return {"truth": hero.character.badge, "images": [_numbers(one) for one in seen]}
+    return {"truth": hero.character.badge, "images": [numbers_of(one) for one in seen]}
 
 
 def badge_box(figure: Figure) -> Box:
@@ -170,7 +170,7 @@ def _shares(box: tuple[int, int, int, int]) -> Box:
     return left, top, right, bottom
 
 
-def _numbers(seen: Seen) -> Mapping[str, float]:
+def numbers_of(seen: Seen) -> Mapping[str, float]:
     """Shares of all that was looked at, and of the image's area."""
     numbers = {"on_image": float(seen.samples.weight.sum())}
     if seen.figure is not None:

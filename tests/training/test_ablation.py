@@ -1,0 +1,151 @@
+"""Twins differ in what they are meant to differ in; what they score is counted right."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.evaluation.ablation import ablation_documents, badges_kept
+from mm_interleaved.evaluation.ablation_page import page_text
+from mm_interleaved.evaluation.scaling import envelope, fit_law, law_loss
+from mm_interleaved.recipes.ablation import chosen_twins, with_cost
+from mm_interleaved.recipes.ablation_twins import (
+    ALL_LEVELS,
+    NO_LEVELS,
+    SLOT_COUNTS,
+    WITH,
+    WITHOUT,
+    Painter,
+    Reader,
+    TwinSizes,
+    all_twins,
+    arm_with,
+    build_twin,
+)
+from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION
+from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.slot_side import SharedSlotReader, SlotSideStage
+
+SMALL = TwinSizes(text_dim=32, text_layers=2, text_heads=2)
+
+
+def test_fourteen_twins_share_eleven_readers_and_eight_painters():
+    twins = all_twins()
+    assert len({twin.name for twin in twins}) == len(twins) == 14
+    assert len({twin.reader.name for twin in twins}) == len({twin.reader for twin in twins}) == 11
+    assert len({twin.painter.name for twin in twins}) == len({twin.painter for twin in twins}) == 8
+    for arm in (WITH, WITHOUT):
+        assert sorted(twin.reader.seed for twin in twins if twin.arm == arm) == [1, 2, 3]
+    arms = {arm_with(count, is_looking=looking) for count in SLOT_COUNTS for looking in (True, False)}
+    assert arms <= {twin.arm for twin in twins}
+
+
+def test_unknown_twins_are_refused_by_name():
+    assert [twin.name for twin in chosen_twins(("neither-2",))] == ["neither-2"]
+    with pytest.raises(UsageError, match=r"twins: found 'both', expected some of both-1"):
+        chosen_twins(("both",))
+
+
+@pytest.mark.parametrize("num_slots", SLOT_COUNTS)
+def test_twins_share_eyes_and_painter_and_differ_in_who_looks(model, num_slots):
+    looking = build_twin(model, SMALL, Reader(num_slots=num_slots), Painter())
+    blind = build_twin(model, SMALL, Reader(num_slots=num_slots, levels=NO_LEVELS), Painter(levels=NO_LEVELS))
+    assert looking.language_model.synchronized_layers == (0,)
+    assert blind.language_model.synchronized_layers == () and blind.image_decoder.synchronizers is None
+    assert looking.config.num_slots == blind.config.num_slots == num_slots
+    assert looking.config.part("image_synchronizer").levels == ALL_LEVELS
+    mine = model.state_dict()
+    for twin in (looking, blind):
+        theirs = twin.state_dict()
+        for name in ("vision.clip.pre_norm.weight", "image_decoder.unet.conv_in.weight"):
+            assert torch.equal(theirs[name], mine[name]), name
+    pixels = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        for level, expected in zip(
+            looking.eval().encode_images(pixels).pyramid,
+            model.eval().encode_images(pixels).pyramid,
+            strict=True,
+        ):
+            assert torch.equal(level, expected)
+
+
+@pytest.mark.parametrize("num_slots", SLOT_COUNTS)
+def test_any_number_of_slots_may_tell_everything(num_slots):
+    reader = SharedSlotReader(num_slots, slot_dim=6)
+    slots = torch.randn(2, num_slots, 6, requires_grad=True)
+    answers = reader(slots)
+    assert answers.shape == (2, sum(SIZES))
+    answers.square().sum().backward()
+    assert bool((slots.grad.abs().sum((0, 2)) > 0).all()), "every slot counts"
+
+
+def test_positions_are_told_in_one_code():
+    reader, slots = SharedSlotReader(7, slot_dim=4), torch.randn(1, 7, 4)
+    width = sum(SIZES_AT_POSITION)
+    left = reader(slots)[:, :width]
+    exchanged = slots[:, [2, 3, 0, 1, 4, 5, 6]]
+    assert torch.equal(reader(exchanged)[:, width : 2 * width], left)
+
+
+def test_slots_are_asked_for_badges_and_the_pyramid_stays(model):
+    stage = SlotSideStage(model.vision, seed=0, batch_size=2)
+    losses = stage.compute_losses(stage.make_batch(0))
+    assert losses.named["badge"] > 0 and losses.named["pattern"] > 0
+    losses.total.backward()
+    learned = {name.split(".")[0] for name, p in model.vision.named_parameters() if p.grad is not None}
+    assert learned == {"token_projection", "token_norm", "position_norm", "resampler", "slot_projection"}
+
+
+def test_the_truth_keeps_all_badges_and_what_was_given_keeps_fewer():
+    gold = [truth for truth in ablation_documents(60) if truth.meta["task"] != "vqa"]
+    truth = [replace(document, parts=document.target, target=()) for document in gold]
+    kept = badges_kept(truth, gold)
+    assert kept == {"edit.drawn_badge": 1.0, "story_last.drawn_badge": 1.0}
+    repeated = [replace(document, parts=document.images[-1:], target=()) for document in gold]
+    assert badges_kept(repeated, gold)["story_last.drawn_badge"] < 0.8
+    assert badges_kept([], gold) == {"edit.drawn_badge": 0.0, "story_last.drawn_badge": 0.0}
+
+
+def test_the_page_says_whether_predictions_hold():
+    def result(arm, slots, seed, value):
+        scores = {"vqa.fine_detail": value, "edit.drawn_badge": value}
+        return {"twin": f"{arm}-{seed}", "arm": arm, "slots": slots, "seed": seed, "documents": 40,
+                "scores": scores, "cost": {}}  # fmt: skip
+
+    page = page_text([
+        result("both", 4, 1, 0.8), result("both", 4, 2, 0.6), result("neither", 4, 1, 0.6),
+        result("neither 16 slots", 16, 1, 0.4),
+    ])  # fmt: skip
+    assert "| both | 4 | 2 |  | 0.700 ± 0.141 |" in page
+    assert "fine detail: 4 slots with synchronizers against 16 without: +0.300" in page
+    assert (
+        "4 slots with synchronizers against 4 without: +0.100 (predicted: at least +0.20; does not hold)"
+        in page
+    )
+
+
+def test_a_power_law_is_found_again():
+    curve = [(compute, 3.0 * compute**-0.1) for compute in (1e12, 1e13, 1e14, 1e15)]
+    worse = [(compute, loss * 1.5) for compute, loss in curve]
+    best = envelope([curve, worse])
+    law = fit_law(best)
+    assert law == pytest.approx({"factor": 3.0, "exponent": 0.1})
+    assert law_loss(law, 1e16) == pytest.approx(3.0 * 1e16**-0.1)
+    assert fit_law(best[:2]) is None
+
+
+def test_cost_adds_up_over_interruptions(tmp_path):
+    config = StageConfig(steps=4, learning_rate=1e-3)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        with_cost(tmp_path, config, flops_a_step=lambda: 5.0, work=interrupted)
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert not cost["is_finished"] and cost["flops"] == 20.0
+    with_cost(tmp_path, config, flops_a_step=lambda: 1 / 0, work=lambda: None)
+    again = json.loads((tmp_path / "cost.json").read_text())
+    assert again["is_finished"] and again["wall_hours"] >= cost["wall_hours"]
