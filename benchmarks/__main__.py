@@ -8,6 +8,7 @@ import argparse
 import importlib
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     torch.set_num_threads(options.threads)
     names = PARTS if options.name == "all" else (options.name,)
-    results = [run_part(name, options) for name in names]
+    begin = time.perf_counter()
+    results = []
+    for number, name in enumerate(names):
+        left = None if options.minutes is None else 60 * options.minutes - (time.perf_counter() - begin)
+        options.quick = options.quick or (left is not None and is_short(left, len(names) - number))
+        results.append(run_part(name, options))
     wrong = [result["benchmark"] for result in results if not all(c["equal"] for c in result["cases"])]
     if wrong:
         print(f"outputs differ: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def is_short(seconds: float, parts: int) -> bool:
+    """Whether parts have to be quick to be done in this time: a quick one takes half a minute, others one."""
+    return seconds < 30 * (parts + 1)
 
 
 def run_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -91,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=(*PARTS, "all", "plot"))
     parser.add_argument("--quick", action="store_true", help="fewer sizes, fewer turns")
+    parser.add_argument(
+        "--minutes", type=float, help="for all parts together; when time is short, the rest is quick"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")

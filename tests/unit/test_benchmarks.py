@@ -215,6 +215,22 @@ def test_the_last_line_is_one_json_object_and_differences_fail(monkeypatch, caps
     assert ("OUTPUTS DIFFER" in out.out) == ("outputs differ" in out.err) == (not equal)
 
 
+def test_when_time_is_short_the_rest_is_quick(monkeypatch):
+    sizes = []
+    monkeypatch.setattr("benchmarks.__main__.torch.set_num_threads", lambda threads: None)
+    clock = iter([0.0, 0.0, *range(200, 2000, 200)])
+    monkeypatch.setattr("benchmarks.__main__.time.perf_counter", lambda: float(next(clock)))
+
+    def run_part(name, options):
+        sizes.append("quick" if options.quick else "full")
+        return {"benchmark": name, "cases": []}
+
+    monkeypatch.setattr("benchmarks.__main__.run_part", run_part)
+    assert main(["all", "--minutes", "9"]) == 0
+    # Nine minutes: 540, 340 and 140 seconds are left when the first three parts begin.
+    assert sizes == ["full", "full"] + ["quick"] * (len(PARTS) - 2)
+
+
 def test_every_part_has_a_picture_or_a_table(tmp_path):
     pytest.importorskip("matplotlib")
     seconds = {"textbook": 2.0, "ours": 1.0, "read again": 2.0, "remembered": 1.0}
