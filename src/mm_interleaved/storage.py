@@ -19,6 +19,7 @@ from mm_interleaved.errors import StorageError, UsageError
 
 LOCK_NAME = ".lock"
 _TEMPORARY = ".tmp-"
+_held_locks: set[int] = set()
 _DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -162,10 +163,20 @@ def locked_folder(folder: Path) -> Iterator[None]:
             raise UsageError(f"{folder}: in use by {holder}; wait for it or choose another folder") from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        _held_locks.add(descriptor)
         yield
     finally:
+        _held_locks.discard(descriptor)
         # The file stays: removing it would let two processes hold two different files of the same name.
         os.close(descriptor)
+
+
+def forget_locks():
+    """Lets go of the locks of the process that this one was forked from, which keeps them. Otherwise a folder
+    would stay locked after that process is killed, until this one has noticed.
+    """
+    while _held_locks:
+        os.close(_held_locks.pop())
 
 
 @contextmanager

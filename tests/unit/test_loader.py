@@ -25,6 +25,7 @@ from mm_interleaved.data.sources.documents import DocumentFiles
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import InputError, StorageError, UsageError
 from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.storage import locked_folder
 from mm_interleaved.visibility import NO_IMAGE
 
 # More workers than this machine has cores are slow, not wrong.
@@ -355,6 +356,22 @@ def test_workers_outlive_the_signals_that_stop_a_run(processor):
         os.kill(process.pid, signal.SIGINT)
     rows |= rows_of([next(iterator) for _ in range(4)])
     assert rows == rows_of(take(loader(processor), 5))
+
+
+def test_workers_of_a_killed_run_do_not_keep_its_folder(processor, tmp_path):
+    child = os.fork()
+    if child == 0:
+        with locked_folder(tmp_path):
+            steps = iter(loader(processor, num_workers=1))
+            next(steps)
+            workers = [process.pid for process in multiprocessing.active_children()]
+            (tmp_path / "workers").write_text(" ".join(map(str, workers)))
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    [worker] = map(int, (tmp_path / "workers").read_text().split())
+    os.kill(worker, 0)  # is still there
+    with locked_folder(tmp_path):
+        os.kill(worker, signal.SIGKILL)
 
 
 LEFT_OPEN = """

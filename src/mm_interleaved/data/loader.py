@@ -25,6 +25,7 @@ from mm_interleaved.data.mixture import Mixture
 from mm_interleaved.data.preparation import Skip
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
 from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.storage import forget_locks
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class TrainingLoader:
                     batch_size=None,
                     num_workers=self.num_workers,
                     collate_fn=_as_it_is,
-                    worker_init_fn=_ignore_stop_signals,
+                    worker_init_fn=_begin_worker,
                     **workers,
                 )
             )
@@ -353,8 +354,11 @@ class _LaneRows(IterableDataset):
             ]
 
 
-def _ignore_stop_signals(_: int) -> None:
-    """Who stops a run tells all of its processes; this one ends when the one it works for says so."""
+def _begin_worker(_: int) -> None:
+    """Who stops a run tells all of its processes; this one ends when the one it works for says so, or is no
+    more: and then the run's folder is to be free at once.
+    """
+    forget_locks()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
