@@ -11,21 +11,25 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mm_interleaved.checkpoint.store import load_newest_checkpoint
+from mm_interleaved.document import Text
 from mm_interleaved.errors import ModelFileError, NumericalError
 from mm_interleaved.storyworld.renderer import figure_box, scene_at
-from mm_interleaved.storyworld.world import BADGES
-from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture
+from mm_interleaved.storyworld.world import BADGES, SPECIES, scene_from_record
+from mm_interleaved.storyworld.world import NAMES as WHO
+from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture, training_document
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
 from mm_interleaved.training.naming import (
     AT_POSITION,
+    LOOK,
     NAMES,
     NOT_THERE,
     SIZES,
     SIZES_AT_POSITION,
     badge_cells,
     cell_labels,
+    mention_labels,
 )
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
 from mm_interleaved.training.painter import PainterStage
@@ -151,6 +155,31 @@ def test_labels_of_cells_stand_where_the_renderer_draws():
     assert (kinds["badge"] != NOT_THERE).sum() == area
     coarse = cell_labels(scene, 8)
     assert torch.equal(coarse[0], labels[0, 4::8, 4::8])
+
+
+def test_a_name_is_known_from_its_second_mention_and_its_badge_from_its_first_picture():
+    story = training_document(0, 0, {"story": 1})
+    words, starts = [], []
+    for part in story.parts:
+        if isinstance(part, Text):
+            words += [word.strip(",.") for word in part.text.split()]
+        else:
+            starts.append(len(words))
+            words.append("")
+    seeing, blind = (
+        mention_labels([story], [words], torch.tensor([starts]), is_blind=is_blind)[0]
+        for is_blind in (False, True)
+    )
+    hero = scene_from_record(story.meta["scenes"][0]).figures[0].character
+    mentions = [index for index, word in enumerate(words) if word == hero.name]
+    assert len(mentions) > 2 and mentions[1] < starts[0] < mentions[-1]
+    species, badge = LOOK.index("species"), LOOK.index("badge")
+    assert (seeing[mentions[0]] == NOT_THERE).all()
+    assert (seeing[mentions[1:], species] == 1 + SPECIES.index(hero.species)).all()
+    assert (seeing[mentions[1], badge], seeing[mentions[-1], badge]) == (NOT_THERE, BADGES.index(hero.badge))
+    assert (blind[:, badge] == NOT_THERE).all() and torch.equal(blind[:, species], seeing[:, species])
+    nobody = [index for index, word in enumerate(words) if word not in WHO]
+    assert (seeing[nobody] == NOT_THERE).all()
 
 
 def test_badges_weigh_more_where_the_painter_knows_them(model, processor):

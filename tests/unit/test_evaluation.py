@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -73,3 +74,14 @@ def test_candidates_that_do_not_fit_count_as_wrong_and_stop_nothing(caplog):
     document = Document(id="d", parts=(Text("x"),), meta={"candidates": ["a"]})
     assert _ranking(Full(), document) == []
     assert "99 tokens" in caplog.text and "'d'" in caplog.text
+
+
+def test_documents_with_held_out_looks_are_scored_once_more(lines):
+    gold = TASKS["storyworld"].read_gold(lines[0])
+    answers = [replace(document, parts=document.target, target=()) for document in gold]
+    wrong = next(document for document in gold if document.meta["is_held_out"] and document.target)
+    answers = [answer for answer in answers if answer.id != wrong.id]
+    scores = TASKS["storyworld"].score(answers, gold)
+    assert 0 < scores["held_out.layout.correct"] < scores["layout.correct"] < 1
+    everything = TASKS["storyworld"].score([], [d for d in gold if not d.meta["is_held_out"]])
+    assert not any(name.startswith("held_out.") for name in everything)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,6 +64,18 @@ def _check_candidates(meta: Mapping[str, Any], refuse: Callable[[str, str, Any],
         refuse("meta.gold_index", f"a whole number from 0 to {len(candidates) - 1}", gold_index)
 
 
+def _score_storyworld(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
+    """All scores; and as `held_out.<task>.<metric>` those of documents with somebody who looks like nobody in
+    training.
+    """
+    held_out = [document for document in gold if document.meta.get("is_held_out")]
+    ids = {document.id for document in held_out}
+    answers = [answer for answer in predictions if answer.id in ids]
+    return score(predictions, gold) | {
+        f"held_out.{name}": value for name, value in score(answers, held_out).items()
+    }
+
+
 TASKS = {
-    "storyworld": Task(read_gold=_read_storyworld, score=score),
+    "storyworld": Task(read_gold=_read_storyworld, score=_score_storyworld),
 }

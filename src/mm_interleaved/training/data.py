@@ -8,6 +8,7 @@ teaches more about it per second than one question does.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ class DocumentBatch(NamedTuple):
 
     batch: Batch
     documents: tuple[Document, ...]
+    words: tuple[tuple[str, ...], ...]
+    """The word (or piece of one, without spaces) of each token, row by row."""
     is_blind: bool = False
     """The pictures are not to be looked at: words alone are learned, at a fraction of the cost."""
 
@@ -145,7 +148,13 @@ class DocumentBatches:
         """The batch of a step."""
         documents = self.documents(step)
         batch = self.processor(documents, eos=True, target_pixels=self.target_pixels)
-        return DocumentBatch(batch, tuple(documents), self._mixture(step).is_blind)
+        words = tuple(tuple(self._words[token] for token in row) for row in batch.input_ids.tolist())
+        return DocumentBatch(batch, tuple(documents), words, self._mixture(step).is_blind)
+
+    @cached_property
+    def _words(self) -> list[str]:
+        tokenizer = self.processor.tokenizer
+        return [tokenizer.decode([token]).strip() for token in range(len(self.processor.vocabulary))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

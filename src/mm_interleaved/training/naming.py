@@ -31,6 +31,7 @@ from mm_interleaved.storyworld.world import (
     Scene,
     scene_from_record,
 )
+from mm_interleaved.visibility import NO_IMAGE
 
 NOT_THERE = -100
 _NOBODY = "nobody"
@@ -52,6 +53,9 @@ _SETTING: dict[str, Sequence[str]] = {"place": PLACES, "time": TIMES, "weather":
 AT_POSITION = list(_AT_POSITION)
 """Attributes of the figure and the prop at one position."""
 NAMES = [f"{name}@{position}" for position in POSITIONS for name in _AT_POSITION] + list(_SETTING)
+LOOK = ("species", "body_colour", "pattern", "hat", "hat_colour", "badge")
+"""Attributes that stay with a character."""
+LOOK_SIZES = [len(_AT_POSITION[name]) for name in LOOK]
 IS_ONLY_SEEN = torch.tensor([name.startswith(ONLY_SEEN) for name in NAMES])
 SIZES_AT_POSITION = [len(answers) for answers in _AT_POSITION.values()]
 SIZES = SIZES_AT_POSITION * len(POSITIONS)
@@ -149,6 +153,39 @@ def painting_labels(documents: Sequence[Document], *, reader: str = "eyes") -> T
             if scenes and reader == "eyes" and not is_map_first:
                 seen |= {figure.character.name for figure in scenes[number].figures}
     return torch.tensor(rows, dtype=torch.int64).view(-1, len(SIZES))
+
+
+def mention_labels(
+    documents: Sequence[Document], words: Sequence[Sequence[str]], image_start: Tensor, *, is_blind: bool
+) -> Tensor:
+    """How whom a word names looks, as far as one can know there: (B, T, attributes of a look) int64.
+
+    A name is known from its second mention on: the first stands before what it introduces. Badge and pattern
+    are known once the character stood in an earlier picture, and never to the blind.
+
+    Args:
+        words: the word of each token, by row; of all rows the same number T.
+        image_start: (B, N), index of each image's start token, NO_IMAGE where there is none.
+    """
+    labels = torch.full((len(documents), len(words[0]), len(LOOK)), NOT_THERE)
+    for row, document in enumerate(documents):
+        scenes = [scene_from_record(record) for record in document.meta.get("scenes", ())]
+        looks = {figure.character.name: figure.character for scene in scenes for figure in scene.figures}
+        shown_at: dict[str, int] = {}
+        for start, scene in zip(image_start[row].tolist(), scenes, strict=False):
+            for figure in scene.figures if start != NO_IMAGE else ():
+                shown_at.setdefault(figure.character.name, start)
+        mentioned: set[str] = set()
+        for position, word in enumerate(words[row]):
+            if word in mentioned:
+                is_shown = not is_blind and shown_at.get(word, position) < position
+                for column, name in enumerate(LOOK):
+                    value = getattr(looks[word], name)
+                    if value in _AT_POSITION[name] and (is_shown or name not in ONLY_SEEN):
+                        labels[row, position, column] = _AT_POSITION[name].index(value)
+            elif word in looks:
+                mentioned.add(word)
+    return labels
 
 
 def naming_losses(answers: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
