@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.ablation import ablation_documents, badges_kept
+from mm_interleaved.evaluation.ablation import ablation_documents, badges_kept, badges_told
 from mm_interleaved.evaluation.ablation_page import page_text
 from mm_interleaved.evaluation.scaling import envelope, fit_law, law_loss
+from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.recipes.ablation import chosen_twins, with_cost
 from mm_interleaved.recipes.ablation_twins import (
     ALL_LEVELS,
@@ -24,7 +25,7 @@ from mm_interleaved.recipes.ablation_twins import (
     arm_with,
     build_twin,
 )
-from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION
+from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION, SceneCode, painting_labels
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.slot_side import SharedSlotReader, SlotSideStage
 
@@ -106,6 +107,18 @@ def test_the_truth_keeps_all_badges_and_what_was_given_keeps_fewer():
     repeated = [replace(document, parts=document.images[-1:], target=()) for document in gold]
     assert badges_kept(repeated, gold)["story_last.drawn_badge"] < 0.8
     assert badges_kept([], gold) == {"edit.drawn_badge": 0.0, "story_last.drawn_badge": 0.0}
+
+
+def test_badges_told_are_read_off_the_conditioning(model, processor, monkeypatch):
+    gold = [truth for truth in ablation_documents(20) if truth.meta["task"] == "edit"]
+    generator = InterleavedGenerator(model, processor)
+    assert set(badges_told(generator, gold)) == {"edit.told_badge"}
+    # A language model that hands on the truth tells every badge.
+    code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
+    pending = [painting_labels([replace(truth, parts=(*truth.parts, *truth.target))])[-1:] for truth in gold]
+    told = iter([code.encode(labels) for labels in pending])
+    monkeypatch.setattr(type(model), "condition", lambda self, hidden, row, start, end: (next(told), None))
+    assert badges_told(generator, gold) == {"edit.told_badge": 1.0}
 
 
 def test_the_page_says_whether_predictions_hold():

@@ -8,6 +8,7 @@ RUN/scored/<twin>/result.json   scores, and what the twin cost
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,6 +19,7 @@ from mm_interleaved.document import Document, Image
 from mm_interleaved.document_formats import write_documents
 from mm_interleaved.evaluation.runner import evaluate_model, read_predictions
 from mm_interleaved.evaluation.tasks import TASKS
+from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.generation_run import ModelChoice, OnEvent, RunRequest
 from mm_interleaved.model_source import load_generator
 from mm_interleaved.recipes.ablation import COST_NAME, twin_folder
@@ -64,7 +66,7 @@ def score_twins(run: Path, twins: Sequence[Twin], num_documents: int, on_event: 
         scores, _ = evaluate_model(task, data, request, on_event)
         gold = task.read_gold(data)
         scores |= badges_kept(read_predictions(out / "predictions.jsonl"), gold)
-        scores |= badges_told(model, gold)
+        scores |= badges_told(load_generator(model), gold)
         result = {
             "twin": twin.name,
             "arm": twin.arm,
@@ -139,11 +141,10 @@ def _look(figure: Figure) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def badges_told(model: Path, gold: Sequence[Document]) -> dict[str, float]:
+def badges_told(generator: InterleavedGenerator, gold: Sequence[Document]) -> dict[str, float]:
     """Of the same figures, how many badges the language model hands on to the painter: those that its
     conditioning, read as a scene's code, names. By task.
     """
-    generator = load_generator(model)
     network, processor = generator.model, generator.processor
     code = SceneCode(*network.image_decoder.resampler.queries.shape[1:])
     found: dict[str, list[bool]] = {}
@@ -151,7 +152,7 @@ def badges_told(model: Path, gold: Sequence[Document]) -> dict[str, float]:
         known = _known_figures(truth)
         if not known:
             continue
-        whole = Document(truth.id, (*truth.parts, *truth.target), meta=truth.meta)
+        whole = replace(truth, parts=(*truth.parts, *truth.target), target=())
         batch = processor((whole,))
         output = network(
             input_ids=batch.input_ids,
