@@ -1,8 +1,8 @@
 """One word of a whole language model behind a filled cache: what images add to it, and the memory's limit.
 
 The limit is the time to read all weights and all keys and values once, at the bandwidth of a large copy
-measured in the same run. Beside the growing cache stand the static one and, on a GPU or where time is, the
-static one in compiled code; then several documents of unequal length, one by one and in one pass.
+measured in the same run. Beside the growing cache stand the static one and, on a GPU, the static one in
+compiled code; then several documents of unequal length, one by one and in one pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,9 +42,7 @@ def run(setting: Setting) -> Iterator[Case]:
         contexts = (512,)
     model = random_model(config, setting.device, setting.dtype)
     for context in contexts:
-        yield from token_cases(
-            setting, model, context, images, is_compiled=setting.is_gpu or not setting.quick
-        )
+        yield from token_cases(setting, model, context, images, is_compiled=setting.is_gpu)
         yield batch_case(setting, model, context, images[1])
 
 
