@@ -14,7 +14,7 @@ from mm_interleaved.checkpoint.store import load_newest_checkpoint
 from mm_interleaved.document import Text
 from mm_interleaved.errors import ModelFileError, NumericalError
 from mm_interleaved.storyworld.renderer import figure_box, scene_at
-from mm_interleaved.storyworld.world import BADGES, SPECIES, scene_from_record
+from mm_interleaved.storyworld.world import BADGES, POSITIONS, SPECIES, scene_from_record
 from mm_interleaved.storyworld.world import NAMES as WHO
 from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture, training_document
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
@@ -22,9 +22,9 @@ from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
 from mm_interleaved.training.naming import (
     AT_POSITION,
-    LOOK,
     NAMES,
     NOT_THERE,
+    OF_MENTION,
     SIZES,
     SIZES_AT_POSITION,
     badge_cells,
@@ -173,12 +173,19 @@ def test_a_name_is_known_from_its_second_mention_and_its_badge_from_its_first_pi
     hero = scene_from_record(story.meta["scenes"][0]).figures[0].character
     mentions = [index for index, word in enumerate(words) if word == hero.name]
     assert len(mentions) > 2 and mentions[1] < starts[0] < mentions[-1]
-    species, badge = LOOK.index("species"), LOOK.index("badge")
+    species, badge = OF_MENTION.index("species"), OF_MENTION.index("badge")
     assert (seeing[mentions[0]] == NOT_THERE).all()
     assert (seeing[mentions[1:], species] == 1 + SPECIES.index(hero.species)).all()
     assert (seeing[mentions[1], badge], seeing[mentions[-1], badge]) == (NOT_THERE, BADGES.index(hero.badge))
     assert (blind[:, badge] == NOT_THERE).all() and torch.equal(blind[:, species], seeing[:, species])
-    nobody = [index for index, word in enumerate(words) if word not in WHO]
+    figures = {figure.position: figure for figure in scene_from_record(story.meta["scenes"][-1]).figures}
+    places = [index for index in range(starts[-2], starts[-1]) if words[index] in figures]
+    assert places
+    for index in places:
+        expected = 1 + SPECIES.index(figures[words[index]].character.species)
+        assert seeing[index, species] in (NOT_THERE, expected)
+    assert (seeing[places, species] != NOT_THERE).any()
+    nobody = [index for index, word in enumerate(words) if word not in (*WHO, *POSITIONS)]
     assert (seeing[nobody] == NOT_THERE).all()
 
 

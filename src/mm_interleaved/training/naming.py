@@ -4,7 +4,7 @@ them.
 Letters: I pictures, A answers of one attribute, N attributes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -53,9 +53,11 @@ _SETTING: dict[str, Sequence[str]] = {"place": PLACES, "time": TIMES, "weather":
 AT_POSITION = list(_AT_POSITION)
 """Attributes of the figure and the prop at one position."""
 NAMES = [f"{name}@{position}" for position in POSITIONS for name in _AT_POSITION] + list(_SETTING)
-LOOK = ("species", "body_colour", "pattern", "hat", "hat_colour", "badge")
-"""Attributes that stay with a character."""
-LOOK_SIZES = [len(_AT_POSITION[name]) for name in LOOK]
+_LOOK = ("species", "body_colour", "pattern", "hat", "hat_colour", "badge")
+_OF_MENTION = {**{name: _AT_POSITION[name] for name in _LOOK}, "position": POSITIONS}
+OF_MENTION = tuple(_OF_MENTION)
+"""What is to be known of whom a word means."""
+SIZES_OF_MENTION = [len(answers) for answers in _OF_MENTION.values()]
 IS_ONLY_SEEN = torch.tensor([name.startswith(ONLY_SEEN) for name in NAMES])
 SIZES_AT_POSITION = [len(answers) for answers in _AT_POSITION.values()]
 SIZES = SIZES_AT_POSITION * len(POSITIONS)
@@ -158,34 +160,55 @@ def painting_labels(documents: Sequence[Document], *, reader: str = "eyes") -> T
 def mention_labels(
     documents: Sequence[Document], words: Sequence[Sequence[str]], image_start: Tensor, *, is_blind: bool
 ) -> Tensor:
-    """How whom a word names looks, as far as one can know there: (B, T, attributes of a look) int64.
+    """Whom a word means, as far as one can know there: (B, T, len(OF_MENTION)) int64.
 
-    A name is known from its second mention on: the first stands before what it introduces. Badge and pattern
-    are known once the character stood in an earlier picture, and never to the blind.
+    Names, and the positions in a panel's text. A name is known from its second mention on: the first stands
+    before what it introduces. A position means whoever will stand there in the next picture, once that name
+    has been said. Badge and pattern are known once the character stood in an earlier picture, and never to
+    the blind.
 
     Args:
         words: the word of each token, by row; of all rows the same number T.
         image_start: (B, N), index of each image's start token, NO_IMAGE where there is none.
     """
-    labels = torch.full((len(documents), len(words[0]), len(LOOK)), NOT_THERE)
+    labels = torch.full((len(documents), len(words[0]), len(OF_MENTION)), NOT_THERE)
     for row, document in enumerate(documents):
         scenes = [scene_from_record(record) for record in document.meta.get("scenes", ())]
-        looks = {figure.character.name: figure.character for scene in scenes for figure in scene.figures}
-        shown_at: dict[str, int] = {}
-        for start, scene in zip(image_start[row].tolist(), scenes, strict=False):
-            for figure in scene.figures if start != NO_IMAGE else ():
-                shown_at.setdefault(figure.character.name, start)
-        mentioned: set[str] = set()
-        for position, word in enumerate(words[row]):
-            if word in mentioned:
-                is_shown = not is_blind and shown_at.get(word, position) < position
-                for column, name in enumerate(LOOK):
-                    value = getattr(looks[word], name)
-                    if value in _AT_POSITION[name] and (is_shown or name not in ONLY_SEEN):
-                        labels[row, position, column] = _AT_POSITION[name].index(value)
-            elif word in looks:
-                mentioned.add(word)
+        starts = [start for start in image_start[row].tolist() if start != NO_IMAGE]
+        known: set[str] = set()  # names that have been said
+        seen: set[str] = set()  # names of those who stood in a picture
+        begin = 0
+        for start, scene in zip(starts, scenes, strict=False):
+            _label_panel(
+                labels[row], words[row][:start], begin, scene, known, frozenset() if is_blind else seen
+            )
+            seen |= {figure.character.name for figure in scene.figures}
+            begin = start
     return labels
+
+
+def _label_panel(
+    labels_TA: Tensor, words: Sequence[str], begin: int, scene: Scene, known: set[str], seen: Set[str]
+) -> None:
+    """Fills in what the words from `begin` on mean, which tell of `scene`."""
+    by_name = {figure.character.name: figure for figure in scene.figures}
+    by_position = {figure.position: figure for figure in scene.figures}
+    said: set[str] = set()
+    for index in range(begin, len(words)):
+        word, before = words[index], words[max(index - 2, 0)]
+        figure = by_name.get(word) if word in known else by_position.get(word)
+        if figure is not None and (word in known or figure.character.name in said):
+            values = {name: getattr(figure.character, name) for name in _LOOK}
+            if figure.character.name not in seen:
+                values = {name: value for name, value in values.items() if name not in ONLY_SEEN}
+            if before == figure.position:  # "On the left, Mia waves."
+                values["position"] = before
+            for column, (name, answers) in enumerate(_OF_MENTION.items()):
+                if values.get(name) in answers:
+                    labels_TA[index, column] = answers.index(values[name])
+        if word in by_name:
+            known.add(word)
+            said.add(word)
 
 
 def naming_losses(answers: Tensor, labels: Tensor) -> Mapping[str, Tensor]:

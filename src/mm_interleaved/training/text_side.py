@@ -17,10 +17,10 @@ from mm_interleaved.models.losses import text_loss
 from mm_interleaved.training.data import DocumentBatch
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.naming import (
-    LOOK,
-    LOOK_SIZES,
     NOT_THERE,
+    OF_MENTION,
     ONLY_SEEN,
+    SIZES_OF_MENTION,
     SceneCode,
     mention_labels,
     painting_labels,
@@ -36,9 +36,10 @@ class TextSideStage:
     that one could paint from (tried: after 700 steps the U-Net had learned to ignore them). The vision tower
     stays as it was taught (`vision_side`).
 
-    Mentions: the hidden states of a name, half-way and last, have to tell linear readers how the character
-    looks; the readers are thrown away. Without them a single hero was known by look after 1,800 steps, but of
-    two characters each at chance: a code of the whole picture says too little about which word was meant.
+    Mentions: the hidden states of names and of positions, half-way and last, have to tell linear readers how
+    the character looks that is meant; the readers are thrown away. Without them a single hero was known by
+    look after 1,800 steps, but of two characters each at chance: a code of the whole picture says too little
+    about which word was meant.
 
     In blind batches pictures are places without content: their slots are zero, nobody looks at them, and what
     only pictures tell is not to be named. They cost a fraction, and teach who is meant and what is known of
@@ -55,7 +56,9 @@ class TextSideStage:
         layers = model.language_model.layers
         self.middle = layers[len(layers) // 2]
         dim = model.config.text_config.hidden_size
-        self.readers = nn.ModuleDict({name: nn.Linear(dim, sum(LOOK_SIZES)) for name in ("middle", "last")})
+        self.readers = nn.ModuleDict(
+            {name: nn.Linear(dim, sum(SIZES_OF_MENTION)) for name in ("middle", "last")}
+        )
         model.vision.requires_grad_(False)
         self.code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
 
@@ -95,7 +98,7 @@ class TextSideStage:
         )
 
     def _mention_loss(self, hidden: Mapping[str, Tensor], batch: DocumentBatch) -> Tensor:
-        """Mean cross-entropy of the looks of whom names mean, out of hidden states (B, T, D) by reader.
+        """Mean cross-entropy of whom words mean, out of hidden states (B, T, D) by reader.
 
         Half-way no more than words tell is asked: who is meant must be known before one can look.
         """
@@ -103,10 +106,11 @@ class TextSideStage:
             batch.documents, batch.words, batch.batch.image_start, is_blind=batch.is_blind
         )
         is_known_BT = (labels_BTA != NOT_THERE).any(-1)
+        labels_AM = labels_BTA[is_known_BT].T
         losses = []
         for name, hidden_BTD in hidden.items():
-            answers = self.readers[name](hidden_BTD[is_known_BT]).float().split(LOOK_SIZES, dim=1)
-            for attribute, answer, label_M in zip(LOOK, answers, labels_BTA[is_known_BT].T, strict=True):
+            answers = self.readers[name](hidden_BTD[is_known_BT]).float().split(SIZES_OF_MENTION, dim=1)
+            for attribute, answer, label_M in zip(OF_MENTION, answers, labels_AM, strict=True):
                 if name == "last" or attribute not in ONLY_SEEN:
                     count = (label_M != NOT_THERE).sum().clamp(min=1)
                     loss = F.cross_entropy(answer, label_M, ignore_index=NOT_THERE, reduction="sum")
