@@ -141,6 +141,8 @@ def stepper(
     # What compiled code takes from the pass before it.
     model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1)
     cache.crop(-1)
+    if room is not None:
+        cache.keep_addresses()
 
     def step() -> Tensor:
         logits = forward(inputs_embeds=token, past_key_values=cache, logits_to_keep=1).logits.clone()

@@ -99,7 +99,7 @@ class FixedTensor:
         if self._room is None:
             self._room = new_BTD.new_zeros(new_BTD.shape[0], self.max_length, new_BTD.shape[2])
             self.length = torch.zeros((), dtype=torch.int64, device=new_BTD.device)
-            _keep_address(self._room, self.length)
+            keep_address(self._room, self.length)
         count = new_BTD.shape[1]
         place_T = torch.arange(count, device=new_BTD.device) + self.length
         self.length.add_(count)
@@ -189,12 +189,15 @@ def _selected(room: Tensor, index: Tensor) -> Tensor:
     if len(index) == len(room):
         return room.copy_(room.index_select(0, index))
     chosen = room.index_select(0, index)
-    _keep_address(chosen)
+    keep_address(chosen)
     return chosen
 
 
-def _keep_address(*tensors: Tensor) -> None:
-    """Tell the compiler that these are written where they stand, as transformers does for its own."""
+def keep_address(*tensors: Tensor) -> None:
+    """Tell the compiler that these stay where they are, as transformers does for its own.
+
+    CUDA graphs write into no others, and copy all others before every pass.
+    """
     if not torch.compiler.is_compiling():
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)

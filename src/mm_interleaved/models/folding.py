@@ -10,7 +10,7 @@ Letters: D query channels, H heads, E terms a head, K rows of the relative-index
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -55,6 +55,15 @@ class FoldedOnce:
     def last(self, key: Any) -> Any:
         """What was kept last for this key, or None; for compiled code, which cannot look at weights."""
         return self._kept[key][2] if key in self._kept else None
+
+    def tensors(self) -> list[Tensor]:
+        """All that is kept, of tables that are dataclasses of tensors and of such tables."""
+        tables, found = [kept[2] for kept in self._kept.values()], []
+        for table in tables:
+            values = [getattr(table, place.name) for place in fields(table)]
+            found += [value for value in values if isinstance(value, Tensor)]
+            tables += [value for value in values if is_dataclass(value)]
+        return found
 
     def get(self, key: Any, weights: list[Tensor], fold: Callable[[], Any]) -> Any:
         """`fold()`, or what it returned for this key before."""

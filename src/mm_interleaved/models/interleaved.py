@@ -422,6 +422,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             # Of a prompt that is read in pieces, only what is new is given.
             unread = length - past_key_values.num_tokens
             next_sequence_length = unread if unread > 0 else None
+        if isinstance(past_key_values, PrefixCache) and past_key_values.is_static:
+            past_key_values.keep_addresses()
         given = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -12,7 +12,13 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from mm_interleaved.models.cache_layers import FixedLayer, FixedTensor, GrowingLayer, GrowingTensor
+from mm_interleaved.models.cache_layers import (
+    FixedLayer,
+    FixedTensor,
+    GrowingLayer,
+    GrowingTensor,
+    keep_address,
+)
 from mm_interleaved.models.synchronizer import ImageValues
 from mm_interleaved.visibility import NO_IMAGE
 
@@ -57,6 +63,7 @@ class PrefixCache(Cache):
         self._kept: dict[int, GrowingTensor] = {}
         self.source_row: Tensor | None = None
         self._by_row: tuple[Tensor, dict[int, ImageValues]] | None = None
+        self._kept_addresses_of: dict[int, ImageValues] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +124,19 @@ class PrefixCache(Cache):
             values = {layer: v._replace(image_BN=index) for layer, v in self.image_values.items()}
             self._by_row = start, values
         return self._by_row
+
+    def keep_addresses(self) -> None:
+        """Tell the compiler that images, and what is folded for them, stay where they are."""
+        start, by_row = self.images_of_rows()
+        if self._kept_addresses_of is by_row:
+            return
+        # Before anything was read with these images, nothing is folded.
+        self._kept_addresses_of = by_row if self.num_tokens else None
+        keep_address(start)
+        for values in by_row.values():
+            assert values.image_BN is not None
+            folded = [] if values.folded is None else values.folded.tensors()
+            keep_address(values.value, values.image_BN, *folded)
 
     # The four ways in which generation rearranges a cache.
 
