@@ -104,7 +104,7 @@ def test_windows_cannot_be_static():
     text = {"model_type": "mistral", "sliding_window": 8}
     config = tiny_config(text_config=tiny_config().text_config.to_dict() | text).text_config
     assert PrefixCache(config).num_tokens == 0
-    with pytest.raises(ValueError, match="windows"):
+    with pytest.raises(UsageError, match="windows"):
         PrefixCache(config, max_cache_len=32)
 
 

@@ -28,7 +28,7 @@ from mm_interleaved.generation.text import (
     logits_processors,
     write_text,
 )
-from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.models.prefix_cache import PrefixCache, static_room
 from mm_interleaved.visibility import NO_IMAGE
 
 TEXT_SETTINGS = (
@@ -183,12 +183,15 @@ def side_by_side(caches: Sequence[PrefixCache], config: Any, room: int) -> Prefi
     """Memories of one row each as the rows of one, padded on the left. Hidden states are left behind.
 
     Args:
-        room: tokens that a static cache shall hold; it is one if those given are.
+        room: tokens that a static cache shall hold at least; it is one if those given are.
     """
     lengths = [cache.num_tokens for cache in caches]
     longest, device = max(lengths), caches[0].image_start.device
     joined = PrefixCache(
-        config, batch_size=len(caches), device=device, max_cache_len=room if caches[0].is_static else None
+        config,
+        batch_size=len(caches),
+        device=device,
+        max_cache_len=static_room(room) if caches[0].is_static else None,
     )
     if longest:
         longest_row = caches[lengths.index(longest)]

@@ -38,6 +38,7 @@ from mm_interleaved.generation.text import (
 )
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.prefix_cache import static_room
 from mm_interleaved.models.vision import ImageFeatures
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.prompts import ANSWERING_ROLE
@@ -46,8 +47,6 @@ logger = logging.getLogger(__name__)
 
 PICTURES_AT_ONCE = 8
 """Candidates that are painted in one batch, as many as the released code paints."""
-STATIC_ROOM = 256
-"""Static caches hold a multiple of so many tokens."""
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer shows of a character whose last bytes are still to come."""
 
@@ -535,15 +534,14 @@ class _Continuation:
         return session
 
     def _room_to_reserve(self) -> int | None:
-        """Tokens that a static cache must hold, rounded up, so that compiled code serves many documents."""
+        """Tokens that a static cache must hold."""
         settings = self.settings
         if settings.cache_implementation != "static":
             return None
         images = settings.max_images if self.layout is None else self.layout.count(IMAGE)
         needed = len(self.sequence.input_ids) + settings.max_new_tokens
         needed += images * (1 + self.vocabulary.num_slots)
-        rounded = -(-needed // STATIC_ROOM) * STATIC_ROOM
-        return min(rounded, self.model.config.text_config.max_position_embeddings)
+        return min(static_room(needed), self.model.config.text_config.max_position_embeddings)
 
     def _pixels(self, picture: PILImage.Image) -> Tensor:
         return torch.from_numpy(self.processor.encoder_pixels(picture))[None]

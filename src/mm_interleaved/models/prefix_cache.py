@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from mm_interleaved.errors import UsageError
 from mm_interleaved.models.cache_layers import (
     FixedLayer,
     FixedTensor,
@@ -23,6 +24,13 @@ from mm_interleaved.models.synchronizer import ImageValues
 from mm_interleaved.visibility import NO_IMAGE
 
 LEAST_ROOM_FOR_IMAGES = 4
+STATIC_ROOM = 256
+"""Static caches best hold a multiple of so many tokens."""
+
+
+def static_room(num_tokens: int) -> int:
+    """Room for so many tokens, rounded up, so that compiled code serves many documents."""
+    return -(-num_tokens // STATIC_ROOM) * STATIC_ROOM
 
 
 class PrefixCache(Cache):
@@ -36,7 +44,7 @@ class PrefixCache(Cache):
             decoding needs it (transformers' `cache_implementation="static"`); None: room as it is needed.
 
     Raises:
-        ValueError: `max_cache_len` with a language model that forgets (sliding windows).
+        UsageError: `max_cache_len` with a language model that forgets (sliding windows).
 
     Attributes:
         image_start: (R, N) int64, index of each image's start token in its row, `NO_IMAGE` where there is
@@ -180,8 +188,9 @@ def _layers(config: PreTrainedConfig, max_cache_len: int | None) -> list[Any]:
         return [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in layers]
     layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
     if any(type(layer) is not StaticLayer for layer in layers):
-        raise ValueError(
+        raise UsageError(
             f"a static cache needs full attention in all layers, but those of this {config.model_type} "
-            "model attend in windows; use cache_implementation='dynamic'"
+            "model attend in windows; use cache_implementation='dynamic'",
+            field="cache_implementation",
         )
     return [FixedLayer(max_cache_len) for _ in layers]
