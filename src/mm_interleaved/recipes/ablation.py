@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ from mm_interleaved.recipes.ablation_twins import (
 from mm_interleaved.recipes.storyworld import save_model
 from mm_interleaved.storage import make_folder, new_folder, write_file
 from mm_interleaved.training.data import INTERVIEW, DocumentBatches, Mixture
-from mm_interleaved.training.loop import Stage, train_stage
+from mm_interleaved.training.loop import Stage, train_stage, trained_parameters
 from mm_interleaved.training.metrics import count_flops
+from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig, to_record
 from mm_interleaved.training.slot_side import SlotSideStage
@@ -81,6 +83,8 @@ class AblationConfig:
     """Painters: batches of documents that are read at once."""
     detail_weight: float = 4.0
     """Painters: extra weight beside edges."""
+    synchronizer_learning_rate: float = 1e-3
+    """Readers: learning rate of the synchronizers; Muon's rate for matrices is too high for them."""
     slots: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=400, learning_rate=4e-3, optimizer="muon", warmup_steps=30, use_bfloat16=True
@@ -168,7 +172,13 @@ class Workshop:
         model = build_twin(self.finished, self.config.sizes, reader, Painter(levels=NO_LEVELS))
         model.vision.load_state_dict(self.see(reader.num_slots).vision.state_dict())
         documents = DocumentBatches(self._processor(reader.num_slots), READER_MIXTURES, seed=reader.seed)
-        self._run(TextSideStage(model, documents), self.config.text, reader.name, reader.seed)
+        stage = TextSideStage(model, documents)
+        rules = {
+            name: ParameterRule("synchronizers", learning_rate=self.config.synchronizer_learning_rate)
+            for name in trained_parameters(stage)
+            if ".synchronizer." in name
+        }
+        self._run(stage, self.config.text, reader.name, reader.seed, rules)
         return model
 
     def paint(self, painter: Painter) -> MMInterleavedForConditionalGeneration:
@@ -194,7 +204,14 @@ class Workshop:
         size = self.finished.config.vision_config.image_size
         return MMInterleavedProcessor(self.tokenizer, size, size, num_slots)
 
-    def _run(self, stage: Stage, config: StageConfig, name: str, seed: int) -> None:
+    def _run(
+        self,
+        stage: Stage,
+        config: StageConfig,
+        name: str,
+        seed: int,
+        rules: Mapping[str, ParameterRule] = MappingProxyType({}),
+    ) -> None:
         folder = self.folder / name
         with_cost(
             folder,
@@ -202,7 +219,7 @@ class Workshop:
             flops_a_step=lambda: mean_flops(stage),
             work=lambda: train_stage(
                 stage, config, folder, seed=seed, settings=to_record(self.config),
-                show_progress=self.show_progress,
+                show_progress=self.show_progress, rules=rules,
             ),
         )  # fmt: skip
 
