@@ -24,6 +24,7 @@ from mm_interleaved.generation.settings import GenerationSettings
 COMMANDS = (
     "generate", "replay", "caption", "vqa", "ground", "draw", "story", "chat",
     "info", "convert", "compose", "doctor", "plan", "evaluate", "data",
+    "ablation", "scaling", "curves", "sight", "census",
 )  # fmt: skip
 
 
