@@ -112,6 +112,13 @@ def test_a_run_is_run_again_from_its_settings_and_exported_to_the_same_bits(fold
         assert all(torch.equal(tensor, other[name]) for name, tensor in wanted.items())
     assert "language_model" in changed_parts(weights(folder), wanted)
 
+    # Additions to a language model in four bits go into the one in full; no bitsandbytes is needed for that.
+    settings = tmp_path / "again" / "settings.json"
+    settings.write_text(settings.read_text().replace('"quantize": ""', '"quantize": "nf4"'))
+    export(tmp_path / "again", tmp_path / "merged")
+    merged = weights(tmp_path / "merged")
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in wanted.items())
+
     # What is left beside the model: additions alone, curves, samples, what the device did.
     run = tmp_path / "first"
     assert (run / "model-lora" / "adapter_model.safetensors").is_file()
@@ -234,6 +241,17 @@ def test_four_bits_are_refused_clearly_where_bitsandbytes_is_missing():
     else:
         settings = quantization_settings(config)["quantization_config"]
         assert settings.load_in_4bit and "image_decoder" in settings.llm_int8_skip_modules
+
+
+def test_additions_to_four_bits_train_and_are_merged_into_the_whole_model(folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    more = ["lora.quantize=nf4", "training.use_bfloat16=false"]
+    out = run_recipe(
+        "grounding-storyworld-lora", [f"start_from={folder}", *QUICK, *more], out=tmp_path / "run"
+    )
+    before, after = weights(folder), weights(out)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert "language_model" in changed_parts(before, after)
 
 
 def gradients(model, config, processor):

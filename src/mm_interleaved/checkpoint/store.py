@@ -234,11 +234,6 @@ def load_newest_checkpoint(root: Path) -> Checkpoint | None:
     return None if found is None else _read_all(found)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder` with all of its tensors; errors as `open_checkpoint`."""
-    return _read_all(open_checkpoint(folder))
-
-
 def rotate(root: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints; the newest has to be known to be whole."""
     for old in _folders(root)[:-keep]:

@@ -128,8 +128,9 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
                 logger.warning("left out of the data: %s; named in %s", left_out, place / BAD_SAMPLES)
             # A model of fewer steps gives way.
             _remove_model(folder)
-            # Where a process holds shares, or frozen weights in a smaller type, the checkpoint knows better.
-            if config.parallel.strategy == "fsdp" or config.frozen_type != "float32":
+            # Where a process holds shares, or frozen weights in fewer bits, the checkpoint knows better.
+            is_less = config.frozen_type != "float32" or config.lora.quantize
+            if config.parallel.strategy == "fsdp" or is_less:
                 export_run(config, folder, folder / MODEL_FOLDER)
             else:
                 _save(_Built(model, processor, low_rank), config, folder / MODEL_FOLDER)
@@ -140,7 +141,8 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
 def export_run(config: TrainConfig, folder: Path, out: Path) -> int:
     """Writes the model of a run's newest checkpoint (its averaged weights, where kept) as a model folder.
 
-    One process does it, however many trained; weights that were spread over ranks are put together.
+    One process does it, however many trained; weights that were spread over ranks are put together, and
+    low-rank additions to a language model in few bits are merged into the one in full.
 
     Returns:
         How many steps it was trained.
@@ -153,7 +155,7 @@ def export_run(config: TrainConfig, folder: Path, out: Path) -> int:
     if checkpoint is None:
         raise ModelFileError(f"{folder / STAGE_FOLDER}: expected a checkpoint, found none")
     _check(config)
-    built = _build(config)
+    built = _build(replace(config, lora=replace(config.lora, quantize="")))
     choose_trained(built.model, config.parts)
     # What the objective writes into the model's configuration belongs to the model.
     objective = Objective(built.model, config.objective, seed=config.seed)

@@ -157,7 +157,7 @@ class WandbWriter:
         try:
             import wandb
         except ImportError as error:
-            raise UsageError("wandb is not installed; install it, or set wandb=false") from error
+            raise UsageError(f"wandb is not installed ({error}); install it, or set wandb=false") from error
         self._run: Any = wandb.init(name=name, dir=str(folder), config=dict(settings), resume="allow")
 
     def write(self, line: Mapping[str, Any]) -> None:
