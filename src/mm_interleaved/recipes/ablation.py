@@ -87,7 +87,7 @@ class AblationConfig:
     """Readers: learning rate of the synchronizers; Muon's rate for matrices is too high for them."""
     slots: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=400, learning_rate=4e-3, optimizer="muon", warmup_steps=30, use_bfloat16=True
+            steps=250, learning_rate=4e-3, optimizer="muon", warmup_steps=30, use_bfloat16=True
         )
     )
     """First stage, once for each number of slots: they learn to tell all that a picture shows."""

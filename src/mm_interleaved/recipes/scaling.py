@@ -25,7 +25,7 @@ class ScalingConfig:
     """Seed of weights and data."""
     steps: int = 1500
     """Steps of each reader; the learning rate stays high, so that every point of a curve can be compared."""
-    slot_steps: int = 400
+    slot_steps: int = 250
     """Steps of the slots' stage, once a size."""
     widths: tuple[int, ...] = (64, 128, 256)
     """Widths of the language models."""
