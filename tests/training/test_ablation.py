@@ -32,10 +32,10 @@ from mm_interleaved.training.slot_side import SharedSlotReader, SlotSideStage
 SMALL = TwinSizes(text_dim=32, text_layers=2, text_heads=2)
 
 
-def test_fourteen_twins_share_eleven_readers_and_eight_painters():
+def test_sixteen_twins_share_thirteen_readers_and_eight_painters():
     twins = all_twins()
-    assert len({twin.name for twin in twins}) == len(twins) == 14
-    assert len({twin.reader.name for twin in twins}) == len({twin.reader for twin in twins}) == 11
+    assert len({twin.name for twin in twins}) == len(twins) == 16
+    assert len({twin.reader.name for twin in twins}) == len({twin.reader for twin in twins}) == 13
     assert len({twin.painter.name for twin in twins}) == len({twin.painter for twin in twins}) == 8
     for arm in (WITH, WITHOUT):
         assert sorted(twin.reader.seed for twin in twins if twin.arm == arm) == [1, 2, 3]
@@ -95,6 +95,9 @@ def test_slots_are_asked_for_badges_and_the_pyramid_stays(model):
     losses = stage.compute_losses(stage.make_batch(0))
     assert losses.named["badge"] > 0 and losses.named["pattern"] > 0
     losses.total.backward()
+    coarse = SlotSideStage(model.vision, seed=0, batch_size=2, are_coarse=True)
+    with torch.no_grad():
+        assert coarse.compute_losses(coarse.make_batch(0)).named["badge"] == 0
     learned = {name.split(".")[0] for name, p in model.vision.named_parameters() if p.grad is not None}
     assert learned == {"token_projection", "token_norm", "position_norm", "resampler", "slot_projection"}
 

@@ -87,7 +87,7 @@ def read_results(run: Path, twins: Sequence[Twin]) -> list[dict[str, Any]]:
 
 def _parts(twin: Twin) -> dict[str, str]:
     return {
-        "slots": f"slots-{twin.reader.num_slots}",
+        "slots": twin.reader.slots_name,
         "reader": twin.reader.name,
         "painter": twin.painter.name,
     }

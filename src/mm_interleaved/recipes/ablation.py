@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -144,7 +144,7 @@ class Workshop:
         """One twin, from whatever of it has been trained so far."""
         logger.info("twin %s", twin.name)
         model = build_twin(self.finished, self.config.sizes, twin.reader, twin.painter)
-        model.vision.load_state_dict(self.see(twin.reader.num_slots).vision.state_dict())
+        model.vision.load_state_dict(self.see(twin.reader).vision.state_dict())
         reader, painter = self.read(twin.reader), self.paint(twin.painter)
         for name in ("language_model", "text_head", "context_projection"):
             getattr(model, name).load_state_dict(getattr(reader, name).state_dict())
@@ -159,18 +159,23 @@ class Workshop:
         with new_folder(twin_folder(self.folder, twin)) as temporary:
             save_model(model, self._processor(twin.reader.num_slots), temporary)
 
-    def see(self, num_slots: int) -> MMInterleavedForConditionalGeneration:
-        """A model whose so many slots tell what they show."""
-        reader = Reader(num_slots=num_slots, levels=NO_LEVELS, seed=self.config.seed)
-        model = build_twin(self.finished, self.config.sizes, reader, Painter(levels=NO_LEVELS))
-        stage = SlotSideStage(model.vision, seed=self.config.seed, batch_size=self.config.slot_batch_size)
-        self._run(stage, self.config.slots, f"slots-{num_slots}", self.config.seed)
+    def see(self, reader: Reader) -> MMInterleavedForConditionalGeneration:
+        """A model whose slots tell what they show; readers with as many slots share them."""
+        sharing = replace(reader, levels=NO_LEVELS, seed=self.config.seed)
+        model = build_twin(self.finished, self.config.sizes, sharing, Painter(levels=NO_LEVELS))
+        stage = SlotSideStage(
+            model.vision,
+            seed=self.config.seed,
+            batch_size=self.config.slot_batch_size,
+            are_coarse=reader.are_slots_coarse,
+        )
+        self._run(stage, self.config.slots, reader.slots_name, self.config.seed)
         return model
 
     def read(self, reader: Reader) -> MMInterleavedForConditionalGeneration:
         """A model whose language model reads."""
         model = build_twin(self.finished, self.config.sizes, reader, Painter(levels=NO_LEVELS))
-        model.vision.load_state_dict(self.see(reader.num_slots).vision.state_dict())
+        model.vision.load_state_dict(self.see(reader).vision.state_dict())
         documents = DocumentBatches(self._processor(reader.num_slots), READER_MIXTURES, seed=reader.seed)
         stage = TextSideStage(model, documents)
         rules = {

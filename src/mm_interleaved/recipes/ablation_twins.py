@@ -2,8 +2,8 @@
 
 A twin is a reader (slots and language model) and a painter (U-Net). Both have or lack synchronizers; what
 else differs is the number of slots, the levels that are looked into, and which earlier images the painter
-sees. Readers and painters are trained apart, so twins share them: fourteen twins are eleven readers and eight
-painters.
+sees. Readers and painters are trained apart, so twins share them: sixteen twins are thirteen readers and
+eight painters.
 """
 
 from copy import deepcopy
@@ -29,11 +29,18 @@ class Reader:
     num_slots: int = 4
     levels: tuple[int, ...] = ALL_LEVELS
     """Levels that the language model's synchronizers look into; none: it has no synchronizers."""
+    are_slots_coarse: bool = False
+    """Slots are taught all but badges and patterns, as those of the shipped model."""
     seed: int = 1
 
     @property
+    def slots_name(self) -> str:
+        return f"slots-{self.num_slots}{'-coarse' if self.are_slots_coarse else ''}"
+
+    @property
     def name(self) -> str:
-        return f"reader-{self.num_slots}-{_levels_name(self.levels)}-{self.seed}"
+        slots = self.slots_name.removeprefix("slots-")
+        return f"reader-{slots}-{_levels_name(self.levels)}-{self.seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +106,9 @@ def all_twins() -> tuple[Twin, ...]:
     twins.append(twin("U-Net only", blind, looking))
     twins.append(twin("both previous image", looking, looking | {"context_images": "previous"}))
     twins.append(twin("both one level", {"levels": MIDDLE_LEVEL}, {"levels": MIDDLE_LEVEL}))
+    coarse = {"are_slots_coarse": True}
+    twins.append(twin("both coarse slots", looking | coarse, looking))
+    twins.append(twin("neither coarse slots", blind | coarse, blind))
     for seed in (2, 3):
         twins += [twin(WITH, looking, looking, seed), twin(WITHOUT, blind, blind, seed)]
     return tuple(twins)

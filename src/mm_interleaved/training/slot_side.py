@@ -3,7 +3,7 @@
 In the shipped model slots leave badges and patterns to the pyramid (`vision_side`). Where slots are compared
 with the pyramid they must have a fair chance: here every attribute is asked of them, and as many of them as
 there are may hold it.
-Letters: I images, S slots, D their channels.
+Letters: I images, S slots, D their channels, N attributes.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ from mm_interleaved.storyworld.renderer import render_batch, scene_at
 from mm_interleaved.storyworld.world import POSITIONS
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.naming import (
+    IS_ONLY_SEEN,
+    NOT_THERE,
     SIZES,
     SIZES_AT_POSITION,
     mean_loss,
@@ -54,12 +56,16 @@ class SharedSlotReader(nn.Module):
 
 
 class SlotSideStage:
-    """Trains what makes slots out of the tower's tokens, through a linear reader that is thrown away."""
+    """Trains what makes slots out of the tower's tokens, through a linear reader that is thrown away.
+
+    Args:
+        are_coarse: badges and patterns are not asked for, as in the shipped model.
+    """
 
     name = "slots"
 
-    def __init__(self, vision: VisionTower, *, seed: int, batch_size: int) -> None:
-        self.vision, self.seed, self.batch_size = vision, seed, batch_size
+    def __init__(self, vision: VisionTower, *, seed: int, batch_size: int, are_coarse: bool = False) -> None:
+        self.vision, self.seed, self.batch_size, self.are_coarse = vision, seed, batch_size, are_coarse
         self.reader = SharedSlotReader(
             vision.resampler.queries.shape[-2], vision.slot_projection.out_features
         )
@@ -87,7 +93,8 @@ class SlotSideStage:
     def compute_losses(self, batch: NamedPictures) -> Losses:
         with sdpa_kernel(SDPBackend.MATH):  # see text_side
             slots_ISD = self.vision(batch.pixels).slots
-        by_name = naming_losses(self.reader(slots_ISD), batch.labels)
+        labels_IN = batch.labels.masked_fill(IS_ONLY_SEEN & self.are_coarse, NOT_THERE)
+        by_name = naming_losses(self.reader(slots_ISD), labels_IN)
         named = {"naming": mean_loss(by_name)}
         named |= {name: mean_loss(by_name, name) for name in ("species", "pattern", "badge", "action")}
         counts = {"images": len(batch.pixels)}
