@@ -135,12 +135,19 @@ def test_options_are_scored_behind_a_static_cache_too(model, pictures):
     torch.testing.assert_close(*scores, rtol=0, atol=EXACT)
 
 
-def test_generate_of_the_model_takes_the_name_of_transformers(model, pictures):
+def test_generate_of_the_model_takes_the_names_of_transformers(model, pictures, monkeypatch):
     prompt = {"input_ids": torch.tensor([[BOS, 5, 298, 299, 299, 299, 7]]), "pixel_values": pictures[0]}
     options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "suppress_tokens": [298, 299]}
     plain = model.generate(**prompt, **options)
     assert torch.equal(model.generate(**prompt, **options, cache_implementation="static"), plain)
     assert torch.equal(model.generate(**prompt, **options, prompt_lookup_num_tokens=3), plain)
+    with pytest.raises(ValueError, match="'quantized'"):
+        model.generate(**prompt, **options, cache_implementation="quantized")
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    assert torch.equal(model.generate(**prompt, **options), plain)
+    session = InterleavedSession(model)
+    session.append_text([BOS, 5])
+    assert len(write(session, 3)[0]) == 3
 
 
 # ---- Compiled ----------------------------------------------------------------------------------------

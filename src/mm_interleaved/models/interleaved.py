@@ -8,7 +8,6 @@ Letters: B rows, T tokens, V vocabulary, D hidden channels, N images a row, I im
 order, K earlier images a painted image looks at, H and W pixels.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -364,24 +363,28 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             inputs: (B, T) prompt ids (also as `input_ids`), images as their start token and slots.
             pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order; encoded once.
             image_start: (B, N), see `forward`; default: wherever the image-start token stands.
+
+        Raises:
+            ValueError: no prompt ids, or a `cache_implementation` other than "dynamic" and "static".
         """
+        config = arguments.get("generation_config") or self.generation_config
+        named = arguments.pop("cache_implementation", None) or config.cache_implementation
+        if named is not None or self.generation_config.cache_implementation is not None:
+            # transformers takes either a cache or the name of one.
+            arguments["cache_implementation"] = None
         if arguments.get("past_key_values") is not None:
             return super().generate(inputs, **arguments)
+        if named not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation: expected 'dynamic' or 'static', found {named!r}")
         input_ids = arguments.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or "inputs_embeds" in arguments:
             found = "inputs_embeds" if "inputs_embeds" in arguments else "nothing"
             raise ValueError(f"generate needs prompt ids of shape (rows, tokens) as input_ids, found {found}")
-        config = arguments.get("generation_config") or self.generation_config
-        is_static = "static" in (arguments.pop("cache_implementation", None), config.cache_implementation)
-        if "generation_config" in arguments:
-            # transformers takes either a cache or the name of one.
-            arguments["generation_config"] = copy.copy(config)
-            arguments["generation_config"].cache_implementation = None
         cache = PrefixCache(
             self.config.text_config,
             batch_size=len(input_ids),
             device=input_ids.device,
-            max_cache_len=_longest(input_ids.shape[1], config, arguments) if is_static else None,
+            max_cache_len=None if named != "static" else _longest(input_ids.shape[1], config, arguments),
         )
         slots = None
         if pixel_values is not None:
