@@ -12,6 +12,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
+from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.checkpoint.store import newest_checkpoint
 from mm_interleaved.errors import MMInterleavedError, UsageError
 from mm_interleaved.training.documents import DocumentsStage, build_loader
@@ -19,6 +20,7 @@ from mm_interleaved.training.loop import Losses, train_stage
 from mm_interleaved.training.objectives import Objective, ObjectiveConfig
 from mm_interleaved.training.parallel import ALONE, ParallelConfig, joined_ranks, spread
 from mm_interleaved.training.parts import PART_NAMES, PartConfig, PartsConfig, choose_trained
+from mm_interleaved.training.run import run_recipe
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.train_config import CorpusConfig, TrainConfig
 
@@ -166,6 +168,29 @@ def test_shares_within_a_node_and_copies_between_nodes_train_what_one_process_do
     run = tmp_path / "hybrid"
     assert run_ranks(4, tmp_path, lambda ranks: train(make_model(), processor, run, hybrid, ranks)) == [0] * 4
     assert_same(tmp_path / "alone", run)
+
+
+def test_a_recipe_run_on_shares_leaves_the_model_that_one_process_leaves(make_model, processor, tmp_path):
+    make_model().save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    others = set(PART_NAMES) - {"language"}
+    assignments = [f"start_from={tmp_path / 'start'}", *(f"parts.{name}.train=false" for name in others)]
+    assignments += ["training.steps=1", "global_batch_size=2", "micro_batch_size=1", "max_length=192"]
+    assignments += ["training.use_bfloat16=false", "training.epsilon=1e-4", "num_threads=1"]
+    run_recipe("grounding-storyworld", assignments, out=tmp_path / "one")
+
+    def work(ranks):
+        os.environ["RANK"] = str(ranks.rank)
+        run_recipe("grounding-storyworld", [*assignments, "parallel.strategy=fsdp"], out=tmp_path / "two")
+
+    assert run_ranks(2, tmp_path, work) == [0, 0]
+    one, two, start = (
+        load_model(tmp_path / name).state_dict() for name in ("one/model", "two/model", "start")
+    )
+    assert all((two[name] - tensor).abs().max() < 1e-6 for name, tensor in one.items())
+    assert any(not torch.equal(two[name], tensor) for name, tensor in start.items())
+    ends = [json.loads((tmp_path / "two" / f"exit_status-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [end["code"] for end in ends] == [0, 0]
 
 
 def test_ranks_that_do_not_find_each_other_or_lose_one_say_so(tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from mm_interleaved.checkpoint.load import load_model
-from mm_interleaved.errors import ModelFileError, UsageError
+from mm_interleaved.errors import ModelFileError, StorageError, UsageError
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.documents import train_documents
 from mm_interleaved.recipes.tasks import task_recipes
 from mm_interleaved.training.adaptation import (
@@ -215,6 +217,23 @@ def test_what_is_left_out_is_listed_beside_the_log_and_once_when_done_again(fold
     )
     run_recipe("interleaved-instructions", resume=True, out=run)
     assert listed() == whole and [line["step"] for line in listed("bad_samples-1.jsonl")] == [1]
+
+
+def test_a_disk_that_is_full_at_the_end_ends_with_a_sentence_and_resuming_writes_the_model(
+    folder, tmp_path, monkeypatch
+):
+    def full(model, place, **settings):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    assignments = [f"start_from={folder}", *QUICK]
+    with monkeypatch.context() as disk:
+        disk.setattr(MMInterleavedForConditionalGeneration, "save_pretrained", full)
+        with pytest.raises(StorageError, match=r"run/model: cannot be written .*No space left") as failed:
+            run_recipe("grounding-storyworld", assignments, out=tmp_path / "run")
+    assert failed.value.exit_code == 6
+    assert not [path for path in (tmp_path / "run").iterdir() if "model" in path.name]
+    out = run_recipe("grounding-storyworld", resume=True, out=tmp_path / "run")
+    assert "language_model" in changed_parts(weights(folder), weights(out))
 
 
 def test_weights_that_are_no_numbers_are_refused_by_name(make_model, processor, tmp_path):

@@ -113,8 +113,9 @@ class CheckedFolder:
             if path.is_file():
                 return {name: _share(tensor, destination[name]) for name, tensor in load_file(path).items()}
             shares = {name: _storable(torch.empty_like(tensor)) for name, tensor in destination.items()}
-            no_processes = not torch.distributed.is_initialized()
-            dcp.load(shares, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_processes)
+            # Who wants whole tensors reads them alone: the other ranks may be elsewhere.
+            is_alone = not is_spread(destination)
+            dcp.load(shares, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=is_alone)
             return shares
 
     def _place(self, group: str) -> Path:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 
 from mm_interleaved.checkpoint.load import DTYPES, load_model
 from mm_interleaved.checkpoint.store import newest_checkpoint
 from mm_interleaved.data.loader import state_counts
-from mm_interleaved.errors import ModelFileError, UsageError
+from mm_interleaved.errors import ModelFileError, StorageError, UsageError
 from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
@@ -56,7 +57,7 @@ class _Built(NamedTuple):
 
 def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = False) -> Path:
     """Trains a model on documents in `folder`, from its newest checkpoint there, and returns the finished
-    model's folder. All ranks call it.
+    model's folder, which is there once the first rank returns. All ranks call it.
 
     Raises:
         UsageError: settings that do not fit each other or the model.
@@ -121,7 +122,7 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
             measure_flops=config.measure_mfu,
         )
 
-        # 4. Keep the result.
+        # 4. Keep the result. The others do not wait for it: that may take longer than they have patience.
         left_out = _left_out(stage.state())
         if ranks.is_first:
             if left_out:
@@ -134,7 +135,6 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
                 export_run(config, folder, folder / MODEL_FOLDER)
             else:
                 _save(_Built(model, processor, low_rank), config, folder / MODEL_FOLDER)
-        ranks.gather(None)
     return folder / MODEL_FOLDER
 
 
@@ -221,16 +221,24 @@ def _left_out(state: Mapping[str, Any]) -> str:
 
 
 def _save(built: _Built, config: TrainConfig, out: Path) -> None:
-    """A folder that `--model` takes; low-rank additions are also kept alone, beside it."""
+    """A folder that `--model` takes; low-rank additions are also kept alone, beside it.
+
+    Raises:
+        StorageError: the disk refused.
+    """
     model = built.model
-    if built.low_rank is not None:
-        with new_folder(out.with_name(f"{out.name}-{ADDITIONS_FOLDER}")) as temporary:
-            built.low_rank.save_pretrained(temporary)
-        model = built.low_rank.merge_and_unload()
-    model = model.to(device="cpu", dtype=DTYPES[config.model_type]).eval()
-    with new_folder(out) as temporary:
-        model.save_pretrained(temporary, max_shard_size=_MAX_SHARD)
-        built.processor.save_pretrained(temporary)
+    try:
+        if built.low_rank is not None:
+            with new_folder(out.with_name(f"{out.name}-{ADDITIONS_FOLDER}")) as temporary:
+                built.low_rank.save_pretrained(temporary)
+            model = built.low_rank.merge_and_unload()
+        model = model.to(device="cpu", dtype=DTYPES[config.model_type]).eval()
+        with new_folder(out) as temporary:
+            model.save_pretrained(temporary, max_shard_size=_MAX_SHARD)
+            built.processor.save_pretrained(temporary)
+    except SafetensorError as error:
+        # A full disk in safetensors' own words.
+        raise StorageError(f"{out}: cannot be written ({error}); the checkpoint has all of it") from error
 
 
 def _remove_model(folder: Path) -> None:
