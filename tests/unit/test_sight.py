@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 
 from mm_interleaved.evaluation.sight import (
     Samples,
+    by_head,
     cells_in,
     heat_map,
     record_looks,
@@ -92,6 +93,16 @@ def test_points_lie_where_the_op_samples(model):
         output = block.gate.tanh() * core.output_projection(seen.flatten(2))
     assert float(expected.abs().max()) > 1e-3
     torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
+
+
+def test_heads_apart_give_what_they_give_together(model):
+    _, looks = read(model)
+    last = len(looks[0].plan.ignore[0]) - 1
+    heads = [head for look in looks for head in by_head(look)]
+    assert heads[1].place == f"{looks[0].place}, head 1"
+    together = samples_of_token(looks, last)[0].weight.sum()
+    apart = [samples_of_token([head], last)[0].weight.sum() for head in heads]
+    assert float(together) == pytest.approx(float(sum(apart)) / len(apart), rel=1e-5)
 
 
 def test_no_token_sees_an_image_that_is_still_to_come(model):

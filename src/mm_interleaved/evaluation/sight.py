@@ -9,7 +9,7 @@ Letters: B rows, Q queries (tokens, or pixels of a U-Net map row by row), N earl
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +89,19 @@ def _synchronizers(model: MMInterleavedForConditionalGeneration) -> Iterator[tup
 def _look(place: str, called: Any, queries: Tensor, values: ImageValues, relative_index: Tensor) -> Look:
     map_size = (int(queries.shape[2]), int(queries.shape[3])) if queries.ndim == 4 else None
     return Look(place, called.plan(queries, relative_index), values.level_sizes, map_size)
+
+
+def by_head(look: Look) -> list[Look]:
+    """The same call, a look for each head: heads look for different things, and their mean hides it."""
+    location, weight, ignore = look.plan
+    return [
+        replace(
+            look,
+            place=f"{look.place}, head {head}",
+            plan=SamplingPlan(*(part[:, :, head : head + 1] for part in (location, weight, ignore))),
+        )
+        for head in range(weight.shape[2])
+    ]
 
 
 def samples_of_token(looks: Sequence[Look], position: int) -> list[Samples]:

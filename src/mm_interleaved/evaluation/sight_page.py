@@ -1,8 +1,10 @@
 """Pictures of sight for one story: where the model looks while it names a badge, and while it paints it.
 
-OUT/word.png    the picture that was asked about, under what the answer's first token weighed
+OUT/word.png    the picture that was asked about, under what the answer's first token weighed: all layers,
+                then each of them
 OUT/badge.png   the earlier pictures of the story, under what the badge's place in the new one weighed
-OUT/sight.json  the same as numbers: shares of the weight on images, heroes and badges, beside their areas
+OUT/sight.json  the same as numbers: shares of the weight on images, heroes and badges, beside their areas;
+                of the word also by layer and head
 """
 
 import json
@@ -20,7 +22,9 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.sight import (
     Box,
+    Look,
     Samples,
+    by_head,
     heat_map,
     record_looks,
     samples_of_place,
@@ -99,15 +103,23 @@ def _look_while_naming(
     answer = answered.text.removeprefix(given.text).strip()
     with record_looks(generator.model) as looks:
         position = _read_to_answer(generator, given, answered)
-    [samples] = samples_of_token(looks, position)
-    seen = Seen(scene_image(given), "", samples, _figure_of(scene, hero))
+    figure = _figure_of(scene, hero)
+
+    def seen_by(looks: Sequence[Look], title: str = "") -> Seen:
+        [samples] = samples_of_token(looks, position)
+        return Seen(scene_image(given), title, samples, figure)
+
+    seen = seen_by(looks, "all layers")
+    layers = [seen_by([look], look.place) for look in looks]
+    heads = [head for look in looks for head in by_head(look)]
     title = f"{question} {answer} (truth: {hero.character.badge})"
-    write_file(path, to_png(sheet([seen], title)))
+    write_file(path, to_png(sheet([seen, *layers], title)))
     return {
         "question": question,
         "answer": answer,
         "truth": hero.character.badge,
         "images": [numbers_of(seen)],
+        "heads": {head.place: numbers_of(seen_by([head])) for head in heads},
     }
 
 
@@ -199,7 +211,7 @@ def sheet(
         canvas.paste(overlay(one.image, one.samples, peak), (left, _STRIP))
         if one.figure is not None:
             _frame(draw, badge_box(one.figure), left)
-        caption = f"{one.title} {float(one.samples.weight.sum()):.0%} of the weight".strip()
+        caption = f"{one.title}: {float(one.samples.weight.sum()):.0%} of the weight"
         draw.text((left, _STRIP + side + 6), caption, fill=_INK, font=font)
     if new is not None:
         left = _GAP + len(seen) * (side + _GAP)
