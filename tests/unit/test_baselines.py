@@ -14,14 +14,16 @@ from mm_interleaved.storyworld.exports import write_storyworld
 from mm_interleaved.storyworld.tasks import TASKS, document
 
 
-@pytest.fixture(autouse=True)
-def few_examples(monkeypatch):
-    """Two hundred training documents a task; the rules are the same."""
-    monkeypatch.setattr(baselines, "NUM_EXAMPLES", 200)
-    for cached in (baselines._task_examples, baselines._examples, baselines._constant_target):
-        cached.cache_clear()
-    yield
-    for cached in (baselines._task_examples, baselines._examples, baselines._constant_target):
+@pytest.fixture(autouse=True, scope="module")
+def few_examples():
+    """Two hundred training documents a task, made once; the rules are the same."""
+    kept = (baselines._task_examples, baselines._examples, baselines._constant_target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "NUM_EXAMPLES", 200)
+        for cached in kept:
+            cached.cache_clear()
+        yield
+    for cached in kept:
         cached.cache_clear()
 
 
