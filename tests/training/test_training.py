@@ -29,6 +29,7 @@ from mm_interleaved.training.naming import (
     SIZES_AT_POSITION,
     badge_cells,
     cell_labels,
+    introduction_labels,
     mention_labels,
 )
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
@@ -187,6 +188,13 @@ def test_a_name_is_known_from_its_second_mention_and_its_badge_from_its_first_pi
     assert (seeing[places, species] != NOT_THERE).any()
     nobody = [index for index, word in enumerate(words) if word not in (*WHO, *POSITIONS)]
     assert (seeing[nobody] == NOT_THERE).all()
+
+
+def test_the_words_of_an_introduction_say_whose_it_is():
+    words = "Mia is a cat . Mia waves . Meet Ben , a dog".split()
+    mia, ben = WHO.index("Mia"), WHO.index("Ben")
+    expected = [mia] * 4 + [NOT_THERE] * 5 + [ben] * 4
+    assert introduction_labels([words])[0].tolist() == expected
 
 
 def test_badges_weigh_more_where_the_painter_knows_them(model, processor):

@@ -31,6 +31,7 @@ from mm_interleaved.storyworld.world import (
     Scene,
     scene_from_record,
 )
+from mm_interleaved.storyworld.world import NAMES as CHARACTERS
 from mm_interleaved.visibility import NO_IMAGE
 
 NOT_THERE = -100
@@ -209,6 +210,24 @@ def _label_panel(
         if word in by_name:
             known.add(word)
             said.add(word)
+
+
+def introduction_labels(words: Sequence[Sequence[str]]) -> Tensor:
+    """Whom the words introduce, (B, T) int64, indices in CHARACTERS: from the first mention of a name to the
+    end of its sentence; NOT_THERE elsewhere.
+    """
+    labels = torch.full((len(words), len(words[0])), NOT_THERE)
+    for row, row_words in enumerate(words):
+        said: set[str] = set()
+        who = NOT_THERE
+        for index, word in enumerate(row_words):
+            if word in CHARACTERS:
+                who = NOT_THERE if word in said else CHARACTERS.index(word)
+                said.add(word)
+            elif word.endswith("."):
+                who = NOT_THERE
+            labels[row, index] = who
+    return labels
 
 
 def naming_losses(answers: Tensor, labels: Tensor) -> Mapping[str, Tensor]:

@@ -17,15 +17,20 @@ from mm_interleaved.models.losses import text_loss
 from mm_interleaved.training.data import DocumentBatch
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.naming import (
+    CHARACTERS,
     NOT_THERE,
     OF_MENTION,
     ONLY_SEEN,
     SIZES_OF_MENTION,
     SceneCode,
+    introduction_labels,
     mention_labels,
     painting_labels,
 )
 from mm_interleaved.visibility import NO_IMAGE
+
+LEARNED = ("text", "naming", "distance", "introductions", "mentions")
+"""The losses whose sum is learned."""
 
 
 class TextSideStage:
@@ -39,7 +44,8 @@ class TextSideStage:
     Mentions: the hidden states of names and of positions, half-way and last, have to tell linear readers how
     the character looks that is meant; the readers are thrown away. Without them a single hero was known by
     look after 1,800 steps, but of two characters each at chance: a code of the whole picture says too little
-    about which word was meant.
+    about which word was meant. The first layer's states of an introduction ("Mia is a green mouse") have to
+    tell whose it is, since only then can a later "Mia" find it.
 
     In blind batches pictures are places without content: their slots are zero, nobody looks at them, and what
     only pictures tell is not to be named. They cost a fraction, and teach who is meant and what is known of
@@ -54,11 +60,10 @@ class TextSideStage:
     ) -> None:
         self.model, self.batches = model, batches
         layers = model.language_model.layers
-        self.middle = layers[len(layers) // 2]
+        self.first, self.middle = layers[0], layers[len(layers) // 2]
         dim = model.config.text_config.hidden_size
-        self.readers = nn.ModuleDict(
-            {name: nn.Linear(dim, sum(SIZES_OF_MENTION)) for name in ("middle", "last")}
-        )
+        sizes = {"first": len(CHARACTERS), "middle": sum(SIZES_OF_MENTION), "last": sum(SIZES_OF_MENTION)}
+        self.readers = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
         model.vision.requires_grad_(False)
         self.code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
 
@@ -79,7 +84,8 @@ class TextSideStage:
         inputs = batch.batch
         # On a CPU the backward of the fused attention takes three times as long as plain matrix products at
         # these lengths in bfloat16 (0.37 s against 0.13 s a step, 2026-11).
-        with sdpa_kernel(SDPBackend.MATH), output_of(self.middle) as half_way:
+        taps = output_of(self.first), output_of(self.middle)
+        with sdpa_kernel(SDPBackend.MATH), taps[0] as first, taps[1] as half_way:
             hidden = self._read_words(inputs) if batch.is_blind else read_batch(self.model, inputs)
             row_I, column_I = (inputs.image_start != NO_IMAGE).nonzero(as_tuple=True)
             end_I = inputs.image_start[row_I, column_I]
@@ -88,14 +94,22 @@ class TextSideStage:
         named = {
             "text": text_loss(self.model.predict_text(hidden), inputs.input_ids, inputs.text_target),
             **self.code.losses(conditioning, labels_IN),
+            "introductions": self._introduction_loss(first[0], batch),
             "mentions": self._mention_loss({"middle": half_way[0], "last": hidden}, batch),
         }
         return Losses(
-            total=named["text"] + named["naming"] + named["distance"] + named["mentions"],
+            total=torch.stack([named[name] for name in LEARNED]).sum(),
             named=named,
             counts={"images": inputs.num_images, "tokens": int(inputs.attention_mask.sum())},
             document_ids=batch.document_ids,
         )
+
+    def _introduction_loss(self, hidden_BTD: Tensor, batch: DocumentBatch) -> Tensor:
+        """Mean cross-entropy of who is introduced, over the words that do so, of hidden states (B, T, D)."""
+        labels_BT = introduction_labels(batch.words)
+        is_known_BT = labels_BT != NOT_THERE
+        answers = self.readers["first"](hidden_BTD[is_known_BT]).float()
+        return F.cross_entropy(answers, labels_BT[is_known_BT], reduction="sum") / max(len(answers), 1)
 
     def _mention_loss(self, hidden: Mapping[str, Tensor], batch: DocumentBatch) -> Tensor:
         """Mean cross-entropy of whom words mean, out of hidden states (B, T, D) by reader.
