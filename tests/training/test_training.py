@@ -191,7 +191,7 @@ def test_a_name_is_known_from_its_second_mention_and_its_badge_from_its_first_pi
 
 
 def test_the_words_of_an_introduction_say_whose_it_is():
-    words = "Mia is a cat . Mia waves . Meet Ben , a dog".split()
+    words = ["Mia", "is", "a", "cat", ".", "Mia", "waves", ".", "Meet", "Ben", ",", "a", "dog"]
     mia, ben = WHO.index("Mia"), WHO.index("Ben")
     expected = [mia] * 4 + [NOT_THERE] * 5 + [ben] * 4
     assert introduction_labels([words])[0].tolist() == expected
