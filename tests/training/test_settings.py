@@ -2,7 +2,7 @@
 
 import pytest
 
-from mm_interleaved.errors import UsageError
+from mm_interleaved.errors import StorageError, UsageError
 from mm_interleaved.recipes.storyworld import StoryWorldConfig
 from mm_interleaved.training.run import RECIPES, run_recipe
 from mm_interleaved.training.settings import override, setting_names
@@ -87,3 +87,5 @@ def test_an_unknown_recipe_and_a_folder_in_use_are_refused(tmp_path):
     (tmp_path / "vae" / "log.jsonl").write_text("")
     with pytest.raises(UsageError, match="holds a run already"):
         run_recipe("storyworld", out=tmp_path)
+    with pytest.raises(StorageError, match="cannot be written"):
+        run_recipe("storyworld", out=tmp_path / ("a" * 300))

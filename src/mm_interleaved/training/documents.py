@@ -170,6 +170,10 @@ def _mixture_source(name: str, corpus: CorpusConfig, config: TrainConfig) -> Mix
 
 def _source(name: str, corpus: CorpusConfig, seed: int) -> Source:
     if corpus.kind == "storyworld":
+        if corpus.options or corpus.images:
+            raise UsageError(
+                f"corpora.{name}: storyworld draws its own pictures, it takes no options or images"
+            )
         return StoryWorldSource(tasks=corpus.paths, seed=seed, learn_prompts=corpus.learn_prompts)
     if not corpus.paths:
         raise UsageError(

@@ -75,7 +75,8 @@ def run_recipe(
     path = out / SETTINGS_NAME
     if not resume and _has_begun(out):
         raise UsageError(f"{out} holds a run already; give --resume to go on with it, or another folder")
-    if resume and not path.exists():
+    # Not Path.exists, which raises where a name is too long.
+    if resume and not os.path.exists(path):
         raise UsageError(f"--resume: {out} holds no run ({SETTINGS_NAME} is not there)")
     if resume:
         settings = _settings_to_resume(path, name, settings)
@@ -114,7 +115,7 @@ def export(run: Path, out: Path) -> int:
 
 def _has_begun(out: Path) -> bool:
     """Something has been trained there; settings alone are what a run leaves that was refused."""
-    return any(out.glob(f"*/{LOG_NAME}")) or bool(_checkpoints(out))
+    return os.path.isdir(out) and (any(out.glob(f"*/{LOG_NAME}")) or bool(_checkpoints(out)))
 
 
 def _settings_of(name: str) -> tuple[str, Any]:
