@@ -48,9 +48,9 @@ from mm_interleaved.training.vision_side import VisionSideStage
 PICTURE_SIZE = 64
 
 TEXT_MIXTURES = (
-    Mixture(share=4, batch_size=16, tasks={INTERVIEW: 62, "caption": 22, "paragraph": 6, "ground": 10}),
-    Mixture(share=3, batch_size=7, tasks={"story": 72, "few_shot": 8, "edit": 15, "segmentation": 5}),
-    Mixture(share=2, batch_size=16, tasks={"story": 1}, is_blind=True),
+    Mixture(share=4, batch_size=16, tasks={INTERVIEW: 60, "caption": 20, "paragraph": 6, "ground": 14}),
+    Mixture(share=3, batch_size=8, tasks={"story": 76, "few_shot": 6, "edit": 14, "segmentation": 4}),
+    Mixture(share=3, batch_size=16, tasks={"story": 1}, is_blind=True),
     Mixture(share=1, batch_size=40, tasks={"draw": 1}, is_blind=True),
 )
 """What the text side learns from; interviews stand for vqa and dialogue."""

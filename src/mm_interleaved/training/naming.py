@@ -202,8 +202,9 @@ def _label_panel(
             values = {name: getattr(figure.character, name) for name in _LOOK}
             if figure.character.name not in seen:
                 values = {name: value for name, value in values.items() if name not in ONLY_SEEN}
-            if before == figure.position:  # "On the left, Mia waves."
-                values["position"] = before
+            # "Mia waves on the left", where the last word tells; "On the left, Mia waves".
+            if figure.position in (word, before):
+                values["position"] = figure.position
             for column, (name, answers) in enumerate(_OF_MENTION.items()):
                 if values.get(name) in answers:
                     labels_TA[index, column] = answers.index(values[name])
