@@ -63,7 +63,7 @@ def test_only_the_chosen_parts_change_each_at_its_own_rate(model):
 def test_training_nothing_is_refused(model):
     with pytest.raises(UsageError, match="none is trained"):
         choose_trained(model, NOTHING)
-    with pytest.raises(UsageError, match="learning_rate of a part must be 0 or more"):
+    with pytest.raises(UsageError, match="learning_rate must be 0 or more"):
         PartConfig(learning_rate=-1.0)
 
 
