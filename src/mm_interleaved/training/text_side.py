@@ -64,6 +64,8 @@ class TextSideStage:
         dim = model.config.text_config.hidden_size
         sizes = {"first": len(CHARACTERS), "middle": sum(SIZES_OF_MENTION), "last": sum(SIZES_OF_MENTION)}
         self.readers = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
+        for weight in self.readers.parameters():
+            nn.init.zeros_(weight)  # so that every run starts from the same
         model.vision.requires_grad_(False)
         self.code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
 
