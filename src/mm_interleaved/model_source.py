@@ -166,7 +166,9 @@ def load_generator(
     place = torch_device(device)
     kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
     if acceleration.quantization is None:
-        model: Any = load_model(folder, dtype=kind).to(place)
+        # nn.Module's stub has no device among the types that `to` takes.
+        loaded: Any = load_model(folder, dtype=kind)
+        model = loaded.to(place)
     else:
         # Weights in few bits are made where they shall stay.
         few_bits = weight_only(acceleration.quantization)

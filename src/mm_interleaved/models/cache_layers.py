@@ -178,7 +178,7 @@ class FixedLayer(StaticLayer):
         self._select_rows(indices)
 
     def _select_rows(self, index: Tensor) -> None:
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             self.keys, self.values = _selected(self.keys, index), _selected(self.values, index)
             self.batch_size = len(index)
 

@@ -141,7 +141,7 @@ def twin_config(
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:1] * sizes.text_layers
     config.slot_resampler = {**config.slot_resampler, "num_queries": reader.num_slots}
-    shape = {"num_heads": 4, "num_points": 4, "value_dim": 96}
+    shape: dict[str, Any] = {"num_heads": 4, "num_points": 4, "value_dim": 96}
     config.text_synchronizer = asdict(
         SynchronizerConfig(
             **shape, levels=reader.levels, max_images=16, base_size=8, offset_spread=3.0, every=2
@@ -164,7 +164,8 @@ def build_twin(
     are new, by the reader's seed.
     """
     torch.manual_seed(reader.seed)
-    model = MMInterleavedForConditionalGeneration(twin_config(finished.config, sizes, reader, painter))
+    config: Any = finished.config
+    model = MMInterleavedForConditionalGeneration(twin_config(config, sizes, reader, painter))
     open_to_images(model)
     open_to_learning(model)
     kept = ("vision.", "image_decoder.unet.", "image_decoder.vae.", "image_decoder.negative_conditioning")

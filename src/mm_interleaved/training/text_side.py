@@ -5,6 +5,7 @@ Letters: I images, S slots, D hidden channels.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,11 @@ class TextSideStage:
 def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """A list that receives what a module puts out."""
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, __, output: seen.append(output))
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        seen.append(output)
+
+    handle = module.register_forward_hook(keep)
     try:
         yield seen
     finally:
