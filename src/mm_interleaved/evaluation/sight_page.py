@@ -235,7 +235,8 @@ def overlay(image: PILImage.Image, samples: Samples, peak: float) -> PILImage.Im
 
 def _enlarged(image: PILImage.Image) -> PILImage.Image:
     small = image.convert("RGB").resize((PICTURE_SIZE, PICTURE_SIZE), PILImage.Resampling.BOX)
-    return small.resize((PICTURE_SIZE * _SCALE,) * 2, PILImage.Resampling.NEAREST)
+    size = PICTURE_SIZE * _SCALE
+    return small.resize((size, size), PILImage.Resampling.NEAREST)
 
 
 def _frame(draw: ImageDraw.ImageDraw, box: Box, left: int) -> None:

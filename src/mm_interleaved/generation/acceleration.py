@@ -108,5 +108,6 @@ def _add_peft(model: nn.Module, folder: Path) -> None:
 def _add_diffusers(unet: Any, folder: Path) -> None:
     from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
 
-    weights, alphas = Loader.lora_state_dict(str(folder / DIFFUSERS_FILE), unet_config=unet.config)
+    read: Any = Loader.lora_state_dict(str(folder / DIFFUSERS_FILE), unet_config=unet.config)
+    weights, alphas = read
     Loader.load_lora_into_unet(weights, alphas, unet)

@@ -196,7 +196,8 @@ def side_by_side(caches: Sequence[PrefixCache], config: Any, room: int) -> Prefi
     if longest:
         longest_row = caches[lengths.index(longest)]
         for index in range(len(longest_row.layers)):
-            joined.update(*_joined_layer(caches, lengths, index), index)
+            keys, values = _joined_layer(caches, lengths, index)
+            joined.update(keys, values, index)
         hidden_1TD = longest_row.hidden
         assert hidden_1TD is not None
         joined.append_hidden(hidden_1TD.new_zeros(len(caches), longest, hidden_1TD.shape[2]))
@@ -247,6 +248,7 @@ def _join_images(caches: Sequence[PrefixCache], pads: Sequence[int], joined: Pre
 def hand_back(joined: PrefixCache, row: int, first: int, count: int, to: PrefixCache) -> None:
     """Append what a row has read, `count` tokens from `first` on, to the memory of its own document."""
     for index, layer in enumerate(joined.layers):
+        assert layer.keys is not None and layer.values is not None
         keys, values = (part[row : row + 1, :, first : first + count] for part in (layer.keys, layer.values))
         to.update(keys, values, index)
     assert joined.hidden is not None

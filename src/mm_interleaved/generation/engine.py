@@ -377,7 +377,7 @@ class _Continuation:
 
     def _pixel_error(
         self, picture: PILImage.Image, seed: int, conditioning: Tensor, earlier: EarlierImages | None
-    ) -> Generator[ImagePreview, None, float]:
+    ) -> Generator[ImagePreview, Any, float]:
         """Mean difference from the picture that is drawn from this noise with nothing left out.
 
         Where it is the weights that are others, or only the sampler, it is compared with the model's own
@@ -400,7 +400,7 @@ class _Continuation:
         earlier: EarlierImages | None,
         settings: GenerationSettings,
         preview_every: int = 0,
-    ) -> Generator[ImagePreview, None, list[PILImage.Image]]:
+    ) -> Generator[ImagePreview, Any, list[PILImage.Image]]:
         decoder = self.model.image_decoder
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents = diffusion.initial_latents(decoder, self.height, self.width, generators)

@@ -241,7 +241,8 @@ class OnTextAlone(LogitsProcessor):
         start = torch.tensor(
             [self.start_ids] * len(input_ids), dtype=input_ids.dtype, device=input_ids.device
         )
-        return self.others(torch.cat([start, input_ids[:, self.num_before :]], dim=1), scores)
+        ids: Any = torch.cat([start, input_ids[:, self.num_before :]], dim=1)
+        return self.others(ids, scores)
 
 
 class DrawnWord(LogitsProcessor):
