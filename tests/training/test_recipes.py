@@ -250,20 +250,16 @@ def test_weights_that_are_no_numbers_are_refused_by_name(make_model, processor, 
         )
 
 
-def test_four_bits_are_refused_clearly_where_bitsandbytes_is_missing():
+def test_four_bits_are_refused_clearly_where_bitsandbytes_is_missing(monkeypatch):
     config = LoraConfig(rank=4, quantize="nf4")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(UsageError, match="needs bitsandbytes, which is not installed"):
-            quantization_settings(config)
-    else:
-        settings = quantization_settings(config)["quantization_config"]
-        assert settings.load_in_4bit and "image_decoder" in settings.llm_int8_skip_modules
+    settings = quantization_settings(config)["quantization_config"]
+    assert settings.load_in_4bit and "image_decoder" in settings.llm_int8_skip_modules
+    monkeypatch.setattr("mm_interleaved.models.quantization.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs bitsandbytes, which is not installed"):
+        quantization_settings(config)
 
 
 def test_additions_to_four_bits_train_and_are_merged_into_the_whole_model(folder, tmp_path):
-    pytest.importorskip("bitsandbytes")
     more = ["lora.quantize=nf4", "training.use_bfloat16=false"]
     out = run_recipe(
         "grounding-storyworld-lora", [f"start_from={folder}", *QUICK, *more], out=tmp_path / "run"

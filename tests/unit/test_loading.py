@@ -1,6 +1,5 @@
 """A saved model comes back as it was, in every way that transformers loads; a damaged one does not."""
 
-import importlib.util
 import json
 import shutil
 import struct
@@ -188,7 +187,6 @@ def test_lora_trains_the_language_model_alone_and_merges_into_it(saved, tmp_path
         torch.testing.assert_close(again.merge_and_unload()(**batch).logits, after, rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_an_int8_model_runs(saved):
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig

@@ -16,6 +16,18 @@ AS_THEY_ARE = ["vision", "text_head", "image_decoder", "context_projection", r".
 """Modules that stay: small, or read by attribute. A text is a prefix of names, or a regular expression."""
 
 
+def check_installed(library: str, asked: str, field: str) -> None:
+    """Refuses in one sentence what needs a library that is not there.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    if find_spec(library) is None:
+        raise UsageError(
+            f"{asked} needs {library}, which is not installed; install mm-interleaved[quantize]", field=field
+        )
+
+
 def weight_only(kind: str) -> Any:
     """The `quantization_config` of transformers' `from_pretrained` for one of `QUANTIZATIONS`.
 
@@ -26,12 +38,7 @@ def weight_only(kind: str) -> Any:
         raise UsageError(
             f"quantization: found {kind!r}, expected {' or '.join(QUANTIZATIONS)}", field="quantization"
         )
-    library = QUANTIZATIONS[kind]
-    if find_spec(library) is None:
-        raise UsageError(
-            f"quantization {kind} needs {library}, which is not installed; install mm-interleaved[quantize]",
-            field="quantization",
-        )
+    check_installed(QUANTIZATIONS[kind], f"quantization {kind}", "quantization")
     if kind == "nf4":
         from transformers import BitsAndBytesConfig
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.quantization import AS_THEY_ARE, check_installed
 from mm_interleaved.training.train_config import LoraConfig
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,7 @@ def quantization_settings(config: LoraConfig) -> dict[str, Any]:
     """
     if not config.quantize:
         return {}
-    if find_spec("bitsandbytes") is None:
-        raise UsageError(
-            f"lora.quantize={config.quantize} needs bitsandbytes, which is not installed; "
-            "install it, or train with lora.quantize= (empty) and frozen_type=bfloat16"
-        )
+    check_installed("bitsandbytes", f"lora.quantize={config.quantize}", "lora.quantize")
     from transformers import BitsAndBytesConfig
 
     return {
@@ -64,12 +61,9 @@ def quantization_settings(config: LoraConfig) -> dict[str, Any]:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            # All but the language model's attention and feed-forward.
-            llm_int8_skip_modules=[
-                "vision", "text_head", "image_decoder", "context_projection", r".*\.synchronizer\."
-            ],
+            llm_int8_skip_modules=AS_THEY_ARE,
         )
-    }  # fmt: skip
+    }
 
 
 def keep_frozen_as(model: MMInterleavedForConditionalGeneration, number_type: torch.dtype) -> None:
