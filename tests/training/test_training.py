@@ -20,17 +20,15 @@ from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
+from mm_interleaved.training.mentions import OF_MENTION, introduction_labels, mention_labels
 from mm_interleaved.training.naming import (
     AT_POSITION,
     NAMES,
     NOT_THERE,
-    OF_MENTION,
     SIZES,
     SIZES_AT_POSITION,
     badge_cells,
     cell_labels,
-    introduction_labels,
-    mention_labels,
 )
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
 from mm_interleaved.training.painter import PainterStage

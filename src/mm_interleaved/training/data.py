@@ -23,7 +23,7 @@ from mm_interleaved.storyworld.dice import Dice
 from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, ask_several
 from mm_interleaved.storyworld.renderer import render_batch
 from mm_interleaved.storyworld.tasks import TASKS, document, picture
-from mm_interleaved.storyworld.world import random_scene
+from mm_interleaved.storyworld.world import random_scene, scene_to_record
 
 INTERVIEW = "interview"
 _SHARD_ITEMS = 1024
@@ -89,7 +89,8 @@ def _interview(seed: int, index: int) -> Document:
     parts = [picture(scene, "user")]
     for question in dice.sample(list(questions.values()), len(questions)):
         parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]
-    return Document(id=f"interview-{seed}-{index}", parts=tuple(parts))
+    meta = {"task": INTERVIEW, "scenes": [scene_to_record(scene)]}
+    return Document(id=f"interview-{seed}-{index}", parts=tuple(parts), meta=meta)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

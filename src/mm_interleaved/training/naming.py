@@ -4,7 +4,7 @@ them.
 Letters: I pictures, A answers of one attribute, N attributes.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,15 +31,13 @@ from mm_interleaved.storyworld.world import (
     Scene,
     scene_from_record,
 )
-from mm_interleaved.storyworld.world import NAMES as CHARACTERS
-from mm_interleaved.visibility import NO_IMAGE
 
 NOT_THERE = -100
 _NOBODY = "nobody"
 ONLY_SEEN = ("pattern", "badge")
 """Attributes that no text tells."""
 
-_AT_POSITION: dict[str, Sequence[str]] = {
+ANSWERS_AT_POSITION: dict[str, Sequence[str]] = {
     "species": (_NOBODY, *SPECIES),
     "body_colour": BODY_COLOURS,
     "pattern": PATTERNS,
@@ -51,16 +49,13 @@ _AT_POSITION: dict[str, Sequence[str]] = {
     "prop_colour": PROP_COLOURS,
 }
 _SETTING: dict[str, Sequence[str]] = {"place": PLACES, "time": TIMES, "weather": WEATHERS}
-AT_POSITION = list(_AT_POSITION)
+AT_POSITION = list(ANSWERS_AT_POSITION)
 """Attributes of the figure and the prop at one position."""
-NAMES = [f"{name}@{position}" for position in POSITIONS for name in _AT_POSITION] + list(_SETTING)
-_LOOK = ("species", "body_colour", "pattern", "hat", "hat_colour", "badge")
-_OF_MENTION = {**{name: _AT_POSITION[name] for name in _LOOK}, "position": POSITIONS}
-OF_MENTION = tuple(_OF_MENTION)
-"""What is to be known of whom a word means."""
-SIZES_OF_MENTION = [len(answers) for answers in _OF_MENTION.values()]
+NAMES = [f"{name}@{position}" for position in POSITIONS for name in ANSWERS_AT_POSITION] + list(_SETTING)
+LOOK = ("species", "body_colour", "pattern", "hat", "hat_colour", "badge")
+"""Attributes of a character, wherever it stands."""
 IS_ONLY_SEEN = torch.tensor([name.startswith(ONLY_SEEN) for name in NAMES])
-SIZES_AT_POSITION = [len(answers) for answers in _AT_POSITION.values()]
+SIZES_AT_POSITION = [len(answers) for answers in ANSWERS_AT_POSITION.values()]
 SIZES = SIZES_AT_POSITION * len(POSITIONS)
 SIZES += [len(answers) for answers in _SETTING.values()]
 
@@ -73,20 +68,25 @@ def scene_labels(scene: Scene, unknown: frozenset[str] = frozenset()) -> list[in
     """
     labels = []
     for position in POSITIONS:
-        figure = next((figure for figure in scene.figures if figure.position == position), None)
-        prop = next((prop for prop in scene.props if prop.position == position), None)
-        values = {"species": _NOBODY, "prop": _NOBODY}
-        if figure is not None:
-            names = ["species", "body_colour", "hat", "hat_colour"]
-            names += [] if figure.character.name in unknown else list(ONLY_SEEN)
-            values |= {name: getattr(figure.character, name) for name in names}
-            values["action"] = figure.action
-        if prop is not None:
-            values["prop"], values["prop_colour"] = prop.kind, prop.colour
-        for name, answers in _AT_POSITION.items():
+        values = answers_at(scene, position, unknown)
+        for name, answers in ANSWERS_AT_POSITION.items():
             value = values.get(name)
             labels.append(answers.index(value) if value in answers else NOT_THERE)
     return labels + [answers.index(getattr(scene, name)) for name, answers in _SETTING.items()]
+
+
+def answers_at(scene: Scene, position: str, unknown: frozenset[str] = frozenset()) -> Mapping[str, str]:
+    """What there is to tell of the figure and the thing at a position, by name of AT_POSITION."""
+    figure = next((figure for figure in scene.figures if figure.position == position), None)
+    prop = next((prop for prop in scene.props if prop.position == position), None)
+    values = {"species": _NOBODY, "prop": _NOBODY}
+    if figure is not None:
+        names = [name for name in LOOK if figure.character.name not in unknown or name not in ONLY_SEEN]
+        values |= {name: getattr(figure.character, name) for name in names}
+        values["action"] = figure.action
+    if prop is not None:
+        values["prop"], values["prop_colour"] = prop.kind, prop.colour
+    return values
 
 
 def cell_labels(scene: Scene, size: int) -> Tensor:
@@ -156,79 +156,6 @@ def painting_labels(documents: Sequence[Document], *, reader: str = "eyes") -> T
             if scenes and reader == "eyes" and not is_map_first:
                 seen |= {figure.character.name for figure in scenes[number].figures}
     return torch.tensor(rows, dtype=torch.int64).view(-1, len(SIZES))
-
-
-def mention_labels(
-    documents: Sequence[Document], words: Sequence[Sequence[str]], image_start: Tensor, *, is_blind: bool
-) -> Tensor:
-    """Whom a word means, as far as one can know there: (B, T, len(OF_MENTION)) int64.
-
-    Names, and the positions in a panel's text. A name is known from its second mention on: the first stands
-    before what it introduces. A position means whoever will stand there in the next picture, once that name
-    has been said. Badge and pattern are known once the character stood in an earlier picture, and never to
-    the blind.
-
-    Args:
-        words: the word of each token, by row; of all rows the same number T.
-        image_start: (B, N), index of each image's start token, NO_IMAGE where there is none.
-    """
-    labels = torch.full((len(documents), len(words[0]), len(OF_MENTION)), NOT_THERE)
-    for row, document in enumerate(documents):
-        scenes = [scene_from_record(record) for record in document.meta.get("scenes", ())]
-        starts = [start for start in image_start[row].tolist() if start != NO_IMAGE]
-        known: set[str] = set()  # names that have been said
-        seen: set[str] = set()  # names of those who stood in a picture
-        begin = 0
-        for start, scene in zip(starts, scenes, strict=False):
-            _label_panel(
-                labels[row], words[row][:start], begin, scene, known, frozenset() if is_blind else seen
-            )
-            seen |= {figure.character.name for figure in scene.figures}
-            begin = start
-    return labels
-
-
-def _label_panel(
-    labels_TA: Tensor, words: Sequence[str], begin: int, scene: Scene, known: set[str], seen: Set[str]
-) -> None:
-    """Fills in what the words from `begin` on mean, which tell of `scene`."""
-    by_name = {figure.character.name: figure for figure in scene.figures}
-    by_position = {figure.position: figure for figure in scene.figures}
-    said: set[str] = set()
-    for index in range(begin, len(words)):
-        word, before = words[index], words[max(index - 2, 0)]
-        figure = by_name.get(word) if word in known else by_position.get(word)
-        if figure is not None and (word in known or figure.character.name in said):
-            values = {name: getattr(figure.character, name) for name in _LOOK}
-            if figure.character.name not in seen:
-                values = {name: value for name, value in values.items() if name not in ONLY_SEEN}
-            # "Mia waves on the left", where the last word tells; "On the left, Mia waves".
-            if figure.position in (word, before):
-                values["position"] = figure.position
-            for column, (name, answers) in enumerate(_OF_MENTION.items()):
-                if values.get(name) in answers:
-                    labels_TA[index, column] = answers.index(values[name])
-        if word in by_name:
-            known.add(word)
-            said.add(word)
-
-
-def introduction_labels(words: Sequence[Sequence[str]]) -> Tensor:
-    """Whom the words introduce, (B, T) int64, indices in CHARACTERS: from the first mention of a name to the
-    end of its sentence; NOT_THERE elsewhere.
-    """
-    labels = torch.full((len(words), len(words[0])), NOT_THERE)
-    for row, row_words in enumerate(words):
-        said: set[str] = set()
-        who = NOT_THERE
-        for index, word in enumerate(row_words):
-            if word in CHARACTERS:
-                who = NOT_THERE if word in said else CHARACTERS.index(word)
-                said.add(word)
-            elif word.endswith("."):
-                who = NOT_THERE
-            labels[row, index] = who
-    return labels
 
 
 def naming_losses(answers: Tensor, labels: Tensor) -> Mapping[str, Tensor]:

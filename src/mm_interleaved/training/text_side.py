@@ -17,17 +17,14 @@ from mm_interleaved.models.interleaved import MMInterleavedForConditionalGenerat
 from mm_interleaved.models.losses import text_loss
 from mm_interleaved.training.data import DocumentBatch
 from mm_interleaved.training.loop import Losses
-from mm_interleaved.training.naming import (
+from mm_interleaved.training.mentions import (
     CHARACTERS,
-    NOT_THERE,
     OF_MENTION,
-    ONLY_SEEN,
     SIZES_OF_MENTION,
-    SceneCode,
     introduction_labels,
     mention_labels,
-    painting_labels,
 )
+from mm_interleaved.training.naming import NOT_THERE, ONLY_SEEN, SceneCode, painting_labels
 from mm_interleaved.visibility import NO_IMAGE
 
 LEARNED = ("text", "naming", "distance", "introductions", "mentions")
@@ -42,8 +39,9 @@ class TextSideStage:
     that one could paint from (tried: after 700 steps the U-Net had learned to ignore them). The vision tower
     stays as it was taught (`vision_side`).
 
-    Mentions: the hidden states of names and of positions, half-way and last, have to tell linear readers how
-    the character looks that is meant; the readers are thrown away. Without them a single hero was known by
+    Mentions: the hidden states of names, positions and kinds, half-way and last, have to tell linear readers
+    how the figure looks that is meant, and where it stands and stood, so that one can look there; the readers
+    are thrown away. Without them a single hero was known by
     look after 1,800 steps, but of two characters each at chance: a code of the whole picture says too little
     about which word was meant. The first layer's states of an introduction ("Mia is a green mouse") have to
     tell whose it is, since only then can a later "Mia" find it.
