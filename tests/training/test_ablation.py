@@ -27,7 +27,8 @@ from mm_interleaved.recipes.ablation_twins import (
 )
 from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION, SceneCode, painting_labels
 from mm_interleaved.training.settings import StageConfig
-from mm_interleaved.training.slot_side import SharedSlotReader, SlotSideStage
+from mm_interleaved.training.slot_side import SlotSideStage
+from mm_interleaved.training.vision_side import SlotReader
 
 SMALL = TwinSizes(text_dim=32, text_layers=2, text_heads=2)
 
@@ -74,7 +75,7 @@ def test_twins_share_eyes_and_painter_and_differ_in_who_looks(model, num_slots):
 
 @pytest.mark.parametrize("num_slots", SLOT_COUNTS)
 def test_any_number_of_slots_may_tell_everything(num_slots):
-    reader = SharedSlotReader(num_slots, slot_dim=6)
+    reader = SlotReader(num_slots, slot_dim=6)
     slots = torch.randn(2, num_slots, 6, requires_grad=True)
     answers = reader(slots)
     assert answers.shape == (2, sum(SIZES))
@@ -83,7 +84,7 @@ def test_any_number_of_slots_may_tell_everything(num_slots):
 
 
 def test_positions_are_told_in_one_code():
-    reader, slots = SharedSlotReader(7, slot_dim=4), torch.randn(1, 7, 4)
+    reader, slots = SlotReader(7, slot_dim=4), torch.randn(1, 7, 4)
     width = sum(SIZES_AT_POSITION)
     left = reader(slots)[:, :width]
     exchanged = slots[:, [2, 3, 0, 1, 4, 5, 6]]

@@ -83,6 +83,8 @@ class AblationConfig:
     """Painters: batches of documents that are read at once."""
     detail_weight: float = 4.0
     """Painters: extra weight beside edges."""
+    badge_weight: float = 20.0
+    """Painters: extra weight of badges."""
     synchronizer_learning_rate: float = 1e-3
     """Readers: learning rate of the synchronizers; Muon's rate for matrices is too high for them."""
     slots: StageConfig = field(
@@ -93,14 +95,14 @@ class AblationConfig:
     """First stage, once for each number of slots: they learn to tell all that a picture shows."""
     text: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=1200, learning_rate=3e-3, optimizer="muon", warmup_steps=50, ema_decay=0.99,
+            steps=1000, learning_rate=3e-3, optimizer="muon", warmup_steps=50, ema_decay=0.99,
             use_bfloat16=True,
         )
     )  # fmt: skip
     """Second stage, once for each reader: the language model learns to read pictures and to write."""
     painter: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=400, learning_rate=5e-4, warmup_steps=50, ema_decay=0.99, use_bfloat16=True
+            steps=300, learning_rate=5e-4, warmup_steps=30, ema_decay=0.99, use_bfloat16=True
         )
     )
     """Third stage, once for each painter: the U-Net learns to paint what earlier pictures show."""
@@ -201,6 +203,7 @@ class Workshop:
             pool_batches=config.pool_batches,
             repeats=4,
             detail_weight=config.detail_weight,
+            badge_weight=config.badge_weight,
         )
         self._run(stage, config.painter, painter.name, painter.seed)
         return model

@@ -98,12 +98,12 @@ def all_twins() -> tuple[Twin, ...]:
         return Twin(arm=arm, reader=Reader(**reader, seed=seed), painter=Painter(**painter, seed=seed))
 
     twins = [twin(WITH, looking, looking), twin(WITHOUT, blind, blind)]
+    twins.append(twin("LLM only", looking, blind))
+    twins.append(twin("U-Net only", blind, looking))
     for num_slots in (16, 1):
         slots = {"num_slots": num_slots}
         twins.append(twin(arm_with(num_slots, is_looking=False), slots | blind, blind))
         twins.append(twin(arm_with(num_slots, is_looking=True), slots | looking, looking))
-    twins.append(twin("LLM only", looking, blind))
-    twins.append(twin("U-Net only", blind, looking))
     twins.append(twin("both previous image", looking, looking | {"context_images": "previous"}))
     twins.append(twin("both one level", {"levels": MIDDLE_LEVEL}, {"levels": MIDDLE_LEVEL}))
     coarse = {"are_slots_coarse": True}

@@ -5,17 +5,16 @@ nothing give the language model nothing to listen to, and both wait for each oth
 Letters: I images, C channels, S slots, D their channels, N attributes, s cells a side of a level.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_interleaved.models.vision import VisionTower
-from mm_interleaved.storyworld.renderer import render_scene, scene_at
+from mm_interleaved.storyworld.renderer import render_batch, scene_at
 from mm_interleaved.storyworld.world import POSITIONS
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.naming import (
@@ -44,30 +43,51 @@ class NamedPictures:
     """(I, N) int64, see `scene_labels`."""
     ids: tuple[str, ...]
     cells: tuple[Tensor, ...] = ()
-    """For each of LEVELS (I, attributes of a position, s, s) int64, see `cell_labels`."""
+    """For each level that is read (I, attributes of a position, s, s) int64, see `cell_labels`."""
 
 
 class SlotReader(nn.Module):
-    """Logits of all attributes out of slots, (I, S, D) → (I, sum(SIZES)).
+    """Logits of all attributes out of any number of slots, (I, S, D) → (I, sum(SIZES)).
 
-    Three slots tell of the three positions, all in the same code, and one of the setting, so that whoever
-    listens has one code to learn. Fewer than four slots tell together.
+    As many slots as can be are divided evenly over the three positions, which are told in the same code, so
+    that whoever listens has one code to learn; the rest, at least one, tell of the setting. Fewer than four
+    slots tell everything together.
     """
 
     def __init__(self, num_slots: int, slot_dim: int) -> None:
         super().__init__()
-        self.num_positions = len(POSITIONS) if num_slots > len(POSITIONS) else 0
-        if self.num_positions:
-            self.at_position = nn.Linear(slot_dim, sum(SIZES_AT_POSITION))
-            self.setting = nn.Linear(slot_dim, sum(SIZES) - self.num_positions * sum(SIZES_AT_POSITION))
+        self.slots_at_position = (num_slots - 1) // len(POSITIONS)
+        num_placed = self.slots_at_position * len(POSITIONS)
+        if num_placed:
+            self.at_position = nn.Linear(self.slots_at_position * slot_dim, sum(SIZES_AT_POSITION))
+            in_setting = sum(SIZES) - len(POSITIONS) * sum(SIZES_AT_POSITION)
+            self.setting = nn.Linear((num_slots - num_placed) * slot_dim, in_setting)
         else:
             self.together = nn.Linear(num_slots * slot_dim, sum(SIZES))
 
     def forward(self, slots_ISD: Tensor) -> Tensor:
-        if not self.num_positions:
+        if not self.slots_at_position:
             return self.together(slots_ISD.flatten(1))
-        at_position_IA = self.at_position(slots_ISD[:, : self.num_positions]).flatten(1)
-        return torch.cat([at_position_IA, self.setting(slots_ISD[:, self.num_positions])], dim=1)
+        num_placed = self.slots_at_position * len(POSITIONS)
+        placed_IPd = slots_ISD[:, :num_placed].unflatten(1, (len(POSITIONS), -1)).flatten(2)
+        setting_Id = slots_ISD[:, num_placed:].flatten(1)
+        return torch.cat([self.at_position(placed_IPd).flatten(1), self.setting(setting_Id)], dim=1)
+
+
+def named_pictures(seed: int, step: int, batch_size: int, levels: Sequence[int] = ()) -> NamedPictures:
+    """The pictures of a step, with the cells of these levels of the pyramid."""
+    first = step * batch_size
+    scenes = [scene_at("train", seed, first + i) for i in range(batch_size)]
+    pixels = torch.from_numpy(render_batch(seed, first, batch_size))
+    size = pixels.shape[1]
+    return NamedPictures(
+        pixels=pixels.permute(0, 3, 1, 2).float() / 255,
+        labels=torch.tensor([scene_labels(scene) for scene in scenes]),
+        cells=tuple(
+            torch.stack([cell_labels(scene, size // (2 << level)) for scene in scenes]) for level in levels
+        ),
+        ids=tuple(f"scene-{seed}-{first + i}" for i in range(batch_size)),
+    )
 
 
 class VisionSideStage:
@@ -95,19 +115,7 @@ class VisionSideStage:
         return {"vision": self.vision, "readers": self.readers}
 
     def make_batch(self, step: int) -> NamedPictures:
-        first = step * self.batch_size
-        scenes = [scene_at("train", self.seed, first + i) for i in range(self.batch_size)]
-        pixels = torch.from_numpy(np.stack([render_scene(scene) for scene in scenes]))
-        size = pixels.shape[1]
-        return NamedPictures(
-            pixels=pixels.permute(0, 3, 1, 2).float() / 255,
-            labels=torch.tensor([scene_labels(scene) for scene in scenes]),
-            cells=tuple(
-                torch.stack([cell_labels(scene, size // (2 << level)) for scene in scenes])
-                for level in LEVELS
-            ),
-            ids=tuple(f"scene-{self.seed}-{first + i}" for i in range(self.batch_size)),
-        )
+        return named_pictures(self.seed, step, self.batch_size, LEVELS)
 
     def compute_losses(self, batch: NamedPictures) -> Losses:
         with sdpa_kernel(SDPBackend.MATH):  # see text_side
