@@ -15,7 +15,7 @@ from mm_interleaved.storyworld.oracle import attribute_matches, read_scene
 from mm_interleaved.storyworld.prompts import read_box, write_box
 from mm_interleaved.storyworld.scores import box_iou, score
 from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels, picture
-from mm_interleaved.storyworld.world import scene_from_record
+from mm_interleaved.storyworld.world import NAMES, scene_from_record
 
 REQUIRED = {
     "caption.attributes", "vqa.accuracy", "vqa.fine_detail", "ground.accuracy", "draw.attributes",
@@ -120,35 +120,61 @@ def test_a_wrong_word_costs_its_attribute():
     assert score([prediction], [one])["caption.attributes"] == pytest.approx(1 - 1 / num_attributes)
 
 
-def test_a_strangers_badge_is_not_kept_but_a_familiar_body_is():
-    one = next(
-        made
-        for index in range(100)
-        if len((made := document("test", 7, index, "story_last")).meta["scenes"][-1]["figures"]) == 1
-    )
-    truth = scene_from_record(one.meta["scenes"][-1])
-    figure = truth.figures[0]
-    other = replace(
-        figure, character=replace(figure.character, badge="7" if figure.character.badge != "7" else "A")
-    )
-    scores = score([_answered(one, (picture(replace(truth, figures=(other,))),))], [one])
+@pytest.fixture
+def lonely_panel():
+    """A story whose last panel, which is to be painted, has one figure; and the scene of that panel."""
+    for index in range(100):
+        made = document("test", 7, index, "story_last")
+        scene = scene_from_record(made.meta["scenes"][-1])
+        if len(scene.figures) == 1:
+            return made, scene
+    raise AssertionError("no story ends with a lonely panel")
+
+
+def _wearing(scene, **look):
+    figure = scene.figures[0]
+    return replace(scene, figures=(replace(figure, character=replace(figure.character, **look)),))
+
+
+def test_a_strangers_badge_is_not_kept_but_a_familiar_body_is(lonely_panel):
+    one, truth = lonely_panel
+    badge = "7" if truth.figures[0].character.badge != "7" else "A"
+    scores = score([_answered(one, (picture(_wearing(truth, badge=badge)),))], [one])
     assert (scores["story.character_kept"], scores["story.badge_kept"]) == (1.0, 0.0)
     assert scores["story.name_known"] == scores["story.species_kept"] == scores["story.pattern_kept"] == 1.0
 
 
-def test_each_attribute_of_a_look_has_its_own_score():
-    one = next(
-        made
-        for index in range(100)
-        if len((made := document("test", 7, index, "story_last")).meta["scenes"][-1]["figures"]) == 1
-    )
-    truth = scene_from_record(one.meta["scenes"][-1])
-    figure = truth.figures[0]
-    pattern = "plain" if figure.character.pattern != "plain" else "striped"
-    other = replace(figure, character=replace(figure.character, pattern=pattern))
-    scores = score([_answered(one, (picture(replace(truth, figures=(other,))),))], [one])
+def test_each_attribute_of_a_look_has_its_own_score(lonely_panel):
+    one, truth = lonely_panel
+    pattern = "plain" if truth.figures[0].character.pattern != "plain" else "striped"
+    scores = score([_answered(one, (picture(_wearing(truth, pattern=pattern)),))], [one])
     assert scores["story.pattern_kept"] == scores["story.character_kept"] == 0.0
     assert scores["story.species_kept"] == scores["story.body_colour_kept"] == scores["story.hat_kept"] == 1.0
+
+
+def test_last_pictures_have_scores_of_their_own(lonely_panel):
+    one, truth = lonely_panel
+    scores = score([_answered(one, (picture(truth),))], [one])
+    assert scores["story_last.badge_kept"] == scores["story.badge_kept"] == 1.0
+    assert scores["story_last.action"] == 1.0
+    whole = document("test", 7, 0, "story")
+    assert not any(name.startswith("story_last") for name in score([_answered(whole, ())], [whole]))
+
+
+def test_a_story_that_stands_still_keeps_nobody():
+    one = document("test", 7, 0, "story")
+    panel = one.parts[-2:]
+    assert [type(part) for part in panel] == [Text, Image]
+    scores = score([_answered(one, panel * (len(one.target) // 2))], [one])
+    assert scores["story.character_kept"] == scores["story.badge_kept"] == 0.0
+
+
+def test_nobody_is_kept_who_was_never_introduced(lonely_panel):
+    one, truth = lonely_panel
+    stranger = next(name for name in NAMES if name not in str(one.parts))
+    told = replace(one, parts=(*one.parts[:-1], Text(f"{stranger} waves on the left.")))
+    scores = score([_answered(told, (picture(truth),))], [told])
+    assert scores["story.badge_kept"] == scores["story.character_kept"] == scores["story.name_known"] == 0.0
 
 
 def test_a_dialogue_is_scored_by_the_rank_of_its_answer():

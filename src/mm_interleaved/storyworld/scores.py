@@ -201,23 +201,34 @@ def _story(found: Found, document: Document, answer: Sequence[Part], ranking: ob
     """Whom a panel's text names must stand where it says, and look as in the first panel in which it stands.
 
     For somebody whose first picture is given, that look is the truth; for others it is what the oracle reads
-    in the first generated picture, after the text that introduces it. A picture that is missing, or whose
-    text names nobody, counts as one character not kept. Beside the whole look each attribute of it has a
-    score of its own, and `name_known` says how often a named character had been introduced.
+    in the first generated picture, after the text that introduces it. Nobody is kept by a picture that is
+    missing, whose text names nobody, or whose text is that of the panel before (a story that stands still
+    would keep everybody), and nobody who was never introduced. Beside the whole look each attribute of it has
+    a score of its own, and `name_known` says how often a named character had been introduced. Last pictures
+    alone, whose texts are all given, have scores of their own as well, under `story_last`.
     """
     looks = _given_looks(document)
     texts = [part.text for part in document.parts if isinstance(part, Text)]
+    scored: Found = {}
     num_images = 0
     for part in answer:
         if isinstance(part, Text):
             texts.append(part.text)
             continue
         num_images += 1
-        _score_panel(found, texts, read_scene(part_pixels(part)).figures, looks)
+        _score_panel(scored, texts, read_scene(part_pixels(part)).figures, looks)
     num_wanted = sum(isinstance(part, Image) for part in document.target)
     for _ in range(num_wanted - num_images):
-        _add(found, "story.character_kept", False)
-        _add(found, "story.badge_kept", False)
+        _keep_nobody(scored)
+    groups = ("story", "story_last") if document.meta["task"] == "story_last" else ("story",)
+    for group in groups:
+        for name, values in scored.items():
+            found.setdefault(f"{group}.{name}", []).extend(values)
+
+
+def _keep_nobody(scored: Found) -> None:
+    _add(scored, "character_kept", False)
+    _add(scored, "badge_kept", False)
 
 
 def _given_looks(document: Document) -> dict[str, Mapping[str, str]]:
@@ -231,36 +242,38 @@ def _given_looks(document: Document) -> dict[str, Mapping[str, str]]:
 
 
 def _score_panel(
-    found: Found, texts: Sequence[str], figures: Sequence[FigureReading], looks: dict[str, Mapping[str, str]]
+    scored: Found, texts: Sequence[str], figures: Sequence[FigureReading], looks: dict[str, Mapping[str, str]]
 ) -> None:
     """Scores one generated picture and adds to `looks` those who stand in it for the first time."""
-    named = read_actions(texts[-1]) if texts else {}
+    is_told_again = len(texts) > 1 and texts[-1].split() == texts[-2].split()
+    named = {} if not texts or is_told_again else read_actions(texts[-1])
     if not named:
-        _add(found, "story.character_kept", False)
-        _add(found, "story.badge_kept", False)
+        _keep_nobody(scored)
     introductions = read_introductions(" ".join(texts))
     at = {figure.position: figure for figure in figures}
     for name, said in named.items():
         figure, introduced = at.get(said.position or ""), introductions.get(name)
-        _add(found, "story.name_known", introduced is not None)
-        if name in looks:
+        _add(scored, "name_known", introduced is not None)
+        if introduced is None:
+            _keep_nobody(scored)
+        elif name in looks:
             kept = {
                 key: figure is not None and getattr(figure, key) == looks[name][key]
                 for key in (*_LOOK_ATTRIBUTES, "badge")
             }
             for key, is_kept in kept.items():
-                _add(found, f"story.{key}_kept", is_kept)
-            _add(found, "story.character_kept", all(kept[key] for key in _LOOK_ATTRIBUTES))
+                _add(scored, f"{key}_kept", is_kept)
+            _add(scored, "character_kept", all(kept[key] for key in _LOOK_ATTRIBUTES))
         else:
-            _add(found, "story.character_kept", figure is not None and _is_as_told(figure, introduced))
+            _add(scored, "character_kept", figure is not None and _is_as_told(figure, introduced))
             if figure is not None:
                 looks[name] = {key: getattr(figure, key) for key in (*_LOOK_ATTRIBUTES, "badge")}
-        _add(found, "story.action", figure is not None and figure.action == said.action)
+        _add(scored, "action", figure is not None and figure.action == said.action)
 
 
-def _is_as_told(figure: FigureReading, told: Said | None) -> bool:
-    """Whether somebody new looks as introduced; somebody never introduced does not."""
-    return told is not None and (told.subject, told.colour, told.hat, told.hat_colour) == (
+def _is_as_told(figure: FigureReading, told: Said) -> bool:
+    """Whether somebody new looks as introduced."""
+    return (told.subject, told.colour, told.hat, told.hat_colour) == (
         figure.species,
         figure.body_colour,
         figure.hat,
