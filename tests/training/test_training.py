@@ -14,13 +14,19 @@ from mm_interleaved.checkpoint.store import load_newest_checkpoint
 from mm_interleaved.document import Text
 from mm_interleaved.errors import ModelFileError, NumericalError
 from mm_interleaved.storyworld.renderer import figure_box, scene_at
+from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.world import BADGES, POSITIONS, SPECIES, scene_from_record
 from mm_interleaved.storyworld.world import NAMES as WHO
 from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture, training_document
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
-from mm_interleaved.training.mentions import OF_MENTION, introduction_labels, mention_labels
+from mm_interleaved.training.mentions import (
+    ANSWERS_OF_MENTION,
+    OF_MENTION,
+    introduction_labels,
+    mention_labels,
+)
 from mm_interleaved.training.naming import (
     AT_POSITION,
     NAMES,
@@ -186,6 +192,48 @@ def test_a_name_is_known_from_its_second_mention_and_its_badge_from_its_first_pi
     assert (seeing[places, species] != NOT_THERE).any()
     nobody = [index for index, word in enumerate(words) if word not in (*WHO, *POSITIONS)]
     assert (seeing[nobody] == NOT_THERE).all()
+
+
+def _mentions_in(document, words):
+    """By word, what is known of whom it means, in words: the picture stands before them all."""
+    labels = mention_labels([document], [("picture", *words)], torch.tensor([[0]]), is_blind=False)[0]
+    answers = list(ANSWERS_OF_MENTION.items())
+    return {
+        word: {name: of[i] for (name, of), i in zip(answers, row, strict=True) if i != NOT_THERE}
+        for word, row in zip(words, labels[1:].tolist(), strict=True)
+    }
+
+
+def test_kinds_and_places_in_a_question_tell_whom_they_mean():
+    made = next(
+        made
+        for index in range(100)
+        if len((made := document("train", 5, index, "caption")).meta["scenes"][0]["figures"]) == 2
+    )
+    left, right = sorted(
+        scene_from_record(made.meta["scenes"][0]).figures, key=lambda figure: POSITIONS.index(figure.position)
+    )
+    one, other = right.character.species, left.character.species
+    asked = _mentions_in(made, ("Is", "the", one, "to", "the", "left", "of", "the", other, "?"))
+    assert asked[one]["badge"] == right.character.badge and asked[other]["pattern"] == left.character.pattern
+    assert asked[one]["position"] == right.position and "side" not in asked[one]
+    assert asked[other]["side"] == "left" and asked["left"] == asked["?"] == {}
+    place = _mentions_in(made, ("Which", "animal", "is", "on", "the", left.position, "?"))
+    assert place[left.position]["species"] == left.character.species
+
+
+def test_a_story_tells_where_a_hero_stood_last():
+    story = training_document(0, 0, {"story": 1})
+    scenes = [scene_from_record(record) for record in story.meta["scenes"]]
+    hero = scenes[0].figures[0]
+    words, starts = [], []
+    for number in range(2):
+        words += [hero.character.name, "waves", "picture"]
+        starts.append(3 * number + 2)
+    labels = mention_labels([story], [words], torch.tensor([starts]), is_blind=True)[0]
+    known = dict(zip(OF_MENTION, labels[3].tolist(), strict=True))
+    assert POSITIONS[known["was_at"]] == hero.position and known["pictures_ago"] == 0
+    assert known["badge"] == NOT_THERE and labels[0].eq(NOT_THERE).all()
 
 
 def test_the_words_of_an_introduction_say_whose_it_is():

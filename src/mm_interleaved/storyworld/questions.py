@@ -238,4 +238,6 @@ QUESTIONS: dict[str, Callable[[Dice, Scene], Question | None]] = {
     "is_left_of": _is_left_of,
 }
 FINE_DETAIL: Sequence[str] = ("badge", "pattern")
+RELATIONS: Sequence[str] = ("in_front", "is_left_of")
+"""Kinds that ask whether two things stand to each other in a certain way; they take longest to learn."""
 _COARSE = tuple(kind for kind in QUESTIONS if kind not in FINE_DETAIL)

@@ -20,7 +20,7 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import UsageError
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.storyworld.dice import Dice
-from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, ask_several
+from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, RELATIONS, ask_several
 from mm_interleaved.storyworld.renderer import render_batch
 from mm_interleaved.storyworld.tasks import TASKS, document, picture
 from mm_interleaved.storyworld.world import random_scene, scene_to_record
@@ -76,7 +76,9 @@ def training_document(seed: int, index: int, task_weights: Mapping[str, int]) ->
 
 
 def _interview(seed: int, index: int) -> Document:
-    """A picture, questions about the badge and pattern of each figure, and questions about anything."""
+    """A picture, questions about the badge and pattern of each figure, one of each relation, and questions
+    about anything.
+    """
     dice = Dice(_INTERVIEW_DOMAIN, seed, index)
     scene = random_scene(dice, "train")
     questions = {
@@ -85,7 +87,9 @@ def _interview(seed: int, index: int) -> Document:
         for kind in FINE_DETAIL
         if (question := QUESTIONS[kind](dice, replace(scene, figures=(figure,)))) is not None
     }
-    questions.update((question.text, question) for question in ask_several(dice, scene, 8))
+    relations = (QUESTIONS[kind](dice, scene) for kind in RELATIONS)
+    questions.update((question.text, question) for question in relations if question is not None)
+    questions.update((question.text, question) for question in ask_several(dice, scene, 7))
     parts = [picture(scene, "user")]
     for question in dice.sample(list(questions.values()), len(questions)):
         parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]

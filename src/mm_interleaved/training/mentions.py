@@ -22,18 +22,22 @@ from mm_interleaved.training.naming import (
 from mm_interleaved.visibility import NO_IMAGE
 
 PICTURES_AGO = ("1", "2", "3", "4", "5")
+SIDES = ("left", "right")
 
-_OF_MENTION: dict[str, Sequence[str]] = {
+ANSWERS_OF_MENTION: dict[str, Sequence[str]] = {
     **ANSWERS_AT_POSITION,
     "position": POSITIONS,
     "was_at": POSITIONS,
     "pictures_ago": PICTURES_AGO,
+    "side": SIDES,
 }
-OF_MENTION = tuple(_OF_MENTION)
+OF_MENTION = tuple(ANSWERS_OF_MENTION)
 """What is to be known of whom a word means: what can be told at a position of a picture; which position that
 is; in stories also the position in the newest earlier picture with that character, and how many pictures ago
-that was, which is where to look."""
-SIZES_OF_MENTION = [len(answers) for answers in _OF_MENTION.values()]
+that was, which is where to look; elsewhere on which side it is of what the same sentence named before."""
+SIZESANSWERS_OF_MENTION = [len(answers) for answers in ANSWERS_OF_MENTION.values()]
+
+_ENDS_OF_SENTENCES = ("?", ".")
 
 Values = Mapping[str, str]
 """What is known, by name of OF_MENTION."""
@@ -72,7 +76,7 @@ def mention_labels(
 def _numbers(values: Values) -> list[int]:
     return [
         answers.index(value) if (value := values.get(name)) in answers else NOT_THERE
-        for name, answers in _OF_MENTION.items()
+        for name, answers in ANSWERS_OF_MENTION.items()
     ]
 
 
@@ -128,19 +132,28 @@ def _meant_in_panel(words: Sequence[str], begin: int, scene: Scene, known: set[s
     return meant
 
 
-def _in_questions(words: Sequence[str], scenes: Sequence[Scene], starts: Sequence[int]) -> dict[int, Values]:
+def _in_questions(
+    words: Sequence[str], scenes: Sequence[Scene], starts: Sequence[int]
+) -> Mapping[int, Values]:
     """What is known of whom words mean that ask about the newest picture before them, or tell of it."""
-    found: dict[int, Values] = {}
+    found: dict[int, dict[str, str]] = {}
     ends = [*starts[1:], len(words)]
     for scene, start, end in zip(scenes, starts, ends, strict=False):
         positions = _positions_of_words(scene)
+        named_before: str | None = None
         for index in range(start + 1, end):
             word, before = words[index], words[max(index - 2, 0)].lower()
+            if word in _ENDS_OF_SENTENCES:
+                named_before = None
             # "on the left" means a place, "to the left of" does not.
             is_place = word in POSITIONS and before in ("on", "in")
             position = word if is_place else positions.get(word)
             if position is not None:
                 found[index] = {**answers_at(scene, position), "position": position}
+                if named_before is not None and named_before != position:
+                    order = POSITIONS.index(position) - POSITIONS.index(named_before)
+                    found[index] |= {"side": SIDES[order > 0]}
+                named_before = position
     return found
 
 
