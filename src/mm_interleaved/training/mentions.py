@@ -35,7 +35,7 @@ OF_MENTION = tuple(ANSWERS_OF_MENTION)
 """What is to be known of whom a word means: what can be told at a position of a picture; which position that
 is; in stories also the position in the newest earlier picture with that character, and how many pictures ago
 that was, which is where to look; elsewhere on which side it is of what the same sentence named before."""
-SIZESANSWERS_OF_MENTION = [len(answers) for answers in ANSWERS_OF_MENTION.values()]
+SIZES_OF_MENTION = [len(answers) for answers in ANSWERS_OF_MENTION.values()]
 
 _ENDS_OF_SENTENCES = ("?", ".")
 
