@@ -250,6 +250,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(make_model, processor, 
         )
 
 
+@pytest.mark.quantize
 def test_four_bits_are_refused_clearly_where_bitsandbytes_is_missing(monkeypatch):
     config = LoraConfig(rank=4, quantize="nf4")
     settings = quantization_settings(config)["quantization_config"]
@@ -259,6 +260,7 @@ def test_four_bits_are_refused_clearly_where_bitsandbytes_is_missing(monkeypatch
         quantization_settings(config)
 
 
+@pytest.mark.quantize
 def test_additions_to_four_bits_train_and_are_merged_into_the_whole_model(folder, tmp_path):
     more = ["lora.quantize=nf4", "training.use_bfloat16=false"]
     out = run_recipe(

@@ -187,6 +187,7 @@ def test_lora_trains_the_language_model_alone_and_merges_into_it(saved, tmp_path
         torch.testing.assert_close(again.merge_and_unload()(**batch).logits, after, rtol=0, atol=1e-5)
 
 
+@pytest.mark.quantize
 def test_an_int8_model_runs(saved):
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig

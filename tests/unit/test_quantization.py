@@ -24,6 +24,7 @@ def test_an_unknown_kind_is_refused_with_the_known_ones():
         weight_only("int3")
 
 
+@pytest.mark.quantize
 @pytest.mark.parametrize("kind", MOST_OFF)
 @torch.no_grad()
 def test_few_bits_change_the_words_little_and_the_rest_not_at_all(kind, tmp_path):

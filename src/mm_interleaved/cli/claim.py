@@ -23,7 +23,7 @@ Docs = Annotated[Path, typer.Option(help="Folder for page, plots and raw results
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    for function in (ablation, scaling, curves, sight, census):
+    for function in (ablation, scaling, curves, sight, gallery, census):
         command(app, panel=_PANEL)(function)
 
 
@@ -156,3 +156,28 @@ def sight(
             told = ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in image.items())
             say(f"{name}, image {number}: {told}")
     say(f"pictures: {output / 'word.png'}, {output / 'badge.png'}")
+
+
+def gallery(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The sheet, a PNG.", metavar="FILE")],
+    count: Annotated[
+        int, typer.Option(help="How many prompts of the test split, the first ones.", min=1)
+    ] = 50,
+    columns: Annotated[int, typer.Option(help="Pictures in a row.", min=1)] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 0,
+    model: Model = "storyworld",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+):
+    """Paint the first prompts of StoryWorld's test split, and show every picture on one sheet."""
+    from mm_interleaved.evaluation.gallery import show_gallery
+    from mm_interleaved.model_source import find_model, load_generator
+
+    generator = load_generator(find_model(model), device=device, dtype=dtype)
+    with progress(count, "reading the model") as bar:
+        scores = show_gallery(
+            generator, seed, count, columns, output, lambda document: bar.advance(document.id)
+        )
+    for name, value in scores.items():
+        say(f"{name}: {value:.3f}")
+    say(f"pictures: {output}")

@@ -75,10 +75,18 @@ def render_batch(seed: int, start: int, count: int, split: str = "train") -> np.
 
 
 def contact_sheet(seed: int, rows: int, columns: int, scale: int) -> np.ndarray:
-    """The pictures of `scene_at("train", seed, 0 ...)` with white gaps, enlarged `scale` times."""
+    """The pictures of `scene_at("train", seed, 0 ...)`, see `sheet_of`."""
+    return sheet_of(render_batch(seed, 0, rows * columns), columns, scale)
+
+
+def sheet_of(pictures: np.ndarray, columns: int, scale: int) -> np.ndarray:
+    """(height, width, 3) uint8: pictures (count, 64, 64, 3) row by row with white gaps, enlarged `scale`
+    times.
+    """
     cell = PICTURE_SIZE + 1
+    rows = -(-len(pictures) // columns)
     sheet = np.full((rows * cell - 1, columns * cell - 1, 3), 255, np.uint8)
-    for number, pixels in enumerate(render_batch(seed, 0, rows * columns)):
+    for number, pixels in enumerate(pictures):
         top, left = number // columns * cell, number % columns * cell
         sheet[top : top + PICTURE_SIZE, left : left + PICTURE_SIZE] = pixels
     return sheet.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -1,0 +1,36 @@
+"""The gallery shows every picture that was painted, in the order of its prompts."""
+
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image as PILImage
+
+from mm_interleaved.document import Image
+from mm_interleaved.evaluation.gallery import show_gallery
+from mm_interleaved.storyworld.renderer import render_scene, sheet_of
+from mm_interleaved.storyworld.tasks import document, part_pixels
+from mm_interleaved.storyworld.world import scene_from_record
+
+
+def paint_the_truth(asked, *, seed):
+    pixels = render_scene(scene_from_record(asked.meta["scenes"][0]))
+    painted = Image(PILImage.fromarray(pixels), generated=True)
+    return type(asked)(id=asked.id, parts=(*asked.parts, painted))
+
+
+def test_all_pictures_are_shown_and_scored(tmp_path):
+    told = []
+    path = tmp_path / "new" / "gallery.png"
+    scores = show_gallery(SimpleNamespace(generate=paint_the_truth), 3, 5, 3, path, told.append)
+    assert scores["draw.attributes"] == 1.0 and [each.id for each in told] == [
+        document("test", 3, index, "draw").id for index in range(5)
+    ]
+    sheet = np.asarray(PILImage.open(path))
+    assert sheet.shape == (2 * 129, 2 * 194, 3)
+    fourth = part_pixels(document("test", 3, 3, "draw").target[0])
+    assert np.array_equal(sheet[130:258:2, :128:2], fourth)
+
+
+def test_a_row_that_is_not_full_is_white():
+    sheet = sheet_of(np.zeros((3, 64, 64, 3), np.uint8), 2, 1)
+    assert sheet.shape == (129, 129, 3) and (sheet[65:, 65:] == 255).all() and (sheet[:64, :64] == 0).all()
