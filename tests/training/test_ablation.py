@@ -33,11 +33,11 @@ from mm_interleaved.training.vision_side import SlotReader
 SMALL = TwinSizes(text_dim=32, text_layers=2, text_heads=2)
 
 
-def test_sixteen_twins_share_thirteen_readers_and_eight_painters():
+def test_sixteen_twins_share_thirteen_readers_and_four_painters():
     twins = all_twins()
     assert len({twin.name for twin in twins}) == len(twins) == 16
     assert len({twin.reader.name for twin in twins}) == len({twin.reader for twin in twins}) == 13
-    assert len({twin.painter.name for twin in twins}) == len({twin.painter for twin in twins}) == 8
+    assert len({twin.painter.name for twin in twins}) == len({twin.painter for twin in twins}) == 4
     for arm in (WITH, WITHOUT):
         assert sorted(twin.reader.seed for twin in twins if twin.arm == arm) == [1, 2, 3]
     arms = {arm_with(count, is_looking=looking) for count in SLOT_COUNTS for looking in (True, False)}

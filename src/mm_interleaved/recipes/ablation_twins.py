@@ -3,7 +3,7 @@
 A twin is a reader (slots and language model) and a painter (U-Net). Both have or lack synchronizers; what
 else differs is the number of slots, the levels that are looked into, and which earlier images the painter
 sees. Readers and painters are trained apart, so twins share them: sixteen twins are thirteen readers and
-eight painters.
+four painters.
 """
 
 from copy import deepcopy
@@ -91,11 +91,14 @@ def arm_with(num_slots: int, *, is_looking: bool) -> str:
 
 
 def all_twins() -> tuple[Twin, ...]:
-    """Every twin, those of the main pair first: three seeds for these, one for the others."""
+    """Every twin, those of the main pair first: three seeds for these, one for the others.
+
+    A seed is the reader's; painters, which cost as much and differ less, have one seed.
+    """
     looking, blind = {"levels": ALL_LEVELS}, {"levels": NO_LEVELS}
 
     def twin(arm: str, reader: dict[str, Any], painter: dict[str, Any], seed: int = 1) -> Twin:
-        return Twin(arm=arm, reader=Reader(**reader, seed=seed), painter=Painter(**painter, seed=seed))
+        return Twin(arm=arm, reader=Reader(**reader, seed=seed), painter=Painter(**painter))
 
     twins = [twin(WITH, looking, looking), twin(WITHOUT, blind, blind)]
     twins.append(twin("LLM only", looking, blind))
@@ -104,13 +107,13 @@ def all_twins() -> tuple[Twin, ...]:
         slots = {"num_slots": num_slots}
         twins.append(twin(arm_with(num_slots, is_looking=False), slots | blind, blind))
         twins.append(twin(arm_with(num_slots, is_looking=True), slots | looking, looking))
-    twins.append(twin("both previous image", looking, looking | {"context_images": "previous"}))
+    for seed in (2, 3):
+        twins += [twin(WITH, looking, looking, seed), twin(WITHOUT, blind, blind, seed)]
     twins.append(twin("both one level", {"levels": MIDDLE_LEVEL}, {"levels": MIDDLE_LEVEL}))
+    twins.append(twin("both previous image", looking, looking | {"context_images": "previous"}))
     coarse = {"are_slots_coarse": True}
     twins.append(twin("both coarse slots", looking | coarse, looking))
     twins.append(twin("neither coarse slots", blind | coarse, blind))
-    for seed in (2, 3):
-        twins += [twin(WITH, looking, looking, seed), twin(WITHOUT, blind, blind, seed)]
     return tuple(twins)
 
 
