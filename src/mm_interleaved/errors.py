@@ -5,6 +5,14 @@ A message is one sentence a user can act on: where (file, line or field), what w
 into a failed record of the results, so that programs need not parse the sentence.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mm_interleaved.document import Document
+
 
 class MMInterleavedError(Exception):
     """Base of all errors that a user of this package can cause."""
@@ -62,6 +70,26 @@ class StorageError(MMInterleavedError):
 
     exit_code = 6
     code = "storage"
+
+
+class SomeFailedError(MMInterleavedError):
+    """Documents of several failed, each by an error of its own; the others are completed.
+
+    Attributes:
+        completed: the completed documents, by their place among those given.
+        errors: what was wrong with each of the others, by place.
+    """
+
+    exit_code = 7
+    code = "some_failed"
+
+    def __init__(self, completed: Mapping[int, Document], errors: Mapping[int, MMInterleavedError]):
+        first = min(errors)
+        super().__init__(
+            f"{len(errors)} of {len(completed) + len(errors)} documents failed, the first at place {first}: "
+            f"{errors[first]}"
+        )
+        self.completed, self.errors = completed, errors
 
 
 def escape(text: str, limit: int = 120) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, UsageError
 from mm_interleaved.generation.events import Event, Finished
-from mm_interleaved.generation.settings import GenerationSettings, settings_for
+from mm_interleaved.generation.settings import GenerationSettings, fails_alone, settings_for
 from mm_interleaved.images import open_image
 from mm_interleaved.model_source import (
     AS_IT_IS,
@@ -205,22 +205,13 @@ def _continue(
     try:
         completed = complete(generator, document, settings, lambda event: on_event(document, event))
         run.commit(completed)
-    except InputError as error:
-        run.commit_error(document, error)
-        on_event(document, "failed")
-    except UsageError as error:
-        # What the command asks of a model that cannot do it stops the run; what a document asks, that
-        # document.
-        if not _asks_for(document, error.field):
+    except (InputError, UsageError) as error:
+        if not fails_alone(document, error):
             raise
         run.commit_error(document, error)
         on_event(document, "failed")
     else:
         on_event(document, "finished")
-
-
-def _asks_for(document: Document, setting: str | None) -> bool:
-    return setting in document.generation or (setting == "layout" and document.layout is not None)
 
 
 def _page(records: Sequence[Mapping[str, Any]], folder: Path, model: str, seed: int) -> bytes:

@@ -8,10 +8,16 @@ import torch
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.errors import UsageError
+from mm_interleaved.errors import (
+    ImageError,
+    MMInterleavedError,
+    SomeFailedError,
+    TooLongError,
+    UsageError,
+)
 from mm_interleaved.generation.batched import write_together
 from mm_interleaved.generation.engine import InterleavedGenerator
-from mm_interleaved.generation.events import Finished, TextDelta
+from mm_interleaved.generation.events import Failed, Finished, TextDelta
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.generation.text import TextRequest, TextRules, score_options, write_text
@@ -343,6 +349,44 @@ def test_whole_documents_at_once_are_those_continued_alone(pictures):
     assert set(streamed) == {0, 1, 2}
     written = generator.generate_batch(documents, batch_size=2, layout="T", max_new_tokens=2)
     assert [(each.id, len(each.parts)) for each in written] == [("a", 2), ("b", 4), ("c", 2)]
+
+
+def test_a_document_that_fails_does_not_end_its_batch(pictures):
+    model = tiny_model()
+    generator = InterleavedGenerator(model, tiny_processor(model.config))
+    broken = Image(b"no picture at all", name="broken.png")
+    documents = [
+        Document(id="unreadable", parts=(Text("Hi"), broken)),
+        Document(id="good", parts=(Text("Hi"), Image(tiny_picture(pictures[0])))),
+        Document(id="too long", parts=(Text("long " * 2000),)),
+        Document(id="impossible", parts=(Text("Hi"),), generation={"height": 30}),
+        Document(id="also good", parts=(Text("A longer one"),)),
+    ]
+    named = {"layout": "T I T", "max_new_tokens": 12, "num_inference_steps": 1}
+    last, errors = {}, {}
+    for place, event in generator.stream_batch(documents, **named):
+        assert not isinstance(last.get(place), Finished | Failed), "the last event"
+        last[place] = event
+    for place, document in enumerate(documents):
+        try:
+            alone = generator.generate(document, **named)
+        except MMInterleavedError as error:
+            assert (type(last[place].error), str(last[place].error)) == (type(error), str(error))
+            errors[document.id] = type(error)
+        else:
+            found = last[place].document
+            assert [part.text for part in texts(found)] == [part.text for part in texts(alone)]
+            assert [part.source for part in found.parts if isinstance(part, Image)] == [
+                part.source for part in alone.parts if isinstance(part, Image)
+            ]
+    assert errors == {"unreadable": ImageError, "too long": TooLongError, "impossible": UsageError}
+
+    with pytest.raises(SomeFailedError, match="3 of 5 documents failed, the first at place 0: ") as failed:
+        generator.generate_batch(documents, batch_size=2, layout="T", max_new_tokens=2)
+    assert (sorted(failed.value.completed), sorted(failed.value.errors)) == ([1, 4], [0, 2, 3])
+    # What the caller asks of a model that cannot do it is wrong for all.
+    with pytest.raises(UsageError, match="height"):
+        generator.generate_batch(documents[1:2], height=30)
 
 
 def texts(document):

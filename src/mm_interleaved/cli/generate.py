@@ -16,11 +16,11 @@ from mm_interleaved.cli.command import Flags, command, typed_in_order
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.document import Document, Image, Part, Text, part_records
 from mm_interleaved.document_formats import read_documents
-from mm_interleaved.errors import InputError, ModelFileError, UsageError
+from mm_interleaved.errors import InputError, ModelFileError, SomeFailedError, UsageError
 from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, TextDelta
 from mm_interleaved.model_source import AS_IT_IS, Acceleration
 
-SOME_FAILED = 7
+SOME_FAILED = SomeFailedError.exit_code
 
 Model = Annotated[
     str, typer.Option("--model", help="storyworld (shipped), a folder, or a hub id.", metavar="MODEL")

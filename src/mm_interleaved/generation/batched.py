@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
-from mm_interleaved.generation.events import Event
+from mm_interleaved.document import Document
+from mm_interleaved.errors import InputError, UsageError
+from mm_interleaved.generation.events import Event, Failed
+from mm_interleaved.generation.settings import fails_alone
 from mm_interleaved.generation.text import (
     FAST_STREAM_EVERY,
     OnTextAlone,
@@ -67,6 +70,16 @@ def stream_together(documents: Sequence[Steps]) -> Iterator[tuple[int, Event]]:
         for number, run in write_together(requests):
             del asking[number]
             yield from go_on(number, run)
+
+
+def failing_alone(document: Document, steps: Steps) -> Steps:
+    """A document as one of several: an error of its own is its last event instead of the end of all."""
+    try:
+        yield from steps
+    except (InputError, UsageError) as error:
+        if not fails_alone(document, error):
+            raise
+        yield Failed(error)
 
 
 def write_together(requests: dict[int, TextRequest]) -> Iterator[tuple[int, TextRun]]:

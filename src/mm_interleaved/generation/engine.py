@@ -20,11 +20,25 @@ from transformers import PreTrainedModel
 
 from mm_interleaved.batch import check_fits
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.errors import NumericalError, TooLongError, UsageError
+from mm_interleaved.errors import (
+    MMInterleavedError,
+    NumericalError,
+    SomeFailedError,
+    TooLongError,
+    UsageError,
+)
 from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.acceleration import Adapter
-from mm_interleaved.generation.batched import Steps, stream_together
-from mm_interleaved.generation.events import Event, Finished, ImageDone, ImagePreview, ImageStarted, TextDelta
+from mm_interleaved.generation.batched import Steps, failing_alone, stream_together
+from mm_interleaved.generation.events import (
+    Event,
+    Failed,
+    Finished,
+    ImageDone,
+    ImagePreview,
+    ImageStarted,
+    TextDelta,
+)
 from mm_interleaved.generation.layout import IMAGE, parse_layout, text_share
 from mm_interleaved.generation.session import InterleavedSession, max_images
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
@@ -154,11 +168,15 @@ class InterleavedGenerator:
         """Continue several documents at once: (place among `documents`, event), each as `stream` tells it.
 
         Those that want words at the same time write them in one pass, whatever their lengths and pictures;
-        greedy and sampled text are those of each document alone. Arguments and errors as `stream`; an error
-        in one document ends all.
+        greedy and sampled text are those of each document alone. A document with an error of its own (that
+        cannot be read, does not fit the model, or asks for what the model cannot do) ends with `Failed`, and
+        the others go on. Arguments and other errors as `stream`.
         """
-        streams = [self._continuation(each, settings, overrides).steps() for each in documents]
-        return stream_together(streams)
+
+        def steps(document: Document) -> Steps:
+            yield from self._continuation(document, settings, overrides).steps()
+
+        return stream_together([failing_alone(each, steps(each)) for each in documents])
 
     def generate_batch(
         self,
@@ -168,13 +186,22 @@ class InterleavedGenerator:
         batch_size: int = 8,
         **overrides: Any,
     ) -> list[Document]:
-        """The completed documents, in their order; `batch_size` at once. See `stream_batch`."""
+        """The completed documents, in their order; `batch_size` at once. See `stream_batch`.
+
+        Raises:
+            SomeFailedError: when all are done, if some failed by themselves; it has those that are completed.
+        """
         completed: dict[int, Document] = {}
+        errors: dict[int, MMInterleavedError] = {}
         for first in range(0, len(documents), batch_size):
             group = documents[first : first + batch_size]
             for place, event in self.stream_batch(group, settings, **overrides):
                 if isinstance(event, Finished):
                     completed[first + place] = event.document
+                elif isinstance(event, Failed):
+                    errors[first + place] = event.error
+        if errors:
+            raise SomeFailedError(completed, errors)
         return [completed[place] for place in range(len(documents))]
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import TypeAlias
 from PIL import Image as PILImage
 
 from mm_interleaved.document import Document
+from mm_interleaved.errors import MMInterleavedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,4 +58,12 @@ class Finished:
     """The completed document: the given parts, then the generated ones."""
 
 
-Event: TypeAlias = TextDelta | ImageStarted | ImagePreview | ImageDone | Finished
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last event of one document of several that cannot be continued; the others go on."""
+
+    error: MMInterleavedError
+    """What `InterleavedGenerator.stream` would have raised."""
+
+
+Event: TypeAlias = TextDelta | ImageStarted | ImagePreview | ImageDone | Finished | Failed

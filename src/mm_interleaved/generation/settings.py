@@ -202,6 +202,15 @@ def settings_for(
     return replace(settings, seed=int.from_bytes(digest[:6], "big"))
 
 
+def fails_alone(document: Document, error: InputError | UsageError) -> bool:
+    """Whether an error is the document's own, so that others go on: it cannot be read, does not fit the
+    model, or asks for what the model cannot do. What the command asks for is wrong for all.
+    """
+    if isinstance(error, InputError):
+        return True
+    return error.field in document.generation or (error.field == "layout" and document.layout is not None)
+
+
 def unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> str:
     """The sentence for a name that does not exist, with the nearest one that does."""
     nearest = get_close_matches(name, known, n=1, cutoff=0.4)
