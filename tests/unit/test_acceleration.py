@@ -20,7 +20,8 @@ from mm_interleaved.generation.acceleration import compile_painter, load_adapter
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import ImageDone
 from mm_interleaved.model_source import Acceleration, no_garbage_search
-from mm_interleaved.models.unet import DeepFeatures, compile_blocks, unet_forward
+from mm_interleaved.models.compilation import compile_each
+from mm_interleaved.models.unet import DeepFeatures, unet_blocks, unet_forward
 from mm_interleaved.training.adaptation import add_low_rank
 from mm_interleaved.training.train_config import LoraConfig
 from tiny import tiny_model, tiny_processor
@@ -61,6 +62,19 @@ def paint(painter, **more):
         num_inference_steps=5, guidance_scale=3.0, **more,
     )  # fmt: skip
     return [step.latents for step in steps]
+
+
+def test_painting_keeps_nothing_for_gradients(painter):
+    model, latents, conditioning, earlier = painter
+    parameter = next(model.image_decoder.unet.parameters())
+    assert parameter.requires_grad
+    assert all(step.is_inference() for step in paint(painter))
+    # What painting left with the earlier images serves training afterwards.
+    assert earlier is not None
+    out = model.image_decoder.predict(latents, torch.tensor(500), conditioning, earlier)
+    out.sum().backward()
+    assert parameter.grad is not None
+    model.zero_grad()
 
 
 @pytest.fixture
@@ -228,7 +242,7 @@ def test_compiled_blocks_compute_the_same_and_keep_their_names():
             graphs.append(graph)
             return graph.forward
 
-        compile_blocks(unet, counting)
+        compile_each(unet_blocks(unet), counting)
         torch.testing.assert_close(unet_forward(unet, *inputs), expected)
     assert graphs and list(unet.state_dict()) == names
 

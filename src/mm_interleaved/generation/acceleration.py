@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from mm_interleaved.errors import ModelFileError, UsageError, escape
+from mm_interleaved.models.compilation import compile_each
 from mm_interleaved.models.image_decoder import ImageDecoder
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.models.unet import compile_blocks
+from mm_interleaved.models.unet import unet_blocks
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -55,10 +56,7 @@ def compile_painter(decoder: ImageDecoder, backend: str = "inductor") -> None:
     Raises:
         UsageError: there is no such back end.
     """
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
-        raise UsageError(f"compile back end: expected one of {', '.join(known)}, found {backend!r}")
-    compile_blocks(decoder.unet, backend)
+    compile_each(unet_blocks(decoder.unet), backend)
 
 
 def load_adapter(model: MMInterleavedForConditionalGeneration, folder: Path) -> Adapter:

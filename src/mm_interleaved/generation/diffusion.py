@@ -49,7 +49,7 @@ class DenoisingStep(NamedTuple):
     prediction: Tensor
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def denoise(
     decoder: ImageDecoder,
     scheduler: SchedulerMixin,
@@ -67,6 +67,7 @@ def denoise(
 ) -> Iterator[DenoisingStep]:
     """Turn noise into the latents of images, step by step; the last step's latents are the result.
 
+    Computes in PyTorch's inference mode, as its results then are: nothing can be derived from them.
     Guidance acts on the conditioning alone: both halves look at the same earlier images, as in training.
 
     Args:

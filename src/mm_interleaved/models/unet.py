@@ -123,15 +123,9 @@ def _reading(block: nn.Module, conditioning: Tensor) -> dict[str, Tensor]:
     return {"encoder_hidden_states": conditioning} if has_cross_attention else {}
 
 
-def compile_blocks(unet: UNet2DConditionModel, backend: str = "inductor") -> None:
-    """Compile each block where it stands; names of weights stay. What synchronizers do between them is not
-    compiled: it depends on which images are visible.
-
-    Blocks instead of the whole: a kind of block is compiled in seconds, and the two guidance halves, another
-    number of images or a shallow step use the same ones.
-    """
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        block.compile(backend=backend)
+def unet_blocks(unet: Any) -> list[nn.Module]:
+    """The blocks between which `unet_forward` goes its way, from the first to the last."""
+    return [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
 
 
 def check_unet(unet: UNet2DConditionModel) -> None:
@@ -169,9 +163,11 @@ def skip_channels(unet: Any) -> list[tuple[int, int]]:
 class FoldedMap:
     """`terms`: before sampling, for one size of the map; its bias holds the position table. `weight`, `bias`:
     output projection and convolution in one. `sampled_weights`: between them, where features are sampled.
+    `centres`: where the pixels stand, see `_pixel_centres`.
     """
 
     terms: FoldedTerms
+    centres: Tensor
     weight: Tensor
     bias: Tensor
     sampled_weights: Tensor | None
@@ -214,12 +210,12 @@ class MapSynchronizer(nn.Module):
             return self.nothing_seen().expand_as(map_IXyx)
         pixel_IQX = map_IXyx.flatten(2).transpose(1, 2)
         relative_index_IQK = relative_index_IK[:, None].expand(-1, height * width, -1)
-        reference_1Q2 = _pixel_centres(height, width, map_IXyx)
-        tables = self._tables(values, height, width)
+        tables = self._tables(values, map_IXyx)
         if tables is None:
             query_IQX = self.query_norm(pixel_IQX) + resize_grid_table(self.position_table, (height, width))
             weights = None if values.is_projected else core.sampled_weights(self.feature_norm)
-            seen_IQX = core(query_IQX, values, relative_index_IQK, reference_1Q2, weights)
+            centres_1Q2 = _pixel_centres(height, width, map_IXyx)
+            seen_IQX = core(query_IQX, values, relative_index_IQK, centres_1Q2, weights)
             return self.conv(seen_IQX.transpose(1, 2).unflatten(2, (height, width)))
         seen_IQV = core.look(
             tables.terms.of(normalize(self.query_norm, pixel_IQX)),
@@ -227,7 +223,7 @@ class MapSynchronizer(nn.Module):
             core.checked_index(relative_index_IQK),
             values,
             tables.sampled_weights,
-            reference_1Q2,
+            tables.centres,
         )
         added_IQX = F.linear(seen_IQV.to(tables.weight.dtype), tables.weight, tables.bias)
         return added_IQX.transpose(1, 2).unflatten(2, (height, width))
@@ -244,8 +240,8 @@ class MapSynchronizer(nn.Module):
         """What is added where no image is visible, the same for each pixel: (1, X, 1, 1)."""
         return self.conv(self.synchronizer.nothing_seen()[None, :, None, None])
 
-    def _tables(self, values: ImageValues, height: int, width: int) -> FoldedMap | None:
-        core = self.synchronizer
+    def _tables(self, values: ImageValues, map_IXyx: Tensor) -> FoldedMap | None:
+        core, (height, width) = self.synchronizer, map_IXyx.shape[-2:]
         weights = core.weights_at_hand()
         parts = weights_at_hand((self.query_norm, self.feature_norm, self.conv), (nn.LayerNorm, nn.Conv2d))
         weights = None if weights is None or parts is None else [*weights, *parts, self.position_table]
@@ -257,9 +253,9 @@ class MapSynchronizer(nn.Module):
             assert self.conv.bias is not None
             weight, bias = fold_linear(core.output_projection, conv_XX, self.conv.bias)
             sampled = None if values.is_projected else core.sampled_weights(self.feature_norm)
-            return FoldedMap(terms, weight, bias, sampled)
+            return FoldedMap(terms, _pixel_centres(height, width, map_IXyx), weight, bias, sampled)
 
-        return folded_tables(self, (self, height, width), values, weights, fold)
+        return folded_tables(self, (self, height, width, map_IXyx.dtype), values, weights, fold)
 
 
 def _pixel_centres(height: int, width: int, like: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from mm_interleaved.errors import UsageError
+from mm_interleaved.models.compilation import compile_each
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.quantization import AS_THEY_ARE, check_installed
+from mm_interleaved.models.unet import unet_blocks
 from mm_interleaved.training.train_config import LoraConfig
 
 logger = logging.getLogger(__name__)
@@ -93,16 +95,9 @@ def checkpoint_activations(model: MMInterleavedForConditionalGeneration) -> None
 
 
 def compile_layers(model: MMInterleavedForConditionalGeneration, backend: str) -> None:
-    """Compiles the layers that are called many times, each kind once; names of weights stay."""
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
-        raise UsageError(f"compile_backend: expected one of {', '.join(known)}, found {backend!r}")
-    for layer in model.language_model.layers:
-        layer.compile(backend=backend)
-    if model.image_decoder is not None:
-        unet = model.image_decoder.unet
-        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-            block.compile(backend=backend)
+    """Compiles the layers that are called many times, see `compile_each`."""
+    painting = [] if model.image_decoder is None else unet_blocks(model.image_decoder.unet)
+    compile_each((*model.language_model.layers, *painting), backend)
 
 
 def _linear_layers(model: MMInterleavedForConditionalGeneration, part: str) -> Iterator[nn.Module]:
