@@ -16,6 +16,7 @@ from mm_interleaved.checkpoint.headers import tensor_headers
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.errors import ModelFileError
+from mm_interleaved.models.build import build_vision_tower
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
@@ -249,6 +250,27 @@ def test_missing_left_over_and_misshapen_tensors_are_named(damaged):
         r"1 missing tensors: image_start_embedding; 1 unexpected tensors: another\.name; "
         r"1 misshapen tensors: text_head\.new\.bias \(expected \(2,\), found \(3,\)\)",
     )
+
+
+def test_a_model_is_built_once_and_refused_before_a_weight_is_read(damaged, monkeypatch):
+    built = []
+
+    def build(config):
+        built.append(torch.empty(0).device.type)
+        return build_vision_tower(config)
+
+    monkeypatch.setattr("mm_interleaved.models.interleaved.build_vision_tower", build)
+    load_model(damaged)
+    assert built == ["meta"]
+    weights = load_file(damaged / "model.safetensors")
+    weights["another.name"] = weights.pop("image_start_embedding")
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+
+    def read(*arguments):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(MMInterleavedForConditionalGeneration, "_load_pretrained_model", read)
+    refused(damaged, "1 missing tensors: image_start_embedding")
 
 
 def test_a_vocabulary_of_another_size_is_named(damaged):

@@ -48,10 +48,14 @@ def load_model(
     config = read_model_config(folder)
     headers = tensor_headers(folder)
     found = {name: header.shape for name, header in headers.items()}
-    refuse_unfit(str(folder), model_shapes(config), found, allow_missing=allow_missing)
+
+    def check(model: torch.nn.Module) -> None:
+        # Between building and reading, so that the model is built once.
+        refuse_unfit(str(folder), _shapes_of(model), found, allow_missing=allow_missing)
+
     with model_file_errors(folder):
         model = MMInterleavedForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=dtype, device_map=device_map, **settings
+            folder, config=config, dtype=dtype, device_map=device_map, when_built=check, **settings
         )
     return model.eval()
 
@@ -85,6 +89,10 @@ def _model_shapes(config: str) -> dict[str, tuple[int, ...]]:
     # Building the modules takes seconds at full size, and a conversion asks for one model more than once.
     with model_file_errors("configuration"), torch.device("meta"):
         model = MMInterleavedForConditionalGeneration(MMInterleavedConfig.from_dict(json.loads(config)))
+    return _shapes_of(model)
+
+
+def _shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

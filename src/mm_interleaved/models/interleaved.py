@@ -8,6 +8,7 @@ Letters: B rows, T tokens, V vocabulary, D hidden channels, N images a row, I im
 order, K earlier images a painted image looks at, H and W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,10 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
 
     For documents in, documents out, see `InterleavedGenerator`. `forward` is the tensor level: with
     `labels`-like targets it returns losses, with a `PrefixCache` it is one step of transformers' `generate`.
+
+    Args:
+        when_built: is handed the model at the end of building it. `from_pretrained` passes it on, where
+            nothing has been read yet and weights are on no device.
     """
 
     config_class = MMInterleavedConfig
@@ -69,7 +74,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
     _no_split_modules = ["CLIPEncoderLayer", "MapSynchronizer", "BasicTransformerBlock", "ResnetBlock2D"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
-    def __init__(self, config: MMInterleavedConfig):
+    def __init__(self, config: MMInterleavedConfig, *, when_built: Callable[[nn.Module], None] | None = None):
         super().__init__(config)
         dim = config.text_config.hidden_size
         self.vision = build_vision_tower(config)
@@ -80,6 +85,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         self.image_decoder: Any = build_image_decoder(config)
         self.context_projection: Any = nn.Linear(dim, dim) if self.image_decoder is not None else None
         self.post_init()
+        if when_built is not None:
+            when_built(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
