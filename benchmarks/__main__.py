@@ -1,7 +1,7 @@
 """`python -m benchmarks NAME [--quick]`: run one part, `all` of them, or `plot` what was measured.
 
 Each part runs the textbook and our side in turns and compares their outputs first; the last line is one JSON
-object. Exits 1 where outputs differ.
+object. Exits 1 where outputs differ; measures nothing where the GPU that was asked for is not there.
 """
 
 import argparse
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         draw(options.output or RESULTS, options.pictures)
         return 0
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: nothing was measured", file=sys.stderr)
+        return 0
     torch.set_num_threads(options.threads)
     names = PARTS if options.name == "all" else (options.name,)
     begin = time.perf_counter()
@@ -73,6 +76,7 @@ def run_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
         patience=5.0 if options.quick else 10.0,
     )
     part = importlib.import_module(f"benchmarks.{name}")
+    begin = time.perf_counter()
     print(f"\n{name}: {part.__doc__.splitlines()[0]}", flush=True)
     cases = []
     for case in part.run(setting):
@@ -86,6 +90,7 @@ def run_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "quick": setting.quick,
         "dtype": str(setting.dtype).removeprefix("torch."),
         **machine_facts(device),
+        "part_seconds": time.perf_counter() - begin,
         "copy_gb_a_second": rate.bytes_a_second / 1e9,
         "product_gflop_a_second": rate.flops_a_second / 1e9,
         "cases": cases,

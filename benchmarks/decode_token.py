@@ -3,17 +3,22 @@
 The limit is the time to read all weights and all keys and values once, at the bandwidth of a large copy
 measured in the same run. Beside the growing cache stand the static one and, on a GPU, the static one in
 compiled code; then several documents of unequal length, one by one and in one pass.
+On a CPU the full size is one group of layers of the published language model: those between two that look
+into images, and one of these. What images add to it is what they add to the whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.cost import Cost, cached_cost
 from benchmarks.harness import Case, Run, Setting, compare
-from benchmarks.machine import rates
+from benchmarks.machine import Rates, rates
 from benchmarks.models import IMAGE_SIZE, random_model, writer_config
+from benchmarks.sizes import LANGUAGE, SynchronizerSize
 from benchmarks.textbook import textbook_layers
 from mm_interleaved.generation.batched import side_by_side
 from mm_interleaved.models.prefix_cache import PrefixCache
@@ -26,20 +31,18 @@ SHORTER = 7
 
 def run(setting: Setting) -> Iterator[Case]:
     images = (0, 8, 32)
+    published = {"hidden": 5120, "intermediate": 13824, "heads": 40, "value_dim": 1024, "vision_dim": 1024}
+    if not setting.is_gpu and not setting.quick:
+        config = writer_config(layers=4, **published)
+        model = random_model(config, setting.device, setting.dtype)
+        yield from group_cases(setting, model, LANGUAGE, 512, images)
+        return
     if setting.is_gpu:
-        config = writer_config(
-            hidden=5120, layers=40, intermediate=13824, heads=40, value_dim=1024, vision_dim=1024,
-            vocabulary=32002,
-        )  # fmt: skip
+        config = writer_config(layers=40, vocabulary=32002, **published)
         contexts = (512,) if setting.quick else (512, 2048)
-    elif setting.quick:
+    else:
         config = writer_config(hidden=1024, layers=8, intermediate=2752, heads=8, vision_dim=512)
         contexts = (128,)
-    else:
-        config = writer_config(
-            hidden=2048, layers=8, intermediate=5504, heads=16, value_dim=1024, vision_dim=1024
-        )
-        contexts = (512,)
     model = random_model(config, setting.device, setting.dtype)
     for context in contexts:
         yield from token_cases(setting, model, context, images, is_compiled=setting.is_gpu)
@@ -88,6 +91,83 @@ def token_cases(
 
 
 @torch.inference_mode()
+def group_cases(
+    setting: Setting, model: Any, size: SynchronizerSize, context: int, images: Sequence[int]
+) -> Iterator[Case]:
+    """What images add to a word, measured and counted; the textbook beside it in few turns, as it is slow.
+
+    Keys and values are drawn, not computed: reading a prompt would take longer than all else.
+
+    Args:
+        size: of its synchronizers, to count what they cost.
+        images: the first is none, 0.
+    """
+    ours = {count: stepper(model, context, count, fill=drawn_cache) for count in images}
+    # 1. The growth, in turns of one comparison; each side has outputs of its own.
+    also: dict[str, Run] = {_so_many(count): ours[count] for count in images[1:]}
+    together = compare(setting, {_so_many(0): ours[0]}, also=also)
+    rate = rates(setting.device, setting.dtype)
+    # 2. Each against the textbook.
+    brief = replace(setting, least=1, patience=0.0, seconds=0.0)
+    for count in images:
+        theirs = textbook_stepper(model, context, count, fill=drawn_cache) if count else ours[count]
+        result = compare(brief, {"textbook": theirs, "ours": ours[count]})
+        name = _so_many(count)
+        case = {"images": count, "context": context, **result.record("ours")}
+        if result.equal:
+            read = _bytes_a_token(model, context)
+            case |= {
+                "layers": model.config.text_config.num_hidden_layers,
+                "parameters": sum(each.numel() for each in model.language_model.layers.parameters()),
+                "seconds": {"textbook": result.median["textbook"], "ours": together.median[name]},
+                "growth_from_no_image": _growth(together.median, name),
+                "growth_of_minima": _growth(together.least, name),
+                "growth_counted": counted_growth(model, size, context, count, rate),
+                "growth_runs": together.runs,
+                "bytes": {"ours": read},
+                "share_of_limit": read / rate.bytes_a_second / together.median[name],
+            }
+        yield case
+
+
+def counted_growth(
+    model: Any, size: SynchronizerSize, context: int, images: int, rate: Rates
+) -> dict[str, float]:
+    """What images add to the operations and to the bytes of a word, as shares, and to its least time.
+
+    Without an image, a layer that looks into images adds its constant: one matrix, read and multiplied.
+    """
+    if not images:
+        return {"flops": 0.0, "bytes": 0.0, "least_time": 0.0}
+    text, width = model.config.text_config, model.dtype.itemsize
+    groups = len(model.language_model.synchronized_layers)
+    parts = (*model.language_model.layers.named_parameters(), *model.text_head.named_parameters())
+    stock = sum(each.numel() for name, each in parts if "synchronizer" not in name)
+    constant = groups * size.value_dim * size.query_dim
+    cached = 2 * text.num_hidden_layers * text.hidden_size * context
+    none = Cost(2.0 * (stock + constant + cached), width * (stock + constant + cached))
+    looking = cached_cost(size, 1, images, 1, width)
+    some = Cost(
+        none.flops + groups * looking.flops - 2.0 * constant,
+        none.bytes + groups * looking.bytes - width * constant,
+    )
+    least = [cost.seconds(rate.flops_a_second, rate.bytes_a_second) for cost in (some, none)]
+    return {
+        "flops": some.flops / none.flops - 1,
+        "bytes": some.bytes / none.bytes - 1,
+        "least_time": least[0] / least[1] - 1,
+    }
+
+
+def _growth(seconds: dict[str, float], name: str) -> float:
+    return seconds[name] / seconds[_so_many(0)] - 1
+
+
+def _so_many(images: int) -> str:
+    return f"ours, {images} images"
+
+
+@torch.inference_mode()
 def batch_case(setting: Setting, model: Any, context: int, images: int) -> Case:
     """A word of each of several documents, all with pictures and of unequal length."""
     lengths = [context - SHORTER * row for row in range(ROWS)]
@@ -127,15 +207,22 @@ def compiled(setting: Setting, model: Any) -> Run:
 
 
 def stepper(
-    model: Any, context: int, images: int, *, room: int | None = None, forward: Run | None = None
+    model: Any,
+    context: int,
+    images: int,
+    *,
+    room: int | None = None,
+    forward: Run | None = None,
+    fill: Callable[..., PrefixCache] | None = None,
 ) -> Run:
     """One more token behind a cache; the cache is as before afterwards.
 
     Args:
         room: of a static cache.
         forward: the model's own where not given.
+        fill: makes the cache, `filled_cache` where not given.
     """
-    cache = filled_cache(model, context, images, room)
+    cache = (fill or filled_cache)(model, context, images, room)
     token = _normal(model, 1, 1, model.config.text_config.hidden_size)
     forward = forward or model.__call__
     # What compiled code takes from the pass before it.
@@ -152,10 +239,12 @@ def stepper(
     return step
 
 
-def textbook_stepper(model: Any, context: int, images: int) -> Run:
+def textbook_stepper(
+    model: Any, context: int, images: int, *, fill: Callable[..., PrefixCache] | None = None
+) -> Run:
     """The same, with layers that look into images as the textbook does."""
     with textbook_layers(model.language_model):
-        step = stepper(model, context, images)
+        step = stepper(model, context, images, fill=fill)
 
     def textbook_step() -> Tensor:
         with textbook_layers(model.language_model):
@@ -166,6 +255,29 @@ def textbook_stepper(model: Any, context: int, images: int) -> Run:
 
 def filled_cache(model: Any, context: int, images: int, room: int | None = None) -> PrefixCache:
     """Of random tokens, with images that began evenly among them; static with room for so many."""
+    cache = _cache_of_images(model, context, images, room)
+    # Written in pieces: the textbook repeats every query for each image.
+    for first in range(0, context, 64):
+        piece = _normal(model, 1, min(64, context - first), model.config.text_config.hidden_size, seed=first)
+        model(inputs_embeds=piece, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def drawn_cache(model: Any, context: int, images: int, room: int | None = None) -> PrefixCache:
+    """The same with random keys and values, which costs no pass."""
+    cache, text = _cache_of_images(model, context, images, room), model.config.text_config
+    head_dim = text.hidden_size // text.num_attention_heads
+    for index in range(text.num_hidden_layers):
+        keys, values = (
+            _normal(model, 1, text.num_key_value_heads, context, head_dim, seed=2 * index + part)
+            for part in range(2)
+        )
+        cache.update(keys, values, index)
+    cache.append_hidden(_normal(model, 1, context, text.hidden_size))
+    return cache
+
+
+def _cache_of_images(model: Any, context: int, images: int, room: int | None) -> PrefixCache:
     cache = PrefixCache(model.config.text_config, device=model.device, max_cache_len=room)
     if images:
         generator = torch.Generator().manual_seed(images)
@@ -173,10 +285,6 @@ def filled_cache(model: Any, context: int, images: int, room: int | None = None)
         start = torch.arange(images, device=model.device)[None] * context // images
         features = model.encode_images(pixels.to(model.device, model.dtype))
         cache.append_images(start, model.values_by_row(features.pyramid, start))
-    # Written in pieces: the textbook repeats every query for each image.
-    for first in range(0, context, 64):
-        piece = _normal(model, 1, min(64, context - first), model.config.text_config.hidden_size, seed=first)
-        model(inputs_embeds=piece, past_key_values=cache, logits_to_keep=1)
     return cache
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
+from transformers import initialization as init
 
 from benchmarks.sizes import UNET_LEVELS, SynchronizerSize, feature_synchronizer, fill_parameters
 from mm_interleaved.config import AdapterConfig, MMInterleavedConfig, ResamplerConfig, SynchronizerConfig
@@ -76,7 +77,8 @@ def random_model(
     former = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
+        # Drawn below, and not twice before that: at published sizes that alone would take a minute.
+        with init.no_init_weights(), torch.device(device):
             model = MMInterleavedForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(former)

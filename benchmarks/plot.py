@@ -83,7 +83,9 @@ def _token(axes: Any, result: Result) -> None:
     axes.set_yscale("log")
     axes.set_xlim(-1, images[-1] * 1.2)
     axes.set_xticks(images)
-    _titles(axes, result, f"A word of a whole model, context {context}", "images in the document", "ms")
+    layers = cases[0].get("layers")
+    what = "a whole model" if layers is None else f"{layers} layers of the published size"
+    _titles(axes, result, f"A word of {what}, context {context}", "images in the document", "ms")
 
 
 def _prefill(axes: Any, result: Result) -> None:

@@ -23,9 +23,11 @@ from benchmarks import (
 from benchmarks.__main__ import PARTS, main
 from benchmarks.cost import cached_cost, sampling_flops, textbook_cost
 from benchmarks.harness import Setting, compare, exact_first, peak_bytes, saved_for_backward
+from benchmarks.machine import Rates
 from benchmarks.models import random_model, random_painter, writer_config
 from benchmarks.plot import DRAWN, draw
 from benchmarks.sizes import (
+    LANGUAGE,
     SynchronizerSize,
     feature_synchronizer,
     gated_synchronizer,
@@ -34,6 +36,7 @@ from benchmarks.sizes import (
 )
 from benchmarks.textbook import TextbookGate, TextbookMap, textbook_between, textbook_layers
 from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.unet import MapSynchronizer
 from mm_interleaved.visibility import relative_image_index
 from tiny import tiny_model
@@ -215,6 +218,13 @@ def test_the_last_line_is_one_json_object_and_differences_fail(monkeypatch, caps
     assert ("OUTPUTS DIFFER" in out.out) == ("outputs differ" in out.err) == (not equal)
 
 
+def test_without_a_gpu_its_suite_measures_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.__main__.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("benchmarks.__main__.run_part", lambda name, options: pytest.fail("it runs"))
+    assert main(["all", "--device", "cuda"]) == 0
+    assert "no GPU here: nothing was measured" in capsys.readouterr().err
+
+
 def test_when_time_is_short_the_rest_is_quick(monkeypatch):
     sizes = []
     monkeypatch.setattr("benchmarks.__main__.torch.set_num_threads", lambda threads: None)
@@ -316,6 +326,44 @@ def test_a_word_of_a_whole_model_is_the_same_with_textbook_layers(setting, write
     assert [case["equal"] for case in cases] == [True, True]
     assert cases[1]["growth_from_no_image"].keys() == {"textbook", "ours"}
     assert cases[1]["ratios"].keys() == {"textbook", "ours", "static"}
+
+
+def test_the_growth_of_a_group_of_layers_is_measured_and_counted(setting, writer):
+    size = replace(
+        LANGUAGE, query_dim=32, feature_dim=16, value_dim=16, num_heads=8,
+    )  # fmt: skip
+    cases = list(decode_token.group_cases(setting, writer, size, 40, (0, 2, 8)))
+    assert [(case["images"], case["equal"]) for case in cases] == [(0, True), (2, True), (8, True)]
+    assert all(case["seconds"].keys() == {"textbook", "ours"} for case in cases)
+    assert cases[0]["growth_from_no_image"] == 0 and cases[0]["growth_counted"]["bytes"] == 0
+    few, many = (case["growth_counted"] for case in cases[1:])
+    assert 0 < few["bytes"] < many["bytes"] and 0 < few["flops"] < many["flops"]
+    # Six images more cost six times what sampling one costs, and nothing else.
+    text_bytes = writer.dtype.itemsize * sum(
+        each.numel()
+        for name, each in (
+            *writer.language_model.layers.named_parameters(),
+            *writer.text_head.named_parameters(),
+        )
+        if "synchronizer" not in name
+    )
+    more = [cached_cost(size, 1, images, 1, writer.dtype.itemsize).bytes for images in (2, 8)]
+    assert (many["bytes"] - few["bytes"]) * text_bytes < more[1] - more[0]
+
+
+def test_published_sizes_are_counted_as_the_goal_wants():
+    # Of the released model: a group of four layers, one of which looks into images; nothing is allocated.
+    config = writer_config(
+        hidden=5120, layers=4, intermediate=13824, heads=40, value_dim=1024, vision_dim=1024
+    )
+    with torch.device("meta"):
+        model = MMInterleavedForConditionalGeneration(config)
+    assert model.language_model.synchronized_layers == (0,)
+    synchronizer = model.language_model.layers[0].synchronizer.synchronizer
+    assert synchronizer.query_projection.weight.shape == (LANGUAGE.query_dim, LANGUAGE.query_dim)
+    assert synchronizer.value_projection.weight.shape == (LANGUAGE.value_dim, LANGUAGE.feature_dim)
+    counted = decode_token.counted_growth(model, LANGUAGE, 512, 32, Rates(1e10, 1e11))
+    assert 0 < counted["flops"] < 0.015 and 0 < counted["bytes"] < 0.015
 
 
 def test_a_word_of_several_documents_at_once_is_the_same(setting, writer):
