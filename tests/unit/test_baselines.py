@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from mm_interleaved.cli import evaluate
 from mm_interleaved.cli.main import run
 from mm_interleaved.document import Image, Text
 from mm_interleaved.evaluation import baselines
+from mm_interleaved.evaluation.tasks import TASKS as KNOWN_TASKS
 from mm_interleaved.storyworld.exports import write_storyworld
-from mm_interleaved.storyworld.tasks import TASKS, document
+from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,10 +79,31 @@ def test_a_constant_is_the_same_whatever_is_asked():
 
 
 def test_candidates_are_all_ranked():
+    asked = question("dialogue", 2)
     for predictor in ("constant", "text-only", "nearest"):
-        asked = question("dialogue", 2)
         _, ranking = baselines.PREDICTORS[predictor](asked)
-        assert ranking is None or sorted(ranking) == list(range(len(asked.meta["candidates"])))
+        assert sorted(ranking) == list(range(len(asked.meta["candidates"]))), predictor
+
+
+def test_training_documents_without_a_picture_are_near_none(monkeypatch):
+    """The nearest is the nearest of those that have a picture, wherever the others stand among them."""
+    asked = question("caption")
+    seen = part_pixels(asked.images[-1])
+    pictures = [None, 255 - seen, None, seen, None]
+    members = [
+        baselines.Example("caption", index, "the same words", "the same words", picture)
+        for index, picture in enumerate(pictures)
+    ]
+    for kept, nearest in ((members, 3), (members[::2], 0)):
+        monkeypatch.setattr(baselines, "_examples", lambda task, layout: None)
+        monkeypatch.setattr(baselines, "_alike", lambda asked, examples, kept=kept: (kept, True))
+        [answer], _ = baselines.nearest(asked)
+        assert answer.text == document("train", 1, nearest, "caption").target[0].text
+
+
+def test_the_help_names_the_tasks_and_predictors_that_there_are():
+    assert tuple(KNOWN_TASKS) == evaluate.TASK_NAMES
+    assert tuple(baselines.PREDICTORS) == evaluate.PREDICTOR_NAMES
 
 
 def test_copying_gives_what_was_given_last():

@@ -6,11 +6,16 @@ import json
 from dataclasses import replace
 
 import pytest
+from echo_generator import EchoGenerator
 
 from mm_interleaved.document import Document, Text
 from mm_interleaved.errors import InputError, TooLongError
-from mm_interleaved.evaluation.runner import _ranking
+from mm_interleaved.evaluation import runner
+from mm_interleaved.evaluation.runner import _ranking, evaluate_model
 from mm_interleaved.evaluation.tasks import TASKS
+from mm_interleaved.generation_run import ModelChoice, RunRequest
+from mm_interleaved.model_source import AS_IT_IS, Acceleration
+from mm_interleaved.storage import make_folder
 from mm_interleaved.storyworld.exports import write_storyworld
 
 
@@ -74,6 +79,33 @@ def test_candidates_that_do_not_fit_count_as_wrong_and_stop_nothing(caplog):
     document = Document(id="d", parts=(Text("x"),), meta={"candidates": ["a"]})
     assert _ranking(Full(), document) == []
     assert "99 tokens" in caplog.text and "'d'" in caplog.text
+
+
+def test_a_model_that_answers_and_ranks_is_loaded_once(lines, tmp_path, monkeypatch):
+    """The ranking comes from the very model that answered, in few bits too."""
+    loaded = []
+
+    class Ranking(EchoGenerator):
+        def score_options(self, document, options):
+            return list(range(len(options)))
+
+    def load(folder, *, device, dtype, acceleration=AS_IT_IS):
+        loaded.append(acceleration)
+        return Ranking()
+
+    monkeypatch.setattr(runner, "load_generator", load)
+    model = tmp_path / "model"
+    make_folder(model)
+    (model / "config.json").write_text(json.dumps({"model_type": "mm_interleaved"}))
+    data = lines[0] / "dialogue.jsonl"
+    data.write_text(json.dumps(lines[1]["dialogue"]) + "\n")
+    chosen = ModelChoice(name=str(model), device="cpu", acceleration=Acceleration(channels_last=True))
+    request = RunRequest(documents=(), output=tmp_path / "out", model=chosen)
+    evaluate_model(TASKS["storyworld"], data, request, lambda document, event: None)
+    assert loaded == [chosen.acceleration]
+    [prediction] = map(json.loads, (tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
+    count = len(lines[1]["dialogue"]["meta"]["candidates"])
+    assert prediction["meta"]["ranking"] == list(range(count))[::-1]
 
 
 def test_documents_with_held_out_looks_are_scored_once_more(lines):

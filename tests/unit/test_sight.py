@@ -1,5 +1,6 @@
 """What sight shows is where the synchronizers sample, and all of it."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.sight import (
     Samples,
     by_head,
@@ -17,10 +19,11 @@ from mm_interleaved.evaluation.sight import (
     samples_of_token,
     weight_in,
 )
-from mm_interleaved.evaluation.sight_page import Seen, badge_box, numbers_of, sheet
+from mm_interleaved.evaluation.sight_page import Seen, numbers_of, shares_of, sheet, show_sight
+from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.ops.reference import sample_reference
-from mm_interleaved.storyworld.renderer import render_scene, scene_at
-from tiny import tiny_model
+from mm_interleaved.storyworld.renderer import badge_box, render_scene, scene_at
+from tiny import tiny_config, tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +158,7 @@ def test_a_place_smaller_than_a_cell_is_the_cell_at_its_centre():
 def test_the_frame_lies_on_the_badge_and_heat_where_it_was_looked():
     scene = scene_at("test", 3, 0)
     figure, image = scene.figures[0], PILImage.fromarray(render_scene(scene))
-    left, top, right, bottom = badge_box(figure)
+    left, top, right, bottom = shares_of(badge_box(figure))
     centre = torch.tensor([[(left + right) / 2, (top + bottom) / 2]])
     seen = Seen(image, "picture 1", Samples(centre, torch.tensor([0.5]), torch.tensor([1 / 32])), figure)
     numbers = numbers_of(seen)
@@ -177,3 +180,49 @@ def test_the_frame_lies_on_the_badge_and_heat_where_it_was_looked():
     # The caption under the picture tells another share, so it differs too.
     in_picture = y < plain.shape[0] - 34
     assert abs(x[in_picture].mean() - 8 - float(centre[0, 0]) * 320) < 8
+
+
+def storyteller(**changes):
+    """A generator for whole stories, which are long in bytes; two denoising steps, a few words."""
+    text_config = tiny_config().text_config.to_dict() | {"max_position_embeddings": 2048}
+    model = tiny_model(text_config=text_config, **changes)
+    model.config.generation_settings = {"num_inference_steps": 2, "max_new_tokens": 4}
+    return InterleavedGenerator(model, tiny_processor(model.config))
+
+
+def test_sight_of_a_story_is_pictures_and_their_numbers(tmp_path):
+    numbers = show_sight(storyteller(), 0, 0, tmp_path / "sight")
+    assert numbers == json.loads((tmp_path / "sight" / "sight.json").read_text())
+    word, badge = numbers["word"], numbers["badge"]
+    assert word["question"] == f"What is on the badge of the {numbers['hero']}?"
+    assert word["truth"] == badge["truth"]
+    [shares] = word["images"]
+    assert 0 < shares["on_badge"] < shares["on_hero"] < shares["on_image"] <= 1
+    # Two layers of two heads each looked.
+    assert sorted(word["heads"]) == [f"layer {index}, head {head}" for index in (0, 2) for head in (0, 1)]
+    mean = sum(head["on_image"] for head in word["heads"].values()) / len(word["heads"])
+    assert shares["on_image"] == pytest.approx(mean, abs=1e-3)
+    # The painter sees one earlier picture, or all of them: the hero stood in at least one.
+    assert any("on_badge" in shares for shares in badge["images"])
+    assert sum(shares["on_image"] for shares in badge["images"]) <= 1.001
+    for name, height in (("word.png", 5 * 64 + 2 * 34), ("badge.png", 5 * 64 + 2 * 34)):
+        image = PILImage.open(tmp_path / "sight" / name)
+        assert image.height == height and len(image.getcolors(1 << 20)) > 50
+    assert PILImage.open(tmp_path / "sight" / "word.png").width == 3 * (320 + 8) + 8
+
+
+def test_sight_needs_a_model_that_looks(tmp_path):
+    with pytest.raises(UsageError, match="needs a model with synchronizers"):
+        show_sight(storyteller(text_synchronizer=None), 0, 0, tmp_path / "sight")
+    assert not (tmp_path / "sight").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sight_of_a_model_on_a_gpu_is_the_same(tmp_path):
+    generator = storyteller()
+    expected = show_sight(generator, 0, 0, tmp_path / "cpu")["word"]["images"]
+    generator.model.cuda()
+    assert show_sight(generator, 0, 0, tmp_path / "gpu")["word"]["images"][0] == pytest.approx(
+        expected[0], abs=1e-3
+    )

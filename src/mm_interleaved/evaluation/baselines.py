@@ -103,17 +103,15 @@ def nearest(question: Document) -> Answer:
     examples = _examples(question.meta["task"], question.layout)
     alike, is_same = _alike(question, examples)
     picture = _newest_picture(question)
-    if picture is None:
+    seen = [(example, example.picture) for example in alike if example.picture is not None]
+    if picture is None or not seen:
         return alike[0].target, _ranking(question, alike[:1])
     if not is_same:
-        alike = alike[:_NEAREST_BY_WORDS]
+        seen = seen[:_NEAREST_BY_WORDS]
     difference_E = [
-        float(np.square(example.picture.astype(np.float32) - picture.astype(np.float32)).mean())
-        for example in alike
-        if example.picture is not None
+        float(np.square(theirs.astype(np.float32) - picture.astype(np.float32)).mean()) for _, theirs in seen
     ]
-    order = np.argsort(difference_E, kind="stable")
-    by_distance = [alike[index] for index in order]
+    by_distance = [seen[index][0] for index in np.argsort(difference_E, kind="stable")]
     return by_distance[0].target, _ranking(question, by_distance, is_ordered=True)
 
 

@@ -11,7 +11,7 @@ from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.images import to_png
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.storyworld.renderer import sheet_of
-from mm_interleaved.storyworld.scores import answer_parts, score
+from mm_interleaved.storyworld.scores import answer_parts, first_image, score
 from mm_interleaved.storyworld.tasks import document, part_pixels
 
 _SCALE = 2
@@ -38,7 +38,8 @@ def show_gallery(
     for index in range(count):
         gold.append(document("test", seed, index, "draw"))
         painted.append(generator.generate(gold[-1], seed=index))
-        [image] = answer_parts(painted[-1])
+        image = first_image(answer_parts(painted[-1]))
+        assert image is not None, "a layout of one picture gives one"
         pixels.append(part_pixels(image))
         on_painted(painted[-1])
     make_folder(path.parent)

@@ -66,7 +66,13 @@ def evaluate_model(
     for prediction in predictions:
         if prediction["id"] in asked and "error" not in prediction:
             model = request.model
-            generator = load(find_model(model.name), device=model.device, dtype=model.dtype)
+            # Named as `run_documents` names them: it is the model that has just answered, not a second one.
+            generator = load(
+                find_model(model.name),
+                device=model.device,
+                dtype=model.dtype,
+                acceleration=model.acceleration,
+            )
             prediction["meta"] = {"ranking": _ranking(generator, asked[prediction["id"]])}
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     write_file(out / "predictions.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))

@@ -88,7 +88,9 @@ def _synchronizers(model: MMInterleavedForConditionalGeneration) -> Iterator[tup
 @torch.no_grad()
 def _look(place: str, called: Any, queries: Tensor, values: ImageValues, relative_index: Tensor) -> Look:
     map_size = (int(queries.shape[2]), int(queries.shape[3])) if queries.ndim == 4 else None
-    return Look(place, called.plan(queries, relative_index), values.level_sizes, map_size)
+    # On the CPU: what is drawn of it is little, and a GPU has better to do than to keep it.
+    plan = SamplingPlan(*(part.cpu() for part in called.plan(queries, relative_index)))
+    return Look(place, plan, values.level_sizes, map_size)
 
 
 def by_head(look: Look) -> list[Look]:

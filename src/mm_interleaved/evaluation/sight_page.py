@@ -34,9 +34,8 @@ from mm_interleaved.evaluation.sight import (
 from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.images import to_png
 from mm_interleaved.storage import make_folder, write_file
-from mm_interleaved.storyworld import sprites
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
-from mm_interleaved.storyworld.renderer import POSITION_X, figure_box
+from mm_interleaved.storyworld.renderer import badge_box, figure_box
 from mm_interleaved.storyworld.tasks import document, picture
 from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
 
@@ -153,7 +152,8 @@ def _look_while_painting(
     with record_looks(generator.model) as looks:
         painted = generator.generate(story, layout="I")
     new = next(part for part in reversed(painted.parts) if isinstance(part, Image)).load()
-    samples = samples_of_place(looks, badge_box(hero), MIN_MAP_SIZE)
+    place = shares_of(badge_box(hero))
+    samples = samples_of_place(looks, place, MIN_MAP_SIZE)
     if not samples:
         raise UsageError("sight needs a U-Net with synchronizers")
     # The painter sees the newest so many of the earlier images.
@@ -165,30 +165,22 @@ def _look_while_painting(
         )
     ]
     title = f"the badge of the {hero.character.species} (truth: {hero.character.badge})"
-    write_file(path, to_png(sheet(seen, title, new=new, place=badge_box(hero))))
+    write_file(path, to_png(sheet(seen, title, new=new, place=place)))
     return {"truth": hero.character.badge, "images": [numbers_of(one) for one in seen]}
 
 
-def badge_box(figure: Figure) -> Box:
-    """Where a figure wears its badge, as shares of the picture."""
-    left = POSITION_X[figure.position] - sprites.FIGURE_CENTRE + sprites.GLYPH_LEFT
-    top = sprites.GLYPH_TOP + sprites.LIFT[figure.action]
-    box = (left, top, left + sprites.GLYPH_COLUMNS, top + sprites.GLYPH_ROWS)
-    return _shares(box)
-
-
-def _shares(box: tuple[int, int, int, int]) -> Box:
-    left, top, right, bottom = (edge / PICTURE_SIZE for edge in box)
-    return left, top, right, bottom
+def shares_of(box: tuple[int, int, int, int]) -> Box:
+    """A box of pixels, all included, as shares of the picture."""
+    left, top, right, bottom = box
+    return left / PICTURE_SIZE, top / PICTURE_SIZE, (right + 1) / PICTURE_SIZE, (bottom + 1) / PICTURE_SIZE
 
 
 def numbers_of(seen: Seen) -> Mapping[str, float]:
     """Shares of all that was looked at, and of the image's area."""
     numbers = {"on_image": float(seen.samples.weight.sum())}
     if seen.figure is not None:
-        left, top, right, bottom = figure_box(seen.figure)
-        boxes = {"hero": _shares((left, top, right + 1, bottom + 1)), "badge": badge_box(seen.figure)}
-        for name, box in boxes.items():
+        boxes = {"hero": figure_box(seen.figure), "badge": badge_box(seen.figure)}
+        for name, box in ((name, shares_of(box)) for name, box in boxes.items()):
             numbers[f"on_{name}"] = weight_in(seen.samples, box, PICTURE_SIZE)
             numbers[f"area_of_{name}"] = (box[2] - box[0]) * (box[3] - box[1])
     return {name: round(value, 4) for name, value in numbers.items()}
@@ -210,7 +202,7 @@ def sheet(
         left = _GAP + number * (side + _GAP)
         canvas.paste(overlay(one.image, one.samples, peak), (left, _STRIP))
         if one.figure is not None:
-            _frame(draw, badge_box(one.figure), left)
+            _frame(draw, shares_of(badge_box(one.figure)), left)
         caption = f"{one.title}: {float(one.samples.weight.sum()):.0%} of the weight"
         draw.text((left, _STRIP + side + 6), caption, fill=_INK, font=font)
     if new is not None:

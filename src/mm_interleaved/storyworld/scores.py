@@ -170,13 +170,14 @@ def box_iou(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) ->
     return width * height / union if union else 0.0
 
 
-def _first_image(answer: Sequence[Part]) -> Image | None:
+def first_image(answer: Sequence[Part]) -> Image | None:
+    """The first picture of an answer; None where it has none."""
     return next((part for part in answer if isinstance(part, Image)), None)
 
 
 def _drawing(metric: str) -> Callable[..., None]:
     def score_picture(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
-        image = _first_image(answer)
+        image = first_image(answer)
         value = (
             0.0
             if image is None
@@ -189,7 +190,7 @@ def _drawing(metric: str) -> Callable[..., None]:
 
 def _segmentation(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
     """The oracle is the segmenter: the map of what it reads is compared with the map that was given."""
-    image = _first_image(answer)
+    image = first_image(answer)
     if image is None:
         _add(found, "segmentation.miou", 0.0)
         return
