@@ -105,7 +105,9 @@ def group_cases(
     ours = {count: stepper(model, context, count, fill=drawn_cache) for count in images}
     # 1. The growth, in turns of one comparison; each side has outputs of its own.
     also: dict[str, Run] = {_so_many(count): ours[count] for count in images[1:]}
-    together = compare(setting, {_so_many(0): ours[0]}, also=also)
+    # A hundredth is looked for: turns enough, also where they are slow.
+    patient = replace(setting, patience=3 * setting.patience)
+    together = compare(patient, {_so_many(0): ours[0]}, also=also)
     rate = rates(setting.device, setting.dtype)
     # 2. Each against the textbook.
     brief = replace(setting, least=1, patience=0.0, seconds=0.0)
