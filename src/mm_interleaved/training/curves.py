@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mm_interleaved.errors import StorageError
+from mm_interleaved.storage import write_file
 from mm_interleaved.training.metrics import LOG_NAME, read_log
 
 PAGE_NAME = "curves.html"
@@ -55,12 +55,7 @@ def write_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) ->
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Curves</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error})") from error
+    write_file(path, page.encode())
 
 
 def _figures(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -16,12 +16,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved.errors import StorageError, UsageError
+from mm_interleaved.storage import write_file
 
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "log.jsonl"
-# Dense bfloat16 products a second, by a word in the device's name; from the makers' data sheets.
-_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "V100": 125e12}
+# Dense bfloat16 products a second (of a V100, which has none, float16) by a word in the device's name, the
+# first that is found in it; from the makers' data sheets.
+_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "V100": 125e12}
 
 
 class LogWriter(Protocol):
@@ -84,12 +86,7 @@ class LinesFile:
         if not self.path.exists():
             return
         kept = [line for line in read_log(self.path) if line.get("step", 0) <= step]
-        temporary = self.path.with_name(f".tmp-{self.path.name}")
-        try:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            temporary.replace(self.path)
-        except OSError as error:
-            raise StorageError(f"{self.path}: cannot be written ({error})") from error
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: Mapping[str, Any]) -> None:
         try:
