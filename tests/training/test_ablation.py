@@ -1,16 +1,11 @@
-"""Twins differ in what they are meant to differ in; what they score is counted right."""
+"""Twins differ in what they are meant to differ in, and their cost is counted."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.ablation import ablation_documents, badges_kept, badges_told
-from mm_interleaved.evaluation.ablation_page import page_text
-from mm_interleaved.evaluation.scaling import envelope, fit_law, law_loss
-from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.recipes.ablation import chosen_twins, with_cost
 from mm_interleaved.recipes.ablation_twins import (
     ALL_LEVELS,
@@ -25,7 +20,7 @@ from mm_interleaved.recipes.ablation_twins import (
     arm_with,
     build_twin,
 )
-from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION, SceneCode, painting_labels
+from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.slot_side import SlotSideStage
 from mm_interleaved.training.vision_side import SlotReader
@@ -101,56 +96,6 @@ def test_slots_are_asked_for_badges_and_the_pyramid_stays(model):
         assert coarse.compute_losses(coarse.make_batch(0)).named["badge"] == 0
     learned = {name.split(".")[0] for name, p in model.vision.named_parameters() if p.grad is not None}
     assert learned == {"token_projection", "token_norm", "position_norm", "resampler", "slot_projection"}
-
-
-def test_the_truth_keeps_all_badges_and_what_was_given_keeps_fewer():
-    gold = [truth for truth in ablation_documents(60) if truth.meta["task"] != "vqa"]
-    truth = [replace(document, parts=document.target, target=()) for document in gold]
-    kept = badges_kept(truth, gold)
-    assert kept == {"edit.drawn_badge": 1.0, "story_last.drawn_badge": 1.0}
-    repeated = [replace(document, parts=document.images[-1:], target=()) for document in gold]
-    assert badges_kept(repeated, gold)["story_last.drawn_badge"] < 0.8
-    assert badges_kept([], gold) == {"edit.drawn_badge": 0.0, "story_last.drawn_badge": 0.0}
-
-
-def test_badges_told_are_read_off_the_conditioning(model, processor, monkeypatch):
-    gold = [truth for truth in ablation_documents(20) if truth.meta["task"] == "edit"]
-    generator = InterleavedGenerator(model, processor)
-    assert set(badges_told(generator, gold)) == {"edit.told_badge"}
-    # A language model that hands on the truth tells every badge.
-    code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
-    pending = [painting_labels([replace(truth, parts=(*truth.parts, *truth.target))])[-1:] for truth in gold]
-    told = iter([code.encode(labels) for labels in pending])
-    monkeypatch.setattr(type(model), "condition", lambda self, hidden, row, start, end: (next(told), None))
-    assert badges_told(generator, gold) == {"edit.told_badge": 1.0}
-
-
-def test_the_page_says_whether_predictions_hold():
-    def result(arm, slots, seed, value):
-        scores = {"vqa.fine_detail": value, "edit.drawn_badge": value}
-        return {"twin": f"{arm}-{seed}", "arm": arm, "slots": slots, "seed": seed, "documents": 40,
-                "scores": scores, "cost": {}}  # fmt: skip
-
-    page = page_text([
-        result("both", 4, 1, 0.8), result("both", 4, 2, 0.6), result("neither", 4, 1, 0.6),
-        result("neither 16 slots", 16, 1, 0.4),
-    ])  # fmt: skip
-    assert "| both | 4 | 2 |  | 0.700 ± 0.141 |" in page
-    assert "fine detail: 4 slots with synchronizers against 16 without: +0.300" in page
-    assert (
-        "4 slots with synchronizers against 4 without: +0.100 (predicted: at least +0.20; does not hold)"
-        in page
-    )
-
-
-def test_a_power_law_is_found_again():
-    curve = [(compute, 3.0 * compute**-0.1) for compute in (1e12, 1e13, 1e14, 1e15)]
-    worse = [(compute, loss * 1.5) for compute, loss in curve]
-    best = envelope([curve, worse])
-    law = fit_law(best)
-    assert law == pytest.approx({"factor": 3.0, "exponent": 0.1})
-    assert law_loss(law, 1e16) == pytest.approx(3.0 * 1e16**-0.1)
-    assert fit_law(best[:2]) is None
 
 
 def test_cost_adds_up_over_interruptions(tmp_path):

@@ -37,7 +37,7 @@ def ablation(
 
     Run again, it goes on where it was stopped; `--set twins=both-1,neither-1` does some of them alone.
     """
-    from mm_interleaved.evaluation.ablation import score_twins
+    from mm_interleaved.evaluation.ablation import check_documents, score_twins
     from mm_interleaved.evaluation.ablation_page import write_page
     from mm_interleaved.recipes.ablation import AblationConfig, chosen_twins
     from mm_interleaved.training.run import SETTINGS_NAME, run_recipe
@@ -45,6 +45,7 @@ def ablation(
 
     names = override(AblationConfig(), assignments or ()).twins
     wanted = chosen_twins(names)
+    check_documents(run, documents)
     # A run that is resumed keeps its settings; which twins are wanted is told anew each time.
     overrides = [*(assignments or ()), f"twins={','.join(names)}"]
     is_begun = (run / SETTINGS_NAME).exists()
@@ -66,15 +67,11 @@ def scaling(
 ):
     """Train three sizes of the same reader, and draw what more compute should give."""
     from mm_interleaved.evaluation.scaling import write_scaling
-    from mm_interleaved.recipes.scaling import ScalingConfig
     from mm_interleaved.training.run import SETTINGS_NAME, run_recipe
-    from mm_interleaved.training.settings import override
 
-    config = override(ScalingConfig(), assignments or ())
-    run_recipe(
-        "scaling", assignments or (), resume=(run / SETTINGS_NAME).exists(), out=run, show_progress=True
-    )
-    results = write_scaling(run, config.widths, config.seed, docs)
+    is_begun = (run / SETTINGS_NAME).exists()
+    run_recipe("scaling", assignments or (), resume=is_begun, out=run, show_progress=True)
+    results = write_scaling(run, docs)
     if results["law"]:
         law = results["law"]
         say(f"loss = {law['factor']:.3g} * FLOPs ** -{law['exponent']:.3f}")
@@ -94,24 +91,16 @@ def curves(
     ] = True,
 ):
     """Draw how the shipped model learned, and count the multiplications that it took."""
-    from mm_interleaved.evaluation.learning_curves import by_stage, flops_a_step, plot_curves, steps_of
-    from mm_interleaved.model_source import find_model
+    from mm_interleaved.evaluation.learning_curves import costs_of, flops_a_step, read_stages, write_curves
     from mm_interleaved.recipes.storyworld import StoryWorldConfig
-    from mm_interleaved.training.metrics import read_log
 
-    paths = logs or [find_model("storyworld") / "training_log.jsonl"]
-    lines = [line for path in paths for line in read_log(path)]
-    plot = docs / "images" / "learning_curves.png"
-    plot.parent.mkdir(parents=True, exist_ok=True)
-    plot_curves(lines, plot)
+    lines = [line for path in logs or [None] for line in read_stages(path)]
     flops = flops_a_step("storyworld", StoryWorldConfig()) if cost else {}
-    for stage, members in by_stage(lines).items():
-        steps = steps_of(members)
-        told = (
-            f", {flops[stage]:.2e} FLOPs a step, {steps * flops[stage]:.2e} in all" if stage in flops else ""
-        )
-        say(f"{stage}: {steps} steps{told}")
-    say(f"plot: {plot}")
+    for part in costs_of(lines, flops):
+        took = f", {part.flops_a_step:.2e} FLOPs a step, {part.flops:.2e} in all" if part.flops else ""
+        hours = "" if part.hours is None else f", {part.hours:.2f} hours"
+        say(f"{part.stage}, {part.run}: {part.steps} steps{took}{hours}")
+    say(f"page: {write_curves(lines, flops, docs, is_shipped=not logs)}")
 
 
 def census(

@@ -17,11 +17,14 @@ from PIL import ImageDraw, ImageFont
 from mm_interleaved.document import Document
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.ablation import last_scenes, painted_pictures, read_results
+from mm_interleaved.evaluation.machine import machine_name
+from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, save_figure
 from mm_interleaved.evaluation.tasks import TASKS
 from mm_interleaved.images import to_png
 from mm_interleaved.recipes.ablation_twins import SLOT_COUNTS, WITH, WITHOUT, Twin, arm_with
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.storyworld.renderer import render_scene
+from mm_interleaved.training.run import SETTINGS_NAME
 
 METRICS = {
     "vqa.accuracy": "questions",
@@ -33,8 +36,14 @@ METRICS = {
     "story.character_kept": "characters kept",
 }
 """Metrics of the table and their headings."""
-PLOTTED = ("vqa.accuracy", "vqa.fine_detail", "edit.told_badge", "edit.drawn_badge")
+PLOTTED = ("vqa.accuracy", "vqa.fine_detail", "story_last.told_badge", "story_last.drawn_badge")
+JUDGED = ("vqa.fine_detail", "story_last.drawn_badge")
+"""Details, and badges kept over the pictures of a story."""
+PREDICTED_PAIR = (4, 16)
+"""Slots with synchronizers, and without: what docs/ablation.md predicted before any twin was trained."""
+OTHER_PAIRS = ((1, 16), (4, 4))
 WANTED_GAIN = 0.20
+"""What was predicted of that pair, of each metric that is judged."""
 _SIDE, _NAME_WIDTH, _NUM_PROMPTS = 96, 170, 8
 _WITH_COLOUR, _WITHOUT_COLOUR = "#2b6a99", "#b0483a"
 
@@ -51,25 +60,43 @@ def write_page(run: Path, twins: Sequence[Twin], docs: Path) -> Path:
     if not results:
         raise UsageError(f"{run}: no twin has been scored yet")
     make_folder(docs / "images")
-    record = {"documents": results[0]["documents"], "twins": results}
+    commits = commits_of(run, results)
+    # Results of earlier versions do not tell their machine: it is most likely the one that writes the page.
+    machines = sorted({result.get("machine", machine_name()) for result in results})
+    record = {"documents": results[0]["documents"], "commits": commits, "twins": results}
     write_file(docs / "ablation_results.json", (json.dumps(record, indent=1) + "\n").encode())
     plot_slots(results, docs / "images" / "ablation_slots.png")
     gold = TASKS["storyworld"].read_gold(run / "data" / "documents.jsonl")
     scored = [twin for twin in twins if twin.name in {result["twin"] for result in results}]
     write_file(docs / "images" / "ablation_drawings.png", to_png(side_by_side(run, scored, gold)))
     path = docs / "ablation_results.md"
-    write_file(path, page_text(results).encode())
+    write_file(path, page_text(results, machines, commits).encode())
     return path
 
 
-def page_text(results: Results) -> str:
-    """The page as Markdown."""
+def commits_of(run: Path, results: Results) -> list[str]:
+    """Which commits of the code trained the twins, as far as the run's settings and costs tell."""
+    path = run / SETTINGS_NAME
+    told = [json.loads(path.read_text())] if path.exists() else []
+    told += [cost for result in results for cost in result["cost"].values()]
+    return sorted({record["commit"] for record in told if record.get("commit")})
+
+
+def page_text(results: Results, machines: Sequence[str] = (), commits: Sequence[str] = ()) -> str:
+    """The page as Markdown.
+
+    Args:
+        machines: which ones scored the twins, as far as it is known.
+        commits: of the code that trained them.
+    """
     lines = [
         "# What the twins scored",
         "",
         "Written by `mm-interleaved ablation`; what is compared stands in [ablation.md](ablation.md).",
         f"{results[0]['documents']} documents of the test split; mean, and standard deviation over seeds "
         "where there are several.",
+        "Seeds are the readers': all twins of an arm share one painter, of seed 1.",
+        *_made_by(machines, commits),
         "",
         *_table(results),
         "",
@@ -116,20 +143,29 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _verdicts(results: Results) -> list[str]:
-    """The predictions that were to be tested, each with its number."""
+    """What was predicted, and beside it what was not, each with its number."""
     arms = by_arm(results)
     lines = []
-    for metric in ("vqa.fine_detail", "edit.drawn_badge"):
-        for few, many in ((4, 16), (1, 16), (4, 4)):
+    for metric in JUDGED:
+        for few, many in (PREDICTED_PAIR, *OTHER_PAIRS):
             ours = values_of(arms.get(arm_with(few, is_looking=True), ()), metric)
             theirs = values_of(arms.get(arm_with(many, is_looking=False), ()), metric)
             if ours and theirs:
                 gain = mean(ours) - mean(theirs)
-                verdict = "holds" if gain >= WANTED_GAIN else "does not hold"
-                lines.append(
-                    f"- {METRICS[metric]}: {few} slots with synchronizers against {many} without: "
-                    f"{gain:+.3f} (predicted: at least +{WANTED_GAIN:.2f}; {verdict})"
-                )
+                slots = f"{few} {'slot' if few == 1 else 'slots'}"
+                line = f"- {METRICS[metric]}: {slots} with synchronizers against {many} without: {gain:+.3f}"
+                if (few, many) == PREDICTED_PAIR:
+                    verdict = "holds" if gain >= WANTED_GAIN else "does not hold"
+                    line += f" (predicted: at least +{WANTED_GAIN:.2f}; {verdict})"
+                lines.append(line)
+    return lines
+
+
+def _made_by(machines: Sequence[str], commits: Sequence[str]) -> list[str]:
+    """The machines and the code, where they are known."""
+    lines = [f"Scored on {' and on '.join(machines)}."] if machines else []
+    if commits:
+        lines.append(f"Trained by {'commits' if len(commits) > 1 else 'commit'} {', '.join(commits)}.")
     return lines
 
 
@@ -171,24 +207,9 @@ def plot_slots(results: Results, path: Path) -> None:
         axis.set(xscale="log", xlabel="slots an image", title=METRICS[metric], ylim=(-0.03, 1.03))
         axis.set_xticks(SLOT_COUNTS, [str(count) for count in SLOT_COUNTS])
         axis.minorticks_off()
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        plain_axes(axis)
     axes[0].legend(title="synchronizers", frameon=False)
-    # Without a date, so that the same results give the same file.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def load_pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files. Raises UsageError where it is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise UsageError("plots need matplotlib: pip install 'mm-interleaved[bench]'") from error
-    return pyplot
+    save_figure(figure, path)
 
 
 def side_by_side(run: Path, twins: Sequence[Twin], gold: Sequence[Document]) -> PILImage.Image:

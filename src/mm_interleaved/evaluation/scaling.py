@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.ablation_page import load_pyplot
+from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, save_figure
 from mm_interleaved.recipes.ablation import COST_NAME
 from mm_interleaved.recipes.ablation_twins import Reader
-from mm_interleaved.recipes.scaling import size_folder
+from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.training.metrics import LOG_NAME, read_log
+from mm_interleaved.training.run import SETTINGS_NAME
+from mm_interleaved.training.settings import from_record
 
 _WINDOW = 5
 """Lines of the log that a point of a curve is the mean of: steps differ in their mixtures."""
@@ -28,13 +30,14 @@ FACTORS = (10, 1000)
 """How many times the largest compute the law is asked about."""
 
 
-def write_scaling(run: Path, widths: Sequence[int], seed: int, docs: Path) -> dict[str, Any]:
-    """Writes results and plot; returns the results.
+def write_scaling(run: Path, docs: Path) -> dict[str, Any]:
+    """Writes results and plot of the sizes that a run was told to train; returns the results.
 
     Raises:
-        UsageError: no size has been trained, or matplotlib is missing.
+        UsageError: no run, no size has been trained, or matplotlib is missing.
     """
-    sizes = [size for width in widths if (size := _size(run, width, seed)) is not None]
+    config = _settings(run)
+    sizes = [size for width in config.widths if (size := _size(run, width, config.seed)) is not None]
     if not sizes:
         raise UsageError(f"{run}: no size has been trained yet")
     law = fit_law(envelope([size["curve"] for size in sizes]))
@@ -45,6 +48,14 @@ def write_scaling(run: Path, widths: Sequence[int], seed: int, docs: Path) -> di
     write_file(docs / "scaling_results.json", (json.dumps(results, indent=1) + "\n").encode())
     _plot(results, docs / "images" / "scaling.png")
     return results
+
+
+def _settings(run: Path) -> ScalingConfig:
+    """The settings that a run was trained with, whichever call told them."""
+    path = run / SETTINGS_NAME
+    if not path.exists():
+        raise UsageError(f"{run}: holds no run ({SETTINGS_NAME} is not there)")
+    return from_record(ScalingConfig, json.loads(path.read_text()).get("settings"), str(path))
 
 
 def _size(run: Path, width: int, seed: int) -> dict[str, Any] | None:
@@ -103,7 +114,5 @@ def _plot(results: Mapping[str, Any], path: Path) -> None:
         axes.plot(reach, [law_loss(results["law"], c) for c in reach], "k:", label="power law")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs of training", ylabel="text loss")
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    plain_axes(axes)
+    save_figure(figure, path)

@@ -1,0 +1,84 @@
+"""Badges over several pictures: does who stood in an earlier picture still wear the right one?
+
+drawn   the oracle reads it in the picture that was painted
+told    the conditioning that the language model hands on to the painter names it
+
+Both are shares, by task: "<task>.drawn_badge", "<task>.told_badge". Letter: N attributes of a scene.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from statistics import mean
+
+import torch
+
+from mm_interleaved.document import Document, Image
+from mm_interleaved.generation import InterleavedGenerator
+from mm_interleaved.storyworld.oracle import read_scene
+from mm_interleaved.storyworld.scores import answer_parts, first_image
+from mm_interleaved.storyworld.tasks import part_pixels
+from mm_interleaved.storyworld.world import Figure, scene_from_record
+from mm_interleaved.training.naming import NAMES, SIZES, painting_labels
+from mm_interleaved.training.scene_code import SceneCode
+
+
+def badges_drawn(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
+    """Of those in the painted picture who stood in an earlier one, how many wear their badge, where the truth
+    has them; a picture that is missing shows none.
+    """
+    by_id = {prediction.id: prediction for prediction in predictions}
+    found: dict[str, list[bool]] = {}
+    for truth, known in _with_known_figures(gold):
+        image = first_image(answer_parts(by_id[truth.id])) if truth.id in by_id else None
+        figures = {} if image is None else {f.position: f for f in read_scene(part_pixels(image)).figures}
+        for figure in known:
+            drawn = figures.get(figure.position)
+            is_right = drawn is not None and drawn.badge == figure.character.badge
+            found.setdefault(f"{truth.meta['task']}.drawn_badge", []).append(is_right)
+    return {name: mean(drawn) for name, drawn in found.items()}
+
+
+@torch.no_grad()
+def badges_told(generator: InterleavedGenerator, gold: Sequence[Document]) -> dict[str, float]:
+    """Of the same figures, how many badges the language model hands on to the painter: those that its
+    conditioning, read as a scene's code, names.
+    """
+    network, processor = generator.model, generator.processor
+    code = SceneCode.of(network.image_decoder)
+    found: dict[str, list[bool]] = {}
+    for truth, known in _with_known_figures(gold):
+        whole = replace(truth, parts=(*truth.parts, *truth.target), target=())
+        batch = processor((whole,)).to(device=network.device)
+        output = network(
+            input_ids=batch.input_ids,
+            pixel_values=batch.pixel_values,
+            image_start=batch.image_start,
+            logits_to_keep=1,
+        )
+        end = batch.image_start[0, -1:]
+        row = torch.zeros_like(end)
+        conditioning, _ = network.condition(output.hidden, row, row, end)
+        labels_N = painting_labels([whole])[-1]
+        answers = code.answers(conditioning.float()).split(SIZES, dim=1)
+        for figure in known:
+            index = NAMES.index(f"badge@{figure.position}")
+            is_right = int(answers[index].argmax()) == int(labels_N[index])
+            found.setdefault(f"{truth.meta['task']}.told_badge", []).append(is_right)
+    return {name: mean(told) for name, told in found.items()}
+
+
+def _with_known_figures(gold: Sequence[Document]) -> Iterator[tuple[Document, list[Figure]]]:
+    """Documents that want a picture, with those in it who stood in an earlier one, where there are such."""
+    for truth in gold:
+        if any(isinstance(part, Image) for part in truth.target):
+            *earlier, new = (scene_from_record(record) for record in truth.meta["scenes"])
+            looks = {_look(figure) for scene in earlier for figure in scene.figures}
+            known = [figure for figure in new.figures if _look(figure) in looks]
+            if known:
+                yield truth, known
+
+
+def _look(figure: Figure) -> tuple[str, ...]:
+    """Who it is; an edit may change the hat."""
+    character = figure.character
+    return character.name, character.species, character.badge

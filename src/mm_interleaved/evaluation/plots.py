@@ -1,0 +1,35 @@
+"""How plots are drawn: matplotlib where it is installed, axes without a frame, the same file each time."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.storage import write_file
+
+
+def load_pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files. Raises UsageError where it is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise UsageError("plots need matplotlib: pip install 'mm-interleaved[bench]'") from error
+    return pyplot
+
+
+def plain_axes(axes: Any) -> None:
+    """Takes away the two sides of the frame that carry no numbers."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure as a PNG and closes it."""
+    png = BytesIO()
+    # Without a date, so that the same results give the same file.
+    figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    write_file(path, png.getvalue())
+    load_pyplot().close(figure)

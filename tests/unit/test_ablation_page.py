@@ -1,0 +1,133 @@
+"""The page about the twins holds their numbers, their pictures, and what was predicted and what was not."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+
+from mm_interleaved.document import Document
+from mm_interleaved.document_formats import write_documents
+from mm_interleaved.errors import UsageError
+from mm_interleaved.evaluation.ablation import DATA_NAME, ablation_documents
+from mm_interleaved.evaluation.ablation_page import page_text, plot_slots, side_by_side, write_page
+from mm_interleaved.recipes.ablation import chosen_twins
+from mm_interleaved.storage import make_folder
+from mm_interleaved.storyworld.tasks import part_pixels
+
+
+def result(arm, slots, seed, value, **changes):
+    scores = {"vqa.fine_detail": value, "edit.drawn_badge": value, "story_last.drawn_badge": value}
+    return {
+        "twin": f"{arm.replace(' ', '-')}-{seed}", "arm": arm, "slots": slots, "seed": seed, "documents": 8,
+        "scores": scores, "cost": {},
+    } | changes  # fmt: skip
+
+
+RESULTS = [
+    result("both", 4, 1, 0.8), result("both", 4, 2, 0.6), result("neither", 4, 1, 0.6),
+    result("neither 16 slots", 16, 1, 0.4),
+]  # fmt: skip
+
+
+def test_only_the_predicted_pair_is_judged():
+    page = page_text(RESULTS)
+    assert "| both | 4 | 2 |  | 0.700 ± 0.141 |" in page
+    verdicts = [line for line in page.splitlines() if line.startswith("- ")]
+    assert verdicts == [
+        "- fine detail: 4 slots with synchronizers against 16 without: +0.300 "
+        "(predicted: at least +0.20; holds)",
+        "- fine detail: 4 slots with synchronizers against 4 without: +0.100",
+        "- badges drawn, stories: 4 slots with synchronizers against 16 without: +0.300 "
+        "(predicted: at least +0.20; holds)",
+        "- badges drawn, stories: 4 slots with synchronizers against 4 without: +0.100",
+    ]
+    close = [*RESULTS[:3], result("neither 16 slots", 16, 1, 0.6)]
+    assert "16 without: +0.100 (predicted: at least +0.20; does not hold)" in page_text(close)
+
+
+@pytest.fixture
+def scored_run(tmp_path):
+    """A run of two twins by hand: one painted the truth, the other nothing."""
+    run, gold = tmp_path / "run", ablation_documents(8)
+    make_folder((run / DATA_NAME).parent)
+    write_documents(run / DATA_NAME, gold)
+    cost = {"steps": 12, "flops": 3.5e12, "wall_hours": 0.25, "core_hours": 0.5, "threads": 2}
+    for twin, value in zip(chosen_twins(("both-1", "neither-1")), (0.875, 0.125), strict=True):
+        made = result(twin.arm, 4, 1, value, machine="A chip, 2 cores")
+        made["cost"] = {"painter": cost | {"commit": "abc1234"}}
+        folder = run / "scored" / twin.name
+        make_folder(folder)
+        (folder / "result.json").write_text(json.dumps(made))
+        answers = [
+            Document(
+                id=truth.id, parts=tuple(replace(part, role=None, generated=True) for part in truth.target)
+            )
+            for truth in gold
+            if twin.arm == "both"
+        ]
+        write_documents(folder / "predictions.jsonl", answers)
+    return run, gold
+
+
+def test_the_page_is_written_with_its_numbers_and_pictures(scored_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    run, _ = scored_run
+    docs = tmp_path / "docs"
+    path = write_page(run, chosen_twins(()), docs)
+    page = path.read_text()
+    assert path == docs / "ablation_results.md" and page.startswith("# What the twins scored")
+    for row in (
+        "| both | 4 | 1 |  | 0.875 |  |  | 0.875 | 0.875 |  |",
+        "| neither | 4 | 1 |  | 0.125 |  |  | 0.125 | 0.125 |  |",
+        "| both-1 | painter | 12 | 3.50e+12 | 0.25 | 0.50 | 2 |",
+        "8 documents of the test split",
+        "Seeds are the readers': all twins of an arm share one painter, of seed 1.",
+        "Scored on A chip, 2 cores.",
+        "Trained by commit abc1234.",
+    ):
+        assert row in page, row
+    record = json.loads((docs / "ablation_results.json").read_text())
+    assert record["commits"] == ["abc1234"] and [twin["twin"] for twin in record["twins"]] == [
+        "both-1",
+        "neither-1",
+    ]
+    for name in ("ablation_slots.png", "ablation_drawings.png"):
+        assert f"](images/{name})" in page
+        assert min(PILImage.open(docs / "images" / name).size) > 100
+
+
+def test_a_run_without_scores_has_no_page(tmp_path):
+    with pytest.raises(UsageError, match="no twin has been scored yet"):
+        write_page(tmp_path, chosen_twins(()), tmp_path / "docs")
+
+
+def test_pictures_stand_under_their_prompts(scored_run):
+    run, gold = scored_run
+    prompts = [truth for truth in gold if truth.meta["task"] != "vqa"]
+    sheet = np.asarray(side_by_side(run, chosen_twins(("both-1", "neither-1")), gold))
+    assert sheet.shape == (4 * 100, 170 + len(prompts) * 100, 3)
+
+    def cell(row, column):
+        return sheet[row * 100 : row * 100 + 96, 170 + column * 100 : 170 + column * 100 + 96]
+
+    for column, truth in enumerate(prompts):
+        given, wanted = part_pixels(truth.images[-1]), part_pixels(truth.target[-1])
+        for row, pixels in enumerate((given, wanted, wanted)):
+            enlarged = PILImage.fromarray(pixels).resize((96, 96), PILImage.Resampling.NEAREST)
+            assert np.array_equal(cell(row, column), np.asarray(enlarged)), (row, column)
+        # A picture that was not painted is left white, and its place is not taken by another.
+        assert (cell(3, column) == 255).all()
+
+
+def test_the_plot_tells_arms_apart_and_is_the_same_each_time(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def drawn(results):
+        plot_slots(results, tmp_path / "plot.png")
+        return (tmp_path / "plot.png").read_bytes()
+
+    plot = drawn(RESULTS)
+    assert drawn(RESULTS) == plot
+    assert drawn([*RESULTS[:3], result("neither 16 slots", 16, 1, 0.9)]) != plot
