@@ -1,6 +1,8 @@
 """Naming: labels of scenes, the code of a scene, and which of it a document tells."""
 
+import pytest
 import torch
+from torch.nn import functional
 
 from mm_interleaved.storyworld.renderer import scene_at
 from mm_interleaved.storyworld.world import POSITIONS
@@ -9,11 +11,14 @@ from mm_interleaved.training.naming import (
     NAMES,
     NOT_THERE,
     SIZES,
-    SceneCode,
+    known_cross_entropy,
     naming_losses,
     painting_labels,
     scene_labels,
+    told_labels,
+    true_labels,
 )
+from mm_interleaved.training.scene_code import SceneCode
 
 
 def labels_of(count):
@@ -51,3 +56,27 @@ def test_badges_are_told_by_earlier_pictures_only():
 def test_a_picture_that_nothing_announces_is_not_named():
     assert (painting_labels([training_document(0, 1, {"caption": 1})]) == NOT_THERE).all()
     assert len(NAMES) == len(SIZES) == 9 * len(POSITIONS) + 3
+
+
+def test_words_tell_no_badges_and_the_truth_tells_all():
+    story = training_document(0, 1, {"story": 1})
+    told, seen, true = told_labels([story]), painting_labels([story]), true_labels([story])
+    badges = [index for index, name in enumerate(NAMES) if name.startswith("badge")]
+    assert (told[:, badges] == NOT_THERE).all() and (true[0, badges] != NOT_THERE).any()
+    for less, more in ((told, seen), (seen, true)):
+        is_known = less != NOT_THERE
+        assert torch.equal(less[is_known], more[is_known]) and (more != NOT_THERE).sum() > is_known.sum()
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 4, 4)])
+def test_what_is_not_known_does_not_count_and_nothing_known_is_zero(shape):
+    torch.manual_seed(0)
+    logits = torch.randn(shape[0], 5, *shape[1:], requires_grad=True)
+    labels = torch.randint(0, 5, shape)
+    labels[::2] = NOT_THERE
+    expected = functional.cross_entropy(logits, labels, ignore_index=NOT_THERE)
+    assert torch.equal(known_cross_entropy(logits, labels), expected)
+    nothing = known_cross_entropy(logits, torch.full_like(labels, NOT_THERE))
+    nothing.backward()
+    assert float(nothing.detach()) == 0.0 and not logits.grad.any()
+    assert float(known_cross_entropy(logits[:0], labels[:0])) == 0.0

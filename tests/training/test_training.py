@@ -20,6 +20,7 @@ from mm_interleaved.storyworld.world import NAMES as WHO
 from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture, training_document
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
+from mm_interleaved.training.initialisation import open_to_images, open_to_learning
 from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
 from mm_interleaved.training.mentions import (
     ANSWERS_OF_MENTION,
@@ -39,12 +40,7 @@ from mm_interleaved.training.naming import (
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
 from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig
-from mm_interleaved.training.text_side import (
-    TextSideStage,
-    open_to_images,
-    open_to_learning,
-    read_batch,
-)
+from mm_interleaved.training.text_side import TextSideStage, read_batch
 from mm_interleaved.training.vision_side import SlotReader, VisionSideStage
 
 ONE_DRAWING = Mixture(share=1, batch_size=1, tasks={"draw": 1})

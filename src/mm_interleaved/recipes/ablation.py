@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.errors import UsageError
@@ -33,12 +32,14 @@ from mm_interleaved.recipes.ablation_twins import (
 )
 from mm_interleaved.recipes.storyworld import save_model
 from mm_interleaved.storage import make_folder, new_folder, write_file
+from mm_interleaved.training.cost import COUNTING, average_flops
 from mm_interleaved.training.data import INTERVIEW, DocumentBatches, Mixture
-from mm_interleaved.training.loop import Stage, train_stage, trained_parameters
-from mm_interleaved.training.metrics import count_flops
+from mm_interleaved.training.devices import chosen_device
+from mm_interleaved.training.loop import Stage, train_stage
 from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.painter import PainterStage
-from mm_interleaved.training.settings import StageConfig, to_record
+from mm_interleaved.training.parts import synchronizer_rules
+from mm_interleaved.training.settings import StageConfig, check_least, to_record
 from mm_interleaved.training.slot_side import SlotSideStage
 from mm_interleaved.training.text_side import TextSideStage
 
@@ -74,6 +75,8 @@ class AblationConfig:
     """Seed of the slots' stage, which twins with the same number of slots share."""
     num_threads: int = 2
     """Threads of PyTorch; the same number gives the same bits."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
     sizes: TwinSizes = field(default_factory=TwinSizes)
     slot_batch_size: int = 64
     """Pictures a step of the slots' stage."""
@@ -107,6 +110,14 @@ class AblationConfig:
     )
     """Third stage, once for each painter: the U-Net learns to paint what earlier pictures show."""
 
+    def __post_init__(self) -> None:
+        check_least(self, 0, "detail_weight", "badge_weight", "synchronizer_learning_rate")
+        check_least(self, 1, "num_threads", "slot_batch_size", "image_batch_size", "pool_batches")
+
+
+MAY_CHANGE = frozenset({"twins", "num_threads", "device"})
+"""Settings that a run may be resumed with another value of: all twins stay trained alike."""
+
 
 def chosen_twins(names: tuple[str, ...]) -> tuple[Twin, ...]:
     """The twins of these names, all where none is given. Raises UsageError for an unknown one."""
@@ -120,8 +131,9 @@ def chosen_twins(names: tuple[str, ...]) -> tuple[Twin, ...]:
 def train(config: AblationConfig, folder: Path, *, show_progress: bool = False) -> Path:
     """Trains the twins of `config` that `folder` lacks; returns the folder that holds one model a twin."""
     twins = chosen_twins(config.twins)
+    device = chosen_device(config.device)
     torch.set_num_threads(config.num_threads)
-    workshop = Workshop(config, folder, show_progress)
+    workshop = Workshop(config, folder, device, show_progress=show_progress)
     for twin in twins:
         if not twin_folder(folder, twin).exists():
             workshop.make(twin)
@@ -136,8 +148,11 @@ def twin_folder(folder: Path, twin: Twin) -> Path:
 class Workshop:
     """Trains parts in folders of their own and joins them to twins."""
 
-    def __init__(self, config: AblationConfig, folder: Path, show_progress: bool) -> None:
+    def __init__(
+        self, config: AblationConfig, folder: Path, device: torch.device, *, show_progress: bool = False
+    ) -> None:
         self.config, self.folder, self.show_progress = config, folder, show_progress
+        self.device = device
         self.source = find_model(config.start_from)
         self.finished = load_model(self.source, dtype="float32")
         self.tokenizer = MMInterleavedProcessor.from_pretrained(self.source).tokenizer
@@ -145,7 +160,7 @@ class Workshop:
     def make(self, twin: Twin) -> None:
         """One twin, from whatever of it has been trained so far."""
         logger.info("twin %s", twin.name)
-        model = build_twin(self.finished, self.config.sizes, twin.reader, twin.painter)
+        model = self._build(twin.reader, twin.painter)
         model.vision.load_state_dict(self.see(twin.reader).vision.state_dict())
         reader, painter = self.read(twin.reader), self.paint(twin.painter)
         for name in ("language_model", "text_head", "context_projection"):
@@ -164,7 +179,7 @@ class Workshop:
     def see(self, reader: Reader) -> MMInterleavedForConditionalGeneration:
         """A model whose slots tell what they show; readers with as many slots share them."""
         sharing = replace(reader, levels=NO_LEVELS, seed=self.config.seed)
-        model = build_twin(self.finished, self.config.sizes, sharing, Painter(levels=NO_LEVELS))
+        model = self._build(sharing, Painter(levels=NO_LEVELS))
         stage = SlotSideStage(
             model.vision,
             seed=self.config.seed,
@@ -176,15 +191,11 @@ class Workshop:
 
     def read(self, reader: Reader) -> MMInterleavedForConditionalGeneration:
         """A model whose language model reads."""
-        model = build_twin(self.finished, self.config.sizes, reader, Painter(levels=NO_LEVELS))
+        model = self._build(reader, Painter(levels=NO_LEVELS))
         model.vision.load_state_dict(self.see(reader).vision.state_dict())
         documents = DocumentBatches(self._processor(reader.num_slots), READER_MIXTURES, seed=reader.seed)
         stage = TextSideStage(model, documents)
-        rules = {
-            name: ParameterRule("synchronizers", learning_rate=self.config.synchronizer_learning_rate)
-            for name in trained_parameters(stage)
-            if ".synchronizer." in name
-        }
+        rules = synchronizer_rules(stage, self.config.synchronizer_learning_rate)
         self._run(stage, self.config.text, reader.name, reader.seed, rules)
         return model
 
@@ -192,7 +203,7 @@ class Workshop:
         """A model whose U-Net paints; slots do not matter to it, so it gets one."""
         config = self.config
         reader = Reader(num_slots=1, levels=NO_LEVELS, seed=painter.seed)
-        model = build_twin(self.finished, config.sizes, reader, painter)
+        model = self._build(reader, painter)
         documents = DocumentBatches(
             self._processor(1), PAINTER_MIXTURES, seed=painter.seed, target_pixels=True
         )
@@ -206,6 +217,12 @@ class Workshop:
             badge_weight=config.badge_weight,
         )
         self._run(stage, config.painter, painter.name, painter.seed)
+        return model
+
+    def _build(self, reader: Reader, painter: Painter) -> MMInterleavedForConditionalGeneration:
+        """Made on the CPU, so that first weights are the same everywhere; then it moves."""
+        model = build_twin(self.finished, self.config.sizes, reader, painter)
+        cast(torch.nn.Module, model).to(self.device)
         return model
 
     def _processor(self, num_slots: int) -> MMInterleavedProcessor:
@@ -224,7 +241,7 @@ class Workshop:
         with_cost(
             folder,
             config,
-            flops_a_step=lambda: mean_flops(stage),
+            flops_a_step=lambda: average_flops(stage),
             work=lambda: train_stage(
                 stage, config, folder, seed=seed, settings=to_record(self.config),
                 show_progress=self.show_progress, rules=rules,
@@ -235,43 +252,44 @@ class Workshop:
 def with_cost(
     folder: Path, config: StageConfig, *, flops_a_step: Callable[[], float], work: Callable[[], object]
 ) -> None:
-    """Does a stage's work and adds what it cost to `cost.json` in its folder, over all its parts."""
+    """Does a stage's work and adds what it cost to `cost.json` in its folder, over all its parts.
+
+    Of a part that has been finished before, nothing changes but a count of an earlier version.
+
+    Args:
+        flops_a_step: counts the multiplications of a step.
+        work: trains what is missing, which may be nothing.
+    """
     path = folder / COST_NAME
     cost: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if cost.get("is_finished") and cost["steps"] == config.steps:
+    is_finished = cost.get("is_finished", False) and cost["steps"] >= config.steps
+    if is_finished:
         work()
+    is_counted = cost.get("counting") == COUNTING
+    if is_finished and is_counted:
         return
-    flops = cost.get("flops_a_step") or flops_a_step()
+    flops = cost["flops_a_step"] if is_counted else flops_a_step()
+    steps = cost["steps"] if is_finished else config.steps
+    counted = {"counting": COUNTING, "flops_a_step": flops, "flops": flops * steps}
+    if is_finished:
+        _write_cost(path, {**cost, **counted})
+        return
     wall, cpu = time.monotonic(), time.process_time()
-    is_finished = False
     try:
         work()
         is_finished = True
     finally:
         record = {
-            "steps": config.steps,
+            "steps": steps,
             "is_finished": is_finished,
-            "flops_a_step": flops,
-            "flops": flops * config.steps,
+            **counted,
             "wall_hours": cost.get("wall_hours", 0.0) + (time.monotonic() - wall) / 3600,
             "core_hours": cost.get("core_hours", 0.0) + (time.process_time() - cpu) / 3600,
             "threads": torch.get_num_threads(),
         }
-        make_folder(folder)
-        write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+        _write_cost(path, record)
 
 
-def mean_flops(stage: Stage, num_batches: int = 3) -> float:
-    """Multiplications and additions of a step, forward and backward, by PyTorch's count of a few batches.
-
-    Sampling from pyramids is no matrix product and is not counted.
-    """
-
-    def steps() -> None:
-        for step in range(num_batches):
-            stage.compute_losses(stage.make_batch(step)).total.backward()
-
-    flops = count_flops(steps)
-    for part in stage.trained_parts().values():
-        nn.Module.zero_grad(part)
-    return flops / num_batches
+def _write_cost(path: Path, record: Mapping[str, Any]) -> None:
+    make_folder(path.parent)
+    write_file(path, (json.dumps(record, indent=2) + "\n").encode())

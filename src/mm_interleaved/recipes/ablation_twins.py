@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from mm_interleaved.config import MMInterleavedConfig, SynchronizerConfig
+from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.training.text_side import open_to_images, open_to_learning
+from mm_interleaved.training.initialisation import open_to_images, open_to_learning
+from mm_interleaved.training.settings import check_least
 
 NO_LEVELS: tuple[int, ...] = ()
 MIDDLE_LEVEL = (1,)
@@ -129,6 +131,15 @@ class TwinSizes:
     """Attention heads of each."""
     max_context_images: int = 5
     """Earlier images that the painter can tell apart: all of a story."""
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "text_layers", "text_heads", "max_context_images")
+        # Positions turn pairs of channels, so each head needs an even number of them.
+        if self.text_dim < 1 or self.text_dim % (2 * self.text_heads):
+            raise UsageError(
+                f"text_dim must be a multiple of twice text_heads ({2 * self.text_heads}), "
+                f"found {self.text_dim}"
+            )
 
 
 def twin_config(

@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -35,13 +35,15 @@ from mm_interleaved.training.data import (
     storyworld_pixels,
     training_document,
 )
+from mm_interleaved.training.devices import chosen_device
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
-from mm_interleaved.training.loop import train_stage, trained_parameters
-from mm_interleaved.training.optimizer import ParameterRule
+from mm_interleaved.training.initialisation import open_to_images, open_to_learning
+from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.painter import PainterStage
+from mm_interleaved.training.parts import synchronizer_rules
 from mm_interleaved.training.settings import StageConfig, to_record
-from mm_interleaved.training.text_side import TextSideStage, open_to_images, open_to_learning
+from mm_interleaved.training.text_side import TextSideStage
 from mm_interleaved.training.tokenizer import train_tokenizer
 from mm_interleaved.training.vision_side import VisionSideStage
 
@@ -101,6 +103,8 @@ class StoryWorldConfig:
     """Seed of weights, data and noise."""
     num_threads: int = 2
     """Threads of PyTorch; the same number gives the same bits."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
     start_from: str = ""
     """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay. Empty: none."""
     detail_weight: float = 4.0
@@ -283,6 +287,7 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     folder.
     """
     torch.set_num_threads(config.num_threads)
+    device = chosen_device(config.device)
     run = partial(train_stage, seed=config.seed, settings=to_record(config), show_progress=show_progress)
 
     # 1. What sees: made from nothing, or taken from a finished model.
@@ -290,12 +295,14 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
         finished = find_model(config.start_from)
         processor = MMInterleavedProcessor.from_pretrained(finished)
         model = load_model(finished, dtype="float32")
+        cast(torch.nn.Module, model).to(device)
     else:
         processor = build_processor(config)
         torch.manual_seed(config.seed)
         model = MMInterleavedForConditionalGeneration(model_config(config.sizes, processor))
         open_to_images(model)
         open_to_learning(model)
+        cast(torch.nn.Module, model).to(device)
         _learn_to_see(model, config, run, folder)
     documents = partial(DocumentBatches, processor)
 
@@ -303,11 +310,7 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     text = TextSideStage(model, documents(TEXT_MIXTURES, seed=config.seed))
     # As fast as the rest, synchronizers say nothing before they have learned where to look, and the language
     # model stops listening to them for good (LOG.md).
-    slower = {
-        name: ParameterRule("synchronizers", config.synchronizer_learning_rate)
-        for name in trained_parameters(text)
-        if "synchronizer" in name
-    }
+    slower = synchronizer_rules(text, config.synchronizer_learning_rate)
     run(text, config.text, folder / "text", rules=slower)
 
     # 3. All that paints: first from codes of scenes, then from what the language model has read.
@@ -350,7 +353,7 @@ def save_model(
     model: MMInterleavedForConditionalGeneration, processor: MMInterleavedProcessor, folder: Path
 ) -> Path:
     """Writes a model in float16, in files of at most 15 MB; returns its folder."""
-    copy = deepcopy(model).half().eval()
+    copy = deepcopy(model).cpu().half().eval()
     copy.config.vae_config = dict(model.image_decoder.vae.config)
     copy.config.generation_settings = dict(GENERATION_SETTINGS)
     copy.save_pretrained(folder, max_shard_size="14MB")

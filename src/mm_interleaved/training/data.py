@@ -48,6 +48,10 @@ class DocumentBatch(NamedTuple):
     def document_ids(self) -> tuple[str, ...]:
         return tuple(document.id for document in self.documents)
 
+    def to(self, device: torch.device) -> "DocumentBatch":
+        """The same, its tensors on a device."""
+        return self._replace(batch=self.batch.to(device))
+
 
 def storyworld_pixels(seed: int):
     """A source of training pictures without documents: (start, count) → (count, 3, 64, 64) float32 in [0,
@@ -132,13 +136,14 @@ class DocumentBatches:
         self.target_pixels, self.max_images = target_pixels, max_images
         self._stride = max(mixture.batch_size for mixture in mixtures)
 
-    def _mixture(self, step: int) -> Mixture:
+    def mixture_of(self, step: int) -> Mixture:
+        """The mixture that a step draws."""
         dice = Dice(_STEP_DOMAIN, self.seed, step)
         return dice.weighted(self.mixtures, [mixture.share for mixture in self.mixtures])
 
     def documents(self, step: int) -> list[Document]:
         """The documents of a step."""
-        mixture = self._mixture(step)
+        mixture = self.mixture_of(step)
         first = step * self._stride
         documents, num_images = [], 0
         for index in range(first, first + mixture.batch_size):
@@ -154,7 +159,7 @@ class DocumentBatches:
         documents = self.documents(step)
         batch = self.processor(documents, eos=True, target_pixels=self.target_pixels)
         words = tuple(tuple(self._words[token] for token in row) for row in batch.input_ids.tolist())
-        return DocumentBatch(batch, tuple(documents), words, self._mixture(step).is_blind)
+        return DocumentBatch(batch, tuple(documents), words, self.mixture_of(step).is_blind)
 
     @cached_property
     def _words(self) -> list[str]:

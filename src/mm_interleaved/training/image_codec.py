@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from mm_interleaved.training.devices import device_of
 from mm_interleaved.training.loop import Losses
 
 
@@ -26,8 +27,7 @@ class ImageCodecStage:
     """Trains an AutoencoderKL to give pictures back.
 
     The loss of a pixel counts up to `1 + detail_weight` times as much where neighbouring pixels differ: a
-    badge covers
-    less than 2 % of a picture, and a plain mean would be content with a grey smudge.
+    badge covers less than 2 % of a picture, and a plain mean would be content with a grey smudge.
     """
 
     name = "vae"
@@ -49,7 +49,8 @@ class ImageCodecStage:
 
     def make_batch(self, step: int) -> Tensor:
         """(B, 3, H, W) float32 in [-1, 1]."""
-        return 2 * self.pixels(step * self.batch_size, self.batch_size) - 1
+        pixels = self.pixels(step * self.batch_size, self.batch_size)
+        return 2 * pixels.to(device_of(self.vae)) - 1
 
     def compute_losses(self, batch: Tensor) -> Losses:
         images_BCHW = batch.contiguous(memory_format=torch.channels_last)
@@ -93,12 +94,12 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     the same.
 
     The two 1 x 1 convolutions around the latents take up shift and scale, so that the stock
-    `scaling_factor` is 1 and
-    noise weighs the same on every channel.
+    `scaling_factor` is 1 and noise weighs the same on every channel.
 
     Args:
         images: (B, 3, H, W) in [-1, 1], some hundred typical ones.
     """
+    images = images.to(device_of(vae))
     mean_C, std_C = (f(vae.encode(images).latent_dist.mean.float()) for f in (_channel_mean, _channel_std))
     channels = len(mean_C)
     before, after = vae.quant_conv, vae.post_quant_conv

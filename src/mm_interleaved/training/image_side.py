@@ -36,7 +36,8 @@ class ImageSideStage(PaintingStage):
 
     def condition(self, contexts: list[Tensor]) -> Tensor:
         context_ICD = pad_sequence(contexts, batch_first=True)
-        length_I = torch.tensor([len(context) for context in contexts])
-        mask_IC = torch.arange(context_ICD.shape[1]) < length_I[:, None]
+        device = context_ICD.device
+        length_I = torch.tensor([len(context) for context in contexts], device=device)
+        mask_IC = torch.arange(context_ICD.shape[1], device=device) < length_I[:, None]
         context_ICD = add_distances(self.model.context_projection(context_ICD))
         return self.model.image_decoder.condition(context_ICD, mask_IC)

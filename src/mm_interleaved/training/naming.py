@@ -4,14 +4,14 @@ them.
 Letters: I pictures, A answers of one attribute, N attributes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mm_interleaved.document import Document, Image
-from mm_interleaved.errors import UsageError
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
 from mm_interleaved.storyworld.renderer import badge_box, figure_box, prop_box
 from mm_interleaved.storyworld.world import (
@@ -31,9 +31,11 @@ from mm_interleaved.storyworld.world import (
     Scene,
     scene_from_record,
 )
+from mm_interleaved.storyworld.world import NAMES as CHARACTERS
 
 NOT_THERE = -100
 _NOBODY = "nobody"
+_EVERYBODY = frozenset(CHARACTERS)
 ONLY_SEEN = ("pattern", "badge")
 """Attributes that no text tells."""
 
@@ -119,7 +121,7 @@ def badge_cells(documents: Sequence[Document], size: int) -> Tensor:
     masks = []
     cell = PICTURE_SIZE // size
     for document in documents:
-        scenes = [scene_from_record(record) for record in document.meta.get("scenes", ())]
+        scenes = _scenes(document)
         for number in range(sum(isinstance(part, Image) for part in document.parts)):
             mask = torch.zeros(size, size, dtype=torch.bool)
             for figure in scenes[number].figures if scenes else ():
@@ -129,33 +131,69 @@ def badge_cells(documents: Sequence[Document], size: int) -> Tensor:
     return torch.stack(masks) if masks else torch.zeros(0, size, size, dtype=torch.bool)
 
 
-def painting_labels(documents: Sequence[Document], *, reader: str = "eyes") -> Tensor:
-    """What a reader knows of each picture before it is painted: (I, N) int64.
+def painting_labels(documents: Sequence[Document]) -> Tensor:
+    """What one may know of each picture before it is painted: (I, N) int64.
 
-    The pictures are those of all documents in order. Of a document without scenes, and of a picture without
-    anything before it, nothing is known.
-
-    Args:
-        reader: "words" knows what the words before the picture tell; "eyes" also the badge and pattern of
-            whoever stands in an earlier picture of the document; "truth" all that the picture shows.
+    That is what the words before the picture tell, and the badge and pattern of whoever stands in an earlier
+    picture of the document. The pictures are those of all documents in order. Of a document without scenes,
+    and of a picture without anything before it, nothing is known.
     """
-    assert reader in ("words", "eyes", "truth"), f"no such reader: {reader}"
+    return _labels_before(documents, _seen_before)
+
+
+def told_labels(documents: Sequence[Document]) -> Tensor:
+    """The same of a reader who sees no pictures: what words alone tell, (I, N) int64."""
+    return _labels_before(documents, lambda document: repeat(frozenset[str]()))
+
+
+def true_labels(documents: Sequence[Document]) -> Tensor:
+    """The same of one who knows all that the picture will show: (I, N) int64."""
+    return _labels_before(documents, lambda document: repeat(_EVERYBODY))
+
+
+def _labels_before(
+    documents: Sequence[Document], known_before: Callable[[Document], Iterable[frozenset[str]]]
+) -> Tensor:
+    """Labels of all pictures, by a rule: document → for each of its pictures, the names of the characters
+    whose badge and pattern are known before it.
+    """
     rows = []
     for document in documents:
-        scenes = [scene_from_record(record) for record in document.meta.get("scenes", ())]
-        is_map_first = document.meta.get("task") == "segmentation"
-        seen: set[str] = set()
+        scenes = _scenes(document)
         images = [index for index, part in enumerate(document.parts) if isinstance(part, Image)]
-        for number, index in enumerate(images):
+        known = known_before(document)
+        for number, (index, names) in enumerate(zip(images, known, strict=False)):
             if not scenes or index == 0:
                 rows.append([NOT_THERE] * len(SIZES))
             else:
-                names = {figure.character.name for figure in scenes[number].figures}
-                unknown = frozenset() if reader == "truth" else frozenset(names - seen)
-                rows.append(scene_labels(scenes[number], unknown))
-            if scenes and reader == "eyes" and not is_map_first:
-                seen |= {figure.character.name for figure in scenes[number].figures}
+                present = frozenset(figure.character.name for figure in scenes[number].figures)
+                rows.append(scene_labels(scenes[number], present - names))
     return torch.tensor(rows, dtype=torch.int64).view(-1, len(SIZES))
+
+
+def _seen_before(document: Document) -> Iterator[frozenset[str]]:
+    """For each picture of a document, who stands in an earlier one; a segmentation map shows nobody."""
+    seen: frozenset[str] = frozenset()
+    scenes = _scenes(document)
+    for number in range(sum(isinstance(part, Image) for part in document.parts)):
+        yield seen
+        if scenes and document.meta.get("task") != "segmentation":
+            seen |= {figure.character.name for figure in scenes[number].figures}
+
+
+def _scenes(document: Document) -> list[Scene]:
+    return [scene_from_record(record) for record in document.meta.get("scenes", ())]
+
+
+def known_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the labels that are known, in float32; 0 if none is.
+
+    Args:
+        logits: (M, A) or (M, A, ...).
+        labels: (M) or (M, ...) int64, NOT_THERE where nothing is known.
+    """
+    total = F.cross_entropy(logits.float(), labels, ignore_index=NOT_THERE, reduction="sum")
+    return total / (labels != NOT_THERE).sum().clamp(min=1)
 
 
 def naming_losses(answers: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
@@ -166,71 +204,11 @@ def naming_losses(answers: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
         labels: (I, N), see `scene_labels`.
     """
     return {
-        name: F.cross_entropy(logits_IA, labels_I, ignore_index=NOT_THERE, reduction="sum")
-        / (labels_I != NOT_THERE).sum().clamp(min=1)
-        for name, logits_IA, labels_I in zip(
-            NAMES, answers.float().split(SIZES, dim=1), labels.T, strict=True
-        )
+        name: known_cross_entropy(logits_IA, labels_I)
+        for name, logits_IA, labels_I in zip(NAMES, answers.split(SIZES, dim=1), labels.T, strict=True)
     }
 
 
 def mean_loss(losses: Mapping[str, Tensor], prefix: str = "") -> Tensor:
     """Mean over the attributes whose name begins with the prefix."""
     return torch.stack([loss for name, loss in losses.items() if name.startswith(prefix)]).mean()
-
-
-class SceneCode:
-    """A fixed code of what a picture shows, in the shape of an image's conditioning.
-
-    Each attribute has half a vector: one of some random ones, by its answer, or the one that says "not
-    told". The U-Net can learn to paint from codes, and the language model to write them, before they meet.
-
-    Args:
-        num_vectors, dim: shape of the conditioning; it has room for `2 * num_vectors` attributes.
-    """
-
-    def __init__(self, num_vectors: int, dim: int) -> None:
-        if 2 * num_vectors < len(SIZES):
-            raise UsageError(
-                f"sizes.num_conditioning {num_vectors}: a scene's code needs {(len(SIZES) + 1) // 2} vectors"
-            )
-        generator = torch.Generator().manual_seed(0)
-        sizes = [*SIZES, *[0] * (2 * num_vectors - len(SIZES))]
-        self.num_vectors = num_vectors
-        # Row 0 says "not told". Each row has mean 0 and deviation 1, as what a LayerNorm puts out.
-        self.tables = [
-            F.layer_norm(torch.randn(size + 1, dim // 2, generator=generator), (dim // 2,)) for size in sizes
-        ]
-
-    def encode(self, labels: Tensor) -> Tensor:
-        """Codes (I, num_vectors, dim) of labels (I, N), see `scene_labels`."""
-        row_IN = torch.where(labels == NOT_THERE, 0, labels + 1)
-        row_IN = F.pad(row_IN, (0, len(self.tables) - row_IN.shape[1]))
-        halves = [table[row_I] for table, row_I in zip(self.tables, row_IN.T, strict=True)]
-        return torch.stack(halves, dim=1).view(len(labels), self.num_vectors, -1)
-
-    def answers(self, conditioning: Tensor) -> Tensor:
-        """Logits (I, sum(SIZES)) of all answers: how much a conditioning resembles the code of each."""
-        half_INd = conditioning.reshape(len(conditioning), len(self.tables), -1)
-        sharpness = 8.0 / half_INd.shape[-1]
-        logits = [
-            sharpness * half_INd[:, n] @ table[1:].T for n, table in enumerate(self.tables[: len(SIZES)])
-        ]
-        return torch.cat(logits, dim=1)
-
-    def losses(self, conditioning: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """How far conditionings (I, num_vectors, dim) are from the codes of labels (I, N): scalars.
-
-        "naming" is the cross-entropy of the answers, "distance" the mean square; pictures of which nothing is
-        told do not count.
-        """
-        conditioning = conditioning.float()
-        by_name = naming_losses(self.answers(conditioning), labels)
-        is_told_I = (labels != NOT_THERE).any(1)
-        distance_I = (conditioning - self.encode(labels)).square().mean((1, 2))
-        return {
-            "naming": mean_loss(by_name),
-            "distance": (distance_I * is_told_I).sum() / is_told_I.sum().clamp(min=1),
-            "naming_badge": mean_loss(by_name, "badge"),
-            "naming_species": mean_loss(by_name, "species"),
-        }

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mm_interleaved.training.data import DocumentBatch
-from mm_interleaved.training.naming import IS_ONLY_SEEN, NOT_THERE, SceneCode, painting_labels
+from mm_interleaved.training.naming import IS_ONLY_SEEN, NOT_THERE, true_labels
 from mm_interleaved.training.painting import PaintingStage
+from mm_interleaved.training.scene_code import SceneCode
 
 _SILENT = 0.3
 """Share of the pictures whose codes tell no more than words could."""
@@ -29,7 +30,7 @@ class PainterStage(PaintingStage):
 
     @cached_property
     def _code(self) -> SceneCode:
-        return SceneCode(*self.model.image_decoder.resampler.queries.shape[1:])
+        return SceneCode.of(self.model.image_decoder)
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         decoder = self.model.image_decoder
@@ -38,9 +39,11 @@ class PainterStage(PaintingStage):
 
     def read_contexts(self, documents: DocumentBatch) -> list[Tensor]:
         """The labels of each picture, (1, N)."""
-        return [labels_N[None] for labels_N in painting_labels(documents.documents, reader="truth")]
+        labels_IN = true_labels(documents.documents).to(documents.batch.pixel_values.device)
+        return [labels_N[None] for labels_N in labels_IN]
 
     def condition(self, contexts: list[Tensor]) -> Tensor:
         labels_IN = torch.cat(contexts).long()
-        is_silent_I1 = torch.rand(len(labels_IN), 1) < _SILENT
-        return self._code.encode(labels_IN.masked_fill(is_silent_I1 & IS_ONLY_SEEN, NOT_THERE))
+        device = labels_IN.device
+        is_silent_I1 = torch.rand(len(labels_IN), 1, device=device) < _SILENT
+        return self._code.encode(labels_IN.masked_fill(is_silent_I1 & IS_ONLY_SEEN.to(device), NOT_THERE))

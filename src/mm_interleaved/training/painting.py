@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_interleaved.document import Document
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.training.data import DocumentBatch
+from mm_interleaved.training.devices import device_of, fast_attention
 from mm_interleaved.training.image_codec import detail
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.naming import badge_cells
@@ -92,19 +92,26 @@ class PaintingStage(ABC):
         """Pictures drawn from the step's pool; which pool that is depends on the step alone."""
         number = step // (self.pool_batches * self.repeats)
         if number != self._pool_number:
-            first = number * self.pool_batches
-            batches = (self.documents(first + i) for i in range(self.pool_batches))
-            self._pool = [task for batch in batches for task in self.read(batch)]
-            self._pool_number = number
-        chosen = torch.randint(len(self._pool), (self.batch_size,)).tolist()
-        return [self._pool[i] for i in chosen]
+            self._pool, self._pool_number = self.read_pool(number), number
+        return self.draw(self._pool)
+
+    def read_pool(self, number: int) -> list[PaintingTask]:
+        """The pictures of a pool, out of the documents of its own batches."""
+        device, first = device_of(self.model), number * self.pool_batches
+        batches = (self.documents(first + i).to(device) for i in range(self.pool_batches))
+        return [task for batch in batches for task in self.read(batch)]
+
+    def draw(self, pool: Sequence[PaintingTask]) -> list[PaintingTask]:
+        """The pictures of a step, by torch's global generator."""
+        return [pool[i] for i in torch.randint(len(pool), (self.batch_size,)).tolist()]
 
     @torch.no_grad()
     def read(self, documents: DocumentBatch) -> list[PaintingTask]:
         """What the frozen parts make of a batch of documents: a task for each picture that counts."""
         batch = documents.batch
         assert batch.target_pixel_values is not None, "documents come with target pixels"
-        with torch.autocast(batch.pixel_values.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        device = batch.pixel_values.device
+        with torch.autocast(device.type, torch.bfloat16), fast_attention(device):
             contexts = self.read_contexts(documents)
             latents = self.model.image_decoder.encode(batch.target_pixel_values)
             weight_I1yx = self._weights(batch.target_pixel_values, documents.documents)
@@ -135,7 +142,8 @@ class PaintingStage(ABC):
 
     def compute_losses(self, batch: list[PaintingTask]) -> Losses:
         model, decoder = self.model, self.model.image_decoder
-        with sdpa_kernel(SDPBackend.MATH):  # see text_side
+        device = batch[0].latents.device
+        with fast_attention(device):
             # 1. What each picture is painted from.
             conditioning = self.condition([task.context for task in batch])
             earlier = self._look_at(batch)
@@ -143,10 +151,12 @@ class PaintingStage(ABC):
             # 2. Noise it.
             latents = torch.stack([task.latents for task in batch])
             scheduler = model.training_scheduler
-            timestep = torch.randint(0, scheduler.config.num_train_timesteps, (len(batch),))
+            num_steps = scheduler.config.num_train_timesteps
+            timestep = torch.randint(0, num_steps, (len(batch),), device=device)
             noise = torch.randn_like(latents)
             noisy = scheduler.add_noise(latents, noise, timestep)
-            drop_I11 = (torch.rand(len(batch)) < model.config.condition_dropout)[:, None, None]
+            chance_I = torch.rand(len(batch), device=device)
+            drop_I11 = (chance_I < model.config.condition_dropout)[:, None, None]
             conditioning = torch.where(drop_I11, decoder.negative_conditioning, conditioning)
 
             # 3. Predict.
@@ -166,7 +176,7 @@ class PaintingStage(ABC):
     def _weights(self, pixels: Tensor, documents: Sequence[Document]) -> Tensor:
         change_I1HW = detail(2 * pixels.float() - 1)
         edges_I1yx = F.avg_pool2d(change_I1HW, self.model.image_decoder.latent_factor)
-        badges_I1yx = badge_cells(documents, edges_I1yx.shape[-1])[:, None]
+        badges_I1yx = badge_cells(documents, edges_I1yx.shape[-1])[:, None].to(pixels.device)
         weight_I1yx = 1 + self.detail_weight * edges_I1yx + self.badge_weight * badges_I1yx
         return weight_I1yx / weight_I1yx.mean((1, 2, 3), keepdim=True)
 
@@ -181,4 +191,4 @@ class PaintingStage(ABC):
             row[: len(task.earlier)] = torch.arange(first, first + len(task.earlier))
             first += len(task.earlier)
         levels = [torch.stack(level) for level in zip(*images, strict=True)]
-        return self.model.image_decoder.look_at(levels, index_IK)
+        return self.model.image_decoder.look_at(levels, index_IK.to(levels[0].device))

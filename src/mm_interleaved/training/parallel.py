@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mm_interleaved.errors import StorageError, UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.training.devices import chosen_device
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def joined_ranks(config: ParallelConfig, device: str = "auto") -> Iterator[Ranks
         UsageError: no such device, or the processes do not find each other.
         StorageError: another process ended, or did not answer in time.
     """
-    place = _place(device)
+    place = chosen_device(device)
     if "RANK" not in os.environ or dist.is_initialized():
         size = dist.get_world_size() if dist.is_initialized() else 1
         yield Ranks(dist.get_rank() if size > 1 else 0, size, place)
@@ -122,20 +123,6 @@ def joined_ranks(config: ParallelConfig, device: str = "auto") -> Iterator[Ranks
         ) from error
     finally:
         dist.destroy_process_group()
-
-
-def _place(device: str) -> torch.device:
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device: expected auto, cpu or cuda, found {device!r}") from error
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"device {device}: PyTorch finds no GPU here; use device=cpu or auto")
-        torch.cuda.set_device(place)
-    return place
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.models.adapter import DeformableAttention
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
+from mm_interleaved.training.loop import Stage
 from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.settings import check_least
 
@@ -109,6 +110,17 @@ def choose_trained(model: MMInterleavedForConditionalGeneration, config: PartsCo
     if not rules:
         raise UsageError("parts: none is trained, expected at least one with train=true that the model has")
     return rules
+
+
+def synchronizer_rules(stage: Stage, learning_rate: float) -> dict[str, ParameterRule]:
+    """A learning rate for all that looks into images among a stage's parts, by its name there."""
+    return {
+        f"{place}.{name}": ParameterRule("synchronizers", learning_rate)
+        for part, module in stage.trained_parts().items()
+        for place, layer in module.named_modules(prefix=part)
+        if isinstance(layer, FeatureSynchronizer | GatedSynchronizer)
+        for name, _ in layer.named_parameters()
+    }
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:

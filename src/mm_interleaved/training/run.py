@@ -17,7 +17,7 @@ from mm_interleaved.recipes.documents import export_run, train_documents
 from mm_interleaved.recipes.tasks import task_recipes
 from mm_interleaved.storage import locked_folder, make_folder, write_file
 from mm_interleaved.training.metrics import LOG_NAME
-from mm_interleaved.training.settings import from_record, override, to_record
+from mm_interleaved.training.settings import flat_record, from_record, override, to_record
 from mm_interleaved.training.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,16 @@ class Recipe:
     """The default settings, a frozen dataclass."""
     train: Callable[..., Path]
     """(settings, folder, show_progress=) → the folder of the finished model."""
+    may_change: frozenset[str] | None = None
+    """Settings that a run may be resumed with another value of; none = all. Where finished parts are compared
+    with each other, all must have been trained alike."""
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "storyworld": Recipe(storyworld.StoryWorldConfig, storyworld.train),
-        "ablation": Recipe(ablation.AblationConfig, ablation.train),
-        "scaling": Recipe(scaling.ScalingConfig, scaling.train),
+        "ablation": Recipe(ablation.AblationConfig, ablation.train, ablation.MAY_CHANGE),
+        "scaling": Recipe(scaling.ScalingConfig, scaling.train, scaling.MAY_CHANGE),
     }
     | {name: Recipe(settings, train_documents) for name, settings in task_recipes().items()}
 )
@@ -80,7 +83,9 @@ def run_recipe(
         raise UsageError(f"--resume: {out} holds no run ({SETTINGS_NAME} is not there)")
     if resume:
         settings = _settings_to_resume(path, name, settings)
-    settings = override(settings, overrides)
+    begun, settings = settings, override(settings, overrides)
+    if _has_begun(out):
+        _refuse_changes(out, begun, settings, RECIPES[name].may_change)
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
         make_folder(out)
@@ -115,7 +120,7 @@ def export(run: Path, out: Path) -> int:
 
 def _has_begun(out: Path) -> bool:
     """Something has been trained there; settings alone are what a run leaves that was refused."""
-    return os.path.isdir(out) and (any(out.glob(f"*/{LOG_NAME}")) or bool(_checkpoints(out)))
+    return os.path.isdir(out) and bool(_below(out, LOG_NAME) or _checkpoints(out))
 
 
 def _settings_of(name: str) -> tuple[str, Any]:
@@ -164,7 +169,26 @@ def _kept_settings(path: Path, name: str, settings: Any) -> Iterator[None]:
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob("*/step-*"))
+    return _below(out, "step-*")
+
+
+def _below(out: Path, pattern: str) -> list[Path]:
+    """Files of that name in the folders of stages, which some recipes keep one deeper."""
+    return sorted(path for place in ("*", "*/*") for path in out.glob(f"{place}/{pattern}"))
+
+
+def _refuse_changes(out: Path, begun: Any, settings: Any, may_change: frozenset[str] | None) -> None:
+    """Refuses another value of a setting that must stay as a run began with it."""
+    if may_change is None:
+        return
+    before, now = (flat_record(one) for one in (begun, settings))
+    for setting, value in now.items():
+        if value != before[setting] and setting not in may_change:
+            raise UsageError(
+                f"--resume: {out} began with {setting}={before[setting]}, found {value}; what it has trained "
+                f"so far would not compare, so only {', '.join(sorted(may_change))} may change: choose "
+                "another folder"
+            )
 
 
 @contextmanager

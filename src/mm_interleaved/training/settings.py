@@ -127,10 +127,15 @@ def from_record(kind: type[Settings], record: Any, name: str = "settings") -> Se
 
 def setting_names(settings: Any, prefix: str = "") -> list[str]:
     """Every name that `override` accepts."""
-    names = []
+    return list(flat_record(settings, prefix))
+
+
+def flat_record(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting by the name that `override` takes for it."""
+    values: dict[str, Any] = {}
     for name, value in _children(settings).items():
-        names += setting_names(value, f"{prefix}{name}.") if _is_group(value) else [prefix + name]
-    return names
+        values |= flat_record(value, f"{prefix}{name}.") if _is_group(value) else {prefix + name: value}
+    return values
 
 
 def _is_group(value: Any) -> bool:

@@ -9,9 +9,9 @@ Letters: I images, S slots, D their channels, N attributes.
 from collections.abc import Mapping
 
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_interleaved.models.vision import VisionTower
+from mm_interleaved.training.devices import device_of, fast_attention
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.naming import (
     IS_ONLY_SEEN,
@@ -33,7 +33,8 @@ class SlotSideStage:
 
     def __init__(self, vision: VisionTower, *, seed: int, batch_size: int, are_coarse: bool = False) -> None:
         self.vision, self.seed, self.batch_size, self.are_coarse = vision, seed, batch_size, are_coarse
-        self.reader = SlotReader(vision.resampler.queries.shape[-2], vision.slot_projection.out_features)
+        reader = SlotReader(vision.resampler.queries.shape[-2], vision.slot_projection.out_features)
+        self.reader = reader.to(device_of(vision))
         vision.requires_grad_(False)
         for part in self._slot_parts().values():
             part.requires_grad_(True)
@@ -46,12 +47,13 @@ class SlotSideStage:
         return {**self._slot_parts(), "readers": self.reader}
 
     def make_batch(self, step: int) -> NamedPictures:
-        return named_pictures(self.seed, step, self.batch_size)
+        return named_pictures(self.seed, step, self.batch_size).to(device_of(self.vision))
 
     def compute_losses(self, batch: NamedPictures) -> Losses:
-        with sdpa_kernel(SDPBackend.MATH):  # see text_side
+        with fast_attention(batch.pixels.device):
             slots_ISD = self.vision(batch.pixels).slots
-        labels_IN = batch.labels.masked_fill(IS_ONLY_SEEN & self.are_coarse, NOT_THERE)
+        is_left_out_N = (IS_ONLY_SEEN & self.are_coarse).to(batch.labels.device)
+        labels_IN = batch.labels.masked_fill(is_left_out_N, NOT_THERE)
         by_name = naming_losses(self.reader(slots_ISD), labels_IN)
         named = {"naming": mean_loss(by_name)}
         named |= {name: mean_loss(by_name, name) for name in ("species", "pattern", "badge", "action")}

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_interleaved.batch import Batch
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.losses import text_loss
 from mm_interleaved.training.data import DocumentBatch
+from mm_interleaved.training.devices import device_of, fast_attention
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.mentions import (
     CHARACTERS,
@@ -24,7 +23,14 @@ from mm_interleaved.training.mentions import (
     introduction_labels,
     mention_labels,
 )
-from mm_interleaved.training.naming import NOT_THERE, ONLY_SEEN, SceneCode, painting_labels
+from mm_interleaved.training.naming import (
+    NOT_THERE,
+    ONLY_SEEN,
+    known_cross_entropy,
+    painting_labels,
+    told_labels,
+)
+from mm_interleaved.training.scene_code import SceneCode
 from mm_interleaved.visibility import NO_IMAGE
 
 LEARNED = ("text", "naming", "distance", "introductions", "mentions")
@@ -62,11 +68,12 @@ class TextSideStage:
         self.first, self.middle = layers[0], layers[len(layers) // 2]
         dim = model.config.text_config.hidden_size
         sizes = {"first": len(CHARACTERS), "middle": sum(SIZES_OF_MENTION), "last": sum(SIZES_OF_MENTION)}
-        self.readers = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
+        readers = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
+        self.readers = readers.to(device_of(model))
         for weight in self.readers.parameters():
             nn.init.zeros_(weight)  # so that every run starts from the same
         model.vision.requires_grad_(False)
-        self.code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
+        self.code = SceneCode.of(model.image_decoder)
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         return {
@@ -79,19 +86,18 @@ class TextSideStage:
         }
 
     def make_batch(self, step: int) -> DocumentBatch:
-        return self.batches(step)
+        return self.batches(step).to(device_of(self.model))
 
     def compute_losses(self, batch: DocumentBatch) -> Losses:
         inputs = batch.batch
-        # On a CPU the backward of the fused attention takes three times as long as plain matrix products at
-        # these lengths in bfloat16 (0.37 s against 0.13 s a step, 2026-11).
+        device = inputs.input_ids.device
         taps = output_of(self.first), output_of(self.middle)
-        with sdpa_kernel(SDPBackend.MATH), taps[0] as first, taps[1] as half_way:
+        with fast_attention(device), taps[0] as first, taps[1] as half_way:
             hidden = self._read_words(inputs) if batch.is_blind else read_batch(self.model, inputs)
             row_I, column_I = (inputs.image_start != NO_IMAGE).nonzero(as_tuple=True)
             end_I = inputs.image_start[row_I, column_I]
             conditioning, _ = self.model.condition(hidden, row_I, torch.zeros_like(end_I), end_I)
-        labels_IN = painting_labels(batch.documents, reader="words" if batch.is_blind else "eyes")
+        labels_IN = (told_labels if batch.is_blind else painting_labels)(batch.documents).to(device)
         named = {
             "text": text_loss(self.model.predict_text(hidden), inputs.input_ids, inputs.text_target),
             **self.code.losses(conditioning, labels_IN),
@@ -107,10 +113,9 @@ class TextSideStage:
 
     def _introduction_loss(self, hidden_BTD: Tensor, batch: DocumentBatch) -> Tensor:
         """Mean cross-entropy of who is introduced, over the words that do so, of hidden states (B, T, D)."""
-        labels_BT = introduction_labels(batch.words)
+        labels_BT = introduction_labels(batch.words).to(hidden_BTD.device)
         is_known_BT = labels_BT != NOT_THERE
-        answers = self.readers["first"](hidden_BTD[is_known_BT]).float()
-        return F.cross_entropy(answers, labels_BT[is_known_BT], reduction="sum") / max(len(answers), 1)
+        return known_cross_entropy(self.readers["first"](hidden_BTD[is_known_BT]), labels_BT[is_known_BT])
 
     def _mention_loss(self, hidden: Mapping[str, Tensor], batch: DocumentBatch) -> Tensor:
         """Mean cross-entropy of whom words mean, out of hidden states (B, T, D) by reader.
@@ -119,22 +124,21 @@ class TextSideStage:
         """
         labels_BTA = mention_labels(
             batch.documents, batch.words, batch.batch.image_start, is_blind=batch.is_blind
-        )
+        ).to(batch.batch.input_ids.device)
         is_known_BT = (labels_BTA != NOT_THERE).any(-1)
         labels_AM = labels_BTA[is_known_BT].T
         losses = []
         for name, hidden_BTD in hidden.items():
-            answers = self.readers[name](hidden_BTD[is_known_BT]).float().split(SIZES_OF_MENTION, dim=1)
+            answers = self.readers[name](hidden_BTD[is_known_BT]).split(SIZES_OF_MENTION, dim=1)
             for attribute, answer, label_M in zip(OF_MENTION, answers, labels_AM, strict=True):
                 if name == "last" or attribute not in ONLY_SEEN:
-                    count = (label_M != NOT_THERE).sum().clamp(min=1)
-                    loss = F.cross_entropy(answer, label_M, ignore_index=NOT_THERE, reduction="sum")
-                    losses.append(loss / count)
+                    losses.append(known_cross_entropy(answer, label_M))
         return torch.stack(losses).mean()
 
     def _read_words(self, inputs: Batch) -> Tensor:
         model, config = self.model, self.model.config
-        slots_ISD = torch.zeros(inputs.num_images, config.num_slots, config.text_config.hidden_size)
+        shape = inputs.num_images, config.num_slots, config.text_config.hidden_size
+        slots_ISD = torch.zeros(shape, device=inputs.input_ids.device)
         return model(
             inputs_embeds=model.embed(inputs.input_ids, inputs.image_start, slots_ISD),
             attention_mask=inputs.attention_mask,
@@ -168,41 +172,3 @@ def read_batch(model: MMInterleavedForConditionalGeneration, batch: Batch) -> Te
         image_start=batch.image_start,
         logits_to_keep=1,
     ).hidden
-
-
-@torch.no_grad()
-def open_to_images(model: MMInterleavedForConditionalGeneration) -> None:
-    """Lets a new model hear from the first step what its resamplers and synchronizers have to say.
-
-    These start such that they do not disturb pretrained neighbours: small weights, small slots, closed gates.
-    A model that starts from nothing has nothing to protect; with that start, slots differed by 0.02 % from
-    image to image after 400 steps.
-    """
-    nn.init.normal_(model.vision.slot_projection.weight, std=model.vision.slot_projection.in_features**-0.5)
-    for index in model.language_model.synchronized_layers:
-        model.language_model.layers[index].synchronizer.gate.fill_(0.5)
-    resamplers = [model.vision.resampler]
-    if model.image_decoder is not None:
-        resamplers.append(model.image_decoder.resampler)
-    for resampler in resamplers:
-        for module in resampler.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-
-
-@torch.no_grad()
-def open_to_learning(model: MMInterleavedForConditionalGeneration) -> None:
-    """First weights for a language model that starts from nothing.
-
-    transformers' deviation of 0.02 is meant for widths of thousands: at a width of 192 attention starts
-    almost uniform and stays so for long. Here each layer's outputs start about as large as its inputs, and
-    each block adds a third of that.
-    """
-    language_model = model.language_model
-    nn.init.normal_(language_model.embed_tokens.weight, std=0.5)
-    for layer in language_model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, linear in block.named_children():
-                if isinstance(linear, nn.Linear):
-                    scale = 0.3 if name in ("o_proj", "down_proj") else 1.0
-                    nn.init.normal_(linear.weight, std=scale * linear.in_features**-0.5)

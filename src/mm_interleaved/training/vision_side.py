@@ -6,16 +6,15 @@ Letters: I images, C channels, S slots, D their channels, N attributes, s cells 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mm_interleaved.models.vision import VisionTower
 from mm_interleaved.storyworld.renderer import render_batch, scene_at
 from mm_interleaved.storyworld.world import POSITIONS
+from mm_interleaved.training.devices import device_of, fast_attention
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.naming import (
     AT_POSITION,
@@ -24,6 +23,7 @@ from mm_interleaved.training.naming import (
     SIZES,
     SIZES_AT_POSITION,
     cell_labels,
+    known_cross_entropy,
     mean_loss,
     naming_losses,
     scene_labels,
@@ -44,6 +44,11 @@ class NamedPictures:
     ids: tuple[str, ...]
     cells: tuple[Tensor, ...] = ()
     """For each level that is read (I, attributes of a position, s, s) int64, see `cell_labels`."""
+
+    def to(self, device: torch.device) -> "NamedPictures":
+        """The same on a device."""
+        cells = tuple(level.to(device) for level in self.cells)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), cells=cells)
 
 
 class SlotReader(nn.Module):
@@ -109,20 +114,19 @@ class VisionSideStage:
         self.readers = nn.ModuleDict({
             "cells": nn.Linear(vision.token_projection.in_features, sum(SIZES_AT_POSITION)),
             "slots": SlotReader(num_slots, slot_dim),
-        })  # fmt: skip
+        }).to(device_of(vision))  # fmt: skip
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         return {"vision": self.vision, "readers": self.readers}
 
     def make_batch(self, step: int) -> NamedPictures:
-        return named_pictures(self.seed, step, self.batch_size, LEVELS)
+        return named_pictures(self.seed, step, self.batch_size, LEVELS).to(device_of(self.vision))
 
     def compute_losses(self, batch: NamedPictures) -> Losses:
-        with sdpa_kernel(SDPBackend.MATH):  # see text_side
+        with fast_attention(batch.pixels.device):
             seen = self.vision(batch.pixels)
-        read = naming_losses(
-            self.readers["slots"](seen.slots), batch.labels.masked_fill(IS_ONLY_SEEN, NOT_THERE)
-        )
+        labels_IN = batch.labels.masked_fill(IS_ONLY_SEEN.to(batch.labels.device), NOT_THERE)
+        read = naming_losses(self.readers["slots"](seen.slots), labels_IN)
         named = {"slots": mean_loss(read)}
         badges = []
         for level, labels in zip(LEVELS, batch.cells, strict=True):
@@ -134,9 +138,9 @@ class VisionSideStage:
         return Losses(total=total, named=named, counts={"images": len(batch.pixels)}, document_ids=batch.ids)
 
     def _read_cells(self, cells_ICss: Tensor, labels: Tensor) -> list[Tensor]:
-        """Loss of each attribute of a position, over the cells that have it."""
+        """Loss of each attribute of a position, over the cells that have it (0 if none has)."""
         answers = self.readers["cells"](cells_ICss.movedim(1, -1)).float().movedim(-1, 1)
         return [
-            F.cross_entropy(answer, label_Iss, ignore_index=NOT_THERE)
+            known_cross_entropy(answer, label_Iss)
             for answer, label_Iss in zip(answers.split(SIZES_AT_POSITION, 1), labels.unbind(1), strict=True)
         ]

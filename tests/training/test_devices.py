@@ -1,0 +1,94 @@
+"""Every stage computes where its model lies, and gives the numbers that it gives on the CPU."""
+
+import pytest
+import torch
+from elsewhere import ELSEWHERE, TwoDevicesError, elsewhere
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.training.data import DocumentBatches, Mixture, storyworld_pixels
+from mm_interleaved.training.devices import chosen_device, device_of
+from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
+from mm_interleaved.training.image_side import ImageSideStage
+from mm_interleaved.training.painter import PainterStage
+from mm_interleaved.training.slot_side import SlotSideStage
+from mm_interleaved.training.text_side import TextSideStage
+from mm_interleaved.training.vision_side import VisionSideStage
+
+MIXTURES = (
+    Mixture(share=1, batch_size=2, tasks={"edit": 1}),
+    Mixture(share=1, batch_size=1, tasks={"story": 1}, is_blind=True),
+)
+POOL = {"batch_size": 3, "pool_batches": 1, "repeats": 2, "badge_weight": 20.0}
+
+
+def documents(processor):
+    return DocumentBatches(processor, MIXTURES, seed=1, target_pixels=True)
+
+
+STAGES = {
+    "vae": lambda model, _: ImageCodecStage(
+        model.image_decoder.vae, storyworld_pixels(1), batch_size=1, detail_weight=4.0, kl_weight=0.0
+    ),
+    "vision": lambda model, _: VisionSideStage(model.vision, seed=0, batch_size=2),
+    "slots": lambda model, _: SlotSideStage(model.vision, seed=0, batch_size=2),
+    "text": lambda model, processor: TextSideStage(model, documents(processor)),
+    "painter": lambda model, processor: PainterStage(model, documents(processor), **POOL),
+    "image": lambda model, processor: ImageSideStage(model, documents(processor), **POOL),
+}
+
+
+def learn(stage, step):
+    torch.manual_seed(step)
+    losses = stage.compute_losses(stage.make_batch(step))
+    losses.total.backward()
+    return losses.total
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_computes_where_its_model_lies(name, make_model, processor, monkeypatch):
+    steps = [0]
+    if name == "text":
+        batches = documents(processor)
+        steps = [next(s for s in range(20) if batches.mixture_of(s) is mixture) for mixture in MIXTURES]
+    torch.manual_seed(0)
+    stage = STAGES[name](make_model(), processor)
+    here = [learn(stage, step).detach() for step in steps]
+    torch.manual_seed(0)
+    model = make_model()
+    with elsewhere(monkeypatch):
+        model.to(ELSEWHERE)
+        stage = STAGES[name](model, processor)
+        there = [learn(stage, step) for step in steps]
+        assert {loss.device for loss in there} == {ELSEWHERE}
+        for part in stage.trained_parts().values():
+            for parameter_name, parameter in part.named_parameters():
+                grad = parameter.grad
+                assert parameter.device == ELSEWHERE, parameter_name
+                assert grad is None or grad.device == ELSEWHERE, parameter_name
+        for one, other in zip(here, there, strict=True):
+            torch.testing.assert_close(one, other.cpu(), rtol=0.02, atol=0.02)
+
+
+def test_what_stays_behind_is_found_out(model, monkeypatch):
+    stage = SlotSideStage(model.vision, seed=0, batch_size=1)
+    with elsewhere(monkeypatch):
+        model.to(ELSEWHERE)
+        assert device_of(stage.reader).type == "cpu"
+        with pytest.raises(TwoDevicesError):
+            learn(stage, 0)
+
+
+def test_latents_are_normalised_where_the_vae_lies(model, monkeypatch):
+    with elsewhere(monkeypatch):
+        vae = model.image_decoder.vae.to(ELSEWHERE)
+        normalise_latents(vae, torch.rand(2, 3, 32, 32))
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert chosen_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match="expected auto, cpu or cuda, found 'banana'"):
+        chosen_device("banana")
+    if not torch.cuda.is_available():
+        assert chosen_device("auto").type == "cpu"
+        with pytest.raises(UsageError, match="PyTorch finds no GPU here"):
+            chosen_device("cuda")
