@@ -29,6 +29,7 @@ from mm_interleaved.checkpoint.store import (
     save_checkpoint,
 )
 from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError
+from mm_interleaved.storage import remove_temporary_files
 from mm_interleaved.training.metrics import LOG_NAME, LinesFile, Log, LogWriter, Meter, count_flops
 from mm_interleaved.training.optimizer import (
     AveragedWeights,
@@ -325,6 +326,7 @@ class _StageRun:
         if self.ranks.is_first:
             # What an interrupted save or rotation left, and lines of steps that will be done again.
             remove_leftovers(self.folder)
+            remove_temporary_files(self.folder)
             self._file.cut(0 if checkpoint is None else checkpoint.step)
         if checkpoint is None:
             return
