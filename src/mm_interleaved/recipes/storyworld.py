@@ -50,9 +50,10 @@ from mm_interleaved.training.vision_side import VisionSideStage
 PICTURE_SIZE = 64
 
 TEXT_MIXTURES = (
-    Mixture(share=4, batch_size=16, tasks={INTERVIEW: 60, "caption": 20, "paragraph": 6, "ground": 14}),
-    Mixture(share=3, batch_size=8, tasks={"story": 76, "few_shot": 6, "edit": 14, "segmentation": 4}),
-    Mixture(share=3, batch_size=16, tasks={"story": 1}, is_blind=True),
+    Mixture(share=4, batch_size=16, tasks={INTERVIEW: 66, "caption": 10, "paragraph": 4, "ground": 20}),
+    Mixture(share=4, batch_size=8, tasks={"story": 86, "few_shot": 6, "edit": 4, "segmentation": 4}),
+    Mixture(share=2, batch_size=24, tasks={"edit": 1}),
+    Mixture(share=2, batch_size=16, tasks={"story": 1}, is_blind=True),
     Mixture(share=1, batch_size=40, tasks={"draw": 1}, is_blind=True),
 )
 """What the text side learns from; interviews stand for vqa and dialogue."""
@@ -61,8 +62,8 @@ GENERATION_SETTINGS = {"scheduler": "ddim", "num_inference_steps": 25, "guidance
 """What the finished model prefers over the general defaults."""
 
 IMAGE_MIXTURES = (
-    Mixture(share=3, batch_size=24, tasks={"draw": 88, "segmentation": 5, "edit": 7}),
-    Mixture(share=2, batch_size=8, tasks={"story": 1}),
+    Mixture(share=2, batch_size=24, tasks={"draw": 50, "segmentation": 5, "edit": 45}),
+    Mixture(share=4, batch_size=8, tasks={"story": 1}),
 )
 """What the image side learns from: pictures that follow from text and earlier pictures."""
 
@@ -152,7 +153,7 @@ class StoryWorldConfig:
     """Fourth stage: the U-Net learns to paint from codes of scenes, without language model."""
     image: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=1000, learning_rate=1e-3, ema_decay=0.998, use_bfloat16=True
+            steps=400, learning_rate=4e-4, ema_decay=0.99, decay_fraction=0.6, use_bfloat16=True
         )
     )
     """Fifth stage: it learns to paint from documents, and to keep what earlier pictures show."""
