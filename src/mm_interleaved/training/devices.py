@@ -36,7 +36,7 @@ def device_of(module: nn.Module) -> torch.device:
     return next(parameters).device
 
 
-def fast_attention(device: torch.device) -> AbstractContextManager[None]:
+def fast_attention(device: torch.device) -> AbstractContextManager[object]:
     """Within, attention over short rows is computed in the way that is fastest to learn with.
 
     On a CPU the backward of the fused attention takes three times as long as plain matrix products at
