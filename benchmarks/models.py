@@ -114,6 +114,9 @@ def random_painter(
     decoder = decoder.to(dtype).to_empty(device=device).eval()
     fill_parameters(decoder, device)
     for module in decoder.modules():
+        # What left the meta device holds whatever the memory held.
+        for buffer in module.buffers(recurse=False):
+            buffer.zero_()
         if isinstance(module, MapSynchronizer):
             module.position_table.copy_(torch.randn_like(module.position_table))
     return decoder, sizes
