@@ -157,6 +157,14 @@ def at_cell_centres(case):
     return case | {"query_term_BQHE": whole, "index_term_KHE": index, "value_BNSHD": value}
 
 
+def with_one_image(relative_index):
+    """Each query with one image or none, and a reference of its own: the pairs may be the queries."""
+    index = torch.tensor(relative_index)[..., None]
+    return lambda case: with_references(2, 4)(
+        case | {"value_BNSHD": case["value_BNSHD"][:, :1], "relative_index_BQN": index}
+    )
+
+
 VARIANTS = {
     "as it is": lambda case: case,
     "shared images": with_shared_images,
@@ -169,6 +177,8 @@ VARIANTS = {
     "reference each": with_references(2, 4),
     "far out": lambda case: case | {"query_term_BQHE": 2 * case["query_term_BQHE"]},
     "at cell centres": at_cell_centres,
+    "one image": with_one_image([[1, 1, 2, 1], [3, 3, 3, 4]]),
+    "one image, hidden from some": with_one_image([[1, 0, 2, 1], [0, 3, 3, 4]]),
 }
 
 
@@ -183,6 +193,7 @@ def test_the_fast_path_and_all_its_gradients_equal_the_reference(case, variant):
 def test_portions_change_nothing(case, rows_at_once, monkeypatch):
     monkeypatch.setattr(gather, "PORTION_ON_CPU", rows_at_once)
     assert_as_the_reference(with_shared_images(case))
+    assert_as_the_reference(VARIANTS["one image"](case))
 
 
 def test_64_bit_rows_change_nothing(case, monkeypatch):

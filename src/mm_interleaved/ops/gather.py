@@ -119,20 +119,19 @@ def _attend(
     pairs = visible_pairs(relative_index_BQN, image_BN)
     term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs)
     logit_MHj = term_MHE[..., 2 * sizes.num_points :]
-    normalizer_qH = log_normalizers(logit_MHj, pairs.query, B * Q)
+    normalizer_qH = log_normalizers(logit_MHj, pairs, B * Q)
     reference_q2 = _reference_of_queries(reference_BQ2, B, Q)
     # Sums over images are kept in the precision of the terms, single or better.
     out_qHD = normalizer_qH.neg().exp_()[..., None] * ignore_HD.to(term_MHE.dtype)
     table_RD = value_JSHD.reshape(-1, value_JSHD.shape[-1])
     levels = level_table(sizes.level_sizes, sizes.num_points, term_MHE.dtype, term_MHE.device)
     for portion in _portions(len(pairs.query), logit_MHj.shape[1:].numel(), value_JSHD.device):
-        query_n = pairs.query[portion]
-        corners = _corners(term_MHE[portion], query_n, reference_q2, levels, sizes)
-        weight_nHj = _weights(logit_MHj[portion], query_n, normalizer_qH)
+        corners = _corners(term_MHE[portion], _references(pairs, portion, reference_q2), levels, sizes)
+        weight_nHj = _weights(logit_MHj[portion], pairs.rows(normalizer_qH, portion))
         row_br = _rows(corners.cell, levels, pairs.image[portion], value_JSHD)
         weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
         seen_nHD = sum_bags(table_RD, row_br, weight_br).view(-1, H, table_RD.shape[1])
-        out_qHD.index_add_(0, query_n, seen_nHD.to(out_qHD.dtype))
+        pairs.add(out_qHD, portion, seen_nHD.to(out_qHD.dtype))
     return out_qHD.view(B, Q, H, value_JSHD.shape[-1]).to(value_JSHD.dtype), normalizer_qH
 
 
@@ -169,23 +168,22 @@ class _Attend(torch.autograd.Function):
         of_reference_q2 = gradient_qHD.new_zeros(B * Q, 2)
         of_term_MHE = torch.empty_like(term_MHE)
         for portion in _portions(len(pairs.query), term_MHE[..., 2 * P :].shape[1:].numel(), term_MHE.device):
-            query_n, logit_nHj = pairs.query[portion], term_MHE[portion, :, 2 * P :]
-            corners = _corners(term_MHE[portion], query_n, reference_q2, levels, sizes)
-            weight_nHj = _weights(logit_nHj, query_n, normalizer_qH)
-            gradient_nHD = gradient_qHD.index_select(0, query_n)
+            corners = _corners(term_MHE[portion], _references(pairs, portion, reference_q2), levels, sizes)
+            weight_nHj = _weights(term_MHE[portion, :, 2 * P :], pairs.rows(normalizer_qH, portion))
+            gradient_nHD = pairs.rows(gradient_qHD, portion)
             of_weight_nHj, of_place_2nHj = _bag_gradients(
                 gradient_nHD, corners, weight_nHj, levels, value_JSHD, pairs.image[portion],
                 of_value_JSHD, needs_samples=any(needs[1:4]),
             )  # fmt: skip
             if of_weight_nHj is None:
                 continue
-            of_weight_nHj.sub_(product_qH.index_select(0, query_n)[..., None])
+            of_weight_nHj.sub_(pairs.rows(product_qH, portion)[..., None])
             torch.mul(of_weight_nHj, weight_nHj, out=of_term_MHE[portion, :, 2 * P :])
             of_location_2nHj = of_place_2nHj.mul_(levels.size)
             of_location_2nHP = of_location_2nHj.unflatten(-1, (-1, P)).sum(-2)
             of_offset_nHP2 = of_term_MHE[portion, :, : 2 * P].unflatten(-1, (P, 2))
             torch.div(of_location_2nHP.movedim(0, -1), sizes.base_size, out=of_offset_nHP2)
-            of_reference_q2.index_add_(0, query_n, of_location_2nHP.sum((2, 3)).t())
+            pairs.add(of_reference_q2, portion, of_location_2nHP.sum((2, 3)).t())
 
         # 3. Summed up over pairs.
         of_query_term = of_index_term = of_reference = of_ignore = None
@@ -288,8 +286,8 @@ def _portions(num_pairs: int, samples_per_pair: int, device: torch.device) -> It
 
 
 def _pair_terms(query_term_BQHE: Tensor, index_term_KHE: Tensor, pairs: VisiblePairs) -> Tensor:
-    term_MHE = query_term_BQHE.flatten(0, 1).index_select(0, pairs.query)
-    return term_MHE.add_(index_term_KHE.index_select(0, pairs.relative))
+    term_MHE = index_term_KHE.index_select(0, pairs.relative)
+    return term_MHE.add_(pairs.rows(query_term_BQHE.flatten(0, 1), slice(None)))
 
 
 def _reference_of_queries(reference_BQ2: Tensor, num_rows: int, num_queries: int) -> Tensor:
@@ -299,21 +297,28 @@ def _reference_of_queries(reference_BQ2: Tensor, num_rows: int, num_queries: int
     return reference_BQ2.expand(num_rows, num_queries, 2).reshape(-1, 2)
 
 
-def _corners(
-    term_nHE: Tensor, query_n: Tensor, reference_q2: Tensor, levels: Levels, sizes: Sizes
-) -> Corners:
+def _references(pairs: VisiblePairs, portion: slice, reference_q2: Tensor) -> Tensor:
+    """(n, 2), or (1, 2) where all share one."""
+    return reference_q2 if len(reference_q2) == 1 else pairs.rows(reference_q2, portion)
+
+
+def _corners(term_nHE: Tensor, reference_n2: Tensor, levels: Levels, sizes: Sizes) -> Corners:
     """Where the pairs of a portion look."""
     P = sizes.num_points
-    reference_n2 = reference_q2 if len(reference_q2) == 1 else reference_q2.index_select(0, query_n)
     offset_2nHP = term_nHE[..., : 2 * P].unflatten(-1, (P, 2)).movedim(-1, 0)
-    location_2nHP = torch.add(reference_n2.t()[..., None, None], offset_2nHP, alpha=1 / sizes.base_size)
-    location_2nHj = location_2nHP.repeat(1, 1, 1, len(sizes.level_sizes))
-    return bilinear_corners(location_2nHj.mul_(levels.size).sub_(0.5), levels)
+    # Written into memory in the order of its axes: a sum keeps that of the offsets, x beside y, which makes
+    # all that follows three times as slow.
+    location_2nHP = offset_2nHP.new_empty(offset_2nHP.shape)
+    torch.add(reference_n2.t()[..., None, None], offset_2nHP, alpha=1 / sizes.base_size, out=location_2nHP)
+    place_2nHLP = location_2nHP.new_empty(*location_2nHP.shape[:-1], len(sizes.level_sizes), P)
+    for level, size in enumerate(sizes.level_sizes):
+        torch.mul(location_2nHP, size, out=place_2nHLP[..., level, :])
+    return bilinear_corners(place_2nHLP.flatten(-2).sub_(0.5), levels)
 
 
-def _weights(logit_nHj: Tensor, query_n: Tensor, normalizer_qH: Tensor) -> Tensor:
+def _weights(logit_nHj: Tensor, normalizer_nH: Tensor) -> Tensor:
     """What the samples of a portion weigh: one, over all pairs of a query and looking nowhere."""
-    return (logit_nHj - normalizer_qH.index_select(0, query_n)[..., None]).exp_()
+    return (logit_nHj - normalizer_nH[..., None]).exp_()
 
 
 def _given(
