@@ -1,11 +1,14 @@
 """One denoising step with guidance: the synchronizers' share of it, without and with an earlier image.
 
-The share is that of the time between the middle and the upward path. The published size is counted as well,
-where it is not what runs. After the steps come whole pictures of the shipped model, see `painting`.
+The share is that of the time between the middle and the upward path. On a CPU the sides run in a small size;
+the published one is counted beside it, and its share is timed as well (not with --quick): of a step that
+takes a quarter of a minute, both kinds of synchronizers, and the U-Net alone. After the steps come whole
+pictures of the shipped model, see `painting`.
 """
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost import cached_cost, textbook_cost
-from benchmarks.harness import Case, Setting, compare, wait
+from benchmarks.harness import Case, Setting, compare, cpu_clock, wait
 from benchmarks.models import random_painter, synchronizer_sizes, unet_settings
 from benchmarks.painting import painting_cases
 from benchmarks.sizes import SynchronizerSize
@@ -23,6 +26,8 @@ from mm_interleaved.models.unet import Between, unet_forward
 
 PUBLISHED = ((320, 640, 1280, 1280), 64, 1024)
 """Channels, cells along a side of the latents, width of values and conditioning."""
+SMALL = ((64, 128, 256, 256), 16, 256)
+"""The same for a CPU: both sides in turns within seconds."""
 GUIDED = 2
 """Images in a step: with the context and without."""
 
@@ -30,21 +35,38 @@ GUIDED = 2
 def run(setting: Setting) -> Iterator[Case]:
     if setting.is_gpu:
         channels, sample_size, value_dim = PUBLISHED
-    elif setting.quick:
-        channels, sample_size, value_dim = (64, 128, 256, 256), 16, 256
     else:
-        channels, sample_size, value_dim = (160, 320, 640, 640), 32, 512
+        channels, sample_size, value_dim = SMALL
     decoder, sizes = random_painter(channels, sample_size, value_dim, setting.device, setting.dtype)
     for images in (0, 1):
         case = step_case(setting, decoder, sizes, sample_size, images)
         yield {**case, "published": published_counts(images)}
+    if not setting.is_gpu and not setting.quick:
+        # A model of this size and another one do not fit side by side.
+        del decoder
+        decoder, sizes = random_painter(*PUBLISHED, setting.device, setting.dtype)
+        yield share_case(setting, decoder, sizes, PUBLISHED[1])
+        del decoder
     yield from painting_cases(setting)
 
 
-@torch.inference_mode()
-def step_case(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A guided step of one picture, and what is there before the first one."""
+
+    latents: Tensor
+    timestep: Tensor
+    conditioning: Tensor
+    guided: Any
+    """Our values of the earlier image, for both halves."""
+    textbook: Between
+    """The textbook keeps the features alone, once for each half."""
+    projecting_seconds: float
+
+
+def prepare(
     setting: Setting, decoder: Any, sizes: Sequence[SynchronizerSize], sample_size: int, images: int
-) -> Case:
+) -> Step:
     """One picture, guided; it sees one earlier image or none."""
     device, dtype = setting.device, setting.dtype
     generator = torch.Generator(device).manual_seed(images)
@@ -55,44 +77,41 @@ def step_case(
     levels, width = sizes[0].level_sizes, sizes[0].feature_dim
     pyramid = [normal(1, width, level, level) for level in levels]
     cells = torch.cat([level.flatten(2).transpose(1, 2) for level in pyramid], dim=1)[:, None]
-    latents, timestep = normal(GUIDED, 4, sample_size, sample_size), torch.tensor(501, device=device)
-    conditioning = normal(GUIDED, 77, width)
     visible = torch.full((1, 1), images > 0, device=device)
-
-    # 1. What is there before the first step. The textbook keeps the features alone, once for each half.
     begin = time.perf_counter()
     earlier = decoder.look_at(pyramid, torch.zeros(1, 1, dtype=torch.int64, device=device) - (1 - images))
     wait(device)
     projecting = time.perf_counter() - begin
-    guided = earlier.repeat(GUIDED)
-    seen = textbook_between(
-        decoder.synchronizers, cells.repeat(GUIDED, 1, 1, 1), visible.repeat(GUIDED, 1), levels
+    return Step(
+        latents=normal(GUIDED, 4, sample_size, sample_size),
+        timestep=torch.tensor(501, device=device),
+        conditioning=normal(GUIDED, 77, width),
+        guided=earlier.repeat(GUIDED),
+        textbook=textbook_between(
+            decoder.synchronizers, cells.repeat(GUIDED, 1, 1, 1), visible.repeat(GUIDED, 1), levels
+        ),
+        projecting_seconds=projecting,
     )
 
-    # 2. A step, and what happens between the middle and the upward path alone.
-    def textbook() -> Tensor:
-        return unet_forward(decoder.unet, latents, timestep, conditioning, seen)
 
-    def ours() -> Tensor:
-        return decoder.predict(latents, timestep, conditioning, guided)
-
-    maps: list[Any] = []
-
-    def keep(middle: Tensor, skips: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        maps[:] = [middle, skips]
-        return middle, skips
-
-    def without() -> Tensor:
-        return unet_forward(decoder.unet, latents, timestep, conditioning)
-
-    unet_forward(decoder.unet, latents, timestep, conditioning, keep)
-    ours_between = _between_of(decoder, guided, latents, timestep, conditioning)
+@torch.inference_mode()
+def step_case(
+    setting: Setting, decoder: Any, sizes: Sequence[SynchronizerSize], sample_size: int, images: int
+) -> Case:
+    """A step, and what happens between the middle and the upward path alone."""
+    step = prepare(setting, decoder, sizes, sample_size, images)
+    inputs = (step.latents, step.timestep, step.conditioning)
+    maps = _maps(decoder, inputs)
+    ours_between = _between_of(decoder, step.guided)
     result = compare(
         setting,
-        {"textbook": textbook, "ours": ours},
+        {
+            "textbook": lambda: unet_forward(decoder.unet, *inputs, step.textbook),
+            "ours": lambda: decoder.predict(*inputs, step.guided),
+        },
         also={
-            "without": without,
-            "textbook synchronizers": lambda: seen(*maps),
+            "without": lambda: unet_forward(decoder.unet, *inputs),
+            "textbook synchronizers": lambda: step.textbook(*maps),
             "our synchronizers": lambda: ours_between(*maps),
         },
     )
@@ -107,14 +126,46 @@ def step_case(
             "textbook": result.median["textbook synchronizers"] / result.median["textbook"],
             "ours": result.median["our synchronizers"] / result.median["ours"],
         },
-        "projecting_once_seconds": projecting,
+        "projecting_once_seconds": step.projecting_seconds,
         **_counted(decoder.unet, sizes, sample_size, images),
     }
 
 
-def _between_of(
-    decoder: Any, earlier: Any, latents: Tensor, timestep: Tensor, conditioning: Tensor
-) -> Between:
+@torch.inference_mode()
+def share_case(setting: Setting, decoder: Any, sizes: Sequence[SynchronizerSize], sample_size: int) -> Case:
+    """The synchronizers' share of a step after one earlier image; `ratio` is theirs, without the U-Net."""
+    step = prepare(setting, decoder, sizes, sample_size, images=1)
+    inputs = (step.latents, step.timestep, step.conditioning)
+    maps = _maps(decoder, inputs)
+    ours_between = _between_of(decoder, step.guided)
+    result = compare(setting, {"textbook": lambda: step.textbook(*maps), "ours": lambda: ours_between(*maps)})
+    case = {"images": 1, "channels": decoder.unet.config.block_out_channels[-1], "sample_size": sample_size}
+    if not result.equal:
+        return {**case, **result.record("ours")}
+    bare = min(cpu_clock(lambda: unet_forward(decoder.unet, *inputs), 1) for _ in range(2))
+    return {
+        **case,
+        **result.record("ours"),
+        "without_seconds": bare,
+        "share": {side: least / (bare + least) for side, least in result.least.items()},
+        "projecting_once_seconds": step.projecting_seconds,
+        **_counted(decoder.unet, sizes, sample_size, 1),
+    }
+
+
+def _maps(decoder: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What the synchronizers of a step are given: the middle and the skips."""
+    kept: list[Any] = []
+
+    def keep(middle: Tensor, skips: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        kept[:] = [middle, skips]
+        return middle, skips
+
+    unet_forward(decoder.unet, *inputs, keep)
+    return kept[0], kept[1]
+
+
+def _between_of(decoder: Any, earlier: Any) -> Between:
     """Our callback as `ImageDecoder.predict` makes it."""
     return decoder.synchronizers.callback(earlier.values, earlier.relative_index_IK, 1.0)
 

@@ -10,7 +10,7 @@ import ast
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import wraps
+from functools import cache, wraps
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -49,7 +49,7 @@ def command(app: typer.Typer, name: str | None = None, *, panel: str | None = No
         signature = inspect.signature(function, eval_str=True)
         parameters = [p for p in signature.parameters.values() if p.name != "flags"]
         takes_flags = len(parameters) < len(signature.parameters)
-        parameters += _flag_parameters() if takes_flags else []
+        parameters += _flag_parameters() if takes_flags else ()
         debug = Annotated[bool, typer.Option("--debug", help=_DEBUG_HELP)]
         parameters.append(_keyword("debug", debug, False))
         names = {field.name for field in fields(GenerationSettings)}
@@ -83,7 +83,9 @@ def field_help(dataclass: type) -> dict[str, str]:
     return found
 
 
-def _flag_parameters() -> list[inspect.Parameter]:
+@cache
+def _flag_parameters() -> tuple[inspect.Parameter, ...]:
+    """The same for all commands; reading the help out of the source takes a while."""
     helps, hints = field_help(GenerationSettings), get_type_hints(GenerationSettings)
     parameters = []
     for field in fields(GenerationSettings):
@@ -94,7 +96,7 @@ def _flag_parameters() -> list[inspect.Parameter]:
         help_text = f"{helps[field.name].rstrip('.')}{default}."
         option = typer.Option(*names, help=help_text, show_default=False, rich_help_panel=_PANEL)
         parameters.append(_keyword(field.name, Annotated[hints[field.name] | None, option], None))
-    return parameters
+    return tuple(parameters)
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
