@@ -114,7 +114,8 @@ def _story(axes: Any, result: Result) -> None:
 
 def _unet(axes: Any, result: Result) -> None:
     cases = [case for case in result["cases"] if "share" in case]
-    labels = ["no earlier image" if case["images"] == 0 else "one earlier image" for case in cases]
+    seen = ("no earlier image", "one earlier image")
+    labels = [f"{seen[case['images'] > 0]},\n{case['channels']} channels" for case in cases]
     rows = [("textbook", TEXTBOOK, -0.2), ("ours", OURS, 0.2)]
     for side, color, shift in rows:
         shares = [100 * case["share"][side] for case in cases]

@@ -142,6 +142,8 @@ def test_a_language_model_and_a_painter_with_textbook_layers_equal_ours(writer, 
     case = unet_step.step_case(setting, decoder, sizes, 8, 1)
     assert case["equal"] and case["share_of_flops"]["ours"] < case["share_of_flops"]["textbook"]
     assert textbook_between is unet_step.textbook_between
+    timed = unet_step.share_case(setting, decoder, sizes, 8)
+    assert timed["equal"] and all(0 < share < 1 for share in timed["share"].values())
 
 
 def test_operations_of_the_textbook_are_those_counted_by_torch(layer):
@@ -247,6 +249,7 @@ def test_every_part_has_a_picture_or_a_table(tmp_path):
     case = {
         "images": 2, "batch": 1, "beams": 1, "context": 8, "tokens": 4, "documents": 2, "ratio": 2.0,
         "equal": True, "seconds": seconds, "share_of_limit": 0.5, "share": {"textbook": 0.5, "ours": 0.1},
+        "channels": 64,
         "rounds": {"read again": [1.0, 2.0], "remembered": [1.0, 1.0]},
     }  # fmt: skip
     facts = {"device": "cpu", "hardware": "a machine", "threads": 1, "dtype": "float32", "commit": "0"}
