@@ -35,8 +35,8 @@ LOSSY: dict[str, dict[str, Any]] = {
     "euler, 15 steps": {"scheduler": "euler", "num_inference_steps": 15},
 }
 QUICK = ("step_cache=2", "guidance_cache=2", "unipc, 8 steps")
-EXACT = {"scheduler": "ddim", "num_inference_steps": 25}
-"""What counts as exact: more steps than the model's own settings have, which are one of the ways above."""
+COMPARED_WITH = {"scheduler": "ddim", "num_inference_steps": 25}
+"""The sampler whose pictures the others are compared with, whatever the model's own is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Easel:
     decoder: ImageDecoder
     scheduler_config: Mapping[str, Any]
     settings: GenerationSettings
-    """The model's own, with the sampler that counts as exact."""
+    """The model's own, with the sampler that all are compared with."""
     conditioning: Tensor
     earlier: EarlierImages | None
 
@@ -95,7 +95,7 @@ def open_easel(setting: Setting, model_name: str = "storyworld") -> Easel:
     return Easel(
         model.image_decoder,
         model.config.scheduler_config,
-        GenerationSettings.combine(model.config.generation_settings or {}, EXACT),
+        GenerationSettings.combine(model.config.generation_settings or {}, COMPARED_WITH),
         session.conditioning(),
         session.earlier_images("all"),
     )

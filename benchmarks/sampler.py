@@ -122,7 +122,7 @@ def both_ways(setting: Setting, kind: str, inputs: Inputs, *, queries: int, imag
 def implementations(setting: Setting) -> list[str]:
     """Names of the implementations that can run here, the readable reference first."""
     others = sorted(IMPLEMENTATIONS.keys() - {"reference", *([] if setting.is_gpu else ["triton"])})
-    return ["reference", *others, "auto"]
+    return ["reference", *others]
 
 
 def _told(result: Comparison) -> Case:

@@ -237,36 +237,37 @@ def decoded(data: bytes, place: str, is_start: bool) -> str:
         raise InputError(f"{place}: byte {error.start} is 0x{byte:02x}, which is not UTF-8") from error
 
 
-_Place = tuple[Any, str | int]
-"""Where a value stands: its holder's place (None: the whole), and its name or index there."""
+_Path = tuple[Any, str | int]
+"""Where a value stands in a document: its holder's path (None: the whole), and its name or index there."""
 
 
-def _written(place: _Place | None) -> str:
+def _written(path: _Path | None) -> str:
+    """As in messages: `parts[0].text`."""
     steps = []
-    while place is not None:
-        place, step = place
+    while path is not None:
+        path, step = path
         steps.append(f"[{step}]" if isinstance(step, int) else f".{escape(step, 40)}")
     return "".join(reversed(steps)).lstrip(".")
 
 
 def _check_values(value: Any):
     """Depth, and text that is no Unicode (`"\\ud800"` is correct JSON), of all values."""
-    # A place is written out for who reads an error only: a model's header has thousands of them.
-    pending: list[tuple[Any, _Place | None, int]] = [(value, None, 1)]
+    # A path is written out for who reads an error only: a model's header has thousands of them.
+    pending: list[tuple[Any, _Path | None, int]] = [(value, None, 1)]
     while pending:
-        item, place, depth = pending.pop()
+        item, path, depth = pending.pop()
         if depth > MAX_DEPTH:
             raise FieldError("", f"nested more than {MAX_DEPTH} levels deep")
         if isinstance(item, dict):
-            pending += [(name, (place, name), depth) for name in item]
-            pending += [(v, (place, name), depth + 1) for name, v in item.items()]
+            pending += [(name, (path, name), depth) for name in item]
+            pending += [(v, (path, name), depth + 1) for name, v in item.items()]
         elif isinstance(item, list):
-            pending += [(v, (place, index), depth + 1) for index, v in enumerate(item)]
+            pending += [(v, (path, index), depth + 1) for index, v in enumerate(item)]
         elif isinstance(item, str):
             try:
                 item.encode("utf-8")
             except UnicodeEncodeError as error:
                 code = ord(item[error.start])
                 raise FieldError(
-                    _written(place), f"found the lone surrogate U+{code:04X}, expected Unicode text"
+                    _written(path), f"found the lone surrogate U+{code:04X}, expected Unicode text"
                 ) from error

@@ -72,7 +72,7 @@ def inputs(dtype=torch.float64, queries=9, images=5):
     hidden = torch.randn(2, queries, TINY.query_dim, generator=generator, dtype=torch.float64)
     # One row sees its images causally, one is packed; the first queries see nothing.
     visible = torch.cat([packed_visibility(queries, images, documents, CPU) for documents in (1, 3)])
-    assert not visible.all(-1).any() or visible.any()
+    assert visible.any() and not visible.all()
     return cells.to(dtype), hidden.to(dtype), relative_image_index(visible)
 
 

@@ -188,8 +188,9 @@ class _Attend(torch.autograd.Function):
         # 3. Summed up over pairs.
         of_query_term = of_index_term = of_reference = of_ignore = None
         if needs[1]:
-            of_query_term = torch.zeros_like(query_term_BQHE).flatten(0, 1)
-            of_query_term = of_query_term.index_add_(0, pairs.query, of_term_MHE).view_as(query_term_BQHE)
+            of_query_term_qHE = torch.zeros_like(query_term_BQHE).flatten(0, 1)
+            pairs.add(of_query_term_qHE, slice(None), of_term_MHE)
+            of_query_term = of_query_term_qHE.view_as(query_term_BQHE)
         if needs[2]:
             of_index_term = torch.zeros_like(index_term_KHE).index_add_(0, pairs.relative, of_term_MHE)
         if needs[3]:
@@ -306,8 +307,8 @@ def _corners(term_nHE: Tensor, reference_n2: Tensor, levels: Levels, sizes: Size
     """Where the pairs of a portion look."""
     P = sizes.num_points
     offset_2nHP = term_nHE[..., : 2 * P].unflatten(-1, (P, 2)).movedim(-1, 0)
-    # Written into memory in the order of its axes: a sum keeps that of the offsets, x beside y, which makes
-    # all that follows three times as slow.
+    # Written into memory in the order of its axes: a sum keeps that of the offsets, x beside y, which slows
+    # down what follows (341 queries, 16 heads, 3 levels of 8 points, one core: 0.74 ms against 1.0, 2026-11).
     location_2nHP = offset_2nHP.new_empty(offset_2nHP.shape)
     torch.add(reference_n2.t()[..., None, None], offset_2nHP, alpha=1 / sizes.base_size, out=location_2nHP)
     place_2nHLP = location_2nHP.new_empty(*location_2nHP.shape[:-1], len(sizes.level_sizes), P)
@@ -326,7 +327,8 @@ def _given(
 ) -> tuple[Corners, Tensor, Tensor]:
     """Corners, weights and rows of the bags of a portion."""
     location_nHj2 = location_BQHLP2.flatten(0, 1)[portion].flatten(2, 3)
-    place_2nHj = (location_nHj2.movedim(-1, 0) * levels.size).sub_(0.5)
+    # In the order of its axes, as in `_corners`.
+    place_2nHj = (location_nHj2.movedim(-1, 0).contiguous() * levels.size).sub_(0.5)
     row_n = torch.arange(portion.start, portion.stop, device=place_2nHj.device)
     row_n = row_n.div_(location_BQHLP2.shape[1], rounding_mode="floor")
     weight_nHj = weight_BQHLP.flatten(0, 1)[portion].flatten(2)

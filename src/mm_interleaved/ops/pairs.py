@@ -52,11 +52,14 @@ def log_normalizers(logit_MHj: Tensor, pairs: VisiblePairs, num_queries: int) ->
     The 1 is the logit of zero, "look nowhere", with which maximum and sum start.
     """
     zero_qH = logit_MHj.new_zeros(num_queries, logit_MHj.shape[1])
+    highest_MH = logit_MHj.amax(-1)
     if pairs.are_queries:
-        greatest_qH = torch.maximum(zero_qH, logit_MHj.amax(-1))
-        sum_qH = (logit_MHj - greatest_qH[..., None]).exp_().sum(-1)
-        return sum_qH.add_(greatest_qH.neg().exp_()).log_().add_(greatest_qH)
-    index_MH = pairs.query[:, None].expand(-1, logit_MHj.shape[1])
-    greatest_qH = zero_qH.scatter_reduce(0, index_MH, logit_MHj.amax(-1), "amax")
-    sum_MH = (logit_MHj - greatest_qH.index_select(0, pairs.query)[..., None]).exp_().sum(-1)
-    return greatest_qH.neg().exp_().index_add_(0, pairs.query, sum_MH).log_().add_(greatest_qH)
+        greatest_qH = torch.maximum(zero_qH, highest_MH)
+    else:
+        index_MH = pairs.query[:, None].expand(-1, logit_MHj.shape[1])
+        greatest_qH = zero_qH.scatter_reduce(0, index_MH, highest_MH, "amax")
+    every = slice(None)
+    sum_MH = (logit_MHj - pairs.rows(greatest_qH, every)[..., None]).exp_().sum(-1)
+    total_qH = greatest_qH.neg().exp_()
+    pairs.add(total_qH, every, sum_MH)
+    return total_qH.log_().add_(greatest_qH)
