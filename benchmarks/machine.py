@@ -53,8 +53,9 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+@cache
 def commit() -> str:
-    """The commit that was measured, with a plus sign where files had changed since."""
+    """The commit that was measured, with a plus sign where files had changed since; read once in a run."""
     folder = Path(__file__).parent
     try:
         head = _git(folder, "rev-parse", "--short=12", "HEAD")
