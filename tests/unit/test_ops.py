@@ -178,6 +178,13 @@ VARIANTS = {
     "far out": lambda case: case | {"query_term_BQHE": 2 * case["query_term_BQHE"]},
     "at cell centres": at_cell_centres,
     "one image": with_one_image([[1, 1, 2, 1], [3, 3, 3, 4]]),
+    "one image, the same index for a row": lambda case: (
+        with_references(2, 4)(case)
+        | {
+            "value_BNSHD": case["value_BNSHD"][:, :1],
+            "relative_index_BQN": torch.tensor([1, 3])[:, None, None].expand(-1, 4, -1),
+        }
+    ),
     "one image, hidden from some": with_one_image([[1, 0, 2, 1], [0, 3, 3, 4]]),
 }
 

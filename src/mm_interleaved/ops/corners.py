@@ -73,8 +73,8 @@ def bilinear_corners(place_2nHj: Tensor, levels: Levels) -> Corners:
     # A place that is no number gets a cell all the same; its shares are no numbers either.
     cell = torch.addcmul(levels.start, low[1], levels.size).add_(low[0]).int().clamp_(min=0)
     distance = place_2nHj - low
-    near = distance.abs().neg_().add_(1).clamp_(min=0)
-    far = (distance - 1).abs_().neg_().add_(1).clamp_(min=0)
+    near = torch.rsub(distance.abs(), 1).clamp_(min=0)
+    far = torch.rsub((distance - 1).abs_(), 1).clamp_(min=0)
     if levels.has_second is not None:
         far.mul_(levels.has_second)
     return Corners(cell, distance, near, far)

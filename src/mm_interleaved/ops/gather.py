@@ -117,7 +117,7 @@ def _attend(
     """
     B, Q, H, _ = query_term_BQHE.shape
     pairs = visible_pairs(relative_index_BQN, image_BN)
-    term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs)
+    term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs, relative_index_BQN)
     logit_MHj = term_MHE[..., 2 * sizes.num_points :]
     normalizer_qH = log_normalizers(logit_MHj, pairs, B * Q)
     reference_q2 = _reference_of_queries(reference_BQ2, B, Q)
@@ -156,7 +156,7 @@ class _Attend(torch.autograd.Function):
 
         # 1. What forward knew.
         pairs = visible_pairs(relative_index_BQN, image_BN)
-        term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs)
+        term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs, relative_index_BQN)
         dtype = term_MHE.dtype
         reference_q2 = _reference_of_queries(reference_BQ2, B, Q)
         levels = level_table(sizes.level_sizes, P, dtype, term_MHE.device)
@@ -286,7 +286,13 @@ def _portions(num_pairs: int, samples_per_pair: int, device: torch.device) -> It
     return (slice(first, min(first + size, num_pairs)) for first in range(0, num_pairs, size))
 
 
-def _pair_terms(query_term_BQHE: Tensor, index_term_KHE: Tensor, pairs: VisiblePairs) -> Tensor:
+def _pair_terms(
+    query_term_BQHE: Tensor, index_term_KHE: Tensor, pairs: VisiblePairs, relative_index_BQN: Tensor
+) -> Tensor:
+    """What each pair adds to places and logits: (M, H, E)."""
+    if pairs.are_queries and relative_index_BQN.stride(1) == 0:
+        # All pixels of a map look at one image: its term is added to them, not copied for each first.
+        return (query_term_BQHE + index_term_KHE[relative_index_BQN[:, :1, 0]]).flatten(0, 1)
     term_MHE = index_term_KHE.index_select(0, pairs.relative)
     return term_MHE.add_(pairs.rows(query_term_BQHE.flatten(0, 1), slice(None)))
 
@@ -312,9 +318,10 @@ def _corners(term_nHE: Tensor, reference_n2: Tensor, levels: Levels, sizes: Size
     location_2nHP = offset_2nHP.new_empty(offset_2nHP.shape)
     torch.add(reference_n2.t()[..., None, None], offset_2nHP, alpha=1 / sizes.base_size, out=location_2nHP)
     place_2nHLP = location_2nHP.new_empty(*location_2nHP.shape[:-1], len(sizes.level_sizes), P)
+    half = location_2nHP.new_tensor(-0.5)
     for level, size in enumerate(sizes.level_sizes):
-        torch.mul(location_2nHP, size, out=place_2nHLP[..., level, :])
-    return bilinear_corners(place_2nHLP.flatten(-2).sub_(0.5), levels)
+        torch.add(half, location_2nHP, alpha=size, out=place_2nHLP[..., level, :])
+    return bilinear_corners(place_2nHLP.flatten(-2), levels)
 
 
 def _weights(logit_nHj: Tensor, normalizer_nH: Tensor) -> Tensor:
