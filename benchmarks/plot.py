@@ -123,8 +123,8 @@ def _unet(axes: Any, result: Result) -> None:
         bars = axes.bar(places, shares, 0.36, color=color, label=side)
         axes.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=2)
     axes.set_xticks(range(len(cases)), labels)
-    axes.margins(y=0.15)  # the highest label stays below the title
-    axes.legend(frameon=False)
+    axes.margins(y=0.3)  # room for the legend above the highest label
+    axes.legend(frameon=False, loc="upper left", ncol=2)
     _titles(axes, result, "The synchronizers' share of a denoising step", "", "% of the time")
 
 
