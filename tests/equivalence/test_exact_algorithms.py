@@ -360,6 +360,16 @@ def model():
     return tiny_model().double()
 
 
+def keeping(model, keep):
+    """The same model, which keeps values or features of images."""
+    config = copy.deepcopy(model.config)
+    for side in ("text_synchronizer", "image_synchronizer"):
+        setattr(config, side, {**getattr(config, side), "keep": keep})
+    other = type(model)(config).double().eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 def session_with(model, num_images):
     session = InterleavedSession(model)
     session.append_text([BOS, 5])
@@ -416,6 +426,97 @@ def test_values_are_projected_once_an_image_and_layer(model, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("keep", ["values", "features"])
+def test_the_painter_projects_each_image_once_over_many_pictures(model, monkeypatch, keep):
+    painter = keeping(model, keep)
+    seen, look_at = [], painter.image_decoder.look_at
+
+    def counted(pyramid, index):
+        seen.append(len(pyramid[0]))
+        return look_at(pyramid, index)
+
+    monkeypatch.setattr(painter.image_decoder, "look_at", counted)
+    session = session_with(painter, 2)
+    noise = torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for rule, projected in (("all", 2), ("all", 1), ((1,), 0), ("previous", 1), ((0, 4), 1)):
+        seen.clear()
+        session.start_image()
+        earlier, conditioning = session.earlier_images(rule), session.conditioning()
+        assert sum(seen) == projected
+        # 1. The picture is that of a document which was never painted in before.
+        found = painter.image_decoder.predict(noise, torch.tensor(300), conditioning, earlier)
+        fresh = InterleavedSession(painter)
+        fresh.ids, fresh.image_starts, fresh.images = session.ids, session.image_starts, session.images
+        afresh = fresh.earlier_images(rule)
+        expected = painter.image_decoder.predict(noise, torch.tensor(300), conditioning, afresh)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        # 2. Features stand there once for all maps.
+        assert len({v.value.data_ptr() for v in earlier.values}) == (13 if keep == "values" else 1)
+        session.finish_image(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(len(seen))))
+
+
+def take_a_training_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.tensor([[BOS, 5, 6]])
+    with torch.enable_grad():
+        model(input_ids=ids, text_target=torch.ones_like(ids, dtype=torch.bool)).loss.backward()
+    optimizer.step()
+
+
+def change_the_eyes(model):
+    model.vision.resampler.queries.neg_()
+
+
+def load_other_weights(model):
+    model.load_state_dict({name: 0.9 * weight for name, weight in model.state_dict().items()})
+
+
+def add_low_rank_matrices(model):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=["q_proj", "value_projection"], init_lora_weights=False), model
+    )
+    model.double().eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_painting", [False, True])
+@pytest.mark.parametrize(
+    "change", [take_a_training_step, change_the_eyes, load_other_weights, add_low_rank_matrices]
+)
+def test_a_session_forgets_what_other_weights_computed(model, change, is_painting):
+    changing = copy.deepcopy(model)
+    session = session_with(changing, 2)
+    session.start_image()
+    session.earlier_images("all")
+    if not is_painting:
+        session.finish_image(torch.zeros(1, 3, 32, 32))
+        session.append_text([9, 8])
+    before = session.read().clone()
+    change(changing)
+    found = session.read()
+    assert (found - before).abs().max() > 1e-4
+
+    fresh = session_with(changing, 2)
+    fresh.start_image()
+    if not is_painting:
+        fresh.finish_image(torch.zeros(1, 3, 32, 32))
+        fresh.append_text([9, 8])
+    assert (session.ids, session.image_starts) == (fresh.ids, fresh.image_starts)
+    torch.testing.assert_close(found, fresh.read(), rtol=0, atol=1e-12)
+    both = zip(session.earlier_images("all").values, fresh.earlier_images("all").values, strict=True)
+    for ours, theirs in both:
+        torch.testing.assert_close(
+            ours.value[ours.image_BN], theirs.value[theirs.image_BN], rtol=0, atol=1e-12
+        )
+    # Nothing is read again as long as the weights stay.
+    cache = session.cache
+    session.read()
+    assert session.cache is cache
+
+
+@torch.no_grad()
 def test_guidance_and_beams_share_values_without_a_copy(model):
     session = session_with(model, 2)
     session.start_image()
@@ -457,11 +558,7 @@ def test_images_by_row_and_images_by_index_are_remembered_alike(model):
 
 @torch.no_grad()
 def test_a_model_that_keeps_features_computes_the_same_from_one_copy(model):
-    config = copy.deepcopy(model.config)
-    for side in ("text_synchronizer", "image_synchronizer"):
-        setattr(config, side, {**getattr(config, side), "keep": "features"})
-    frugal = type(model)(config).double().eval()
-    frugal.load_state_dict(model.state_dict())
+    frugal = keeping(model, "features")
     found, expected = session_with(frugal, 3), session_with(model, 3)
     torch.testing.assert_close(found.read(), expected.read(), rtol=0, atol=1e-12)
     assert len({values.value.data_ptr() for values in found.cache.image_values.values()}) == 1

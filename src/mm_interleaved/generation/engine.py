@@ -40,7 +40,7 @@ from mm_interleaved.generation.events import (
     TextDelta,
 )
 from mm_interleaved.generation.layout import IMAGE, parse_layout, text_share
-from mm_interleaved.generation.session import InterleavedSession, max_images
+from mm_interleaved.generation.session import InterleavedSession, SeenImage, max_images
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.generation.text import (
     TextRequest,
@@ -53,7 +53,6 @@ from mm_interleaved.generation.text import (
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import static_room
-from mm_interleaved.models.vision import ImageFeatures
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.prompts import ANSWERING_ROLE
 
@@ -256,7 +255,7 @@ class _Continuation:
         self.tokens_left = settings.max_new_tokens
         self.num_painted = 0
         # Of the pictures to choose from, by identity.
-        self.seen: dict[int, ImageFeatures] = {}
+        self.seen: dict[int, SeenImage] = {}
         self.height, self.width = self._picture_size()
         self.sequence = processor.encode(document)
         check_fits(self.sequence, model.config.text_config.max_position_embeddings, max_images(model))
@@ -467,7 +466,7 @@ class _Continuation:
             scores.append(score_options(session, [text_ids[: session.room]]).item())
         return max(range(len(scores)), key=scores.__getitem__)
 
-    def _see(self, picture: PILImage.Image) -> ImageFeatures:
+    def _see(self, picture: PILImage.Image) -> SeenImage:
         """A candidate as the model sees it; it is encoded once, however often it is looked at."""
         if id(picture) not in self.seen:
             self.seen[id(picture)] = self.session.encode(self._pixels(picture))

@@ -1,21 +1,32 @@
 """A document while it is being read and written: tokens, images, and all that the model remembers of them.
 
     append_text, append_image -> unread embeddings -> read() -> PrefixCache (keys, values, hidden, images)
+                                                   -> earlier_images() -> ProjectedImages
 
-Whatever has been read is never computed again: each word, each picture costs only itself.
+Whatever has been read is never computed again: each word, each picture costs only itself. If the model's
+weights change meanwhile (a training step, LoRA), all of it is forgotten, and read again when it is needed.
 Letters: T tokens so far, D hidden channels, N images so far.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mm_interleaved.models.image_decoder import EarlierImages
+from mm_interleaved.models.folding import WeightsState
+from mm_interleaved.models.image_decoder import EarlierImages, ProjectedImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.vision import ImageFeatures
 from mm_interleaved.visibility import context_images
+
+
+class SeenImage(NamedTuple):
+    """`pixel_values`: RGB in [0, 1], (1, 3, H, W), as given. `features`: what the model makes of it."""
+
+    pixel_values: Tensor
+    features: ImageFeatures
 
 
 class InterleavedSession:
@@ -30,21 +41,42 @@ class InterleavedSession:
         ids: all token ids so far, image starts and slots included.
         image_starts: index of each image's start token.
         cache: what has been read; its length may lag behind `ids`.
-        pyramid: the feature maps of all images, (N, C, s, s) a level, for the image decoder.
+        images: all images so far.
     """
 
     def __init__(self, model: MMInterleavedForConditionalGeneration, max_cache_len: int | None = None):
-        self.model = model
+        self.model, self._max_cache_len = model, max_cache_len
+        self._begin()
+
+    def _begin(self) -> None:
+        model, text = self.model, self.model.config.text_config
         self.ids: list[int] = []
         self.image_starts: list[int] = []
-        self.cache = PrefixCache(model.config.text_config, device=model.device, max_cache_len=max_cache_len)
-        self.pyramid = model.vision.empty_pyramid()
+        self.images: list[SeenImage] = []
+        self.cache = PrefixCache(text, device=model.device, max_cache_len=self._max_cache_len)
+        self._projected = ProjectedImages(self._project)
+        self._weights = WeightsState(model)
         # Embeddings of the tokens that the cache lacks, and of the last token. They are kept because the
         # embedding of a slot stands in no table.
-        self._unread_1UD = torch.empty(
-            1, 0, model.config.text_config.hidden_size, dtype=model.dtype, device=model.device
-        )
+        self._unread_1UD = torch.empty(1, 0, text.hidden_size, dtype=model.dtype, device=model.device)
         self._last_11D = self._unread_1UD
+
+    def _begin_anew_if_weights_changed(self) -> None:
+        """Nothing that was computed with other weights is used: all is embedded and seen once more."""
+        if self._weights.is_that_of(self.model):
+            return
+        ids, starts, images = self.ids, self.image_starts, self.images
+        self._begin()
+        end = 0
+        for start, image in zip(starts, images, strict=False):
+            self.append_text(ids[end:start])
+            self.append_image(image.pixel_values)
+            end = start + 1 + self.model.config.num_slots
+        if len(starts) > len(images):  # an image is about to be painted
+            self.append_text(ids[end : starts[-1]])
+            self.start_image()
+            end = starts[-1] + 1
+        self.append_text(ids[end:])
 
     # ---- How much fits ---------------------------------------------------------------------------
 
@@ -78,22 +110,18 @@ class InterleavedSession:
         self.finish_seen_image(self.encode(pixel_values))
 
     @torch.no_grad()
-    def encode(self, pixel_values: Tensor) -> ImageFeatures:
+    def encode(self, pixel_values: Tensor) -> SeenImage:
         """What the model sees of an image: RGB in [0, 1], (1, 3, H, W), square."""
-        return self.model.encode_images(pixel_values.to(self.model.device))
+        return SeenImage(pixel_values, self.model.encode_images(pixel_values.to(self.model.device)))
 
     @torch.no_grad()
-    def finish_seen_image(self, features: ImageFeatures) -> None:
+    def finish_seen_image(self, image: SeenImage) -> None:
         """The same for an image that somebody has encoded already, see `encode`."""
         start = torch.tensor([[self.image_starts[-1]]], device=self.model.device)
+        features = image.features
         # The synchronizers must know the image before its slots are read: slots look at their own image.
         self.cache.append_images(start, self.model.values_by_row(features.pyramid, start))
-        is_first = len(self.image_starts) == 1
-        self.pyramid = (
-            features.pyramid
-            if is_first
-            else tuple(torch.cat(levels) for levels in zip(self.pyramid, features.pyramid, strict=True))
-        )
+        self.images.append(image)
         self._append([self.model.config.image_token_id] * features.slots.shape[1], features.slots)
 
     def append_image(self, pixel_values: Tensor) -> None:
@@ -116,12 +144,14 @@ class InterleavedSession:
 
     def read(self) -> Tensor:
         """Final hidden states of the whole document, (1, T, D)."""
+        self._begin_anew_if_weights_changed()
         self._read(self._unread_1UD.shape[1])
         assert self.cache.hidden is not None, "a document holds at least its first token"
         return self.cache.hidden
 
     def read_but_last(self) -> None:
         """Leave exactly the last token unread: `generate` reads it to find the next one."""
+        self._begin_anew_if_weights_changed()
         if self._unread_1UD.shape[1] == 0:
             self.cache.crop(-1)
             self._unread_1UD = self._last_11D.to(self._unread_1UD.dtype)
@@ -160,15 +190,20 @@ class InterleavedSession:
 
     @torch.no_grad()
     def earlier_images(self, rule: str | Sequence[int]) -> EarlierImages | None:
-        """What the image just started may look at, see `visibility.context_images`."""
+        """What the image just started may look at, see `visibility.context_images`. Projected once."""
+        self._begin_anew_if_weights_changed()
         start = torch.tensor([self.image_starts])
         chosen = context_images(
             torch.zeros(1, len(self.ids), dtype=torch.int64), start, rule, self.model.max_context_images
         )[-1]
-        chosen = chosen[chosen >= 0].to(self.model.device)
-        # The chosen are gathered first, so that only they are projected.
-        gathered = tuple(level[chosen] for level in self.pyramid)
-        return self.model.look_at(gathered, torch.arange(len(chosen), device=chosen.device)[None])
+        return self._projected.look_at(chosen[chosen >= 0].tolist())
+
+    def _project(self, numbers: list[int]) -> EarlierImages | None:
+        """What the U-Net sees of these images, and of no other."""
+        pyramids = [self.images[number].features.pyramid for number in numbers]
+        levels = [torch.cat(maps) for maps in zip(*pyramids, strict=True)]
+        index = torch.arange(len(numbers), device=self.model.device)[None]
+        return self.model.look_at(tuple(levels) or self.model.vision.empty_pyramid(), index)
 
 
 def max_images(model: MMInterleavedForConditionalGeneration) -> int | None:

@@ -50,7 +50,7 @@ class FoldedOnce:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[list[Tensor], list[tuple[int, int]], Any]] = {}
+        self._kept: dict[Any, tuple[list[Tensor], list[tuple[int, int] | None], Any]] = {}
 
     def last(self, key: Any) -> Any:
         """What was kept last for this key, or None; for compiled code, which cannot look at weights."""
@@ -67,7 +67,7 @@ class FoldedOnce:
 
     def get(self, key: Any, weights: list[Tensor], fold: Callable[[], Any]) -> Any:
         """`fold()`, or what it returned for this key before."""
-        state = [(weight.data_ptr(), _version(weight)) for weight in weights]
+        state = [_state(weight) for weight in weights]
         kept = self._kept.get(key)
         if kept is None or kept[1] != state:
             # Inside no autograd, autocast or inference mode, so that the result serves in any of them.
@@ -80,6 +80,31 @@ class FoldedOnce:
                 # The weights are kept too: as long as they live, no other can have their address.
                 kept = self._kept[key] = (weights, state, fold())
         return kept[2]
+
+
+class WeightsState:
+    """The weights of a whole model at one time, to tell later whether what was computed still holds.
+
+    Told as in `FoldedOnce`. Added weights (LoRA) and other ones in their place (another device, another
+    number format) are a change as well. Weights that an offloading library takes away between calls count as
+    unchanged, and so do buffers, which models fill with tables while they run.
+    """
+
+    def __init__(self, model: nn.Module):
+        # Kept, so that no other can have their address.
+        self._weights = list(model.parameters())
+        self._states = [_state(weight) for weight in self._weights]
+
+    def is_that_of(self, model: nn.Module) -> bool:
+        return [_state(weight) for weight in model.parameters()] == self._states
+
+
+def _state(weight: Tensor) -> tuple[int, int] | None:
+    if weight.device.type == "meta":
+        return None
+    # What a library puts in a weight's place (quantisation) may have no address of its own.
+    is_plain = type(weight) in (nn.Parameter, Tensor)
+    return weight.data_ptr() if is_plain else id(weight), _version(weight)
 
 
 def _version(weight: Tensor) -> int:

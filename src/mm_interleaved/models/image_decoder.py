@@ -8,7 +8,7 @@ conditioning vectors, X latent channels, y and x rows and columns of the latents
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -44,6 +44,52 @@ class EarlierImages:
         image_IK = image_IK.repeat(times, 1)
         values = tuple(v._replace(image_BN=image_IK) for v in self.values)
         return replace(self, values=values, relative_index_IK=self.relative_index_IK.repeat(times, 1))
+
+
+class ProjectedImages:
+    """What the U-Net sees of a document's images, from one picture to the next: projected once an image.
+
+    Images that a picture does not look at are forgotten when the next one wants others: in the published size
+    one takes 145 MB in half precision (performance.md, section 4), and "previous" wants one at a time.
+
+    Args:
+        project: `ImageDecoder.look_at` of the images with these numbers, each seen.
+    """
+
+    def __init__(self, project: Callable[[list[int]], EarlierImages | None]):
+        self._project = project
+        self._images: list[int] = []
+        self._values: tuple[ImageValues, ...] = ()
+
+    def look_at(self, images: Sequence[int]) -> EarlierImages | None:
+        """What one picture sees of these images, from old to new; None where it cannot look."""
+        new = [image for image in images if image not in self._images]
+        if new or not self._values:
+            projected = self._project(new)
+            if projected is None:
+                return None
+            staying = [place for place, image in enumerate(self._images) if image in images]
+            self._images = [self._images[place] for place in staying] + new
+            self._values = _joined(self._values, staying, projected.values)
+        device = self._values[0].value.device
+        place_1K = torch.tensor([[self._images.index(image) for image in images]], device=device).long()
+        relative_1K = relative_image_index(torch.ones_like(place_1K, dtype=torch.bool))
+        return EarlierImages(tuple(v._replace(image_BN=place_1K) for v in self._values), relative_1K)
+
+
+def _joined(
+    old: Sequence[ImageValues], staying: list[int], new: Sequence[ImageValues]
+) -> tuple[ImageValues, ...]:
+    """Some of the old images, then the new; maps that share one tensor go on sharing it."""
+    if not old:
+        return tuple(new)
+    values: dict[int, Tensor] = {}
+    for before, after in zip(old, new, strict=True):
+        if id(after.value) not in values:
+            kept = [before.value[staying]] if staying else []
+            values[id(after.value)] = torch.cat([*kept, after.value])
+    # What was folded of the weights serves other images as well.
+    return tuple(o._replace(value=values[id(n.value)]) for o, n in zip(old, new, strict=True))
 
 
 class DiffusionDraws(NamedTuple):
