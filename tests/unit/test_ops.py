@@ -203,6 +203,40 @@ def test_portions_change_nothing(case, rows_at_once, monkeypatch):
     assert_as_the_reference(VARIANTS["one image"](case))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("needed", [INPUTS, ("value_BNSHD",), ("query_term_BQHE", "ignore_HD")])
+def test_it_compiles_as_one_graph_with_equal_results_and_gradients(case, dynamic, needed):
+    def attend(leaves):
+        return multi_image_deformable_attention(**(case | leaves), implementation="gather")
+
+    leaves = {name: case[name].clone().requires_grad_() for name in needed}
+    torch.compiler.reset()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    expected, found = attend(leaves), compiled(leaves)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    both = (torch.autograd.grad(out.square().sum(), leaves.values()) for out in (found, expected))
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+def test_the_operator_of_compiled_code_keeps_pytorchs_rules(case):
+    value = case["value_BNSHD"].flatten(0, 1)
+    image = torch.arange(6).view(2, 3)
+    tensors = [
+        value, case["query_term_BQHE"], case["index_term_KHE"], case["reference_BQ2"], case["ignore_HD"]
+    ]  # fmt: skip
+    who = image, case["relative_index_BQN"]
+    sizes = [list(LEVELS), case["num_points"], case["base_size"]]
+    results = gather.attend_visible_pairs(*tensors, *who, *sizes)
+    needs = [True, False, True, True, False]
+    torch.library.opcheck(
+        gather.attend_visible_pairs_backward,
+        (torch.ones_like(results[0]), *tensors, *who, *results, *sizes, needs),
+    )
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    torch.library.opcheck(gather.attend_visible_pairs, (*leaves, *who, *sizes))
+
+
 def test_64_bit_rows_change_nothing(case, monkeypatch):
     expected = outcome(case, "gather")
     monkeypatch.setattr(gather, "ROWS_IN_32_BITS", 10)

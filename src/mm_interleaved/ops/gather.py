@@ -59,12 +59,12 @@ def attend_gather(
     terms = (query_term_BQHE.to(exact), index_term_KHE.to(exact), reference_BQ2.to(exact))
     inputs = (value_JSHD, *terms, ignore_HD)
     sizes = Sizes(level_sizes, num_points, base_size)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _Attend.apply(*inputs, image_BN, relative_index_BQN, sizes)
     if torch.compiler.is_compiling():
         return attend_visible_pairs(
             *inputs, image_BN, relative_index_BQN, list(level_sizes), num_points, float(base_size)
-        )
+        )[0]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _Attend.apply(*inputs, image_BN, relative_index_BQN, sizes)
     return _attend(*inputs, image_BN, relative_index_BQN, sizes)[0]
 
 
@@ -80,18 +80,68 @@ def attend_visible_pairs(
     level_sizes: Sequence[int],
     num_points: int,
     base_size: float,
-) -> Tensor:
-    """`_attend` as one step of compiled code, which cannot know how many pairs are visible: (B, Q, H, D)."""
+) -> tuple[Tensor, Tensor]:
+    """`_attend` as one step of compiled code, which cannot know how many pairs there are; differentiable."""
     sizes = Sizes(tuple(level_sizes), num_points, base_size)
     return _attend(
         value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN, relative_index_BQN,
         sizes,
-    )[0]  # fmt: skip
+    )  # fmt: skip
 
 
 @attend_visible_pairs.register_fake
-def _(value_JSHD: Tensor, query_term_BQHE: Tensor, *others: Any) -> Tensor:
-    return value_JSHD.new_empty(*query_term_BQHE.shape[:3], value_JSHD.shape[-1])
+def _(value_JSHD: Tensor, query_term_BQHE: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    B, Q, H, _ = query_term_BQHE.shape
+    return value_JSHD.new_empty(B, Q, H, value_JSHD.shape[-1]), query_term_BQHE.new_empty(B * Q, H)
+
+
+@torch.library.custom_op("mm_interleaved::attend_visible_pairs_backward", mutates_args=())
+def attend_visible_pairs_backward(
+    gradient_BQHD: Tensor,
+    value_JSHD: Tensor,
+    query_term_BQHE: Tensor,
+    index_term_KHE: Tensor,
+    reference_BQ2: Tensor,
+    ignore_HD: Tensor,
+    image_BN: Tensor,
+    relative_index_BQN: Tensor,
+    out_BQHD: Tensor,
+    normalizer_qH: Tensor,
+    level_sizes: Sequence[int],
+    num_points: int,
+    base_size: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """`_gradients` as one step of compiled code: those that are needed."""
+    saved = (value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN,
+             relative_index_BQN, out_BQHD, normalizer_qH)  # fmt: skip
+    sizes = Sizes(tuple(level_sizes), num_points, base_size)
+    gradients = _gradients(gradient_BQHD, saved, sizes, needs)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@attend_visible_pairs_backward.register_fake
+def _(gradient_BQHD: Tensor, *arguments: Any) -> list[Tensor]:
+    *tensors, _, _, _, needs = arguments
+    return [torch.empty_like(tensor) for tensor, need in zip(tensors[:5], needs, strict=True) if need]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.level_sizes, ctx.num_points, ctx.base_size = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _compiled_backward(ctx: Any, gradient_BQHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:5])
+    gradients = iter(
+        attend_visible_pairs_backward(
+            gradient_BQHD, *ctx.saved_tensors, ctx.level_sizes, ctx.num_points, ctx.base_size, needs
+        )
+    )
+    return *(next(gradients) if need else None for need in needs), None, None, None, None, None
+
+
+attend_visible_pairs.register_autograd(_compiled_backward, setup_context=_keep_for_backward)
 
 
 def sample_gather(
@@ -148,58 +198,69 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BQHD: Tensor) -> tuple[Tensor | None, ...]:
-        (value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN,
-         relative_index_BQN, out_BQHD, normalizer_qH) = ctx.saved_tensors  # fmt: skip
-        sizes, needs = ctx.sizes, ctx.needs_input_grad
-        B, Q = relative_index_BQN.shape[:2]
-        P = sizes.num_points
+        needs = ctx.needs_input_grad[:5]
+        return *_gradients(gradient_BQHD, ctx.saved_tensors, ctx.sizes, needs), None, None, None
 
-        # 1. What forward knew.
-        pairs = visible_pairs(relative_index_BQN, image_BN)
-        term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs, relative_index_BQN)
-        dtype = term_MHE.dtype
-        reference_q2 = _reference_of_queries(reference_BQ2, B, Q)
-        levels = level_table(sizes.level_sizes, P, dtype, term_MHE.device)
 
-        # 2. Pair by pair: values, places, weights.
-        gradient_qHD = gradient_BQHD.flatten(0, 1).to(dtype)
-        product_qH = (gradient_qHD * out_BQHD.flatten(0, 1)).sum(-1)
-        of_value_JSHD = torch.zeros_like(value_JSHD, dtype=dtype) if needs[0] else None
-        of_reference_q2 = gradient_qHD.new_zeros(B * Q, 2)
-        of_term_MHE = torch.empty_like(term_MHE)
-        for portion in _portions(len(pairs.query), term_MHE[..., 2 * P :].shape[1:].numel(), term_MHE.device):
-            corners = _corners(term_MHE[portion], _references(pairs, portion, reference_q2), levels, sizes)
-            weight_nHj = _weights(term_MHE[portion, :, 2 * P :], pairs.rows(normalizer_qH, portion))
-            gradient_nHD = pairs.rows(gradient_qHD, portion)
-            of_weight_nHj, of_place_2nHj = _bag_gradients(
-                gradient_nHD, corners, weight_nHj, levels, value_JSHD, pairs.image[portion],
-                of_value_JSHD, needs_samples=any(needs[1:4]),
-            )  # fmt: skip
-            if of_weight_nHj is None:
-                continue
-            of_weight_nHj.sub_(pairs.rows(product_qH, portion)[..., None])
-            torch.mul(of_weight_nHj, weight_nHj, out=of_term_MHE[portion, :, 2 * P :])
-            of_location_2nHj = of_place_2nHj.mul_(levels.size)
-            of_location_2nHP = of_location_2nHj.unflatten(-1, (-1, P)).sum(-2)
-            of_offset_nHP2 = of_term_MHE[portion, :, : 2 * P].unflatten(-1, (P, 2))
-            torch.div(of_location_2nHP.movedim(0, -1), sizes.base_size, out=of_offset_nHP2)
-            pairs.add(of_reference_q2, portion, of_location_2nHP.sum((2, 3)).t())
+def _gradients(
+    gradient_BQHD: Tensor, saved: Sequence[Tensor], sizes: Sizes, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Of the first five arguments of `_attend`, where they are needed, from those of its result.
 
-        # 3. Summed up over pairs.
-        of_query_term = of_index_term = of_reference = of_ignore = None
-        if needs[1]:
-            of_query_term_qHE = torch.zeros_like(query_term_BQHE).flatten(0, 1)
-            pairs.add(of_query_term_qHE, slice(None), of_term_MHE)
-            of_query_term = of_query_term_qHE.view_as(query_term_BQHE)
-        if needs[2]:
-            of_index_term = torch.zeros_like(index_term_KHE).index_add_(0, pairs.relative, of_term_MHE)
-        if needs[3]:
-            of_reference = of_reference_q2.view(B, Q, 2).sum_to_size(reference_BQ2.shape)
-        if needs[4]:
-            of_ignore = torch.einsum("qh,qhd->hd", normalizer_qH.neg().exp(), gradient_qHD)
-            of_ignore = of_ignore.to(ignore_HD.dtype)
-        of_value = None if of_value_JSHD is None else of_value_JSHD.to(value_JSHD.dtype)
-        return of_value, of_query_term, of_index_term, of_reference, of_ignore, None, None, None
+    Args:
+        saved: the tensors among the arguments of `_attend`, then its results.
+    """
+    (value_JSHD, query_term_BQHE, index_term_KHE, reference_BQ2, ignore_HD, image_BN,
+     relative_index_BQN, out_BQHD, normalizer_qH) = saved  # fmt: skip
+    B, Q = relative_index_BQN.shape[:2]
+    P = sizes.num_points
+
+    # 1. What forward knew.
+    pairs = visible_pairs(relative_index_BQN, image_BN)
+    term_MHE = _pair_terms(query_term_BQHE, index_term_KHE, pairs, relative_index_BQN)
+    dtype = term_MHE.dtype
+    reference_q2 = _reference_of_queries(reference_BQ2, B, Q)
+    levels = level_table(sizes.level_sizes, P, dtype, term_MHE.device)
+
+    # 2. Pair by pair: values, places, weights.
+    gradient_qHD = gradient_BQHD.flatten(0, 1).to(dtype)
+    product_qH = (gradient_qHD * out_BQHD.flatten(0, 1)).sum(-1)
+    of_value_JSHD = torch.zeros_like(value_JSHD, dtype=dtype) if needs[0] else None
+    of_reference_q2 = gradient_qHD.new_zeros(B * Q, 2)
+    of_term_MHE = torch.empty_like(term_MHE)
+    for portion in _portions(len(pairs.query), term_MHE[..., 2 * P :].shape[1:].numel(), term_MHE.device):
+        corners = _corners(term_MHE[portion], _references(pairs, portion, reference_q2), levels, sizes)
+        weight_nHj = _weights(term_MHE[portion, :, 2 * P :], pairs.rows(normalizer_qH, portion))
+        gradient_nHD = pairs.rows(gradient_qHD, portion)
+        of_weight_nHj, of_place_2nHj = _bag_gradients(
+            gradient_nHD, corners, weight_nHj, levels, value_JSHD, pairs.image[portion],
+            of_value_JSHD, needs_samples=any(needs[1:4]),
+        )  # fmt: skip
+        if of_weight_nHj is None:
+            continue
+        of_weight_nHj.sub_(pairs.rows(product_qH, portion)[..., None])
+        torch.mul(of_weight_nHj, weight_nHj, out=of_term_MHE[portion, :, 2 * P :])
+        of_location_2nHj = of_place_2nHj.mul_(levels.size)
+        of_location_2nHP = of_location_2nHj.unflatten(-1, (-1, P)).sum(-2)
+        of_offset_nHP2 = of_term_MHE[portion, :, : 2 * P].unflatten(-1, (P, 2))
+        torch.div(of_location_2nHP.movedim(0, -1), sizes.base_size, out=of_offset_nHP2)
+        pairs.add(of_reference_q2, portion, of_location_2nHP.sum((2, 3)).t())
+
+    # 3. Summed up over pairs.
+    of_query_term = of_index_term = of_reference = of_ignore = None
+    if needs[1]:
+        of_query_term_qHE = torch.zeros_like(query_term_BQHE).flatten(0, 1)
+        pairs.add(of_query_term_qHE, slice(None), of_term_MHE)
+        of_query_term = of_query_term_qHE.view_as(query_term_BQHE)
+    if needs[2]:
+        of_index_term = torch.zeros_like(index_term_KHE).index_add_(0, pairs.relative, of_term_MHE)
+    if needs[3]:
+        of_reference = of_reference_q2.view(B, Q, 2).sum_to_size(reference_BQ2.shape)
+    if needs[4]:
+        of_ignore = torch.einsum("qh,qhd->hd", normalizer_qH.neg().exp(), gradient_qHD)
+        of_ignore = of_ignore.to(ignore_HD.dtype)
+    of_value = None if of_value_JSHD is None else of_value_JSHD.to(value_JSHD.dtype)
+    return of_value, of_query_term, of_index_term, of_reference, of_ignore
 
 
 class _Sample(torch.autograd.Function):
