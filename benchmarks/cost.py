@@ -55,6 +55,33 @@ def cached_cost(size: SynchronizerSize, queries: int, pairs: float, rows: int, w
     return Cost(flops, width * (weights + rows * (touched + queries * (2 * D + E))))
 
 
+def sample_first_cost(size: SynchronizerSize, pairs: float, rows: int, width: int) -> Cost:
+    """One query a row; features are sampled, each head takes its own share, and only that is projected.
+
+    Args:
+        pairs: images that the query sees.
+    """
+    D, C, V, E = size.query_dim, size.feature_dim, size.value_dim, size.terms
+    # The samples of a head are as wide as the features.
+    sampled = 2.0 * CORNERS * size.samples * C * pairs
+    flops = rows * (2.0 * (D * E + C * V + V * D) + sampled)
+    touched = min(size.samples * CORNERS, size.cells) * C * pairs
+    weights = D * E + C * V + V * D + size.max_images * E
+    return Cost(flops, width * (weights + rows * (touched + 2 * D + E)))
+
+
+def dense_cost(size: SynchronizerSize, images: int, rows: int, rows_of_images: int, width: int) -> Cost:
+    """One query a row; every cell is weighed, and all features are read."""
+    D, C, V, E = size.query_dim, size.feature_dim, size.value_dim, size.terms
+    cells = images * size.cells
+    # The hats of all points are multiplied into a map each before that.
+    hats = 2.0 * cells * size.num_heads * size.num_points
+    flops = rows * (2.0 * (D * E + C * V + V * D) + hats + 2.0 * size.num_heads * cells * C)
+    weights = D * E + C * V + V * D + size.max_images * E
+    moved = rows_of_images * cells * C + rows * (2 * size.num_heads * cells + 2 * D + E)
+    return Cost(flops, width * (weights + moved))
+
+
 def projection_flops(size: SynchronizerSize, images: int) -> float:
     """Of the values of images, once."""
     return 2.0 * images * size.cells * size.feature_dim * size.value_dim

@@ -1,6 +1,8 @@
 """One layer's synchronizer for one new word: the textbook projects all images again, ours looks them up.
 
-Three copies of the layer take turns, so that neither side finds its weights in a cache.
+Beside the values that are kept for the layer stand two ways to keep features alone: sampled and then
+projected, or all weighed by one matrix. Three copies of the layer take turns, so that neither side finds its
+weights in a cache.
 """
 
 import time
@@ -9,17 +11,18 @@ from functools import partial
 
 import torch
 
-from benchmarks.baselines import baselines
-from benchmarks.cost import cached_cost, textbook_cost
+from benchmarks.baselines import DenseGate, baselines
+from benchmarks.cost import cached_cost, dense_cost, sample_first_cost, textbook_cost
 from benchmarks.harness import Case, Run, Setting, compare, exact_first, in_turn, wait
 from benchmarks.machine import rates
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, gated_synchronizer
+from mm_interleaved.models.norms import normalize
 
 COPIES = 3
 
 
 def run(setting: Setting) -> Iterator[Case]:
-    images = (1, 8, 32) if setting.quick else (1, 4, 8, 16, 32)
+    images = (1, 8, 32) if setting.quick else (1, 4, 8, 16, 32, 48)
     cases = [(count, 1, 1) for count in images]
     if not setting.quick:
         # Rows of one batch have images of their own; beams of one row share them.
@@ -44,6 +47,7 @@ def decode_case(
     row = torch.arange(batch, device=device).repeat_interleave(beams)
 
     copies: dict[str, list[Run]] = {}
+    features = None
     for seed in range(COPIES):
         layer = gated_synchronizer(size, device, dtype, seed)
         for name, side in baselines(setting, layer, num_images).items():
@@ -58,6 +62,11 @@ def decode_case(
             copies.setdefault(name, []).append(
                 lambda layer=layer, values=values: layer(hidden, values, index)
             )
+        # Without the norm's scale they are the same for all copies.
+        features = normalize(layer.feature_norm, cells) if features is None else features
+        copies.setdefault("dense", []).append(
+            partial(DenseGate(layer), hidden, features, index, size.level_sizes)
+        )
     # The first word after new images multiplies the weights that are folded; it is timed by itself.
     begin = time.perf_counter()
     for each in copies["ours"]:
@@ -68,23 +77,26 @@ def decode_case(
         each()
     result = compare(setting, {name: in_turn(runs) for name, runs in copies.items()})
 
-    width = dtype.itemsize
-    costs = (
-        textbook_cost(size, 1, num_images, batch * beams, width),
-        cached_cost(size, 1, num_images, batch * beams, width),
-    )
+    width, rows = dtype.itemsize, batch * beams
+    costs = {
+        "textbook": textbook_cost(size, 1, num_images, rows, width),
+        "ours": cached_cost(size, 1, num_images, rows, width),
+        "sample first": sample_first_cost(size, num_images, rows, width),
+        "dense": dense_cost(size, num_images, rows, batch, width),
+    }
     rate = rates(device, dtype)
-    limit = costs[1].seconds(rate.flops_a_second, rate.bytes_a_second)
+    limit = costs["ours"].seconds(rate.flops_a_second, rate.bytes_a_second)
     return {
         "images": num_images,
         "batch": batch,
         "beams": beams,
         "query_dim": size.query_dim,
         **result.record("ours"),
+        "ratios": {name: result.ratio(name) for name in result.median},
         "first_word_seconds": folding,
-        "model_ratio": costs[0].flops / costs[1].flops,
-        "model_ratio_bytes": costs[0].bytes / costs[1].bytes,
-        "flops": {"textbook": costs[0].flops, "ours": costs[1].flops},
-        "bytes": {"textbook": costs[0].bytes, "ours": costs[1].bytes},
+        "model_ratio": costs["textbook"].flops / costs["ours"].flops,
+        "model_ratio_bytes": costs["textbook"].bytes / costs["ours"].bytes,
+        "flops": {name: cost.flops for name, cost in costs.items()},
+        "bytes": {name: cost.bytes for name, cost in costs.items()},
         "share_of_limit": limit / result.median["ours"] if result.equal else None,
     }
