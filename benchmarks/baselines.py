@@ -5,7 +5,8 @@ Letters as in `textbook.py`; R rows of images (several queries' rows may share o
 the relative-index table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,15 @@ from torch import Tensor
 from benchmarks.deformops_sampler import deformops_sampling, has_deformops
 from benchmarks.harness import Setting
 from benchmarks.textbook import TextbookGate
+from mm_interleaved.models.folding import FoldedTerms
 from mm_interleaved.models.norms import normalize
-from mm_interleaved.models.synchronizer import GatedSynchronizer
-from mm_interleaved.ops import SamplingPlan, sampling_plan
+from mm_interleaved.models.synchronizer import GatedSynchronizer, ImageValues
+from mm_interleaved.ops import (
+    SamplingPlan,
+    deformable_sampling,
+    multi_image_deformable_attention,
+    sampling_plan,
+)
 
 COMPILED_IMAGES = 8
 """Compiling takes half a minute for each shape: it is done for one number of images."""
@@ -32,6 +39,105 @@ def baselines(setting: Setting, layer: GatedSynchronizer, images: int) -> dict[s
     return sides
 
 
+Terms = Callable[[GatedSynchronizer, Tensor], tuple[Tensor, Tensor]]
+"""Of a layer and hidden states (B, Q, D): offsets and logits of the queries and of the relative indices."""
+
+
+def once_a_query(layer: GatedSynchronizer, hidden_BQD: Tensor) -> tuple[Tensor, Tensor]:
+    """The projections one after another, each once for every query: (B, Q, H, E) and (K, H, E)."""
+    core = layer.synchronizer
+    H, L, P = core.num_heads, core.num_levels, core.num_points
+
+    def offsets_and_logits(x: Tensor, *, with_bias: bool) -> Tensor:
+        offsets = core.sampling_offsets(x, with_bias=with_bias).unflatten(-1, (H, 2 * P))
+        logits = core.attention_logits(x, with_bias=with_bias).unflatten(-1, (H, L, P + 1))
+        terms = torch.cat([offsets, logits[..., :P].flatten(-2)], dim=-1)
+        return terms.to(torch.promote_types(terms.dtype, torch.float32))
+
+    query_BQD = core.query_projection(layer.query_norm(hidden_BQD))
+    index_KHE = offsets_and_logits(core.relative_index_embedding.weight, with_bias=False)
+    return offsets_and_logits(query_BQD, with_bias=True), index_KHE
+
+
+def folded_now(layer: GatedSynchronizer, hidden_BQD: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices multiplied first, so that queries are multiplied once; gradients reach both."""
+    return _of_folded(fold(layer), layer, hidden_BQD)
+
+
+def folded_before(folded: FoldedTerms) -> Terms:
+    """The same with what was folded earlier, see `fold`."""
+    return lambda layer, hidden_BQD: _of_folded(folded, layer, hidden_BQD)
+
+
+def fold(layer: GatedSynchronizer) -> FoldedTerms:
+    return layer.synchronizer.folded_terms(layer.query_norm.weight)
+
+
+def _of_folded(folded: FoldedTerms, layer: GatedSynchronizer, hidden_BQD: Tensor) -> tuple[Tensor, Tensor]:
+    return folded.of(normalize(layer.query_norm, hidden_BQD)), folded.index
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """Our layer with some of what it leaves out put back; called as the layer is."""
+
+    layer: GatedSynchronizer
+    terms: Terms
+    samples_hidden: bool
+    """Whether pairs of a query and an image hidden from it are sampled too, and weigh nothing. These samples
+    are taken by PyTorch's bags, on a GPU as well."""
+
+    def project_cells(self, cells_BNSC: Tensor, level_sizes: tuple[int, ...]) -> ImageValues:
+        return self.layer.project_cells(cells_BNSC, level_sizes)
+
+    def __call__(self, hidden_BQD: Tensor, values: ImageValues, relative_index_BQN: Tensor) -> Tensor:
+        """What is added to the residual stream: (B, Q, D)."""
+        core = self.layer.synchronizer
+        look = _look_at_all if self.samples_hidden else multi_image_deformable_attention
+        query_term, index_term = self.terms(self.layer, hidden_BQD)
+        seen_BQHd = look(
+            values.value,
+            query_term,
+            index_term,
+            relative_index_BQN,
+            query_term.new_full((1, 1, 2), 0.5),
+            values.level_sizes,
+            num_points=core.num_points,
+            base_size=core.base_size,
+            ignore_HD=core.ignore_value.view(core.num_heads, -1),
+        )
+        return self.layer.gate.tanh() * core.output_projection(seen_BQHd.flatten(2))
+
+
+def _look_at_all(
+    value_BNSHd: Tensor,
+    query_term_BQHE: Tensor,
+    index_term_KHE: Tensor,
+    relative_index_BQN: Tensor,
+    reference_BQ2: Tensor,
+    level_sizes: tuple[int, ...],
+    *,
+    num_points: int,
+    base_size: float,
+    ignore_HD: Tensor,
+) -> Tensor:
+    """`multi_image_deformable_attention` in two steps, over all pairs."""
+    plan = sampling_plan(
+        query_term_BQHE,
+        index_term_KHE,
+        relative_index_BQN,
+        reference_BQ2,
+        num_levels=len(level_sizes),
+        num_points=num_points,
+        base_size=base_size,
+    )
+    N = relative_index_BQN.shape[-1]
+    seen_BQHd = deformable_sampling(
+        value_BNSHd.flatten(1, 2), level_sizes * N, plan.location, plan.weight, implementation="gather"
+    )
+    return seen_BQHd + plan.ignore[..., None].to(seen_BQHd.dtype) * ignore_HD
+
+
 class DenseGate:
     """A layer that looks nothing up: a matrix of what every cell weighs for every head, times the features.
 
@@ -40,7 +146,7 @@ class DenseGate:
 
     def __init__(self, layer: GatedSynchronizer):
         core = layer.synchronizer
-        self.layer, self.terms = layer, core.folded_terms(layer.query_norm.weight)
+        self.layer, self.terms = layer, fold(layer)
         self.weights_HdC = core.sampled_weights(layer.feature_norm)
 
     def __call__(

@@ -304,6 +304,8 @@ def test_the_parts_of_one_layer_agree_at_any_size(setting):
     for case in cases:
         assert case["equal"] and case["ratio"] > 0, case
     assert cases[0]["ratios"].keys() == {"textbook", "ours", "sample first", "dense"}
+    assert cases[1]["ratios"].keys() >= {"textbook", "once a query", "folded", "ours"}
+    assert cases[2]["ratios"].keys() == {"textbook", "once a query", "folded", "ours"}
     assert cases[2]["saved_bytes"]["ours"] < cases[2]["saved_bytes"]["textbook"]
 
 
