@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved.cli.estimate import DEVICES, needs_of
+from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.models.unet import unet_forward
 from tiny import tiny_model
 
@@ -45,16 +47,31 @@ def test_counted_operations_of_a_picture_are_those_that_are_done(model, config, 
 
 
 @torch.no_grad()
-def test_what_is_remembered_of_an_image_is_counted(model, config, shapes):
-    features = model.encode_images(torch.rand(1, 3, 32, 32))
-    values = model.values_by_row(features.pyramid, torch.tensor([[0]]))
-    kept = sum(level.numel() for level in features.pyramid) + sum(v.value.numel() for v in values.values())
-    needs = needs_of(config, shapes)
+@pytest.mark.parametrize("keep", ["values", "features"])
+@pytest.mark.parametrize("rule", ["all", "previous"])
+def test_what_is_remembered_is_counted(model, config, shapes, keep, rule):
+    changed = copy.deepcopy(model.config)
+    changed.context_images = rule
+    for side in ("text_synchronizer", "image_synchronizer"):
+        setattr(changed, side, {**getattr(changed, side), "keep": keep})
+    session = InterleavedSession(type(model)(changed).eval())
+    session.append_text([1])
+    needs = needs_of(json.loads(changed.to_json_string(use_diff=False)), shapes)
+    for _ in range(needs.images):
+        session.append_image(torch.rand(1, 3, 32, 32))
+    session.start_image()
+    session.read()
+    # 1. Everything that is kept for images, tensors that are shared once.
+    pyramids = [level for image in session.images for level in image.features.pyramid]
+    values = [v.value[: session.cache.num_images] for v in session.cache.image_values.values()]
+    painter = [v.value for v in session.earlier_images(rule).values]
+    once = {tensor.data_ptr(): tensor.numel() for tensor in [*pyramids, *values, *painter]}
+    # 2. Keys, values and hidden states of each token.
     text = config["text_config"]
     per_token = text["hidden_size"] + 2 * text["num_hidden_layers"] * text["num_key_value_heads"] * (
         text["hidden_size"] // text["num_attention_heads"]
     )
-    assert needs.cached_values == needs.images * kept + needs.tokens * per_token
+    assert needs.cached_values == sum(once.values()) + needs.tokens * per_token
     assert needs.parameters == sum(map(math.prod, shapes.values()))
 
 

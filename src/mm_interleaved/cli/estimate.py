@@ -108,7 +108,7 @@ def needs_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
         parameters=sum(sizes.values()),
         tokens=tokens,
         images=images,
-        cached_values=tokens * _values_a_token(text) + images * _values_an_image(text, vision, synchronizer),
+        cached_values=tokens * _values_a_token(text) + _values_of_images(config, shapes, images),
         word_parameters=sum(word_sizes),
         word_tensors=len(word_sizes),
         step_tensors=sum(name.startswith(_USED_FOR_STEPS) for name in sizes),
@@ -125,17 +125,46 @@ def _values_a_token(text: Mapping[str, Any]) -> int:
     return 2 * text["num_hidden_layers"] * key_heads * head_dim + text["hidden_size"]
 
 
-def _values_an_image(
-    text: Mapping[str, Any], vision: Mapping[str, Any], synchronizer: Mapping[str, Any] | None
-) -> int:
-    """The pyramid, which the painter looks into, and what each layer of the language model projects of it."""
+def _cells(vision: Mapping[str, Any]) -> list[int]:
+    """Of each level of the pyramid, finest first."""
     grid = vision["image_size"] // vision["patch_size"]
-    cells = [(4 * grid) ** 2, (2 * grid) ** 2, grid**2, (grid // 2) ** 2]
-    values = sum(cells) * vision["hidden_size"]
-    if synchronizer is not None:
-        num_layers = math.ceil(text["num_hidden_layers"] / synchronizer.get("every", 1))
-        values += num_layers * synchronizer["value_dim"] * sum(cells[k] for k in synchronizer["levels"])
-    return values
+    return [(4 * grid) ** 2, (2 * grid) ** 2, grid**2, (grid // 2) ** 2]
+
+
+def _projected(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], side: str, modules: str
+) -> int:
+    """What the synchronizers of one side keep of an image, see `models.synchronizer.KEEP`."""
+    settings = config.get(side)
+    widths = [
+        shape[0]
+        for name, shape in shapes.items()
+        if name.startswith(modules) and name.endswith("synchronizer.value_projection.weight")
+    ]
+    if settings is None or not widths:
+        return 0
+    cells = sum(_cells(config["vision_config"])[level] for level in settings["levels"])
+    if settings.get("keep") == "features":
+        # One copy for all, and the two channels of `features_to_sample`.
+        return cells * (config["vision_config"]["hidden_size"] + 2)
+    return cells * sum(widths)
+
+
+def _values_of_images(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], num_images: int
+) -> int:
+    """Of all images the pyramid and what the language model projects of it; of those that one picture looks
+    at, what the painter projects.
+    """
+    vision = config["vision_config"]
+    an_image = sum(_cells(vision)) * vision["hidden_size"]
+    an_image += _projected(config, shapes, "text_synchronizer", "language_model.")
+    painter = config.get("image_synchronizer")
+    num_seen = 0
+    if painter is not None:
+        num_seen = 1 if config.get("context_images") == "previous" else painter["max_images"] - 1
+    seen = min(num_images, num_seen) * _projected(config, shapes, "image_synchronizer", "image_decoder.")
+    return num_images * an_image + seen
 
 
 def _picture_flops(config: Mapping[str, Any], sizes: Mapping[str, int], steps: int) -> float:

@@ -72,11 +72,9 @@ class InterleavedSession:
             self.append_text(ids[end:start])
             self.append_image(image.pixel_values)
             end = start + 1 + self.model.config.num_slots
-        if len(starts) > len(images):  # an image is about to be painted
-            self.append_text(ids[end : starts[-1]])
-            self.start_image()
-            end = starts[-1] + 1
+        # The last image may only have been started.
         self.append_text(ids[end:])
+        self.image_starts = starts
 
     # ---- How much fits ---------------------------------------------------------------------------
 
