@@ -7,6 +7,7 @@ object. Exits 1 where outputs differ; measures nothing where the GPU that was as
 import argparse
 import importlib
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -30,11 +31,28 @@ PARTS = (
     "precision",
 )
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-QUICK_SECONDS, FULL_SECONDS = 30, {"unet_step": 270}
-"""What a part takes about; those that are not named take a minute when they are not quick."""
+QUICK_SECONDS = {
+    "decode_mmfs": 40, "decode_token": 35, "prefill_mmfs": 50, "train_mmfs": 75, "sampler": 35,
+    "unet_step": 45, "story": 25, "score": 8, "precision": 15,
+}  # fmt: skip
+FULL_SECONDS = {
+    "decode_mmfs": 130, "decode_token": 65, "prefill_mmfs": 110, "train_mmfs": 210, "sampler": 60,
+    "unet_step": 270, "story": 60, "score": 30, "precision": 30,
+}  # fmt: skip
+"""What a part takes about, on one core."""
 RESULTS = Path(__file__).parent / "results"
 _SHOWN = ("ratio", "equal", "model_ratio", "share_of_limit")
-_HIDDEN = ("error", "seconds_min", "ratio_of_minima", "flops", "bytes", "runs", "rounds", "model_ratio_bytes")
+_HIDDEN = (
+    "error",
+    "seconds_min",
+    "ratio_of_minima",
+    "flops",
+    "bytes",
+    "runs",
+    "runs_wanted",
+    "rounds",
+    "model_ratio_bytes",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,9 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     results = []
     for number, name in enumerate(names):
-        left = None if options.minutes is None else 60 * options.minutes - (time.perf_counter() - begin)
-        options.quick = options.quick or (left is not None and is_short(left, names[number:]))
-        results.append(run_part(name, options))
+        now = time.perf_counter()
+        left = math.inf if options.minutes is None else 60 * options.minutes - (now - begin)
+        short = argparse.Namespace(**vars(options))
+        short.quick = options.quick or is_short(left, names[number:])
+        # Past its deadline a part hurries, so that those after it have their time.
+        deadline = now + left - sum(QUICK_SECONDS[later] for later in names[number + 1 :])
+        results.append(run_part(name, short, deadline))
     wrong = [result["benchmark"] for result in results if not all(c["equal"] for c in result["cases"])]
     if wrong:
         print(f"outputs differ: {', '.join(wrong)}", file=sys.stderr)
@@ -63,11 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def is_short(seconds: float, parts: Sequence[str]) -> bool:
     """Whether the next of these parts has to be quick for all of them to be done in this time."""
-    return seconds < FULL_SECONDS.get(parts[0], 60) + QUICK_SECONDS * (len(parts) - 1)
+    return seconds < FULL_SECONDS[parts[0]] + sum(QUICK_SECONDS[later] for later in parts[1:])
 
 
-def run_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one part, tell each case as it comes, and the result as one line of JSON."""
+def run_part(name: str, options: argparse.Namespace, deadline: float = math.inf) -> dict[str, Any]:
+    """Run one part, tell each case as it comes, and the result as one line of JSON.
+
+    Args:
+        deadline: see `Setting`.
+    """
     device = torch.device(options.device)
     setting = Setting(
         device=device,
@@ -76,6 +102,8 @@ def run_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
         least=5 if options.quick else 11 if device.type == "cpu" else 20,
         seconds=2.0 if options.quick else 6.0,
         patience=5.0 if options.quick else 10.0,
+        deadline=deadline,
+        compiles=device.type == "cuda",
     )
     part = importlib.import_module(f"benchmarks.{name}")
     begin = time.perf_counter()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.deformops_sampler import deformops_sampling, has_deformops
-from benchmarks.harness import Setting
+from benchmarks.harness import Setting, compiled
 from benchmarks.textbook import TextbookGate
 from mm_interleaved.models.folding import FoldedTerms
 from mm_interleaved.models.norms import normalize
@@ -32,8 +32,8 @@ COMPILED_IMAGES = 8
 def baselines(setting: Setting, layer: GatedSynchronizer, images: int) -> dict[str, Any]:
     """Modules by name, the plain textbook first; each stands where `layer` stands."""
     sides: dict[str, Any] = {"textbook": TextbookGate(layer)}
-    if setting.is_gpu and images == COMPILED_IMAGES:
-        sides["textbook, compiled"] = torch.compile(TextbookGate(layer))
+    if setting.compiles and images == COMPILED_IMAGES:
+        sides["textbook, compiled"] = compiled(TextbookGate(layer))
     if setting.is_gpu and has_deformops():
         sides["textbook, deformops"] = TextbookGate(layer, deformops_sampling)
     return sides

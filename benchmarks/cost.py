@@ -42,15 +42,18 @@ def textbook_cost(size: SynchronizerSize, queries: int, images: int, rows: int, 
     return Cost(flops, width * (weights + moved))
 
 
-def cached_cost(size: SynchronizerSize, queries: int, pairs: float, rows: int, width: int) -> Cost:
+def cached_cost(
+    size: SynchronizerSize, queries: int, pairs: float, rows: int, width: int, images: int | None = None
+) -> Cost:
     """Values kept, projections folded into one, only visible pairs: what a call costs at least.
 
     Args:
         pairs: visible pairs of a query and an image in one row.
+        images: see `touched_numbers`.
     """
     D, V, E = size.query_dim, size.value_dim, size.terms
     flops = 2.0 * rows * queries * (D * E + V * D) + sampling_flops(size, rows * pairs)
-    touched = min(size.samples * CORNERS * size.head_dim * pairs, size.cells * V * pairs)
+    touched = touched_numbers(size, pairs, images)
     weights = D * E + V * D + size.max_images * E
     return Cost(flops, width * (weights + rows * (touched + queries * (2 * D + E))))
 
@@ -85,6 +88,26 @@ def dense_cost(size: SynchronizerSize, images: int, rows: int, rows_of_images: i
 def projection_flops(size: SynchronizerSize, images: int) -> float:
     """Of the values of images, once."""
     return 2.0 * images * size.cells * size.feature_dim * size.value_dim
+
+
+def sampling_bytes(
+    size: SynchronizerSize, queries: int, pairs: float, images: int, value_width: int, term_width: int
+) -> float:
+    """Of one row: cells that are touched, terms of queries and of relative indices, the result."""
+    terms = (queries + size.max_images) * size.terms
+    touched = touched_numbers(size, pairs, images)
+    return value_width * (touched + queries * size.value_dim) + term_width * terms
+
+
+def touched_numbers(size: SynchronizerSize, pairs: float, images: int | None = None) -> float:
+    """Numbers of values that pairs of a query and an image must have from memory: of an image
+    no more than all, once for the pairs that share it.
+
+    Args:
+        images: that the pairs share; an image each where not given.
+    """
+    sampled = size.samples * CORNERS * size.head_dim * pairs
+    return min(sampled, size.cells * size.value_dim * (pairs if images is None else images))
 
 
 def sampling_flops(size: SynchronizerSize, pairs: float) -> float:

@@ -4,6 +4,7 @@ sides -> compare -> Comparison -> Case -> one line of a table, one entry of the 
 """
 
 import gc
+import math
 import statistics
 import time
 import weakref
@@ -22,6 +23,8 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 0.5, tor
 In half precision the textbook itself is off by some hundredths, and by more in its gradients: there only
 blunders show, and `exact_first` compares in single precision.
 """
+COMPILED = "compiled"
+"""How the names of compiled sides end."""
 HALF = (torch.bfloat16, torch.float16)
 FEWEST_TURNS, MOST_TURNS = 3, 50
 CACHE_BYTES = 256 * 2**20
@@ -45,10 +48,18 @@ class Setting:
     """Seconds after which the fewest turns must do."""
     turn: float = 0.02
     """Seconds that a turn lasts at least; quick sides run several times in theirs."""
+    deadline: float = math.inf
+    """Of the part, by `time.perf_counter`: past it, the fewest turns must do."""
+    compiles: bool = False
+    """Whether sides that are compiled stand beside the others."""
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    def has(self, seconds: float) -> bool:
+        """Whether the part has so much time left."""
+        return time.perf_counter() + seconds <= self.deadline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +73,10 @@ class Comparison:
     """Seconds; nothing where the outputs differ."""
     least: dict[str, float] = field(default_factory=dict)
     runs: int = 0
+    wanted: int = 0
+    """Runs that there should have been; there are fewer where time was short."""
+    first: dict[str, float] = field(default_factory=dict)
+    """Seconds of the first call of each side; that of a compiled one compiles."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """Most that a run held in tensors beside its inputs and weights."""
 
@@ -76,6 +91,7 @@ class Comparison:
         first = next(iter(self.error))
         if not self.equal:
             return {"ratio": None, "equal": False, "error": self.error}
+        compiling = {name: seconds for name, seconds in self.first.items() if name.endswith(COMPILED)}
         return {
             "ratio": self.median[first] / self.median[side],
             "ratio_of_minima": self.least[first] / self.least[side],
@@ -84,7 +100,9 @@ class Comparison:
             "seconds": self.median,
             "seconds_min": self.least,
             "runs": self.runs,
+            **({"runs_wanted": self.wanted} if self.runs < self.wanted else {}),
             "peak_bytes": self.peak_bytes,
+            **({"compile_seconds": compiling} if compiling else {}),
         }
 
 
@@ -132,8 +150,9 @@ def compare(
     repeats = {}
     timed = {**sides, **(also or {})}
     for name, run in timed.items():
-        duration = first[name] if first.get(name, 0) > 1 else clock(run, 1)
-        repeats[name] = max(1, round(setting.turn / max(1e-7, duration)))
+        is_slow = first.get(name, 0) > 1 and not name.endswith(COMPILED)
+        duration = first[name] if is_slow else clock(run, 1)
+        repeats[name] = max(1, round(setting.turn / max(1e-7, duration))) if setting.has(0) else 1
 
     # 3. Time, in turns.
     seconds: dict[str, list[float]] = {name: [] for name in timed}
@@ -152,6 +171,8 @@ def compare(
         median={name: statistics.median(each) for name, each in seconds.items()},
         least={name: min(each) for name, each in seconds.items()},
         runs=len(seconds[names[0]]),
+        wanted=setting.least,
+        first=first,
         peak_bytes=peaks,
     )
 
@@ -160,7 +181,8 @@ def exact_first(setting: Setting, case: Callable[[Setting], Case]) -> Case:
     """A case in the precision wanted; in half precision, one in single precision is compared before."""
     if setting.dtype not in HALF:
         return case(setting)
-    strict = case(replace(setting, dtype=torch.float32, least=1, seconds=0.0, patience=0.0, turn=0.0))
+    brief = replace(setting, least=1, seconds=0.0, patience=0.0, turn=0.0, compiles=False)
+    strict = case(replace(brief, dtype=torch.float32))
     told = case(setting)
     return {**told, "equal": told["equal"] and strict["equal"], "error_in_float32": strict["error"]}
 
@@ -168,9 +190,16 @@ def exact_first(setting: Setting, case: Callable[[Setting], Case]) -> Case:
 def _wants_more(setting: Setting, turns: int, spent: float) -> bool:
     if turns < FEWEST_TURNS:
         return True
+    if not setting.has(0):
+        return False
     if turns < setting.least:
         return spent < setting.patience
     return turns < MOST_TURNS and spent < setting.seconds
+
+
+def compiled(run: Run) -> Run:
+    """By PyTorch, for the shapes that it is called with."""
+    return torch.compile(run, dynamic=False)
 
 
 def in_turn(runs: Sequence[Run]) -> Run:

@@ -30,10 +30,10 @@ DOCUMENTS = 4
 
 
 def run(setting: Setting) -> Iterator[Case]:
-    if setting.is_gpu:
-        sizes = ((512, 4, 1), (2048, 1, 1), (2048, 8, 1), (2048, 8, DOCUMENTS), (2048, 30, 1))
-    elif setting.quick:
+    if setting.quick:
         sizes = ((256, 4, 1), (512, 8, 1))
+    elif setting.is_gpu:
+        sizes = ((512, 4, 1), (2048, 1, 1), (2048, 8, 1), (2048, 8, DOCUMENTS), (2048, 30, 1))
     else:
         sizes = ((256, 4, 1), (512, 4, 1), (512, 8, 1), (512, 8, DOCUMENTS))
     for tokens, images, documents in sizes:
@@ -79,7 +79,7 @@ def prefill_case(setting: Setting, size: SynchronizerSize, tokens: int, images: 
 
     pairs, width = int(visible.sum()), dtype.itemsize
     theirs = textbook_cost(size, tokens, images, 1, width)
-    cached = cached_cost(size, tokens, pairs, 1, width)
+    cached = cached_cost(size, tokens, pairs, 1, width, images)
     weights = size.feature_dim * (size.value_dim + images * size.cells)
     least = Cost(cached.flops + projection_flops(size, images), cached.bytes + width * weights)
     rate = rates(device, dtype)

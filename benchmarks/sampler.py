@@ -1,4 +1,4 @@
-"""The sampling alone, softmax included: every implementation that runs here, forward and backward.
+"""The sampling alone, softmax included: every implementation that runs here, forward, backward, and both.
 
 Two cases: language queries, which all look around one point (their gradients collide), and the U-Net's
 pixels, each at its own place.
@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.cost import sampling_flops
+from benchmarks.cost import Cost, sampling_bytes, sampling_flops
 from benchmarks.deformops_sampler import deformops_attention, has_deformops
-from benchmarks.harness import HALF, Case, Comparison, Setting, compare
+from benchmarks.harness import HALF, Case, Comparison, Setting, compare, compiled
+from benchmarks.machine import rates
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, causal_visibility, unet_map
 from benchmarks.train_mmfs import GRADIENT_TOLERANCE
 from mm_interleaved.ops import IMPLEMENTATIONS, multi_image_deformable_attention
@@ -45,10 +46,10 @@ class Inputs:
 
 
 def run(setting: Setting) -> Iterator[Case]:
-    if setting.is_gpu:
-        language, grids = ((1, 8), (512, 8), (2048, 8), (2048, 30)), (64, 32, 16, 8)
-    elif setting.quick:
+    if setting.quick:
         language, grids = ((1, 8), (128, 4)), (16,)
+    elif setting.is_gpu:
+        language, grids = ((1, 8), (512, 8), (2048, 8), (2048, 30)), (64, 32, 16, 8)
     else:
         language, grids = ((1, 8), (512, 8)), (32, 16)
     for queries, images in language:
@@ -77,7 +78,7 @@ def unet_inputs(setting: Setting, grid: int, size: SynchronizerSize | None = Non
 
 
 def both_ways(setting: Setting, kind: str, inputs: Inputs, *, queries: int, images: int) -> Iterator[Case]:
-    """Forward alone, then forward and backward."""
+    """Forward alone, backward alone, then both."""
     attends: dict[str, Callable[[Inputs], Tensor]] = {
         name: lambda given, name=name: given.attend(name) for name in implementations(setting)
     }
@@ -86,15 +87,29 @@ def both_ways(setting: Setting, kind: str, inputs: Inputs, *, queries: int, imag
             given.value, given.query_term, given.index_term, given.relative_index, given.reference,
             given.size.level_sizes, num_points=given.size.num_points, base_size=given.size.base_size,
         )  # fmt: skip
+    if setting.compiles and (queries > 1 or kind == "unet"):
+        attends["reference, compiled"] = compiled(attends["reference"])
     pairs = int((inputs.relative_index > 0).sum())
     sizes = {"kind": kind, "queries": queries, "images": images, "pairs": pairs}
+    widths = inputs.value.element_size(), inputs.query_term.element_size()
     flops = sampling_flops(inputs.size, pairs)
+    moved = sampling_bytes(inputs.size, queries, pairs, images, *widths)
+
+    def told(result: Comparison, passes: str, times_flops: int, times_bytes: int) -> Case:
+        """Beside what it costs: the backward pass samples again, and adds to what it read, which is both
+        read and written."""
+        costs = Cost(times_flops * flops, times_bytes * moved)
+        rate = rates(setting.device, setting.dtype)
+        limit = costs.seconds(rate.flops_a_second, rate.bytes_a_second)
+        case = {**sizes, "pass": passes, **_told(result)}
+        case |= {"flops": {"each": costs.flops}, "bytes": {"each": costs.bytes}}
+        return case | ({"share_of_limit": limit / result.median[case["fastest"]]} if result.equal else {})
 
     with torch.inference_mode():
         forward = compare(setting, {name: lambda f=f: f(inputs) for name, f in attends.items()})
         if setting.dtype in HALF:
             forward = _ours_within(forward, 2e-2)
-    yield {**sizes, "pass": "forward", **_told(forward), "flops": {"each": flops}}
+    yield told(forward, "forward", 1, 1)
 
     leaves = (inputs.value, inputs.query_term, inputs.index_term)
     trained = Inputs(
@@ -108,13 +123,27 @@ def both_ways(setting: Setting, kind: str, inputs: Inputs, *, queries: int, imag
         out = attend(trained)
         return out.detach(), *torch.autograd.grad(out, wanted, outward)
 
+    tolerance = 5e-2 if setting.dtype in HALF else GRADIENT_TOLERANCE[setting.dtype]
+    # What each forward pass keeps lives until here.
+    kept = {name: attend(trained) for name, attend in attends.items()}
+    backward = compare(
+        setting,
+        {
+            name: lambda out=out: torch.autograd.grad(out, wanted, outward, retain_graph=True)
+            for name, out in kept.items()
+        },
+        tolerance=tolerance,
+        measure="norm",
+    )
+    yield told(backward, "backward", 2, 3)
+    del kept
     both = compare(
         setting,
         {name: lambda f=f: step(f) for name, f in attends.items()},
-        tolerance=5e-2 if setting.dtype in HALF else GRADIENT_TOLERANCE[setting.dtype],
+        tolerance=tolerance,
         measure="norm",
     )
-    yield {**sizes, "pass": "forward+backward", **_told(both), "flops": {"each": 3 * flops}}
+    yield told(both, "forward+backward", 3, 4)
 
 
 def implementations(setting: Setting) -> list[str]:
@@ -133,7 +162,8 @@ def _told(result: Comparison) -> Case:
     """The ratio is that of the fastest to the reference; `ratios` has all."""
     if not result.equal:
         return result.record("reference")
-    names = [name for name in result.median if name not in ("reference", "deformops")]
+    ours = sorted(IMPLEMENTATIONS.keys() - {"reference"})
+    names = [name for name in result.median if name in ours]
     best = min(names, key=lambda name: result.median[name])
     ratios = {name: result.ratio(name) for name in result.median}
     told = {"fastest": best, **result.record(best), "ratios": ratios}

@@ -22,7 +22,7 @@ CONTEXT = 149
 
 
 def run(setting: Setting) -> Iterator[Case]:
-    if setting.is_gpu:
+    if setting.is_gpu and not setting.quick:
         config = writer_config(
             hidden=5120, layers=40, intermediate=13824, heads=40, value_dim=1024, vision_dim=1024
         )

@@ -46,17 +46,13 @@ class Told:
 
 
 def run(setting: Setting) -> Iterator[Case]:
-    if setting.is_gpu:
+    if setting.is_gpu and not setting.quick:
         config = writer_config(
             hidden=5120, layers=40, intermediate=13824, heads=40, value_dim=1024, vision_dim=1024
         )
-        lengths = (2, 10) if setting.quick else (2, 5, 10, 20)
-    elif setting.quick:
-        config = writer_config(hidden=256, layers=4, intermediate=512, heads=4, value_dim=128)
-        lengths = (2, 10)
     else:
-        config = writer_config(hidden=512, layers=8, intermediate=1376, heads=8)
-        lengths = (2, 10)
+        config = writer_config(hidden=256, layers=4, intermediate=512, heads=4, value_dim=128)
+    lengths = (2, 10) if setting.quick else (2, 5, 10, 20)
     model = random_model(config, setting.device, setting.dtype)
     for rounds in lengths:
         yield story_case(setting, model, rounds, words=WORDS, repeats=2)

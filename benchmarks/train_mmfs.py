@@ -25,10 +25,9 @@ AROUND = (320, 640, 1280)
 
 
 def run(setting: Setting) -> Iterator[Case]:
-    if setting.is_gpu:
+    sizes: tuple[tuple[int, int], ...] = ((512, 8),)
+    if setting.is_gpu and not setting.quick:
         sizes = ((512, 4), (1024, 8), (2048, 8), (2048, 30))
-    else:
-        sizes = ((512, 8),)
     if not setting.quick:
         sizes = (*((tokens, 1) for tokens in AROUND), *sizes)
     for tokens, images in sizes:

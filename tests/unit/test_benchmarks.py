@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 from dataclasses import replace
 
@@ -222,7 +223,7 @@ def test_the_last_line_is_one_json_object_and_differences_fail(monkeypatch, caps
 
 def test_without_a_gpu_its_suite_measures_nothing(monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.__main__.torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("benchmarks.__main__.run_part", lambda name, options: pytest.fail("it runs"))
+    monkeypatch.setattr("benchmarks.__main__.run_part", lambda *arguments: pytest.fail("it runs"))
     assert main(["all", "--device", "cuda"]) == 0
     assert "no GPU here: nothing was measured" in capsys.readouterr().err
 
@@ -233,7 +234,7 @@ def test_when_time_is_short_the_rest_is_quick(monkeypatch):
     clock = iter([0.0, 0.0, *range(200, 2000, 200)])
     monkeypatch.setattr("benchmarks.__main__.time.perf_counter", lambda: float(next(clock)))
 
-    def run_part(name, options):
+    def run_part(name, options, deadline):
         sizes.append("quick" if options.quick else "full")
         return {"benchmark": name, "cases": []}
 
@@ -241,6 +242,23 @@ def test_when_time_is_short_the_rest_is_quick(monkeypatch):
     assert main(["all", "--minutes", "9"]) == 0
     # Nine minutes: 540, 340 and 140 seconds are left when the first three parts begin.
     assert sizes == ["full", "full"] + ["quick"] * (len(PARTS) - 2)
+
+
+def test_past_the_deadline_of_a_part_the_fewest_turns_must_do(setting):
+    sides = {"a": lambda: torch.ones(1), "b": lambda: torch.ones(1)}
+    patient = replace(setting, least=6, seconds=60.0, patience=60.0)
+    case = compare(replace(patient, deadline=time.perf_counter() - 1), sides).record("b")
+    assert (case["runs"], case["runs_wanted"]) == (3, 6)
+    case = compare(replace(patient, seconds=0.0), sides).record("b")
+    assert case["runs"] == 6 and "runs_wanted" not in case
+
+
+def test_a_quick_run_is_as_small_on_a_gpu(setting, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prefill_mmfs, "prefill_case", lambda setting, **sizes: asked.append(sizes))
+    monkeypatch.setattr(prefill_mmfs, "exact_first", lambda setting, case: case(setting))
+    list(prefill_mmfs.run(replace(setting, device=torch.device("cuda"))))
+    assert max(sizes["tokens"] for sizes in asked) == 512
 
 
 def test_every_part_has_a_picture_or_a_table(tmp_path):
