@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.baselines import COMPILED_IMAGES
 from benchmarks.cost import Cost, cached_cost
-from benchmarks.harness import Case, Run, Setting, compare
+from benchmarks.harness import Case, Run, Setting, compare, compiled
 from benchmarks.machine import Rates, rates
 from benchmarks.models import IMAGE_SIZE, random_model, writer_config
 from benchmarks.sizes import LANGUAGE, SynchronizerSize
@@ -27,6 +28,8 @@ ROWS = 4
 """Documents of the batch."""
 SHORTER = 7
 """Tokens by which each document of the batch is shorter than the one before."""
+COMPILING_SECONDS = 90
+"""Without so much time left, no further shape is compiled."""
 
 
 def run(setting: Setting) -> Iterator[Case]:
@@ -37,23 +40,34 @@ def run(setting: Setting) -> Iterator[Case]:
         model = random_model(config, setting.device, setting.dtype)
         yield from group_cases(setting, model, LANGUAGE, 512, images)
         return
-    if setting.is_gpu:
+    if setting.is_gpu and not setting.quick:
         config = writer_config(layers=40, vocabulary=32002, **published)
-        contexts = (512,) if setting.quick else (512, 2048)
+        contexts = (512, 2048)
     else:
         config = writer_config(hidden=1024, layers=8, intermediate=2752, heads=8, vision_dim=512)
         contexts = (128,)
     model = random_model(config, setting.device, setting.dtype)
     for context in contexts:
-        yield from token_cases(setting, model, context, images, is_compiled=setting.is_gpu)
+        # What images add is asked of compiled code in one context; in the others one number of them does.
+        shapes = images if context == contexts[0] else (COMPILED_IMAGES,)
+        yield from token_cases(setting, model, context, images, shapes if setting.compiles else ())
         yield batch_case(setting, model, context, images[1])
 
 
 @torch.inference_mode()
 def token_cases(
-    setting: Setting, model: Any, context: int, images: Sequence[int], *, is_compiled: bool = False
+    setting: Setting,
+    model: Any,
+    context: int,
+    images: Sequence[int],
+    compiled_images: Sequence[int] = (),
 ) -> Iterator[Case]:
-    """All numbers of images in turns, so that their growth is measured at one time."""
+    """All numbers of images in turns, so that their growth is measured at one time.
+
+    Args:
+        compiled_images: the numbers for which compiled code stands beside it. It is compiled once for each:
+            a shape of its own.
+    """
     ours = {count: stepper(model, context, count) for count in images}
     for count in images:
         also: dict[str, Run] = {f"ours, {other} images": ours[other] for other in images if other != count}
@@ -63,9 +77,13 @@ def token_cases(
             "ours": ours[count],
             "static": stepper(model, context, count, room=context + 1),
         }
-        if is_compiled:
+        if count in compiled_images and setting.has(COMPILING_SECONDS):
             sides["compiled"] = stepper(
-                model, context, count, room=context + 1, forward=compiled(setting, model)
+                model, context, count, room=context + 1, forward=compiled_pass(setting, model)
+            )
+        if count == COMPILED_IMAGES and count in compiled_images and setting.has(2 * COMPILING_SECONDS):
+            sides["textbook, compiled"] = textbook_stepper(
+                model, context, count, room=context + 1, forward=compiled(model.__call__)
             )
         result = compare(setting, sides, also=also)
         if not result.equal:
@@ -83,7 +101,7 @@ def token_cases(
                 "textbook": result.median["textbook"] / none - 1,
                 "ours": result.median["ours"] / none - 1,
             },
-            "ratios": {name: result.ratio(name, "ours") for name in sides},
+            "ratios": {name: result.ratio(name) for name in sides},
             "tokens_a_second": 1 / min(result.median[name] for name in sides),
             "bytes": {"ours": read},
             "share_of_limit": read / bandwidth / min(result.median[name] for name in sides),
@@ -135,12 +153,21 @@ def group_cases(
 def counted_growth(
     model: Any, size: SynchronizerSize, context: int, images: int, rate: Rates
 ) -> dict[str, float]:
-    """What images add to the operations and to the bytes of a word, as shares, and to its least time.
+    """What images add to the operations and to the bytes of a word, as shares, and to its least time."""
+    none, some = (token_cost(model, size, context, count) for count in (0, images))
+    least = [cost.seconds(rate.flops_a_second, rate.bytes_a_second) for cost in (some, none)]
+    return {
+        "flops": some.flops / none.flops - 1,
+        "bytes": some.bytes / none.bytes - 1,
+        "least_time": least[0] / least[1] - 1,
+    }
+
+
+def token_cost(model: Any, size: SynchronizerSize, context: int, images: int) -> Cost:
+    """Of one word behind so many tokens: what all weights, keys, values and images cost.
 
     Without an image, a layer that looks into images adds its constant: one matrix, read and multiplied.
     """
-    if not images:
-        return {"flops": 0.0, "bytes": 0.0, "least_time": 0.0}
     text, width = model.config.text_config, model.dtype.itemsize
     groups = len(model.language_model.synchronized_layers)
     parts = (*model.language_model.layers.named_parameters(), *model.text_head.named_parameters())
@@ -148,17 +175,13 @@ def counted_growth(
     constant = groups * size.value_dim * size.query_dim
     cached = 2 * text.num_hidden_layers * text.hidden_size * context
     none = Cost(2.0 * (stock + constant + cached), width * (stock + constant + cached))
+    if not images:
+        return none
     looking = cached_cost(size, 1, images, 1, width)
-    some = Cost(
+    return Cost(
         none.flops + groups * looking.flops - 2.0 * constant,
         none.bytes + groups * looking.bytes - width * constant,
     )
-    least = [cost.seconds(rate.flops_a_second, rate.bytes_a_second) for cost in (some, none)]
-    return {
-        "flops": some.flops / none.flops - 1,
-        "bytes": some.bytes / none.bytes - 1,
-        "least_time": least[0] / least[1] - 1,
-    }
 
 
 def _growth(seconds: dict[str, float], name: str) -> float:
@@ -203,7 +226,7 @@ def batch_case(setting: Setting, model: Any, context: int, images: int) -> Case:
     return {"images": images, "context": context, "documents": ROWS, **result.record("together")}
 
 
-def compiled(setting: Setting, model: Any) -> Run:
+def compiled_pass(setting: Setting, model: Any) -> Run:
     """A pass as transformers compiles it for a static cache: with CUDA graphs on a GPU."""
     return torch.compile(model.__call__, mode="reduce-overhead" if setting.is_gpu else None, fullgraph=True)
 
@@ -226,7 +249,7 @@ def stepper(
     """
     cache = (fill or filled_cache)(model, context, images, room)
     token = _normal(model, 1, 1, model.config.text_config.hidden_size)
-    forward = forward or model.__call__
+    run: Run = forward or model.__call__
     # What compiled code takes from the pass before it.
     model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1)
     cache.crop(-1)
@@ -234,7 +257,7 @@ def stepper(
         cache.keep_addresses()
 
     def step() -> Tensor:
-        logits = forward(inputs_embeds=token, past_key_values=cache, logits_to_keep=1).logits.clone()
+        logits = run(inputs_embeds=token, past_key_values=cache, logits_to_keep=1).logits.clone()
         cache.crop(-1)
         return logits
 
@@ -242,11 +265,17 @@ def stepper(
 
 
 def textbook_stepper(
-    model: Any, context: int, images: int, *, fill: Callable[..., PrefixCache] | None = None
+    model: Any,
+    context: int,
+    images: int,
+    *,
+    room: int | None = None,
+    forward: Run | None = None,
+    fill: Callable[..., PrefixCache] | None = None,
 ) -> Run:
     """The same, with layers that look into images as the textbook does."""
     with textbook_layers(model.language_model):
-        step = stepper(model, context, images, fill=fill)
+        step = stepper(model, context, images, room=room, forward=forward, fill=fill)
 
     def textbook_step() -> Tensor:
         with textbook_layers(model.language_model):

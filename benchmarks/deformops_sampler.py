@@ -1,7 +1,7 @@
 """The best public sampler as a baseline: deformops ("Efficient MSDA on GPUs", TMLR 2026).
 
-It knows nothing of images: those stand as further levels, hidden ones with weight zero. Installed by whoever
-wants the comparison (Python 3.12 or newer, a GPU); nothing here imports it before it is called.
+It knows nothing of images: those stand as further levels, hidden ones with weight zero. Installed with
+the extra `bench-gpu` on Python 3.12 or 3.13; nothing here imports it before it is called.
 Letters as in `textbook.py`; E terms a head, K rows of the relative-index table.
 """
 

@@ -350,6 +350,28 @@ def test_a_word_of_a_whole_model_is_the_same_with_textbook_layers(setting, write
     assert [case["equal"] for case in cases] == [True, True]
     assert cases[1]["growth_from_no_image"].keys() == {"textbook", "ours"}
     assert cases[1]["ratios"].keys() == {"textbook", "ours", "static"}
+    assert cases[1]["ratios"]["textbook"] == 1 and cases[1]["ratios"]["ours"] == cases[1]["ratio"]
+
+
+@pytest.mark.slow
+def test_compiled_sides_are_the_same_and_tell_how_long_they_took_to_compile(setting, writer, monkeypatch):
+    compile_traced, shapes = torch.compile, []
+
+    def compile_eagerly(run, fullgraph=False, **others):
+        # Traced as on a GPU; what is traced runs as it is.
+        shapes.append(run)
+        return compile_traced(run, backend="eager", fullgraph=fullgraph)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    setting = replace(setting, compiles=True)
+    few, many = decode_token.token_cases(setting, writer, 24, (0, 8), (8,))
+    assert few["equal"] and many["equal"] and "compile_seconds" not in few and len(shapes) == 2
+    assert many["compile_seconds"].keys() == {"compiled", "textbook, compiled"}
+    case = decode_mmfs.decode_case(setting, TINY, 7, batch=1)
+    assert "textbook, compiled" not in case["ratios"] and case["equal"]
+    inputs = sampler.language_inputs(setting, 4, 2, TINY)
+    for case in sampler.both_ways(setting, "language", inputs, queries=4, images=2):
+        assert case["equal"] and "reference, compiled" in case["compile_seconds"]
 
 
 def test_the_growth_of_a_group_of_layers_is_measured_and_counted(setting, writer):
