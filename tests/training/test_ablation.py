@@ -1,12 +1,15 @@
 """Twins differ in what they are meant to differ in, and their cost is counted."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.recipes.ablation import chosen_twins, with_cost
+from mm_interleaved.recipes import ablation_cost
+from mm_interleaved.recipes.ablation import chosen_twins
+from mm_interleaved.recipes.ablation_cost import commit, made_by, weights_name, with_cost
 from mm_interleaved.recipes.ablation_twins import (
     ALL_LEVELS,
     NO_LEVELS,
@@ -111,3 +114,39 @@ def test_cost_adds_up_over_interruptions(tmp_path):
     with_cost(tmp_path, config, flops_a_step=lambda: 1 / 0, work=lambda: None)
     again = json.loads((tmp_path / "cost.json").read_text())
     assert again["is_finished"] and again["wall_hours"] >= cost["wall_hours"]
+
+
+def test_cost_names_each_machine_and_commit_that_made_it(tmp_path, monkeypatch):
+    config = StageConfig(steps=4, learning_rate=1e-3)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def go(commit, work):
+        made = {"commit": commit, "machine": "A chip", "date": "2026-11-23"}
+        monkeypatch.setattr(ablation_cost, "made_by", lambda: made)
+        with_cost(tmp_path, config, flops_a_step=lambda: 5.0, work=work, start="w1")
+
+    for commit_name in ("c1", "c1", "c2"):
+        with pytest.raises(KeyboardInterrupt):
+            go(commit_name, interrupted)
+    go("c2", lambda: None)
+    go("c3", lambda: None)
+    goes = json.loads((tmp_path / "cost.json").read_text())["made_by"]
+    assert [one["commit"] for one in goes] == ["c1", "c2"], "what was finished, c3 has not made"
+    assert {one["start"] for one in goes} == {"w1"}
+
+
+def test_what_is_made_now_has_a_commit_a_machine_and_a_day():
+    made = made_by()
+    assert set(made) == {"commit", "machine", "date"} and "cores" in made["machine"]
+    assert commit() == "unknown" or re.fullmatch(r"[0-9a-f]{12}\+?", commit())
+
+
+def test_two_starts_are_told_apart_by_their_weights(tmp_path):
+    names = []
+    for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(content)
+        names.append(weights_name(tmp_path / folder))
+    assert names[0] == names[1] != names[2] and len(names[0]) == 12

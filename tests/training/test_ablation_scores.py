@@ -76,7 +76,7 @@ def test_a_twin_that_is_trained_is_scored_once(tmp_path, model, processor):
     assert (result["twin"], result["arm"], result["slots"], result["documents"]) == ("both-1", "both", 4, 3)
     assert result["cost"] == {"slots": {}, "reader": {}, "painter": {"steps": 7}}
     assert {"vqa.accuracy", "story_last.drawn_badge", "story_last.told_badge"} <= set(result["scores"])
-    assert "cores" in result["machine"]
+    assert "cores" in result["scored_by"]["machine"] and result["scored_by"]["commit"]
     painted = painted_pictures(tmp_path, twin, gold)
     finished = {identity for identity, event in told if event == "finished"}
     assert set(painted) == finished & {truth.id for truth in gold if truth.meta["task"] != "vqa"}

@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 import torch
 
-from mm_interleaved.recipes.ablation import with_cost
+from mm_interleaved.recipes.ablation_cost import with_cost
 from mm_interleaved.training.cost import COUNTING, average_flops
 from mm_interleaved.training.data import DocumentBatches, Mixture
 from mm_interleaved.training.loop import Losses

@@ -11,7 +11,7 @@ from mm_interleaved.document import Document
 from mm_interleaved.document_formats import write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.ablation import DATA_NAME, ablation_documents
-from mm_interleaved.evaluation.ablation_page import page_text, plot_slots, side_by_side, write_page
+from mm_interleaved.evaluation.ablation_page import cases_of, page_text, plot_slots, side_by_side, write_page
 from mm_interleaved.recipes.ablation import chosen_twins
 from mm_interleaved.storage import make_folder
 from mm_interleaved.storyworld.tasks import part_pixels
@@ -25,6 +25,7 @@ def result(arm, slots, seed, value, **changes):
     } | changes  # fmt: skip
 
 
+COST = {"steps": 12, "flops": 3.5e12, "wall_hours": 0.25, "core_hours": 0.5, "threads": 2}
 RESULTS = [
     result("both", 4, 1, 0.8), result("both", 4, 2, 0.6), result("neither", 4, 1, 0.6),
     result("neither 16 slots", 16, 1, 0.4),
@@ -32,7 +33,7 @@ RESULTS = [
 
 
 def test_only_the_predicted_pair_is_judged():
-    page = page_text(RESULTS)
+    page = page_text(RESULTS, {})
     assert "| both | 4 | 2 |  | 0.700 ± 0.141 |" in page
     verdicts = [line for line in page.splitlines() if line.startswith("- ")]
     assert verdicts == [
@@ -44,7 +45,7 @@ def test_only_the_predicted_pair_is_judged():
         "- badges drawn, stories: 4 slots with synchronizers against 4 without: +0.100",
     ]
     close = [*RESULTS[:3], result("neither 16 slots", 16, 1, 0.6)]
-    assert "16 without: +0.100 (predicted: at least +0.20; does not hold)" in page_text(close)
+    assert "16 without: +0.100 (predicted: at least +0.20; does not hold)" in page_text(close, {})
 
 
 @pytest.fixture
@@ -53,10 +54,11 @@ def scored_run(tmp_path):
     run, gold = tmp_path / "run", ablation_documents(8)
     make_folder((run / DATA_NAME).parent)
     write_documents(run / DATA_NAME, gold)
-    cost = {"steps": 12, "flops": 3.5e12, "wall_hours": 0.25, "core_hours": 0.5, "threads": 2}
     for twin, value in zip(chosen_twins(("both-1", "neither-1")), (0.875, 0.125), strict=True):
-        made = result(twin.arm, 4, 1, value, machine="A chip, 2 cores")
-        made["cost"] = {"painter": cost | {"commit": "abc1234"}}
+        scored = {"commit": "def5678", "machine": "A chip, 2 cores", "date": "2026-11-23"}
+        made = result(twin.arm, 4, 1, value, scored_by=scored)
+        goes = [scored | {"commit": "abc1234", "date": "2026-11-22", "start": "first"}]
+        made["cost"] = {"slots": {}, "painter": COST | {"made_by": goes}}
         folder = run / "scored" / twin.name
         make_folder(folder)
         (folder / "result.json").write_text(json.dumps(made))
@@ -68,7 +70,39 @@ def scored_run(tmp_path):
             if twin.arm == "both"
         ]
         write_documents(folder / "predictions.jsonl", answers)
+    settings = {"recipe": "ablation", "settings": {"twins": ["both-1"], "seed": 5}}
+    (run / "settings.json").write_text(json.dumps(settings))
     return run, gold
+
+
+def test_what_was_not_recorded_is_said_to_be_unknown():
+    page = page_text([result("both", 4, 1, 0.5, cost={"painter": COST})], {})
+    assert "Trained on unknown (unknown); the commit was not recorded." in page
+    assert "Scored on unknown (unknown); the commit was not recorded." in page
+
+
+def test_painters_that_began_otherwise_are_named():
+    def begun(arm, start):
+        return result(arm, 4, 1, 0.5, cost={"painter": COST | {"made_by": [{"start": start}]}})
+
+    page = page_text([begun("both", "old"), begun("neither", "new")], {})
+    assert "**Not all U-Nets began with the same weights** (old: both-1; new: neither-1)." in page
+    assert "Not all U-Nets" not in page_text([begun("both", "old"), begun("neither", "old")], {})
+
+
+def test_coarse_slots_are_compared_with_each_other():
+    coarse = [result("both coarse slots", 4, 1, 0.9), result("neither coarse slots", 4, 1, 0.2)]
+    page = page_text([*RESULTS, *coarse], {})
+    assert "- fine detail: 4 coarse slots with synchronizers against 4 without: +0.700" in page
+
+
+def test_cases_are_those_of_the_documents():
+    gold = ablation_documents(40)
+    cases = cases_of(gold)
+    assert cases["vqa.accuracy"] == sum(truth.meta["task"] == "vqa" for truth in gold)
+    assert 0 < cases["vqa.fine_detail"] < cases["vqa.accuracy"]
+    # Of each edit at least one figure stood in the picture before; of last panels there may be nobody.
+    assert cases["edit.told_badge"] == cases["edit.drawn_badge"] >= 4
 
 
 def test_the_page_is_written_with_its_numbers_and_pictures(scored_run, tmp_path):
@@ -84,12 +118,20 @@ def test_the_page_is_written_with_its_numbers_and_pictures(scored_run, tmp_path)
         "| both-1 | painter | 12 | 3.50e+12 | 0.25 | 0.50 | 2 |",
         "8 documents of the test split",
         "Seeds are the readers': all twins of an arm share one painter, of seed 1.",
-        "Scored on A chip, 2 cores.",
-        "Trained by commit abc1234.",
+        "| *cases* |  |  | 6 |",
+        "Trained on A chip, 2 cores (2026-11-22); by commit abc1234.",
+        "Scored on A chip, 2 cores (2026-11-23); by commit def5678.",
     ):
         assert row in page, row
     record = json.loads((docs / "ablation_results.json").read_text())
-    assert record["commits"] == ["abc1234"] and [twin["twin"] for twin in record["twins"]] == [
+    origin = {name: record[name] for name in ("commits", "machines", "dates", "starts", "threads")}
+    assert origin == {
+        "commits": ["abc1234"], "machines": ["A chip, 2 cores"], "dates": ["2026-11-22"], "starts": ["first"],
+        "threads": [2],
+    }  # fmt: skip
+    assert record["scored"]["commits"] == ["def5678"]
+    assert record["settings"] == {"seed": 5}, "of the run, without the twins of its last call"
+    assert [twin["twin"] for twin in record["twins"]] == [
         "both-1",
         "neither-1",
     ]
@@ -107,10 +149,11 @@ def test_pictures_stand_under_their_prompts(scored_run):
     run, gold = scored_run
     prompts = [truth for truth in gold if truth.meta["task"] != "vqa"]
     sheet = np.asarray(side_by_side(run, chosen_twins(("both-1", "neither-1")), gold))
-    assert sheet.shape == (4 * 100, 170 + len(prompts) * 100, 3)
+    assert sheet.shape == (22 + 4 * 100, 215 + len(prompts) * 100, 3)
 
     def cell(row, column):
-        return sheet[row * 100 : row * 100 + 96, 170 + column * 100 : 170 + column * 100 + 96]
+        top, left = 22 + row * 100, 215 + column * 100
+        return sheet[top : top + 96, left : left + 96]
 
     for column, truth in enumerate(prompts):
         given, wanted = part_pixels(truth.images[-1]), part_pixels(truth.target[-1])

@@ -35,7 +35,9 @@ def trained(tmp_path):
         folder = size_folder(run, width) / Reader(seed=5).name
         make_folder(folder)
         a_step = 1e9 * width
-        (folder / "cost.json").write_text(json.dumps({"flops_a_step": a_step, "core_hours": 0.5}))
+        made = [{"commit": "abc1234", "machine": "A chip", "date": "2026-11-23", "start": "first"}]
+        cost = {"flops_a_step": a_step, "core_hours": 0.5, "threads": 2, "made_by": made}
+        (folder / "cost.json").write_text(json.dumps(cost))
         lines = [
             {"stage": "text", "step": step, "text": 3.0 * (a_step * step) ** -0.1}
             for step in range(20, 801, 20)
@@ -57,6 +59,12 @@ def test_the_sizes_of_the_run_are_drawn_and_its_law(trained, tmp_path):
     assert first[0] == pytest.approx(32e9 * 100), "the mean of five lines stands at the last of them"
     written = json.loads((tmp_path / "docs" / "scaling_results.json").read_text())
     assert written["law"] == results["law"]
+    assert (written["commits"], written["machines"], written["dates"]) == (
+        ["abc1234"], ["A chip"], ["2026-11-23"]
+    )  # fmt: skip
+    assert (written["starts"], written["threads"]) == (["first"], [2])
+    assert written["settings"]["widths"] == list(WIDTHS) and written["settings"]["seed"] == 5
+    assert written["sizes"][0]["cost"]["reader"]["core_hours"] == 0.5
     assert min(PILImage.open(tmp_path / "docs" / "images" / "scaling.png").size) > 100
 
 

@@ -14,12 +14,12 @@ from mm_interleaved.document import Document, Image
 from mm_interleaved.document_formats import read_documents, write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.badges import badges_drawn, badges_told
-from mm_interleaved.evaluation.machine import machine_name
 from mm_interleaved.evaluation.runner import evaluate_model, read_predictions
 from mm_interleaved.evaluation.tasks import TASKS
 from mm_interleaved.generation_run import ModelChoice, OnEvent, RunRequest
 from mm_interleaved.model_source import load_generator
-from mm_interleaved.recipes.ablation import COST_NAME, twin_folder
+from mm_interleaved.recipes.ablation import twin_folder
+from mm_interleaved.recipes.ablation_cost import made_by, read_cost
 from mm_interleaved.recipes.ablation_twins import Twin
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.storyworld.scores import answer_parts, first_image
@@ -85,9 +85,9 @@ def score_twins(run: Path, twins: Sequence[Twin], num_documents: int, on_event: 
             "slots": twin.reader.num_slots,
             "seed": twin.reader.seed,
             "documents": len(gold),
-            "machine": machine_name(),
+            "scored_by": made_by(),
             "scores": {name: round(value, 4) for name, value in sorted(scores.items())},
-            "cost": {part: _cost(run / folder) for part, folder in _parts(twin).items()},
+            "cost": {part: read_cost(run / folder) for part, folder in _parts(twin).items()},
         }
         write_file(out / RESULT_NAME, (json.dumps(result, indent=2) + "\n").encode())
 
@@ -104,11 +104,6 @@ def _parts(twin: Twin) -> dict[str, str]:
         "reader": twin.reader.name,
         "painter": twin.painter.name,
     }
-
-
-def _cost(folder: Path) -> dict[str, Any]:
-    path = folder / COST_NAME
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def painted_pictures(run: Path, twin: Twin, gold: Sequence[Document]) -> dict[str, Image]:

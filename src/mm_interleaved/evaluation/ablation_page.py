@@ -17,7 +17,8 @@ from PIL import ImageDraw, ImageFont
 from mm_interleaved.document import Document
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.ablation import last_scenes, painted_pictures, read_results
-from mm_interleaved.evaluation.machine import machine_name
+from mm_interleaved.evaluation.badges import count_known_figures
+from mm_interleaved.evaluation.origin import origin_of, origin_text, scoring_of
 from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, save_figure
 from mm_interleaved.evaluation.tasks import TASKS
 from mm_interleaved.images import to_png
@@ -42,9 +43,11 @@ JUDGED = ("vqa.fine_detail", "story_last.drawn_badge")
 PREDICTED_PAIR = (4, 16)
 """Slots with synchronizers, and without: what docs/ablation.md predicted before any twin was trained."""
 OTHER_PAIRS = ((1, 16), (4, 4))
+COARSE = "{} coarse slots"
+"""Arms at four slots that are taught all but badges and patterns."""
 WANTED_GAIN = 0.20
 """What was predicted of that pair, of each metric that is judged."""
-_SIDE, _NAME_WIDTH, _NUM_PROMPTS = 96, 170, 8
+_SIDE, _NAME_WIDTH, _HEAD_HEIGHT, _NUM_PROMPTS = 96, 215, 22, 8
 _WITH_COLOUR, _WITHOUT_COLOUR = "#2b6a99", "#b0483a"
 
 Results = Sequence[Mapping[str, Any]]
@@ -60,34 +63,59 @@ def write_page(run: Path, twins: Sequence[Twin], docs: Path) -> Path:
     if not results:
         raise UsageError(f"{run}: no twin has been scored yet")
     make_folder(docs / "images")
-    commits = commits_of(run, results)
-    # Results of earlier versions do not tell their machine: it is most likely the one that writes the page.
-    machines = sorted({result.get("machine", machine_name()) for result in results})
-    record = {"documents": results[0]["documents"], "commits": commits, "twins": results}
+    record = {
+        "documents": results[0]["documents"],
+        **origin_of(_costs(results)),
+        "scored": scoring_of(results),
+        "settings": _settings(run),
+        "twins": results,
+    }
     write_file(docs / "ablation_results.json", (json.dumps(record, indent=1) + "\n").encode())
     plot_slots(results, docs / "images" / "ablation_slots.png")
     gold = TASKS["storyworld"].read_gold(run / "data" / "documents.jsonl")
     scored = [twin for twin in twins if twin.name in {result["twin"] for result in results}]
-    write_file(docs / "images" / "ablation_drawings.png", to_png(side_by_side(run, scored, gold)))
+    write_file(
+        docs / "images" / "ablation_drawings.png", to_png(_few_colours(side_by_side(run, scored, gold)))
+    )
     path = docs / "ablation_results.md"
-    write_file(path, page_text(results, machines, commits).encode())
+    write_file(path, page_text(results, cases_of(gold)).encode())
     return path
 
 
-def commits_of(run: Path, results: Results) -> list[str]:
-    """Which commits of the code trained the twins, as far as the run's settings and costs tell."""
+def _few_colours(sheet: PILImage.Image) -> PILImage.Image:
+    """With 256 colours, a third of the file and the same to the eye."""
+    return sheet.quantize(256, dither=PILImage.Dither.NONE)
+
+
+def _costs(results: Results) -> list[Mapping[str, Any]]:
+    return [cost for result in results for cost in result["cost"].values()]
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """Those of the run, but which twins its last call was about; empty where it does not tell."""
     path = run / SETTINGS_NAME
-    told = [json.loads(path.read_text())] if path.exists() else []
-    told += [cost for result in results for cost in result["cost"].values()]
-    return sorted({record["commit"] for record in told if record.get("commit")})
+    settings = json.loads(path.read_text())["settings"] if path.exists() else {}
+    return {name: value for name, value in settings.items() if name != "twins"}
 
 
-def page_text(results: Results, machines: Sequence[str] = (), commits: Sequence[str] = ()) -> str:
+def cases_of(gold: Sequence[Document]) -> dict[str, int]:
+    """How many cases each metric of the table rests on."""
+    questions = [truth for truth in gold if truth.meta["task"] == "vqa"]
+    figures = count_known_figures(gold)
+    told = {f"{task}.{how}_badge": count for task, count in figures.items() for how in ("told", "drawn")}
+    return {
+        "vqa.accuracy": len(questions),
+        "vqa.fine_detail": sum(truth.meta["is_fine_detail"] for truth in questions),
+        **told,
+        "story.character_kept": figures.get("story_last", 0),
+    }
+
+
+def page_text(results: Results, cases: Mapping[str, int]) -> str:
     """The page as Markdown.
 
     Args:
-        machines: which ones scored the twins, as far as it is known.
-        commits: of the code that trained them.
+        cases: how many each metric rests on.
     """
     lines = [
         "# What the twins scored",
@@ -96,9 +124,14 @@ def page_text(results: Results, machines: Sequence[str] = (), commits: Sequence[
         f"{results[0]['documents']} documents of the test split; mean, and standard deviation over seeds "
         "where there are several.",
         "Seeds are the readers': all twins of an arm share one painter, of seed 1.",
-        *_made_by(machines, commits),
         "",
-        *_table(results),
+        origin_text(origin_of(_costs(results)), "Trained"),
+        origin_text(scoring_of(results), "Scored"),
+        *_starts(results),
+        "",
+        *_table(results, cases),
+        "",
+        "A score of one seed over n cases is uncertain by sqrt(p (1 - p) / n): by 0.07 at 0.4 of 52.",
         "",
         "![Scores against slots](images/ablation_slots.png)",
         "",
@@ -126,12 +159,14 @@ def values_of(results: Results, metric: str) -> list[float]:
     return [result["scores"][metric] for result in results if metric in result["scores"]]
 
 
-def _table(results: Results) -> list[str]:
+def _table(results: Results, cases: Mapping[str, int]) -> list[str]:
     heads = ["synchronizers", "slots", "seeds", *METRICS.values()]
     lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
     for arm, members in by_arm(results).items():
         cells = [_spread(values_of(members, metric)) for metric in METRICS]
         lines.append(f"| {arm} | {members[0]['slots']} | {len(members)} | {' | '.join(cells)} |")
+    counts = [str(cases.get(metric, "")) for metric in METRICS]
+    lines.append(f"| *cases* |  |  | {' | '.join(counts)} |")
     return lines
 
 
@@ -145,28 +180,41 @@ def _spread(values: Sequence[float]) -> str:
 def _verdicts(results: Results) -> list[str]:
     """What was predicted, and beside it what was not, each with its number."""
     arms = by_arm(results)
+    pairs = [
+        (arm_with(few, is_looking=True), arm_with(many, is_looking=False), _pair_name(few, many))
+        for few, many in (PREDICTED_PAIR, *OTHER_PAIRS)
+    ]
+    pairs.append((COARSE.format(WITH), COARSE.format(WITHOUT), "4 coarse slots with synchronizers against 4"))
     lines = []
     for metric in JUDGED:
-        for few, many in (PREDICTED_PAIR, *OTHER_PAIRS):
-            ours = values_of(arms.get(arm_with(few, is_looking=True), ()), metric)
-            theirs = values_of(arms.get(arm_with(many, is_looking=False), ()), metric)
+        for with_arm, without_arm, name in pairs:
+            ours, theirs = (values_of(arms.get(arm, ()), metric) for arm in (with_arm, without_arm))
             if ours and theirs:
                 gain = mean(ours) - mean(theirs)
-                slots = f"{few} {'slot' if few == 1 else 'slots'}"
-                line = f"- {METRICS[metric]}: {slots} with synchronizers against {many} without: {gain:+.3f}"
-                if (few, many) == PREDICTED_PAIR:
+                line = f"- {METRICS[metric]}: {name} without: {gain:+.3f}"
+                if name == _pair_name(*PREDICTED_PAIR):
                     verdict = "holds" if gain >= WANTED_GAIN else "does not hold"
                     line += f" (predicted: at least +{WANTED_GAIN:.2f}; {verdict})"
                 lines.append(line)
     return lines
 
 
-def _made_by(machines: Sequence[str], commits: Sequence[str]) -> list[str]:
-    """The machines and the code, where they are known."""
-    lines = [f"Scored on {' and on '.join(machines)}."] if machines else []
-    if commits:
-        lines.append(f"Trained by {'commits' if len(commits) > 1 else 'commit'} {', '.join(commits)}.")
-    return lines
+def _pair_name(few: int, many: int) -> str:
+    return f"{few} {'slot' if few == 1 else 'slots'} with synchronizers against {many}"
+
+
+def _starts(results: Results) -> list[str]:
+    """Whose U-Nets did not begin with the same weights, which the drawings of these twins must not be
+    compared without.
+    """
+    begun: dict[str, list[str]] = {}
+    for result in results:
+        for start in origin_of([result["cost"].get("painter", {})])["starts"]:
+            begun.setdefault(start, []).append(result["twin"])
+    if len(begun) < 2:
+        return []
+    told = "; ".join(f"{start}: {', '.join(names)}" for start, names in begun.items())
+    return ["", f"**Not all U-Nets began with the same weights** ({told})."]
 
 
 def _cost_table(results: Results) -> list[str]:
@@ -188,32 +236,43 @@ def _cost_table(results: Results) -> list[str]:
 
 
 def plot_slots(results: Results, path: Path) -> None:
-    """Scores against slots, with and without synchronizers; the main pair's seeds as dots."""
+    """Scores against slots, with and without synchronizers; seeds as dots, coarse slots hollow."""
     pyplot = load_pyplot()
     arms = by_arm(results)
-    figure, axes = pyplot.subplots(1, len(PLOTTED), figsize=(3.1 * len(PLOTTED), 3.0), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(PLOTTED), figsize=(3.1 * len(PLOTTED), 3.6), layout="constrained")
     for axis, metric in zip(axes, PLOTTED, strict=True):
-        for is_looking, colour, label in ((True, _WITH_COLOUR, WITH), (False, _WITHOUT_COLOUR, WITHOUT)):
+        # What lies below is drawn first and wider, so that equal lines are both seen.
+        for is_looking, arm, colour, width in (
+            (True, WITH, _WITH_COLOUR, 4.0),
+            (False, WITHOUT, _WITHOUT_COLOUR, 1.4),
+        ):
             points = [
                 (num_slots, values)
                 for num_slots in SLOT_COUNTS
                 if (values := values_of(arms.get(arm_with(num_slots, is_looking=is_looking), ()), metric))
             ]
-            axis.plot(
-                [x for x, _ in points], [mean(values) for _, values in points], color=colour, label=label
-            )
+            line = [(num_slots, mean(values)) for num_slots, values in points]
+            if line:
+                axis.plot(*zip(*line, strict=True), color=colour, label=arm, linewidth=width, alpha=0.75)
             for num_slots, values in points:
-                axis.plot([num_slots] * len(values), values, "o", color=colour, markersize=4)
-        axis.set(xscale="log", xlabel="slots an image", title=METRICS[metric], ylim=(-0.03, 1.03))
+                axis.plot([num_slots] * len(values), values, "o", color=colour, markersize=2 + width)
+            coarse = values_of(arms.get(COARSE.format(arm), ()), metric)
+            # Beside the others of four slots, which they would hide.
+            axis.plot(
+                [4.6] * len(coarse), coarse, "D", color=colour, fillstyle="none", markersize=7,
+                label=COARSE.format(arm) if coarse else None,
+            )  # fmt: skip
+        axis.set(xscale="log", xlabel="slots an image", title=METRICS[metric], ylim=(-0.03, 1.05))
         axis.set_xticks(SLOT_COUNTS, [str(count) for count in SLOT_COUNTS])
         axis.minorticks_off()
         plain_axes(axis)
-    axes[0].legend(title="synchronizers", frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="synchronizers", loc="outside lower center", ncols=4, frameon=False)
     save_figure(figure, path)
 
 
 def side_by_side(run: Path, twins: Sequence[Twin], gold: Sequence[Document]) -> PILImage.Image:
-    """Rows: what is given last, the truth, then each twin; columns: prompts."""
+    """Rows: what is given last, the truth, then each twin; columns: prompts, under the name of their task."""
     prompts = [truth for truth in gold if "I" in (truth.layout or "") and len(truth.meta["scenes"]) > 1]
     stories = [truth for truth in prompts if truth.meta["task"] == "story_last"]
     edits = [truth for truth in prompts if truth.meta["task"] == "edit"]
@@ -227,10 +286,14 @@ def side_by_side(run: Path, twins: Sequence[Twin], gold: Sequence[Document]) -> 
         painted = painted_pictures(run, twin, prompts)
         row = [painted[truth.id].load() if truth.id in painted else None for truth in prompts]
         rows.append((f"{twin.arm}, seed {twin.reader.seed}", row))
-    sheet = PILImage.new("RGB", (_NAME_WIDTH + len(prompts) * (_SIDE + 4), len(rows) * (_SIDE + 4)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    size = _NAME_WIDTH + len(prompts) * (_SIDE + 4), _HEAD_HEIGHT + len(rows) * (_SIDE + 4)
+    sheet = PILImage.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for column, truth in enumerate(prompts):
+        task = "edit" if truth.meta["task"] == "edit" else "last panel"
+        draw.text((_NAME_WIDTH + column * (_SIDE + 4) + 4, 2), task, fill=(30, 30, 36), font=font)
     for number, (name, images) in enumerate(rows):
-        top = number * (_SIDE + 4)
+        top = _HEAD_HEIGHT + number * (_SIDE + 4)
         draw.text((4, top + _SIDE // 2 - 8), name, fill=(30, 30, 36), font=font)
         for column, image in enumerate(images):
             if image is not None:

@@ -67,6 +67,14 @@ def badges_told(generator: InterleavedGenerator, gold: Sequence[Document]) -> di
     return {name: mean(told) for name, told in found.items()}
 
 
+def count_known_figures(gold: Sequence[Document]) -> dict[str, int]:
+    """How many figures the shares of each task are of."""
+    counts: dict[str, int] = {}
+    for truth, known in _with_known_figures(gold):
+        counts[truth.meta["task"]] = counts.get(truth.meta["task"], 0) + len(known)
+    return counts
+
+
 def _with_known_figures(gold: Sequence[Document]) -> Iterator[tuple[Document, list[Figure]]]:
     """Documents that want a picture, with those in it who stood in an earlier one, where there are such."""
     for truth in gold:

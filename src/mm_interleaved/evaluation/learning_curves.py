@@ -13,7 +13,7 @@ from typing import Any
 
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.errors import InputError
-from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, save_figure
+from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, plain_numbers, save_figure
 from mm_interleaved.model_source import find_model
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.recipes.storyworld import IMAGE_MIXTURES, TEXT_MIXTURES, StoryWorldConfig
@@ -198,8 +198,9 @@ def plot_curves(lines: Lines, path: Path) -> None:
         for start in list(starts.values())[1:]:
             axis.axvline(start, color="#aaaaaa", linewidth=0.8, linestyle=":")
         axis.set(title=stage, xlabel="step" if len(starts) == 1 else "step of all runs", yscale="log")
-        axis.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         plain_axes(axis)
+        plain_numbers(axis)
     save_figure(figure, path)
 
 

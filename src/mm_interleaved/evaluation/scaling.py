@@ -1,6 +1,6 @@
 """What the scaling study found: loss against compute for each size, and what a power law says of more.
 
-DOCS/scaling_results.json   of each size: parameters, FLOPs a step, the curve
+DOCS/scaling_results.json   settings and origin; of each size: FLOPs a step, the curve, what it cost
 DOCS/images/scaling.png     the curves, and the law fitted to the best loss at each compute
 """
 
@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, save_figure
-from mm_interleaved.recipes.ablation import COST_NAME
+from mm_interleaved.evaluation.origin import origin_of
+from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, plain_numbers, save_figure
+from mm_interleaved.recipes.ablation_cost import read_cost
 from mm_interleaved.recipes.ablation_twins import Reader
 from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.training.metrics import LOG_NAME, read_log
 from mm_interleaved.training.run import SETTINGS_NAME
-from mm_interleaved.training.settings import from_record
+from mm_interleaved.training.settings import from_record, to_record
 
 _WINDOW = 5
 """Lines of the log that a point of a curve is the mean of: steps differ in their mixtures."""
@@ -43,7 +44,14 @@ def write_scaling(run: Path, docs: Path) -> dict[str, Any]:
     law = fit_law(envelope([size["curve"] for size in sizes]))
     most = max(compute for size in sizes for compute, _ in size["curve"])
     expected = {str(factor): round(law_loss(law, factor * most), 4) for factor in FACTORS} if law else {}
-    results = {"sizes": sizes, "law": law, "largest_compute": most, "expected_at_times": expected}
+    results = {
+        **origin_of([cost for size in sizes for cost in size["cost"].values()]),
+        "settings": to_record(config),
+        "sizes": sizes,
+        "law": law,
+        "largest_compute": most,
+        "expected_at_times": expected,
+    }
     make_folder(docs / "images")
     write_file(docs / "scaling_results.json", (json.dumps(results, indent=1) + "\n").encode())
     _plot(results, docs / "images" / "scaling.png")
@@ -59,10 +67,11 @@ def _settings(run: Path) -> ScalingConfig:
 
 
 def _size(run: Path, width: int, seed: int) -> dict[str, Any] | None:
-    folder = size_folder(run, width) / Reader(seed=seed).name
-    if not (folder / LOG_NAME).exists() or not (folder / COST_NAME).exists():
+    reader = Reader(seed=seed)
+    folder = size_folder(run, width) / reader.name
+    cost = read_cost(folder)
+    if not (folder / LOG_NAME).exists() or not cost:
         return None
-    cost = json.loads((folder / COST_NAME).read_text())
     lines = [line for line in read_log(folder / LOG_NAME) if "text" in line]
     groups = [lines[i : i + _WINDOW] for i in range(0, len(lines) - _WINDOW + 1, _WINDOW)]
     curve = [
@@ -73,6 +82,7 @@ def _size(run: Path, width: int, seed: int) -> dict[str, Any] | None:
         "width": width,
         "flops_a_step": cost["flops_a_step"],
         "core_hours": cost["core_hours"],
+        "cost": {"slots": read_cost(size_folder(run, width) / reader.slots_name), "reader": cost},
         "curve": [(float(f"{compute:.4g}"), round(loss, 4)) for compute, loss in curve],
     }
 
@@ -112,7 +122,16 @@ def _plot(results: Mapping[str, Any], path: Path) -> None:
     if results["law"]:
         reach = np.geomspace(results["largest_compute"] / 100, 1000 * results["largest_compute"], 50)
         axes.plot(reach, [law_loss(results["law"], c) for c in reach], "k:", label="power law")
+        for factor in FACTORS:
+            compute = factor * results["largest_compute"]
+            loss = law_loss(results["law"], compute)
+            axes.plot(compute, loss, "k.")
+            # To the right above the falling line, or to the left below it, where the plot ends.
+            place = {"xytext": (4, 5)} if factor == min(FACTORS) else {"xytext": (-6, -4), "ha": "right"}
+            told = f"{factor:,} times the largest: {loss:.2f}"
+            axes.annotate(told, (compute, loss), textcoords="offset points", fontsize=8, **place)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs of training", ylabel="text loss")
     axes.legend(frameon=False)
     plain_axes(axes)
+    plain_numbers(axes, [0.1, 0.2, 0.5, 1, 2, 5])
     save_figure(figure, path)

@@ -5,14 +5,12 @@ own. Everything is resumable, and what is finished is never trained again. How t
 `evaluation.ablation`, what comes out by docs/ablation.md.
 """
 
-import json
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -21,6 +19,7 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.recipes.ablation_cost import weights_name, with_cost
 from mm_interleaved.recipes.ablation_twins import (
     NO_LEVELS,
     Painter,
@@ -31,8 +30,8 @@ from mm_interleaved.recipes.ablation_twins import (
     build_twin,
 )
 from mm_interleaved.recipes.storyworld import save_model
-from mm_interleaved.storage import make_folder, new_folder, write_file
-from mm_interleaved.training.cost import COUNTING, average_flops
+from mm_interleaved.storage import make_folder, new_folder
+from mm_interleaved.training.cost import average_flops
 from mm_interleaved.training.data import INTERVIEW, DocumentBatches, Mixture
 from mm_interleaved.training.devices import chosen_device
 from mm_interleaved.training.loop import Stage, train_stage
@@ -45,7 +44,6 @@ from mm_interleaved.training.text_side import TextSideStage
 
 logger = logging.getLogger(__name__)
 
-COST_NAME = "cost.json"
 TWINS_NAME = "twins"
 
 READER_MIXTURES = (
@@ -154,6 +152,7 @@ class Workshop:
         self.config, self.folder, self.show_progress = config, folder, show_progress
         self.device = device
         self.source = find_model(config.start_from)
+        self.start = weights_name(self.source)
         self.finished = load_model(self.source, dtype="float32")
         self.tokenizer = MMInterleavedProcessor.from_pretrained(self.source).tokenizer
 
@@ -246,50 +245,5 @@ class Workshop:
                 stage, config, folder, seed=seed, settings=to_record(self.config),
                 show_progress=self.show_progress, rules=rules,
             ),
+            start=self.start,
         )  # fmt: skip
-
-
-def with_cost(
-    folder: Path, config: StageConfig, *, flops_a_step: Callable[[], float], work: Callable[[], object]
-) -> None:
-    """Does a stage's work and adds what it cost to `cost.json` in its folder, over all its parts.
-
-    Of a part that has been finished before, nothing changes but a count of an earlier version.
-
-    Args:
-        flops_a_step: counts the multiplications of a step.
-        work: trains what is missing, which may be nothing.
-    """
-    path = folder / COST_NAME
-    cost: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    is_finished = cost.get("is_finished", False) and cost["steps"] >= config.steps
-    if is_finished:
-        work()
-    is_counted = cost.get("counting") == COUNTING
-    if is_finished and is_counted:
-        return
-    flops = cost["flops_a_step"] if is_counted else flops_a_step()
-    steps = cost["steps"] if is_finished else config.steps
-    counted = {"counting": COUNTING, "flops_a_step": flops, "flops": flops * steps}
-    if is_finished:
-        _write_cost(path, {**cost, **counted})
-        return
-    wall, cpu = time.monotonic(), time.process_time()
-    try:
-        work()
-        is_finished = True
-    finally:
-        record = {
-            "steps": steps,
-            "is_finished": is_finished,
-            **counted,
-            "wall_hours": cost.get("wall_hours", 0.0) + (time.monotonic() - wall) / 3600,
-            "core_hours": cost.get("core_hours", 0.0) + (time.process_time() - cpu) / 3600,
-            "threads": torch.get_num_threads(),
-        }
-        _write_cost(path, record)
-
-
-def _write_cost(path: Path, record: Mapping[str, Any]) -> None:
-    make_folder(path.parent)
-    write_file(path, (json.dumps(record, indent=2) + "\n").encode())
