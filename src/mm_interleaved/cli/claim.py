@@ -23,7 +23,7 @@ Docs = Annotated[Path, typer.Option(help="Folder for page, plots and raw results
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    for function in (ablation, scaling, curves, sight, gallery, census):
+    for function in (ablation, scaling, curves, sight, gallery, oracle, census):
         command(app, panel=_PANEL)(function)
 
 
@@ -170,3 +170,24 @@ def gallery(
     for name, value in scores.items():
         say(f"{name}: {value:.3f}")
     say(f"pictures: {output}")
+
+
+def oracle(
+    pictures: Annotated[int, typer.Option(help="Pictures, half of train and half of test.", min=2)] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures.", min=0)] = 11,
+    model: Model = "storyworld",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+):
+    """Measure how often the oracle errs: on clean pictures, and on those out of the model's VAE."""
+    from mm_interleaved.evaluation.oracle_error import oracle_errors
+    from mm_interleaved.model_source import find_model, load_generator
+
+    generator = load_generator(find_model(model), device=device, dtype=dtype)
+    for kind, error in oracle_errors(generator, pictures, seed).items():
+        say(
+            f"{kind}: {error.share_right:.3%} of {error.total.total():,} attributes right; "
+            f"{error.pictures - error.wrong_pictures:,} of {error.pictures:,} pictures wholly"
+        )
+        for name, number in error.wrong.most_common():
+            say(f"  {name}: {number:,} of {error.total[name]:,} wrong")

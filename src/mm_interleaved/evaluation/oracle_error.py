@@ -1,0 +1,86 @@
+"""How often the oracle errs: on clean pictures, and on those that went through a model's VAE and back.
+
+What a model paints comes out of its VAE, so the second is the error that a score of painted pictures has at
+least. Pictures are taken in turn from the train and the test split.
+Letters: B pictures, H by W pixels.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mm_interleaved.generation import InterleavedGenerator
+from mm_interleaved.storyworld.oracle import FIGURE_ATTRIBUTES, SETTING_ATTRIBUTES, Reading, read_scene
+from mm_interleaved.storyworld.renderer import render_scene, scene_at
+from mm_interleaved.storyworld.world import Scene
+
+SPLITS = ("train", "test")
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OracleError:
+    """What was read, of pictures of one kind."""
+
+    pictures: int
+    wrong_pictures: int
+    """Pictures of which anything was read wrong."""
+    total: Counter[str]
+    """How often each attribute was asked."""
+    wrong: Counter[str]
+    """How often it was read wrong."""
+
+    @property
+    def share_right(self) -> float:
+        """Of all attributes."""
+        return 1.0 - self.wrong.total() / self.total.total()
+
+
+def oracle_errors(generator: InterleavedGenerator, pictures: int, seed: int) -> dict[str, OracleError]:
+    """Errors by kind of picture: "clean", and "VAE", encoded and decoded by the model's."""
+    scenes = [scene_at(SPLITS[index % 2], seed, index // 2) for index in range(pictures)]
+    return {
+        "clean": _errors((render_scene(scene) for scene in scenes), scenes),
+        "VAE": _errors(_rebuilt(generator, scenes), scenes),
+    }
+
+
+def _errors(pictures: Iterable[np.ndarray], scenes: list[Scene]) -> OracleError:
+    total, wrong, wrong_pictures = Counter[str](), Counter[str](), 0
+    for pixels_HW3, scene in zip(pictures, scenes, strict=True):
+        missed = Counter[str]()
+        for name, is_right in _comparisons(read_scene(pixels_HW3), scene):
+            total[name] += 1
+            missed[name] += not is_right
+        wrong += missed
+        wrong_pictures += missed.total() > 0
+    return OracleError(pictures=len(scenes), wrong_pictures=wrong_pictures, total=total, wrong=wrong)
+
+
+def _comparisons(reading: Reading, truth: Scene) -> Iterator[tuple[str, bool]]:
+    """Each attribute of a scene, and whether it was read right; a figure that was missed has none right."""
+    for name in SETTING_ATTRIBUTES:
+        yield name, getattr(reading, name) == getattr(truth, name)
+    stands = {figure.position for figure in truth.figures}
+    yield "positions", {figure.position for figure in reading.figures} == stands
+    yield "props", set(reading.props) == set(truth.props)
+    for figure in truth.figures:
+        found = reading.figure_at(figure.position)
+        for name in FIGURE_ATTRIBUTES:
+            wanted = figure.action if name == "action" else getattr(figure.character, name)
+            yield name, getattr(found, name, None) == wanted
+
+
+@torch.no_grad()
+def _rebuilt(generator: InterleavedGenerator, scenes: list[Scene]) -> Iterator[np.ndarray]:
+    """Each scene's picture as the VAE gives it back, (H, W, 3) of whole levels as a painted one."""
+    decoder, device = generator.model.image_decoder, generator.model.device
+    for first in range(0, len(scenes), _BATCH):
+        pixels_BHW3 = np.stack([render_scene(scene) for scene in scenes[first : first + _BATCH]])
+        pixels_B3HW = torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).to(device, torch.float32) / 255
+        decoded_B3HW = decoder.decode(decoder.encode(pixels_B3HW)).float()
+        levels_BHW3 = (decoded_B3HW * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1)
+        yield from levels_BHW3.cpu().numpy()

@@ -1,0 +1,48 @@
+"""The oracle's error is counted by attribute, on clean pictures and on those out of a model's VAE."""
+
+from types import SimpleNamespace
+
+import torch
+
+from mm_interleaved.cli.main import run
+from mm_interleaved.evaluation.oracle_error import oracle_errors
+
+
+class PerfectDecoder:
+    """In place of an image decoder: gives back what it is given, and greys a stripe if asked to."""
+
+    def __init__(self, grey: slice | None = None):
+        self.grey = grey
+
+    def encode(self, pixels):
+        return pixels
+
+    def decode(self, pixels):
+        pixels = pixels.clone()
+        if self.grey is not None:
+            pixels[..., self.grey, :] = 0.5
+        return pixels
+
+
+def holder(decoder):
+    """What the measurement wants of a generator: a model that has a decoder and a device."""
+    return SimpleNamespace(model=SimpleNamespace(image_decoder=decoder, device=torch.device("cpu")))
+
+
+def test_pictures_that_come_back_as_they_were_are_read_as_well():
+    clean, rebuilt = oracle_errors(holder(PerfectDecoder()), 6, seed=3).values()
+    assert clean == rebuilt and clean.share_right == 1.0 and clean.wrong_pictures == 0
+    assert clean.pictures == 6 and clean.total["place"] == 6 and clean.total["badge"] >= 6
+
+
+def test_what_is_painted_over_is_counted_wrong():
+    clean, rebuilt = oracle_errors(holder(PerfectDecoder(slice(0, 64))), 6, seed=3).values()
+    assert clean.share_right == 1.0
+    assert rebuilt.wrong["badge"] == rebuilt.total["badge"], "a figure that was missed has no badge"
+    assert rebuilt.wrong_pictures == 6 and rebuilt.share_right < 0.5
+
+
+def test_the_command_tells_both_of_the_shipped_model(capsys):
+    assert run(["oracle", "--pictures", "4", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "clean: 100.000% of" in told and "VAE: 100.000% of" in told and "4 of 4 pictures wholly" in told
