@@ -58,6 +58,13 @@ def cached_cost(
     return Cost(flops, width * (weights + rows * (touched + queries * (2 * D + E))))
 
 
+def projected_cost(size: SynchronizerSize, queries: int, pairs: float, images: int, width: int) -> Cost:
+    """`cached_cost` of one row whose images are new: their values are projected within the call."""
+    cached = cached_cost(size, queries, pairs, 1, width, images)
+    moved = size.feature_dim * (size.value_dim + images * size.cells)
+    return Cost(cached.flops + projection_flops(size, images), cached.bytes + width * moved)
+
+
 def sample_first_cost(size: SynchronizerSize, pairs: float, rows: int, width: int) -> Cost:
     """One query a row; features are sampled, each head takes its own share, and only that is projected.
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Setting
+from benchmarks.cost import Cost, projected_cost, textbook_cost
+from benchmarks.harness import Case, Setting, peak_bytes
 from benchmarks.sizes import (
     LANGUAGE,
     SynchronizerSize,
@@ -60,7 +61,14 @@ def language_cases(setting: Setting, size: SynchronizerSize, tokens: int, images
     def ours(module: Any, dtype: torch.dtype) -> Tensor:
         return module(hidden.to(dtype), module.project_cells(cells.to(dtype), size.level_sizes), index)
 
-    yield from _errors({"kind": "language", "tokens": tokens, "images": images}, layer, theirs, ours)
+    def costs(width: int) -> dict[str, Cost]:
+        pairs = int((index > 0).sum())
+        return {
+            "textbook": textbook_cost(size, tokens, images, 1, width),
+            "ours": projected_cost(size, tokens, pairs, images, width),
+        }
+
+    yield from _errors({"kind": "language", "tokens": tokens, "images": images}, layer, theirs, ours, costs)
 
 
 @torch.inference_mode()
@@ -84,7 +92,18 @@ def map_cases(setting: Setting, size: SynchronizerSize, grid: int) -> Iterator[C
     def ours(module: Any, dtype: torch.dtype) -> Tensor:
         return module(pixels.to(dtype), module.project_cells(cells.to(dtype), size.level_sizes), index)
 
-    yield from _errors({"kind": "unet", "channels": size.query_dim, "grid": grid}, layer, theirs, ours)
+    def costs(width: int) -> dict[str, Cost]:
+        theirs = textbook_cost(size, grid * grid, 1, 1, width)
+        # A 1 x 1 convolution comes after it; ours folds it into the projection.
+        after = Cost(
+            2.0 * grid**2 * size.query_dim**2, width * size.query_dim * (size.query_dim + 2 * grid**2)
+        )
+        return {
+            "textbook": Cost(theirs.flops + after.flops, theirs.bytes + after.bytes),
+            "ours": projected_cost(size, grid * grid, grid * grid, 1, width),
+        }
+
+    yield from _errors({"kind": "unet", "channels": size.query_dim, "grid": grid}, layer, theirs, ours, costs)
 
 
 def smooth_cells(size: SynchronizerSize, images: int, generator: torch.Generator) -> Tensor:
@@ -105,17 +124,25 @@ def _errors(
     layer: torch.nn.Module,
     theirs: Callable[[Any, torch.dtype], Tensor],
     ours: Callable[[Any, torch.dtype], Tensor],
+    costs: Callable[[int], dict[str, Cost]],
 ) -> Iterator[Case]:
-    """Root mean square error as a share of the root mean square; both sides must agree in float64."""
+    """Root mean square error as a share of the root mean square; both sides must agree in float64.
+
+    Args:
+        costs: of both sides, with numbers of so many bytes.
+    """
     exact = theirs(layer, torch.float64)
     scale = exact.square().mean().sqrt()
     disagreement = ((ours(layer, torch.float64) - exact).abs().max() / exact.abs().max()).item()
     for dtype in DTYPES:
         rounded = copy.deepcopy(layer).to(dtype)
-        error = {
-            name: ((side(rounded, dtype).double() - exact).square().mean().sqrt() / scale).item()
-            for name, side in (("textbook", theirs), ("ours", ours))
-        }
+        error, peaks = {}, {}
+        for name, side in (("textbook", theirs), ("ours", ours)):
+            with peak_bytes(exact.device) as peak:
+                found = side(rounded, dtype)
+            error[name] = ((found.double() - exact).square().mean().sqrt() / scale).item()
+            peaks[name] = peak["bytes"]
+        models = costs(dtype.itemsize)
         yield {
             **sizes,
             "dtype": str(dtype).removeprefix("torch."),
@@ -124,4 +151,7 @@ def _errors(
             "ratio": error["textbook"] / error["ours"],
             "equal": disagreement < EXACT,
             "difference_in_float64": disagreement,
+            "flops": {name: cost.flops for name, cost in models.items()},
+            "bytes": {name: cost.bytes for name, cost in models.items()},
+            "peak_bytes": peaks,
         }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import Rung, baselines, fold, folded_before, once_a_query
-from benchmarks.cost import Cost, cached_cost, projection_flops, textbook_cost
+from benchmarks.cost import projected_cost, textbook_cost
 from benchmarks.harness import Case, Run, Setting, compare, exact_first
 from benchmarks.machine import rates
 from benchmarks.sizes import (
@@ -79,9 +79,7 @@ def prefill_case(setting: Setting, size: SynchronizerSize, tokens: int, images: 
 
     pairs, width = int(visible.sum()), dtype.itemsize
     theirs = textbook_cost(size, tokens, images, 1, width)
-    cached = cached_cost(size, tokens, pairs, 1, width, images)
-    weights = size.feature_dim * (size.value_dim + images * size.cells)
-    least = Cost(cached.flops + projection_flops(size, images), cached.bytes + width * weights)
+    least = projected_cost(size, tokens, pairs, images, width)
     rate = rates(device, dtype)
     limit = least.seconds(rate.flops_a_second, rate.bytes_a_second)
     return {

@@ -58,6 +58,8 @@ def score_case(setting: Setting, model: Any, num_options: int) -> Case:
             "shared": shared.prefilled + shared.decoded,
         },
         "images_encoded": {"each alone": naive.encoded, "shared": shared.encoded},
+        "bytes": {"each alone": naive.bytes(model), "shared": shared.bytes(model)},
+        "model_ratio_bytes": naive.bytes(model) / shared.bytes(model),
         "model_ratio": (naive.prefilled + naive.decoded) / (shared.prefilled + shared.decoded),
     }
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import TOLERANCE, Case, Setting, cpu_seconds, wait
+from benchmarks.harness import TOLERANCE, Case, Setting, cpu_seconds, peak_bytes, wait
 from benchmarks.models import BOS, IMAGE_SIZE, random_model, writer_config
 from mm_interleaved.generation.session import InterleavedSession
 
@@ -34,6 +34,20 @@ class Work:
     """Tokens read one by one."""
     encoded: int = 0
     """Images."""
+    passes: int = 0
+    """Of the language model, and `encodings` of the image encoder: each reads all its weights."""
+    encodings: int = 0
+    attended: int = 0
+    """Tokens whose keys and values a pass reads, of all passes."""
+
+    def bytes(self, model: Any) -> int:
+        """What memory must deliver at least: weights in every pass, keys and values."""
+        text = model.config.text_config
+        language, vision = (
+            sum(each.numel() for each in part.parameters()) for part in (model.language_model, model.vision)
+        )
+        cached = 2 * text.num_hidden_layers * text.hidden_size * self.attended
+        return model.dtype.itemsize * (self.passes * language + self.encodings * vision + cached)
 
 
 @dataclass(slots=True)
@@ -61,6 +75,11 @@ def run(setting: Setting) -> Iterator[Case]:
 def story_case(setting: Setting, model: Any, rounds: int, *, words: int, repeats: int) -> Case:
     """Both sides in turns; the times of a round are medians over the turns."""
     told: dict[str, list[Told]] = {"read again": [], "remembered": []}
+    peaks = {}
+    for name, way in (("read again", tell_again), ("remembered", tell)):
+        with peak_bytes(setting.device) as peak:
+            way(model, rounds, words)
+        peaks[name] = peak["bytes"]
     for _ in range(repeats):
         told["read again"].append(tell_again(model, rounds, words))
         told["remembered"].append(tell(model, rounds, words))
@@ -88,7 +107,10 @@ def story_case(setting: Setting, model: Any, rounds: int, *, words: int, repeats
         "tokens_prefilled": {"read again": forgot.prefilled, "remembered": kept.prefilled},
         "tokens_decoded": {"read again": forgot.decoded, "remembered": kept.decoded},
         "images_encoded": {"read again": forgot.encoded, "remembered": kept.encoded},
+        "peak_bytes": peaks,
+        "bytes": {name: each.bytes(model) for name, each in work.items()},
         "model_ratio": forgot.prefilled / kept.prefilled,
+        "model_ratio_bytes": forgot.bytes(model) / kept.bytes(model),
         "images_ratio": forgot.encoded / kept.encoded,
     }
 
@@ -179,10 +201,14 @@ def counted(model: Any) -> Iterator[Work]:
 
     def see(module: Any, arguments: tuple[Any, ...]) -> None:
         work.encoded += len(arguments[0])
+        work.encodings += 1
 
     def read(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        tokens = named["inputs_embeds"].shape[0] * named["inputs_embeds"].shape[1]
-        if named["inputs_embeds"].shape[1] > 1:
+        rows, length = named["inputs_embeds"].shape[:2]
+        tokens, cache = rows * length, named.get("past_key_values")
+        work.passes += 1
+        work.attended += rows * (length + (0 if cache is None else cache.get_seq_length()))
+        if length > 1:
             work.prefilled += tokens
         else:
             work.decoded += tokens

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import Rung, baselines, folded_now, once_a_query
-from benchmarks.cost import cached_cost, projection_flops, textbook_cost
+from benchmarks.cost import projected_cost, textbook_cost
 from benchmarks.harness import Case, Setting, compare, exact_first, saved_for_backward
 from benchmarks.prefill_mmfs import visibility
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, gated_synchronizer
@@ -74,7 +74,7 @@ def train_case(setting: Setting, size: SynchronizerSize, tokens: int, images: in
     pairs = int(visible.sum())
     theirs = textbook_cost(size, tokens, images, 1, dtype.itemsize).flops
     # Forward once; backward twice, once for the inputs and once for the weights.
-    ours = cached_cost(size, tokens, pairs, 1, dtype.itemsize).flops + projection_flops(size, images)
+    ours = projected_cost(size, tokens, pairs, images, dtype.itemsize).flops
     return {
         "tokens": tokens,
         "images": images,

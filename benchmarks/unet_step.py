@@ -1,5 +1,6 @@
 """One denoising step with guidance: the synchronizers' share of it, without and with an earlier image.
 
+Whole pictures of 30 and 250 steps are computed from the timed step, on a GPU painted as well.
 The share is that of the time between the middle and the upward path. On a CPU the sides run in a small size;
 the published one is counted beside it, and its share is timed as well (not with --quick): of a step that
 takes a quarter of a minute, both kinds of synchronizers, and the U-Net alone. After the steps come whole
@@ -7,8 +8,8 @@ pictures of the shipped model, see `painting`.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,23 +18,30 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost import cached_cost, textbook_cost
-from benchmarks.harness import Case, Setting, compare, cpu_clock, wait
+from benchmarks.decode_token import COMPILING_SECONDS
+from benchmarks.harness import Case, Run, Setting, compare, compiled, cpu_clock, wait
 from benchmarks.models import random_painter, synchronizer_sizes, unet_settings
 from benchmarks.painting import painting_cases
 from benchmarks.sizes import SynchronizerSize
 from benchmarks.textbook import textbook_between
+from mm_interleaved.generation.diffusion import build_scheduler
 from mm_interleaved.models.unet import Between, unet_forward
 
 PUBLISHED = ((320, 640, 1280, 1280), 64, 1024)
 """Channels, cells along a side of the latents, width of values and conditioning."""
 SMALL = ((64, 128, 256, 256), 16, 256)
 """The same for a CPU: both sides in turns within seconds."""
+GUIDANCE = 7.5
 GUIDED = 2
 """Images in a step: with the context and without."""
+PICTURE_STEPS = (30, 250)
+"""Of a picture: as the released script samples, and as the paper was evaluated."""
+COMPARED_STEPS = 3
+"""Of a picture whose outputs are compared; random weights make of rounding another picture before long."""
 
 
 def run(setting: Setting) -> Iterator[Case]:
-    if setting.is_gpu:
+    if setting.is_gpu and not setting.quick:
         channels, sample_size, value_dim = PUBLISHED
     else:
         channels, sample_size, value_dim = SMALL
@@ -41,6 +49,11 @@ def run(setting: Setting) -> Iterator[Case]:
     for images in (0, 1):
         case = step_case(setting, decoder, sizes, sample_size, images)
         yield {**case, "published": published_counts(images)}
+    if setting.is_gpu:
+        for steps in PICTURE_STEPS:
+            if setting.has(0):
+                step = prepare(setting, decoder, sizes, sample_size, images=1)
+                yield picture_case(setting, decoder, sample_size, step, steps)
     if not setting.is_gpu and not setting.quick:
         # 1.3 billion parameters; with the textbook's values of all layers that is most of 12 GB.
         del decoder
@@ -103,12 +116,17 @@ def step_case(
     inputs = (step.latents, step.timestep, step.conditioning)
     maps = _maps(decoder, inputs)
     ours_between = _between_of(decoder, step.guided)
+    sides: dict[str, Run] = {
+        "textbook": lambda: unet_forward(decoder.unet, *inputs, step.textbook),
+        "ours": lambda: decoder.predict(*inputs, step.guided),
+    }
+    if setting.compiles and images and setting.has(2 * COMPILING_SECONDS):
+        forward = compiled(unet_forward)
+        sides["textbook, compiled"] = lambda: forward(decoder.unet, *inputs, step.textbook)
+        sides["ours, compiled"] = lambda: forward(decoder.unet, *inputs, ours_between)
     result = compare(
         setting,
-        {
-            "textbook": lambda: unet_forward(decoder.unet, *inputs, step.textbook),
-            "ours": lambda: decoder.predict(*inputs, step.guided),
-        },
+        sides,
         also={
             "without": lambda: unet_forward(decoder.unet, *inputs),
             "textbook synchronizers": lambda: step.textbook(*maps),
@@ -126,8 +144,53 @@ def step_case(
             "textbook": result.median["textbook synchronizers"] / result.median["textbook"],
             "ours": result.median["our synchronizers"] / result.median["ours"],
         },
+        "ratios": {name: result.ratio(name) for name in sides},
         "projecting_once_seconds": step.projecting_seconds,
+        "picture_seconds_computed": {
+            side: computed_pictures(result.median[side], step.projecting_seconds if side == "ours" else 0.0)
+            for side in ("textbook", "ours")
+        },
         **_counted(decoder.unet, sizes, sample_size, images),
+    }
+
+
+def computed_pictures(step_seconds: float, once_seconds: float) -> dict[str, float]:
+    """Of pictures of so many steps, without decoding them: what a timed step gives, times the steps."""
+    return {f"{steps} steps": once_seconds + steps * step_seconds for steps in PICTURE_STEPS}
+
+
+@torch.inference_mode()
+def picture_case(setting: Setting, decoder: Any, sample_size: int, step: Step, steps: int) -> Case:
+    """All steps of one guided picture, without decoding it; outputs are those of the first few steps."""
+    scheduler_config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "clip_sample": False}
+
+    def picture(predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        scheduler: Any = build_scheduler("ddim", scheduler_config)
+        scheduler.set_timesteps(steps, device=step.latents.device)
+        latents, first = step.latents[:1], []
+        for timestep in scheduler.timesteps:
+            unguided, guided = predict(latents.expand(GUIDED, -1, -1, -1), timestep).chunk(GUIDED)
+            noise = unguided + GUIDANCE * (guided - unguided)
+            latents = scheduler.step(noise, timestep, latents).prev_sample
+            if len(first) < COMPARED_STEPS:
+                first.append(latents)
+        return torch.stack(first)
+
+    def textbook(latents: Tensor, timestep: Tensor) -> Tensor:
+        return unet_forward(decoder.unet, latents, timestep, step.conditioning, step.textbook)
+
+    def ours(latents: Tensor, timestep: Tensor) -> Tensor:
+        return decoder.predict(latents, timestep, step.conditioning, step.guided)
+
+    # A picture takes seconds: the fewest turns must do.
+    brief = replace(setting, least=1, seconds=0.0, patience=0.0)
+    result = compare(brief, {"textbook": lambda: picture(textbook), "ours": lambda: picture(ours)})
+    return {
+        "kind": "picture",
+        "images": 1,
+        "sample_size": sample_size,
+        "steps": steps,
+        **result.record("ours"),
     }
 
 
@@ -155,6 +218,10 @@ def share_case(setting: Setting, decoder: Any, sizes: Sequence[SynchronizerSize]
         "without_seconds": bare,
         "share": {side: least / (bare + least) for side, least in result.least.items()},
         "projecting_once_seconds": step.projecting_seconds,
+        "picture_seconds_computed": {
+            side: computed_pictures(bare + least, step.projecting_seconds if side == "ours" else 0.0)
+            for side, least in result.least.items()
+        },
         **_counted(decoder.unet, sizes, sample_size, 1),
     }
 
@@ -188,16 +255,22 @@ def _counted(unet: Any, sizes: Sequence[SynchronizerSize], sample_size: int, ima
     """Operations of a guided step, from shapes; the values of ours are there already."""
     bare = _unet_flops(unet, sample_size)
     theirs = mine = 0.0
+    width, moved = next(unet.parameters()).element_size(), [0.0, 0.0]
     for size in sizes:
         # `base_size` is the side of the map itself.
         pixels = round(size.base_size) ** 2
         convolution = 2.0 * GUIDED * pixels * size.query_dim**2
-        theirs += textbook_cost(size, pixels, 1, GUIDED, 4).flops + convolution
+        textbook = textbook_cost(size, pixels, 1, GUIDED, width)
+        theirs += textbook.flops + convolution
+        moved[0] += textbook.bytes + width * (size.query_dim**2 + 2 * GUIDED * pixels * size.query_dim)
         # The 1 x 1 convolution folds into the output projection; without an image all of it is a constant.
-        mine += cached_cost(size, pixels, pixels, GUIDED, 4).flops if images else 0.0
+        if images:
+            cached = cached_cost(size, pixels, pixels, GUIDED, width, images)
+            mine, moved[1] = mine + cached.flops, moved[1] + cached.bytes
     return {
         "model_ratio": (bare + theirs) / (bare + mine),
         "flops": {"unet": bare, "textbook synchronizers": theirs, "our synchronizers": mine},
+        "bytes": {"textbook synchronizers": moved[0], "our synchronizers": moved[1]},
         "share_of_flops": {"textbook": theirs / (bare + theirs), "ours": mine / (bare + mine)},
     }
 

@@ -14,6 +14,7 @@ from benchmarks import (
     decode_mmfs,
     decode_token,
     painting,
+    precision,
     prefill_mmfs,
     sampler,
     score,
@@ -143,6 +144,11 @@ def test_a_language_model_and_a_painter_with_textbook_layers_equal_ours(writer, 
     case = unet_step.step_case(setting, decoder, sizes, 8, 1)
     assert case["equal"] and case["share_of_flops"]["ours"] < case["share_of_flops"]["textbook"]
     assert textbook_between is unet_step.textbook_between
+    # What is computed of a picture is its steps and what comes once before them.
+    once, ours = case["projecting_once_seconds"], case["picture_seconds_computed"]["ours"]
+    assert ours["30 steps"] == pytest.approx(once + 30 * case["seconds"]["ours"])
+    picture = unet_step.picture_case(setting, decoder, 8, unet_step.prepare(setting, decoder, sizes, 8, 1), 4)
+    assert picture["equal"] and picture["steps"] == 4
     timed = unet_step.share_case(setting, decoder, sizes, 8)
     assert timed["equal"] and all(0 < share < 1 for share in timed["share"].values())
 
@@ -329,13 +335,21 @@ def test_the_parts_of_one_layer_agree_at_any_size(setting):
 
 def test_a_story_is_read_sixteen_times_less_and_its_images_are_encoded_once(setting, writer):
     case = story.story_case(setting, writer, 3, words=2, repeats=1)
-    assert case["equal"]
+    assert case["equal"] and case["model_ratio_bytes"] > 1
+    assert all(case["peak_bytes"][side] > 0 for side in ("read again", "remembered"))
     for side, work in story.expected_work(3, 2, writer.config.num_slots).items():
         found = (case["tokens_prefilled"][side], case["tokens_decoded"][side], case["images_encoded"][side])
         assert found == (work.prefilled, work.decoded, work.encoded), side
     published = story.expected_work(10, story.WORDS, 64)
     assert published["read again"].prefilled >= 16 * published["remembered"].prefilled
     assert (published["read again"].encoded, published["remembered"].encoded) == (100, 10)
+
+
+def test_what_precision_costs_stands_beside_what_it_is(setting):
+    [single, *_] = precision.language_cases(setting, TINY, 12, images=4)
+    assert single["dtype"] == "float32" and single["equal"] and single["rms_error_ours"] < 1e-5
+    assert single["bytes"]["ours"] < single["bytes"]["textbook"]
+    assert all(single["peak_bytes"][side] > 0 for side in ("textbook", "ours"))
 
 
 def test_options_are_scored_on_a_prefix_that_is_read_once(setting, writer):
