@@ -14,6 +14,7 @@ from typing import Any
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.errors import InputError
 from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, plain_numbers, save_figure
+from mm_interleaved.evaluation.published_costs import costs_text, study_costs
 from mm_interleaved.model_source import find_model
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.recipes.storyworld import IMAGE_MIXTURES, TEXT_MIXTURES, StoryWorldConfig
@@ -128,7 +129,8 @@ def write_curves(lines: Lines, flops_a_step: Mapping[str, float], docs: Path, *,
     make_folder(docs / "images")
     plot_curves(lines, docs / "images" / "learning_curves.png")
     path = docs / "learning_curves.md"
-    write_file(path, curves_text(costs_of(lines, flops_a_step), is_shipped=is_shipped).encode())
+    page = curves_text(costs_of(lines, flops_a_step), is_shipped=is_shipped)
+    write_file(path, (page + (costs_text(study_costs(docs)) if is_shipped else "")).encode())
     return path
 
 
@@ -140,7 +142,12 @@ def curves_text(costs: Sequence[RunCost], *, is_shipped: bool) -> str:
         rows += [_row(cost.run, [cost]) for cost in runs]
         rows += [_row("all of the stage", runs)] if len(runs) > 1 else []
     rows += [_row("all stages", costs)] if len({cost.stage for cost in costs}) > 1 else []
-    hardware = "Hardware: two cores of a shared CPU, as the model's card says.\n" if is_shipped else ""
+    hardware = (
+        "Hardware: two cores of a shared CPU, as the model's card says, which also tells the minutes that\n"
+        "stages took together where the log tells no seconds. An empty cell was not recorded.\n"
+        if is_shipped
+        else ""
+    )
     return f"""# How {"the shipped model" if is_shipped else "a model"} learned
 
 Written by `mm-interleaved curves` out of the log of the training.
