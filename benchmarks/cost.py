@@ -106,6 +106,14 @@ def sampling_bytes(
     return value_width * (touched + queries * size.value_dim) + term_width * terms
 
 
+def given_places_cost(size: SynchronizerSize, queries: int, images: int, width: int) -> Cost:
+    """Of one row, by a kernel that is given a place and a weight for each sample, of hidden images too."""
+    pairs = queries * images
+    # Two coordinates and a weight.
+    moved = touched_numbers(size, pairs, images) + 3 * size.samples * pairs + queries * size.value_dim
+    return Cost(sampling_flops(size, pairs), width * moved)
+
+
 def touched_numbers(size: SynchronizerSize, pairs: float, images: int | None = None) -> float:
     """Numbers of values that pairs of a query and an image must have from memory: of an image
     no more than all, once for the pairs that share it.

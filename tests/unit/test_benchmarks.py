@@ -5,6 +5,7 @@ import sys
 import time
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import (
     decode_mmfs,
     decode_token,
+    model,
     painting,
     precision,
     prefill_mmfs,
@@ -424,6 +426,11 @@ def test_published_sizes_are_counted_as_the_goal_wants():
     assert synchronizer.value_projection.weight.shape == (LANGUAGE.value_dim, LANGUAGE.feature_dim)
     counted = decode_token.counted_growth(model, LANGUAGE, 512, 32, Rates(1e10, 1e11))
     assert 0 < counted["flops"] < 0.015 and 0 < counted["bytes"] < 0.015
+
+
+def test_what_the_docs_tell_of_a_gpu_is_what_is_computed():
+    docs = Path(__file__).parents[2] / "docs" / "performance.md"
+    assert model.told() in docs.read_text(encoding="utf-8")
 
 
 def test_a_word_of_several_documents_at_once_is_the_same(setting, writer):
