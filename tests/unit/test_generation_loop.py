@@ -220,7 +220,7 @@ SHORT_TEXT = {
 
 @pytest.mark.parametrize("layout", ["auto", "I I I", "T I T I T I"])
 @pytest.mark.parametrize("prompt", ["", "twenty-three characters"])
-def test_the_context_ends_generation_without_an_exception(short, layout, prompt):
+def test_the_context_ends_generation_without_an_exception(short, layout, prompt, caplog):
     with torch.no_grad():
         short.model.text_head.base.bias[A_LETTER] = 1000
     given = Document(id="s", parts=[Text(prompt)] if prompt else [])
@@ -229,6 +229,9 @@ def test_the_context_ends_generation_without_an_exception(short, layout, prompt)
     assert last.reason == "length"
     assert len(short.processor.encode(last.document)) <= 24
     assert len(last.document.images) <= 2
+    if layout != "auto":
+        made, wanted = len(last.document.parts) - len(given.parts), len(layout.split())
+        assert f"'s': layout: the first {made} of its {wanted} parts were made" in caplog.text
 
 
 def test_a_document_that_is_too_long_is_refused_with_both_numbers(short, picture):

@@ -316,15 +316,25 @@ class _Continuation:
         for position, letter in enumerate(layout):
             if letter == IMAGE:
                 if not self.session.has_room_for_image:
-                    return "length"
+                    return self._cut_short(layout, position)
                 yield from self._paint()
                 continue
             limit = text_share(layout[position:], self.tokens_left, self.session.room, image_tokens)
             if limit < 1:
-                return "length"
+                return self._cut_short(layout, position)
             at_least = max(1, self.settings.min_new_tokens)
             yield from self._write(limit, at_least, may_ask_for_image=True)
         return "layout"
+
+    def _cut_short(self, layout: Sequence[str], position: int) -> str:
+        """Says that a layout ends before its end; the reason."""
+        logger.warning(
+            "document %r: layout: the first %d of its %d parts were made, then the context was full",
+            self.document.id,
+            position,
+            len(layout),
+        )
+        return "length"
 
     # ---- Words -----------------------------------------------------------------------------------
 
