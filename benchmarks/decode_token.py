@@ -205,7 +205,7 @@ def batch_case(setting: Setting, model: Any, context: int, images: int) -> Case:
 
     def one_by_one() -> Tensor:
         rows = [
-            model(inputs_embeds=token_BTD[row : row + 1], past_key_values=cache).logits
+            model(inputs_embeds=token_BTD[row : row + 1], cache=cache).logits
             for row, cache in enumerate(caches)
         ]
         for cache in caches:
@@ -217,7 +217,7 @@ def batch_case(setting: Setting, model: Any, context: int, images: int) -> Case:
             inputs_embeds=token_BTD,
             attention_mask=mask_BT,
             position_ids=length_B[:, None],
-            past_key_values=joined,
+            cache=joined,
         ).logits
         joined.crop(-1)
         return logits
@@ -251,13 +251,13 @@ def stepper(
     token = _normal(model, 1, 1, model.config.text_config.hidden_size)
     run: Run = forward or model.__call__
     # What compiled code takes from the pass before it.
-    model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1)
+    model(inputs_embeds=token, cache=cache, logits_to_keep=1)
     cache.crop(-1)
     if room is not None:
         cache.keep_addresses()
 
     def step() -> Tensor:
-        logits = run(inputs_embeds=token, past_key_values=cache, logits_to_keep=1).logits.clone()
+        logits = run(inputs_embeds=token, cache=cache, logits_to_keep=1).logits.clone()
         cache.crop(-1)
         return logits
 
@@ -290,7 +290,7 @@ def filled_cache(model: Any, context: int, images: int, room: int | None = None)
     # Written in pieces: the textbook repeats every query for each image.
     for first in range(0, context, 64):
         piece = _normal(model, 1, min(64, context - first), model.config.text_config.hidden_size, seed=first)
-        model(inputs_embeds=piece, past_key_values=cache, logits_to_keep=1)
+        model(inputs_embeds=piece, cache=cache, logits_to_keep=1)
     return cache
 
 

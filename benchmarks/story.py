@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.harness import TOLERANCE, Case, Setting, cpu_seconds, peak_bytes, wait
 from benchmarks.models import BOS, IMAGE_SIZE, random_model, writer_config
 from mm_interleaved.generation.session import InterleavedSession
+from mm_interleaved.models.transformers_names import CACHE
 
 WORDS = 40
 """Of a round, as in reference texts."""
@@ -208,7 +209,7 @@ def counted(model: Any) -> Iterator[Work]:
 
     def read(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         rows, length = named["inputs_embeds"].shape[:2]
-        tokens, cache = rows * length, named.get("past_key_values")
+        tokens, cache = rows * length, named.get(CACHE)
         work.passes += 1
         work.attended += rows * (length + (0 if cache is None else cache.get_seq_length()))
         if length > 1:

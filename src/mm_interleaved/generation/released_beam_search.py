@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.models.transformers_names import CACHE
 
 NEVER = -1e9
 """Score of beams that do not exist yet: before the first step all beams of a row are the same."""
@@ -51,7 +52,7 @@ def released_beam_search(
     rows = [_Row(num_beams, generation_config.length_penalty) for _ in range(len(input_ids) // num_beams)]
     scores_BK = torch.full((len(rows), num_beams), NEVER, device=input_ids.device)
     scores_BK[:, 0] = 0
-    cache: PrefixCache = model_kwargs["past_key_values"]
+    cache: PrefixCache = model_kwargs[CACHE]
     attention_mask, position_ids = model_kwargs["attention_mask"], model_kwargs["position_ids"]
     num_read = cache.get_seq_length()
     step = {
@@ -61,7 +62,7 @@ def released_beam_search(
 
     while True:
         # 1. Score all continuations.
-        output = model(**step, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+        output = model(**step, attention_mask=attention_mask, cache=cache, logits_to_keep=1)
         log_probs = logits_processor(input_ids, output.logits[:, -1].float().log_softmax(-1))
         total_BKV = scores_BK[..., None] + log_probs.unflatten(0, (-1, num_beams))
         top_BC, index_BC = total_BKV.flatten(1).topk(num_candidates)

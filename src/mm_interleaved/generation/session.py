@@ -172,9 +172,7 @@ class InterleavedSession:
     @torch.no_grad()
     def _read(self, count: int) -> None:
         if count:
-            self.model(
-                inputs_embeds=self._unread_1UD[:, :count], past_key_values=self.cache, logits_to_keep=1
-            )
+            self.model(inputs_embeds=self._unread_1UD[:, :count], cache=self.cache, logits_to_keep=1)
             self._unread_1UD = self._unread_1UD[:, count:]
 
     # ---- What an image is painted from -----------------------------------------------------------

@@ -322,7 +322,7 @@ def call_generate(
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=cache,
+        cache=cache,
         generation_config=config,
         logits_processor=processors,
         custom_generate=search,
@@ -448,7 +448,7 @@ def _score_group(session: InterleavedSession, group: Sequence[Sequence[int]], fi
         inputs_embeds=model.embed(id_T[None]).to(model.dtype),
         attention_mask=mask_11Tt,
         position_ids=(num_before + place_T)[None],
-        past_key_values=cache,
+        cache=cache,
     ).logits[0]
     cache.crop(-num_tokens)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -28,6 +28,7 @@ from mm_interleaved.models.language import ImageView, TextHead
 from mm_interleaved.models.losses import image_loss, text_loss
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
+from mm_interleaved.models.transformers_names import CACHE, one_cache
 from mm_interleaved.models.vision import ImageFeatures, select_levels
 from mm_interleaved.visibility import (
     NO_IMAGE,
@@ -41,14 +42,25 @@ from mm_interleaved.visibility import (
 
 @dataclass
 class MMInterleavedOutput(ModelOutput):
-    """`loss` is the weighted sum of `text_loss` and `image_loss`; losses are None without targets."""
+    """`loss` is the weighted sum of `text_loss` and `image_loss`; losses are None without targets.
+
+    The cache is read as `cache` and as `past_key_values`, whatever the installed transformers calls it.
+    """
 
     loss: Tensor | None = None
     text_loss: Tensor | None = None
     image_loss: Tensor | None = None
     logits: Tensor | None = None
     hidden: Tensor | None = None
-    past_key_values: Any = None
+    # `generate` looks for the field by the library's name for it; the other name is a property.
+    if CACHE == "cache":
+        cache: Any = None
+    else:
+        past_key_values: Any = None
+
+        @property
+        def cache(self) -> Any:
+            return self.past_key_values
 
 
 class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, GenerationMixin):
@@ -72,7 +84,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["CLIPEncoderLayer", "MapSynchronizer", "BasicTransformerBlock", "ResnetBlock2D"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
 
     def __init__(self, config: MMInterleavedConfig, *, when_built: Callable[[nn.Module], None] | None = None):
         super().__init__(config)
@@ -146,15 +158,15 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         document_start: Tensor,
         image_start: Tensor,
         values: dict[int, ImageValues],
-        past_key_values: PrefixCache | None = None,
+        cache: PrefixCache | None = None,
     ) -> ImageView | None:
         """Who sees which images in this pass: those of the batch (training), or of the cache (generation)."""
         if not self.language_model.synchronized_layers:
             return None
         first = 0
-        if isinstance(past_key_values, PrefixCache):
-            image_start, values = past_key_values.images_of_rows()
-            first, document_start = past_key_values.get_seq_length(), torch.zeros_like(document_start)
+        if isinstance(cache, PrefixCache):
+            image_start, values = cache.images_of_rows()
+            first, document_start = cache.get_seq_length(), torch.zeros_like(document_start)
         visible = visible_images(document_start, image_start, first_position=first)
         if not values:
             values = self._no_images(image_start.shape[0])
@@ -189,7 +201,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: PrefixCache | None = None,
+        cache: PrefixCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
@@ -203,6 +215,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         hide_earlier: Tensor | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        past_key_values: PrefixCache | None = None,
     ) -> MMInterleavedOutput:
         """Logits, and losses where there are targets.
 
@@ -210,7 +223,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             input_ids: (B, T). With `inputs_embeds` (B, T, D), not needed.
             attention_mask: (B, T), 1 = token, 0 = padding.
             position_ids: (B, T); default: counted on from the cache.
-            past_key_values: what is remembered of the tokens before (generation).
+            cache: what is remembered of the tokens before (generation); also as `past_key_values`, the name
+                that transformers had for it before 5.24.
             pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order.
             image_start: (B, N) int64, index of each image's start token, `NO_IMAGE` where there is none.
             document_start: (B, T) int64, first token of each token's document; default: one document a row.
@@ -225,6 +239,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
                 dropout); default none.
             logits_to_keep: only the last so many logits; 0 = all.
         """
+        cache = one_cache(cache, past_key_values)
         # 1. See the images, embed the tokens, keep packed documents apart.
         features = None if pixel_values is None else self.encode_images(pixel_values)
         if inputs_embeds is None:
@@ -234,7 +249,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         rows, num_tokens = inputs_embeds.shape[:2]
         if document_start is None:
             document_start = torch.zeros(rows, num_tokens, dtype=torch.int64, device=inputs_embeds.device)
-        elif past_key_values is None and self.config.compat != "released":
+        elif cache is None and self.config.compat != "released":
             attention_mask = isolated_causal_mask(document_start, attention_mask)
             if position_ids is None:
                 position_ids = torch.arange(num_tokens, device=document_start.device) - document_start
@@ -243,21 +258,21 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
 
         # 2. Read, looking into the images.
         values = {} if features is None else self.values_by_row(features.pyramid, image_start)
-        view = self.image_view(document_start, image_start, values, past_key_values)
+        view = self.image_view(document_start, image_start, values, cache)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+            use_cache=cache is not None,
             image_view=view,
+            **{CACHE: cache},
         ).last_hidden_state
-        if isinstance(past_key_values, PrefixCache):
-            past_key_values.append_hidden(hidden)
+        if isinstance(cache, PrefixCache):
+            cache.append_hidden(hidden)
         logits = self.predict_text(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
 
         # 3. Losses.
-        output = MMInterleavedOutput(logits=logits, hidden=hidden, past_key_values=past_key_values)
+        output = MMInterleavedOutput(logits=logits, hidden=hidden, **{CACHE: cache})
         if text_target is not None and input_ids is not None:
             output.text_loss = text_loss(logits, input_ids, text_target)
         if target_pixel_values is not None and len(target_pixel_values) and features is not None:
@@ -360,6 +375,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         *,
         pixel_values: Tensor | None = None,
         image_start: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **arguments: Any,
     ) -> Any:
         """transformers' `generate`, with images in the prompt: text only, any of its arguments.
@@ -370,6 +387,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             inputs: (B, T) prompt ids (also as `input_ids`), images as their start token and slots.
             pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order; encoded once.
             image_start: (B, N), see `forward`; default: wherever the image-start token stands.
+            cache: what is remembered already; default: a new one. Also as `past_key_values`.
 
         Raises:
             ValueError: no prompt ids, or a `cache_implementation` other than "dynamic" and "static".
@@ -379,15 +397,16 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         if named is not None or self.generation_config.cache_implementation is not None:
             # transformers takes either a cache or the name of one.
             arguments["cache_implementation"] = None
-        if arguments.get("past_key_values") is not None:
-            return super().generate(inputs, **arguments)
+        given_cache = one_cache(cache, past_key_values)
+        if given_cache is not None:
+            return super().generate(inputs, **{CACHE: given_cache}, **arguments)
         if named not in (None, "dynamic", "static"):
             raise ValueError(f"cache_implementation: expected 'dynamic' or 'static', found {named!r}")
         input_ids = arguments.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or "inputs_embeds" in arguments:
             found = "inputs_embeds" if "inputs_embeds" in arguments else "nothing"
             raise ValueError(f"generate needs prompt ids of shape (rows, tokens) as input_ids, found {found}")
-        cache = PrefixCache(
+        new_cache = PrefixCache(
             self.config.text_config,
             batch_size=len(input_ids),
             device=input_ids.device,
@@ -400,47 +419,49 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
                 image_start = nn.utils.rnn.pad_sequence(starts, batch_first=True, padding_value=NO_IMAGE)
             features = self.encode_images(pixel_values)
             slots = features.slots
-            cache.append_images(image_start, self.values_by_row(features.pyramid, image_start))
+            new_cache.append_images(image_start, self.values_by_row(features.pyramid, image_start))
         # `generate` repeats its tensors for beams and samples, but leaves a given cache to whoever gave it.
         repeats = [
             arguments.get(name) or getattr(config, name, None) or 1
             for name in ("num_beams", "num_return_sequences")
         ]
         if max(repeats) > 1:
-            cache.batch_repeat_interleave(max(repeats))
+            new_cache.batch_repeat_interleave(max(repeats))
         embeddings = self.embed(input_ids, image_start, slots)
-        return super().generate(input_ids, inputs_embeds=embeddings, past_key_values=cache, **arguments)
+        return super().generate(input_ids, inputs_embeds=embeddings, **{CACHE: new_cache}, **arguments)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        past_key_values: Any = None,
         **kwargs: Any,  # by this name transformers knows that what `forward` takes is welcome
     ) -> dict[str, Any]:
         """As transformers does. Also for the first pass of assisted decoding, which asks neither what the
         cache holds already nor how the words that it has guessed are embedded.
         """
-        if is_first_iteration and next_sequence_length is None and isinstance(past_key_values, PrefixCache):
+        cache = one_cache(cache, past_key_values)
+        if is_first_iteration and next_sequence_length is None and isinstance(cache, PrefixCache):
             if inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
                 guessed = self.embed(input_ids[:, inputs_embeds.shape[1] :]).to(inputs_embeds.dtype)
                 inputs_embeds = torch.cat([inputs_embeds, guessed], dim=1)
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             # Of a prompt that is read in pieces, only what is new is given.
-            unread = length - past_key_values.num_tokens
+            unread = length - cache.num_tokens
             next_sequence_length = unread if unread > 0 else None
-        if isinstance(past_key_values, PrefixCache) and past_key_values.is_static:
-            past_key_values.keep_addresses()
+        if isinstance(cache, PrefixCache) and cache.is_static:
+            cache.keep_addresses()
         given = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
         if given.get("position_ids") is not None:

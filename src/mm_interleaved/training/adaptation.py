@@ -13,6 +13,7 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.models.compilation import compile_each
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.quantization import AS_THEY_ARE, check_installed
+from mm_interleaved.models.transformers_names import checkpointing_enable
 from mm_interleaved.models.unet import unet_blocks
 from mm_interleaved.training.train_config import LoraConfig
 
@@ -84,10 +85,8 @@ def keep_frozen_as(model: MMInterleavedForConditionalGeneration, number_type: to
 
 def checkpoint_activations(model: MMInterleavedForConditionalGeneration) -> None:
     """Lets the language model, CLIP and the U-Net compute activations again in the backward pass."""
-    # Under its new name where transformers has it. The other kind of checkpoint (reentrant) breaks where a
-    # layer reads image features that need gradients too.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    # The other kind of checkpoint (reentrant) breaks where a layer reads image features that need gradients.
+    checkpointing_enable(model)({"use_reentrant": False})
     if model.image_decoder is not None:
         model.image_decoder.unet.enable_gradient_checkpointing(
             partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
