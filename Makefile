@@ -1,7 +1,11 @@
 # Measurements. Everything that must hold before a change lands is in .ci/run.
 PYTHON ?= python
 
-.PHONY: bench bench-quick bench-gpu plots
+.PHONY: compat bench bench-quick bench-gpu plots
+
+# The lowest, the pinned and the newest libraries that pyproject.toml allows, each in an environment of its own.
+compat:
+	$(PYTHON) .ci/compat.py
 
 # All parts on the CPU, one thread, under ten minutes on an idle machine (parts for which time gets short run
 # in small, which their results say); results and plots are kept.

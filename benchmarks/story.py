@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.harness import TOLERANCE, Case, Setting, cpu_seconds, peak_bytes, wait
 from benchmarks.models import BOS, IMAGE_SIZE, random_model, writer_config
 from mm_interleaved.generation.session import InterleavedSession
-from mm_interleaved.models.transformers_names import CACHE
+from mm_interleaved.models.transformers_versions import CACHE
 
 WORDS = 40
 """Of a round, as in reference texts."""

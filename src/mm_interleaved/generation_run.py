@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from mm_interleaved.model_source import (
 )
 from mm_interleaved.run_folder import RunFolder, RunIdentity, open_run
 from mm_interleaved.story_page import render_page, title_of
+from mm_interleaved.versions import installed_version
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator
@@ -183,7 +183,7 @@ def machine_facts(device: str) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: package_version(name) for name in _PACKAGES},
+            **{name: installed_version(name) for name in _PACKAGES},
         },
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
@@ -219,11 +219,3 @@ def _page(records: Sequence[Mapping[str, Any]], folder: Path, model: str, seed: 
     return render_page(
         records, lambda path: open_image(folder / path), title=title_of(records), made_by=made_by
     )
-
-
-def package_version(package: str) -> str | None:
-    """The installed version of a package; None where there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

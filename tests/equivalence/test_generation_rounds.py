@@ -166,8 +166,9 @@ def test_option_scores_equal_one_pass_each_and_leave_the_session_alone(model, pi
 
 @pytest.mark.parametrize("compat", [None, "released"])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_left_padded_batch_equals_its_rows_alone(model, pictures, compat, num_beams):
-    settings = GenerationSettings(num_beams=num_beams, compat=compat)
+@pytest.mark.parametrize("penalty", [1.0, 50.0])
+def test_a_left_padded_batch_equals_its_rows_alone(model, pictures, compat, num_beams, penalty):
+    settings = GenerationSettings(num_beams=num_beams, compat=compat, repetition_penalty=penalty)
     limits = rules(model, 6)
     slots = [model.config.image_start_token_id] + [model.config.image_token_id] * model.config.num_slots
     rows = [[BOS, 5, *slots, 6], [BOS, *slots, 7, 8, 9, 10]]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_model import batch_of, pixels, row
 
+from mm_interleaved.models.transformers_versions import PENALTY_SPARES_PADDING
 from tiny import tiny_model
 
 
@@ -71,3 +72,17 @@ def test_images_of_the_prompt_matter_while_decoding(model, prompt):
 def test_a_misspelt_argument_is_refused(model, prompt):
     with pytest.raises(ValueError, match="max_new_token"):
         model.generate(**prompt, max_new_token=3)
+
+
+@torch.no_grad()
+def test_a_repetition_penalty_spares_padding_where_the_library_does(model, prompt):
+    """Padded with the id that the row would say next: once that is penalised, it says another."""
+    options = {"suppress_tokens": [298, 299], "eos_token_id": None, "do_sample": False, "max_new_tokens": 1}
+    row = {"input_ids": prompt["input_ids"][:1], "pixel_values": prompt["pixel_values"][:1]}
+    favourite = model.generate(**row, **options)[:, -1:]
+    assert favourite.item() not in row["input_ids"]
+    padded = torch.cat([favourite.expand(1, 3), row["input_ids"]], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long()[None]
+    named = {"attention_mask": mask, "repetition_penalty": 1e4, **options}
+    found = model.generate(padded, pixel_values=row["pixel_values"], **named)[:, -1:]
+    assert bool(found == favourite) is PENALTY_SPARES_PADDING

@@ -19,14 +19,14 @@ from mm_interleaved.cli.models import describe_model
 from mm_interleaved.cli.output import say
 from mm_interleaved.cli.training_plan import GPUS, plan_lines, training_needs
 from mm_interleaved.errors import MMInterleavedError
+from mm_interleaved.versions import installed_version, untried
 
 _CORE = ("torch", "transformers", "diffusers", "accelerate", "safetensors", "tokenizers", "pillow", "numpy")
 _EXTRAS = {
     "train": ("peft", "pyarrow", "fsspec", "tensorboard"),
-    "eval": ("pycocoevalcap", "torchmetrics"),
-    "serve": ("fastapi", "uvicorn"),
-    "studio": ("gradio",),
-    "ray": ("ray",),
+    "bench": ("matplotlib",),
+    "quantize": ("torchao", "bitsandbytes"),
+    "kernels": ("triton",),
 }
 
 
@@ -40,11 +40,11 @@ def doctor():
     """What works on this machine."""
     import torch
 
-    from mm_interleaved.generation_run import package_version
-
     say(f"python        {platform.python_version()} on {platform.platform()}")
     for package in _CORE:
-        say(f"{package:<13} {package_version(package) or 'missing'}")
+        say(f"{package:<13} {installed_version(package) or 'missing'}")
+    for sentence in untried():
+        say(f"{'untried':<13} {sentence}")
     devices = [f"{torch.cuda.get_device_name(k)} (cuda:{k})" for k in range(torch.cuda.device_count())]
     devices += ["Apple GPU (mps)"] if torch.backends.mps.is_available() else []
     devices.append(f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")

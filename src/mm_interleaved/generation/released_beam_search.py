@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from mm_interleaved.models.prefix_cache import PrefixCache
-from mm_interleaved.models.transformers_names import CACHE
+from mm_interleaved.models.transformers_versions import CACHE
 
 NEVER = -1e9
 """Score of beams that do not exist yet: before the first step all beams of a row are the same."""

@@ -33,6 +33,7 @@ from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.models.transformers_versions import CHUNKS_CONTINUE
 
 STREAM_EVERY = 4
 """Tokens between two runs of streamed text. A call of `generate` takes about 1 ms beside the 8 ms of a token
@@ -308,7 +309,8 @@ def call_generate(
         bos_token_id=model.config.bos_token_id,
         return_dict_in_generate=True,
         output_logits=output_logits,
-        prefill_chunk_size=prefill_chunk_size,
+        # Without it the first pass of a call is not compiled; the words are the same.
+        prefill_chunk_size=prefill_chunk_size if CHUNKS_CONTINUE else None,
         prompt_lookup_num_tokens=settings.prompt_lookup_num_tokens,
     )
     search = None

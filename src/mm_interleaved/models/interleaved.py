@@ -28,8 +28,9 @@ from mm_interleaved.models.language import ImageView, TextHead
 from mm_interleaved.models.losses import image_loss, text_loss
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
-from mm_interleaved.models.transformers_names import CACHE, one_cache
+from mm_interleaved.models.transformers_versions import CACHE, one_cache
 from mm_interleaved.models.vision import ImageFeatures, select_levels
+from mm_interleaved.versions import warn_of_untried
 from mm_interleaved.visibility import (
     NO_IMAGE,
     announced_images,
@@ -367,6 +368,12 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         return 0 if settings is None else settings.max_images - 1
 
     # ---- As users of transformers expect ---------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **named: Any) -> Any:
+        """transformers' `from_pretrained`; says which libraries were never tried."""
+        warn_of_untried()
+        return super().from_pretrained(*arguments, **named)
 
     @torch.no_grad()
     def generate(

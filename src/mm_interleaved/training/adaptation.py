@@ -13,7 +13,7 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.models.compilation import compile_each
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.quantization import AS_THEY_ARE, check_installed
-from mm_interleaved.models.transformers_names import checkpointing_enable
+from mm_interleaved.models.transformers_versions import checkpointing_enable
 from mm_interleaved.models.unet import unet_blocks
 from mm_interleaved.training.train_config import LoraConfig
 

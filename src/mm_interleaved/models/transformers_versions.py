@@ -1,17 +1,24 @@
-"""What the installed transformers calls a thing that it has renamed, in one place.
+"""What differs between the transformers that we run with (5.17 to 5.24), in one place.
 
-Read off the library itself, not off its version number. Everything else of ours says `cache`.
+Names are read off the library itself. Everything else of ours says `cache`.
 """
 
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """The argument, output field and keyword of `generate` that holds the cache: `cache` since 5.24."""
+
+_VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+CHUNKS_CONTINUE = _VERSION >= (5, 21)
+"""Whether `generate(prefill_chunk_size=...)` goes on behind what a cache holds, or reads all of it again."""
+PENALTY_SPARES_PADDING = _VERSION >= (5, 23)
+"""Whether `generate(repetition_penalty=...)` leaves left padding alone, or takes its ids for words."""
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:
