@@ -3,10 +3,13 @@
     manifest.json     made out of what: model, settings, seeds, versions, hashes; written first and last
     input/            the documents as they were read, with their image files: what `replay` reads
     images/           <id>_<k>.png, the k-th image of each finished document
+    hashes.jsonl      SHA-256 of each line of the results and of the images that it names, written before it
     results.jsonl     one line a document; the line is the commit, all that it names was written before it
     index.html        the page
 
 A run that was killed anywhere is finished by the same command: what has no line in the results is made again.
+So is what was changed since it was committed: a line, or a picture, that is not what its hash says is put
+aside under another name. Nothing is read that does not lie in the folder itself.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import json
 import logging
 import os
 import re
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,29 +27,47 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.document import Document, Image, document_to_record, part_records
-from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError
+from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
 from mm_interleaved.images import read_regular_file, to_png
 from mm_interleaved.storage import (
     append_line,
+    is_real_folder,
+    is_regular_file,
     locked_folder,
     make_folder,
+    put_aside,
     remove_temporary_files,
     repair_tail,
+    spare_name,
+    storage_errors,
     write_file,
 )
-from mm_interleaved.strict_json import describe
+from mm_interleaved.strict_json import MAX_DEPTH, describe
 
 MANIFEST = "manifest.json"
 RESULTS = "results.jsonl"
+HASHES = "hashes.jsonl"
 PAGE = "index.html"
+IMAGES = "images"
+INPUT = "input"
 FORMAT = "mm-interleaved run 1"
-_OURS = (MANIFEST, RESULTS, PAGE, "images", "input")
+MAX_THREADS = 1024
+_FILES = (RESULTS, HASHES, PAGE)
+_FOLDERS = (IMAGES, INPUT, f"{INPUT}/{IMAGES}")
+_OURS = (MANIFEST, *_FILES, IMAGES, INPUT)
 _MANIFEST_FIELDS = {
     "model": dict, "model.name": str, "model.sha256": str, "device": str, "dtype": str,
     "settings": dict, "flags": dict, "input": dict, "threads": int, "machine": dict, "versions": dict,
 }  # fmt: skip
-_OUTPUT_FIELDS = {"outputs": dict, "outputs.records": dict, "outputs.images": dict}
-"""Of a finished run only."""
+_OPTIONAL_FIELDS = {
+    "acceleration": dict, "acceleration.channels_last": bool, "acceleration.compile": bool,
+    "acceleration.quantization": str, "acceleration.adapter": dict, "outputs": dict,
+}  # fmt: skip
+_DEPENDENT_FIELDS = {
+    "acceleration.adapter": {"acceleration.adapter.folder": str, "acceleration.adapter.sha256": str},
+    "outputs": {"outputs.records": dict, "outputs.images": dict},
+}
+"""Must be there where another field is."""
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 
 logger = logging.getLogger(__name__)
@@ -70,6 +91,16 @@ class RunIdentity:
     """What was done to the model so that it paints faster."""
 
 
+@dataclass(frozen=True, slots=True)
+class RecordHashes:
+    """What a finished record was when it was committed."""
+
+    line: str
+    """SHA-256 of its line."""
+    images: Mapping[str, str]
+    """SHA-256 of each image file that it names, by path."""
+
+
 @dataclass(slots=True)
 class RunFolder:
     """An open run: which documents are finished, which failed, and how one more is committed."""
@@ -79,6 +110,8 @@ class RunFolder:
     documents: Sequence[Document]
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Record by document id, in the order of the results file."""
+    hashes: dict[str, RecordHashes] = field(default_factory=dict)
+    """Of each finished record."""
     stems: dict[str, str] = field(init=False)
     """What the names of a document's images begin with, by document id."""
 
@@ -96,19 +129,21 @@ class RunFolder:
 
     def commit(self, document: Document):
         """Write a completed document: its images first, then its line."""
-        names = {}
-        for index, image in enumerate(_images(document)):
-            name = f"images/{self.stems[document.id]}_{index}.png"
-            names[index] = (name, to_png(image.load()))
-        make_folder(self.path / "images")
-        for name, data in names.values():
+        pictures = {
+            f"{IMAGES}/{self.stems[document.id]}_{index}.png": to_png(image.load())
+            for index, image in enumerate(_images(document))
+        }
+        make_folder(self.path / IMAGES)
+        for name, data in pictures.items():
             write_file(self.path / name, data)
-        self._append(document_to_record(document, lambda image, index: names[index][0]))
+        names = list(pictures)
+        record = document_to_record(document, lambda image, index: names[index])
+        self._append(record, {name: _sha256(data) for name, data in pictures.items()})
 
     def commit_error(self, document: Document, error: MMInterleavedError):
         """Write that a document failed, and why."""
         record = {"code": error.code, "field": error.field, "message": str(error)}
-        self._append({"id": document.id, "error": record})
+        self._append({"id": document.id, "error": record}, {})
 
     def close(self, render: Callable[[Sequence[Mapping[str, Any]]], bytes]):
         """The run is over: results in input order, the page, the manifest with all hashes.
@@ -120,22 +155,34 @@ class RunFolder:
         in_order = sorted(self.finished, key=order.__getitem__)
         if in_order != list(self.finished):
             self.finished = {key: self.finished[key] for key in in_order}
-            write_file(self.path / RESULTS, b"".join(map(_line, self.finished.values())))
-        write_file(self.path / PAGE, render(list(self.finished.values())))
-        self.manifest["outputs"] = self.output_hashes()
+            self._write_all()
+        page = render(list(self.finished.values()))
+        write_file(self.path / PAGE, page)
+        self.manifest["outputs"] = {**self.output_hashes(), "page": _sha256(page)}
         write_file(self.path / MANIFEST, _json_file(self.manifest))
 
     def output_hashes(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of every record (by id) and every image file (by path)."""
-        names = [name for record in self.finished.values() for name in image_paths(record)]
+        """SHA-256 of every record (by id) and every image file (by path), as they were committed."""
         return {
             "records": {key: _record_hash(record) for key, record in self.finished.items()},
-            "images": {name: _sha256((self.path / name).read_bytes()) for name in names},
+            "images": {
+                name: digest for key in self.finished for name, digest in self.hashes[key].images.items()
+            },
         }
 
-    def _append(self, record: dict[str, Any]):
-        append_line(self.path / RESULTS, _line(record).rstrip(b"\n"))
-        self.finished[record["id"]] = record
+    def _write_all(self):
+        """The finished records anew, in their order; their hashes behind them, as nothing is committed by a
+        hash alone.
+        """
+        write_file(self.path / RESULTS, b"".join(map(_line, self.finished.values())))
+        write_file(self.path / HASHES, b"".join(_hash_line(key, self.hashes[key]) for key in self.finished))
+
+    def _append(self, record: dict[str, Any], images: Mapping[str, str]):
+        line = _line(record)
+        hashes = RecordHashes(_sha256(line), images)
+        append_line(self.path / HASHES, _hash_line(record["id"], hashes).rstrip(b"\n"))
+        append_line(self.path / RESULTS, line.rstrip(b"\n"))
+        self.finished[record["id"]], self.hashes[record["id"]] = record, hashes
 
 
 @contextmanager
@@ -157,6 +204,7 @@ def open_run(
 
     Raises:
         UsageError: the folder is in use, holds something else, or another run (the differing key is named).
+        InputError: its manifest is damaged.
         StorageError: it cannot be written.
     """
     _refuse_duplicate_ids(documents)
@@ -170,8 +218,8 @@ def open_run(
     with locked_folder(path):
         if new_run:
             _put_aside(path)
-        input_record = _input_record(documents)
-        manifest = read_manifest(path / MANIFEST) if (path / MANIFEST).exists() else None
+        input_record = input_hashes(documents)
+        manifest = _manifest_of(path)
         if manifest is None:
             manifest = {"format": FORMAT, **_identity_record(identity), "input": input_record, **facts()}
             write_file(path / MANIFEST, _json_file(manifest))
@@ -179,34 +227,105 @@ def open_run(
             _refuse_difference(path, manifest, {**_identity_record(identity), "input": input_record})
         # Only now is it sure that the folder is ours, and what lies in it too.
         remove_temporary_files(path)
+        _put_aside_other_kinds(path)
         _keep_input(path, documents)
         folder = RunFolder(path, manifest, documents)
-        folder.finished = _finished_records(path, {document.id for document in documents}, retry_errors)
+        _take_up(folder, retry_errors)
         yield folder
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """A run's manifest. Raises InputError where the file is missing or is something else."""
+    if os.path.lexists(path) and not is_regular_file(path):
+        raise InputError(f"{path}: is no regular file, expected the manifest of a run")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}, expected the manifest of a run") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}), expected the manifest of a run") from error
+    _check_form(path, manifest)
+    return manifest
+
+
+def _check_form(path: Path, manifest: Any):
+    if _is_deep(manifest):
+        raise InputError(f"{path}: nested more than {MAX_DEPTH} levels deep, expected the manifest of a run")
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise InputError(f"{path}: format {found!r}, expected {FORMAT!r}", field="format")
-    for name, kind in {**_MANIFEST_FIELDS, **(_OUTPUT_FIELDS if "outputs" in manifest else {})}.items():
-        value = manifest
-        for key in name.split("."):
-            value = value.get(key)
+        raise InputError(f"{path}: format {escape(repr(found))}, expected {FORMAT!r}", field="format")
+    optional = {
+        name: kind for name, kind in _OPTIONAL_FIELDS.items() if _value_at(manifest, name) is not None
+    }
+    dependent = [fields for name, fields in _DEPENDENT_FIELDS.items() if name in optional]
+    for name, kind in ChainMap(*reversed(dependent), optional, _MANIFEST_FIELDS).items():
+        value = _value_at(manifest, name)
         if not isinstance(value, kind):
             raise InputError(
                 f"{path}: {name}: found {describe(value)}, expected what a run writes there", field=name
             )
-    if manifest["threads"] < 1:
-        raise InputError(f"{path}: threads: found {manifest['threads']}, expected 1 or more", field="threads")
-    return manifest
+    if not 1 <= manifest["threads"] <= MAX_THREADS:
+        raise InputError(
+            f"{path}: threads: found {manifest['threads']}, expected 1 to {MAX_THREADS}", field="threads"
+        )
+
+
+def _value_at(manifest: Any, name: str) -> Any:
+    """The value of a field such as `model.name`; None where there is none."""
+    value = manifest
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Nested deeper than anything that a run writes."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
+def changed_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Which of a finished run's records and files are not what its manifest says: by id, and by path.
+
+    Raises:
+        StorageError: a file is there and cannot be read.
+    """
+    outputs = manifest["outputs"]
+    records = {record["id"]: record for _, record in _read_results(path / RESULTS) if record is not None}
+    changed = [
+        f"record {escape(key)!r}"
+        for key in {**outputs["records"], **records}
+        if key not in records or _record_hash(records[key]) != outputs["records"].get(key)
+    ]
+    changed += [
+        escape(name) for name, digest in outputs["images"].items() if _file_hash(path, name) != digest
+    ]
+    # Earlier versions did not tell of the page.
+    if "page" in outputs and _file_hash(path, PAGE) != outputs["page"]:
+        changed.append(PAGE)
+    return changed
+
+
+def check_input(path: Path, manifest: Mapping[str, Any], documents: Sequence[Document]):
+    """Refuse documents, read from a run's folder, that are not those which it was made of.
+
+    Raises:
+        InputError: names the first that differs.
+    """
+    then, now = manifest["input"], input_hashes(documents)
+    for key in {**then, **now}:
+        if then.get(key) != now.get(key):
+            raise InputError(
+                f"{path / INPUT}: document {escape(key)!r} is not the one of the run (its text or an image "
+                "has changed), expected the run's own copy of its input"
+            )
 
 
 def file_stem(document_id: str, *, with_hash: bool = False) -> str:
@@ -249,7 +368,7 @@ def _identity_record(identity: RunIdentity) -> dict[str, Any]:
     }
 
 
-def _input_record(documents: Sequence[Document]) -> dict[str, str]:
+def input_hashes(documents: Sequence[Document]) -> dict[str, str]:
     """SHA-256 of each document by id, over its record and the bytes of its images."""
 
     def content_hash(image: Image, _: int) -> str:
@@ -278,7 +397,7 @@ def _refuse_foreign_folder(path: Path, new_run: bool):
     if MANIFEST in names and not new_run:
         return
     ours = ("earlier", *(_OURS if new_run else ()))
-    strangers = [name for name in names if not name.startswith(".") and name not in ours]
+    strangers = [name for name in names if not name.startswith((".", "damaged-")) and name not in ours]
     if strangers:
         raise UsageError(
             f"{path}: is not empty ({strangers[0]!r} is there) and holds no {MANIFEST} of a run; "
@@ -313,11 +432,11 @@ def _shown(value: Any) -> str:
 
 def _put_aside(path: Path):
     """Move an earlier run's files to `earlier/<n>/`: --new-run costs nobody their pictures."""
-    present = [path / name for name in _OURS if (path / name).exists()]
+    present = [path / name for name in _OURS if os.path.lexists(path / name)]
     if not present:
         return
     number = 1
-    while (path / "earlier" / str(number)).exists():
+    while os.path.lexists(path / "earlier" / str(number)):
         number += 1
     make_folder(path / "earlier" / str(number))
     # The manifest moves last: without it the folder would be taken for a stranger's.
@@ -328,62 +447,180 @@ def _put_aside(path: Path):
             raise StorageError(f"{item}: cannot be moved aside ({error.strerror})") from error
 
 
+def _manifest_of(path: Path) -> dict[str, Any] | None:
+    """The manifest of the run in a folder; None where there is no run."""
+    if not os.path.lexists(path / MANIFEST):
+        return None
+    try:
+        return read_manifest(path / MANIFEST)
+    except InputError as error:
+        raise InputError(
+            f"{error}; --new-run puts the run aside and begins anew", field=error.field
+        ) from error
+
+
+def _put_aside_other_kinds(path: Path):
+    """What stands where a file or a folder of ours should, and is none: a folder, a link, a pipe."""
+    kinds = [(name, is_regular_file) for name in _FILES] + [(name, is_real_folder) for name in _FOLDERS]
+    for name, is_right in kinds:
+        if os.path.lexists(path / name) and not is_right(path / name):
+            aside = put_aside(path / name)
+            logger.warning("%s: is not what a run writes there, now %s", path / name, aside.name)
+
+
 def _keep_input(path: Path, documents: Sequence[Document]):
-    """Copy the input: image files under names by content, then the documents, which commit the copy."""
-    if (path / "input" / "documents.jsonl").exists():
-        return
-    make_folder(path / "input" / "images")
+    """Copy the input: image files under names by content, then the documents, which commit the copy. What of
+    an earlier copy is no longer the same is written again.
+    """
+    make_folder(path / INPUT / IMAGES)
 
     def keep(image: Image, _: int) -> str:
         try:
             data = _encoded(image)
         except MMInterleavedError:
-            return f"images/unreadable-{_sha256(str(image.source).encode())[:16]}"
-        name = f"images/{_sha256(data)[:24]}{_suffix(data)}"
-        if not (path / "input" / name).exists():
-            write_file(path / "input" / name, data)
+            return f"{IMAGES}/unreadable-{_sha256(str(image.source).encode())[:16]}"
+        name = f"{IMAGES}/{_sha256(data)[:24]}{_suffix(data)}"
+        _write_if_other(path / INPUT / name, data)
         return name
 
     lines = [_line(document_to_record(document, keep)) for document in documents]
-    write_file(path / "input" / "documents.jsonl", b"".join(lines))
+    _write_if_other(path / INPUT / "documents.jsonl", b"".join(lines))
 
 
-def _finished_records(path: Path, ids: set[str], retry_errors: bool) -> dict[str, dict[str, Any]]:
-    """The records that still hold: known id, images there, and no error where those are to be tried again."""
-    results = path / RESULTS
+def _write_if_other(path: Path, data: bytes):
+    if os.path.lexists(path) and not is_regular_file(path):
+        put_aside(path)
+    with storage_errors(path, "read"):
+        is_same = path.exists() and path.stat().st_size == len(data) and path.read_bytes() == data
+    if not is_same:
+        write_file(path, data)
+
+
+def _take_up(run: RunFolder, retry_errors: bool):
+    """Finished is what still is as it was committed; all else is put aside, to be made again."""
+    results = run.path / RESULTS
     repair_tail(results)
-    lines = results.read_bytes().splitlines() if results.exists() else []
-    records = {}
-    for number, line in enumerate(lines, start=1):
-        record = _read_result(line)
-        if record is None:
-            logger.warning("%s:%d: is no result, its document is made again", results, number)
-        else:
-            records[record["id"]] = record
-    kept = {
-        key: record
-        for key, record in records.items()
-        if key in ids
-        and all((path / name).exists() for name in image_paths(record))
-        and not (retry_errors and "error" in record)
-    }
-    if len(kept) != len(lines):
-        write_file(results, b"".join(map(_line, kept.values())))
-    return kept
+    repair_tail(run.path / HASHES)
+    lines = _read_results(results)
+    hashes = _committed_hashes(run, lines)
+    kept: dict[str, dict[str, Any]] = {}
+    wrong = []
+    for number, (line, record) in enumerate(lines, start=1):
+        problem = _problem_of(run, line, record, hashes)
+        if problem:
+            wrong.append(line)
+        elif record is not None:
+            problem = _put_aside_changed(run, record, hashes[record["id"]])
+            if not problem and not (retry_errors and "error" in record):
+                kept[record["id"]] = record
+        if problem:
+            logger.warning("%s:%d: %s, its document is made again", results, number, problem)
+    if wrong:
+        # Somebody may have changed it by hand, and want it back.
+        write_file(spare_name(results), b"".join(line + b"\n" for line in wrong))
+    run.finished, run.hashes = kept, {key: hashes[key] for key in kept}
+    if len(kept) != len(lines) or len(kept) != len(hashes):
+        run._write_all()
+
+
+def _read_results(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of a file of results, and its record; None where the line is damaged."""
+    if not is_regular_file(path):
+        return []
+    with storage_errors(path, "read"):
+        lines = path.read_bytes().splitlines()
+    return [(line, _read_result(line)) for line in lines]
 
 
 def _read_result(line: bytes) -> dict[str, Any] | None:
-    """The record of a line of results; None where the line is damaged."""
     try:
         record = json.loads(line)
         is_whole = isinstance(record["id"], str) and (
-            isinstance(record["error"]["code"], str)
+            isinstance(record["error"]["code"], str) and isinstance(record["error"]["message"], str)
             if "error" in record
             else all(isinstance(name, str) for name in image_paths(record))
         )
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     return record if is_whole else None
+
+
+def _problem_of(
+    run: RunFolder, line: bytes, record: dict[str, Any] | None, hashes: Mapping[str, RecordHashes]
+) -> str:
+    """Why a line of the results cannot be reused; empty where it can."""
+    if record is None or record["id"] not in run.stems:
+        return "is no result"
+    key = record["id"]
+    if key not in hashes:
+        return f"{escape(key)!r} cannot be checked ({HASHES} does not tell of it)"
+    if _sha256(line + b"\n") != hashes[key].line:
+        return f"{escape(key)!r} is not as it was committed"
+    names = _names_of(record)
+    if names != [f"{IMAGES}/{run.stems[key]}_{index}.png" for index in range(len(names))]:
+        return f"{escape(key)!r} names other images than its own"
+    return ""
+
+
+def _put_aside_changed(run: RunFolder, record: Mapping[str, Any], hashes: RecordHashes) -> str:
+    """Puts aside those of a record's pictures that are not as they were committed, and says which."""
+    changed = [name for name in _names_of(record) if _file_hash(run.path, name) != hashes.images.get(name)]
+    for name in changed:
+        if os.path.lexists(run.path / name):
+            put_aside(run.path / name)
+    return f"{', '.join(changed)} not as committed" if changed else ""
+
+
+def _committed_hashes(
+    run: RunFolder, lines: Sequence[tuple[bytes, dict[str, Any] | None]]
+) -> dict[str, RecordHashes]:
+    """What `hashes.jsonl` says by document id, the last where it says several things; for a run that an
+    earlier version finished, what its manifest says.
+    """
+    path = run.path / HASHES
+    if path.exists():
+        with storage_errors(path, "read"):
+            said = [_read_hashes(line) for line in path.read_bytes().splitlines()]
+        return {key: hashes for key, hashes in filter(None, said)}
+    outputs = run.manifest.get("outputs", {"records": {}, "images": {}})
+    return {
+        record["id"]: RecordHashes(
+            _sha256(line + b"\n"),
+            {name: str(outputs["images"].get(name)) for name in _names_of(record)},
+        )
+        for line, record in lines
+        if record is not None and outputs["records"].get(record["id"]) == _record_hash(record)
+    }
+
+
+def _read_hashes(line: bytes) -> tuple[str, RecordHashes] | None:
+    """A line of `hashes.jsonl`; None where it is damaged: then its record counts as changed."""
+    try:
+        said = json.loads(line)
+        images = said["images"]
+        is_whole = all(isinstance(text, str) for text in (said["id"], said["line"], *images.values()))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    return (said["id"], RecordHashes(said["line"], images)) if is_whole else None
+
+
+def _names_of(record: Mapping[str, Any]) -> list[str]:
+    return [] if "error" in record else image_paths(record)
+
+
+def _hash_line(key: str, hashes: RecordHashes) -> bytes:
+    return _line({"id": key, "line": hashes.line, "images": dict(hashes.images)})
+
+
+def _file_hash(folder: Path, name: str) -> str | None:
+    """SHA-256 of a regular file in a folder; None where there is none, or it would lie outside."""
+    path = folder / name
+    if os.path.normpath(name).startswith(("..", "/")) or not is_regular_file(path):
+        return None
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        return None
+    with storage_errors(path, "read"):
+        return _sha256(path.read_bytes())
 
 
 def _encoded(image: Image) -> bytes:

@@ -18,6 +18,7 @@ from mm_interleaved.document import Document, Image, Part, Text, part_records
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, ModelFileError, SomeFailedError, UsageError
 from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, TextDelta
+from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.model_source import AS_IT_IS, Acceleration
 
 SOME_FAILED = SomeFailedError.exit_code
@@ -120,10 +121,13 @@ def replay(
         str | None, typer.Option(help="Where the model is now, if its place has changed.", metavar="MODEL")
     ] = None,
 ) -> int:
-    """Make a run again and compare: every record and every image, bit for bit."""
+    """Make a run again and compare: every record and every image, bit for bit.
+
+    What was changed in the folder since the run ended is named too.
+    """
     from mm_interleaved.generation_run import facts_that_differ
     from mm_interleaved.model_source import find_model, hash_model
-    from mm_interleaved.run_folder import read_manifest
+    from mm_interleaved.run_folder import changed_files, check_input, read_manifest
 
     manifest = manifest / "manifest.json" if manifest.is_dir() else manifest
     wanted = read_manifest(manifest)
@@ -131,10 +135,13 @@ def replay(
         raise InputError(
             f"{manifest}: tells of no outputs; the run is not finished, run its command again first"
         )
+    _check_flags(manifest, wanted["flags"])
     name = model or wanted["model"]["name"]
     if hash_model(find_model(name)) != wanted["model"]["sha256"]:
         raise ModelFileError(f"model {name!r}: its files are not those of the run (SHA-256 differs)")
     documents = read_documents(manifest.parent / "input" / "documents.jsonl")
+    check_input(manifest.parent, wanted, documents)
+    changed = changed_files(manifest.parent, wanted)
     _use_threads(wanted["threads"])
     with tempfile.TemporaryDirectory(prefix="mm-interleaved-replay-") as temporary:
         folder = output or Path(temporary) / "run"
@@ -151,7 +158,7 @@ def replay(
         found = read_manifest(folder / "manifest.json")
     for difference in facts_that_differ(wanted, found):
         say_error(f"{difference}: the same bits are not promised")
-    return _report_replay(wanted["outputs"], found["outputs"])
+    return _report_replay(wanted["outputs"], found["outputs"], changed)
 
 
 def typed_parts(context: typer.Context, text: list[str] | None, image: list[Path] | None) -> list[Part]:
@@ -262,7 +269,16 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _report_replay(wanted: dict[str, dict[str, str]], found: dict[str, dict[str, str]]) -> int:
+def _check_flags(manifest: Path, flags: dict[str, Any]):
+    try:
+        GenerationSettings.combine(flags)
+    except UsageError as error:
+        raise InputError(f"{manifest}: flags: {error}", field=f"flags.{error.field}") from error
+
+
+def _report_replay(
+    wanted: dict[str, dict[str, str]], found: dict[str, dict[str, str]], changed: Sequence[str]
+) -> int:
     same, differing = {}, []
     for kind in ("records", "images"):
         same[kind] = sum(found[kind].get(key) == value for key, value in wanted[kind].items())
@@ -275,8 +291,9 @@ def _report_replay(wanted: dict[str, dict[str, str]], found: dict[str, dict[str,
     )
     if differing:
         say(f"different: {', '.join(differing)}")
-        return SOME_FAILED
-    return 0
+    if changed:
+        say(f"changed in the folder since the run ended: {', '.join(changed)}")
+    return SOME_FAILED if differing or changed else 0
 
 
 def _use_threads(number: int):
