@@ -12,9 +12,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mm_interleaved.errors import ModelFileError, StorageError, UsageError
+from mm_interleaved.errors import ModelFileError, StorageError, UsageError, escape
+from mm_interleaved.storage import put_aside, remove_any, storage_errors
 from mm_interleaved.training.parallel import ALONE, Ranks, is_spread
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _SUFFIX = ".safetensors"
+_NAME = re.compile(r"step-(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +154,9 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2, ranks:
         _write_json(temporary / _MANIFEST, dict(sorted(fingerprints.items())))
         _sync(temporary / _MANIFEST)
         _sync(temporary)
-        if folder.exists():
-            # The same step of the same run: what is there is as good, and never is there a moment without it.
-            shutil.rmtree(temporary)
-            return
+        if os.path.lexists(folder):
+            # Whatever it is, this run did not write it: what it had not done yet it put aside when it began.
+            logger.warning("%s: was there already, now %s", folder, put_aside(folder).name)
         temporary.rename(folder)
         _sync(root)
         rotate(root, keep)
@@ -172,61 +174,87 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = 2, ranks:
     return folder
 
 
-def newest_checkpoint(root: Path, ranks: Ranks = ALONE) -> CheckedFolder | None:
-    """The newest whole checkpoint below `root`, or None if there is none at all.
+def newest_checkpoint(
+    root: Path, ranks: Ranks = ALONE, *, accept: Callable[[CheckedFolder], None] = lambda checkpoint: None
+) -> CheckedFolder | None:
+    """The newest whole checkpoint below `root`, or None if nothing there has the name of one.
 
-    Where the newest is damaged, the one before is taken (see `put_aside_newer`).
+    Where the newest is damaged, the one before is taken, with a warning (see `tidy`).
+
+    Args:
+        accept: raises StorageError where what a checkpoint says is not what its reader needs.
 
     Raises:
         ModelFileError: there are checkpoints, but not one of them is whole; nothing starts again from step 0.
+        StorageError: the folder cannot be read.
     """
     problems: list[str] = []
-    for folder in reversed(_folders(root)):
+    for place in reversed(_candidates(root)):
         try:
-            return open_checkpoint(folder, ranks)
+            found = open_checkpoint(place, ranks)
+            accept(found)
         except StorageError as error:
             problems.append(str(error))
+            continue
+        for problem in problems:
+            logger.warning("%s; the checkpoint of step %d is used", problem, found.step)
+        return found
     if problems:
         raise ModelFileError(f"{root}: no checkpoint is whole: {'; '.join(problems)}")
     return None
 
 
-def put_aside_newer(root: Path, step: int) -> None:
-    """Renames checkpoints with more than `step` steps: they are damaged, and must not count as the newest."""
-    for folder in _folders(root):
-        if _step(folder) > step:
-            aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            logger.warning("%s: damaged, now %s; going on from step %d", folder, aside.name, step)
+def tidy(root: Path, step: int, keep: int, ranks: Ranks = ALONE) -> None:
+    """Makes the checkpoint of `step` the newest: what claims to be newer is damaged and gets another name;
+    what is older than the newest `keep` is removed. All ranks call it.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+
+    def work() -> None:
+        for place in _candidates(root):
+            if _step(place) > step or not place.is_dir():
+                logger.warning(
+                    "%s: damaged, now %s; going on from step %d", place, put_aside(place).name, step
+                )
+        rotate(root, keep)
+
+    _first(ranks, work)
 
 
 def open_checkpoint(folder: Path, ranks: Ranks = ALONE) -> CheckedFolder:
     """The checkpoint in `folder`, every file checked against the manifest first (the ranks share the work).
 
     Raises:
-        StorageError: a file is missing, differs, or is not named.
+        StorageError: a file is missing, differs, is not named, or has another form than we write.
     """
 
     def check() -> None:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        for name in sorted(manifest)[ranks.rank :: ranks.size]:
+        manifest = _read_object(folder / _MANIFEST)
+        files = _files(folder) - {_MANIFEST}
+        if files != manifest.keys():
+            name = min(files ^ manifest.keys())
+            is_unnamed = name in files
+            problem = "a file that the manifest does not name" if is_unnamed else "is named and is not there"
+            raise StorageError(f"{folder / name}: {problem}")
+        for name in sorted(files)[ranks.rank :: ranks.size]:
             found = _fingerprint(folder / name)
             if found != manifest[name]:
                 raise StorageError(f"{folder / name}: expected {manifest[name]}, found {found}")
-        unnamed = sorted(_files(folder) - {*manifest, _MANIFEST})
-        if unnamed:
-            raise StorageError(f"{folder / unnamed[0]}: a file that the manifest does not name")
 
     try:
         _together(ranks, check)
-        state = json.loads((folder / _STATE).read_text())
-        names = {
-            name.split("/")[0].removesuffix(_SUFFIX) for name in _files(folder) if name.endswith(_SUFFIX)
-        }
-        return CheckedFolder(folder, state.pop("step"), state, frozenset(names))
-    except (StorageError, OSError, ValueError, KeyError) as error:
+        state = _read_object(folder / _STATE)
+        step = state.pop("step", None)
+        if type(step) is not int or step != _step(folder):
+            raise StorageError(
+                f"{folder / _STATE}: step: found {escape(repr(step))}, expected {_step(folder)}"
+            )
+    except StorageError as error:
         raise StorageError(f"{folder}: not a whole checkpoint: {error}") from error
+    names = {name.split("/")[0].removesuffix(_SUFFIX) for name in _files(folder) if name.endswith(_SUFFIX)}
+    return CheckedFolder(folder, step, state, frozenset(names))
 
 
 def load_newest_checkpoint(root: Path) -> Checkpoint | None:
@@ -237,14 +265,14 @@ def load_newest_checkpoint(root: Path) -> Checkpoint | None:
 
 def rotate(root: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints; the newest has to be known to be whole."""
-    for old in _folders(root)[:-keep]:
+    for old in _candidates(root)[:-keep]:
         _remove(old)
 
 
 def remove_leftovers(root: Path) -> None:
     """Deletes what an interrupted save or rotation left below `root`."""
     for path in [*root.glob(".tmp-step-*"), *root.glob(".del-step-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_any(path)
 
 
 def _read_all(checked: CheckedFolder) -> Checkpoint:
@@ -306,15 +334,30 @@ def _fingerprints(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {name: found for part in ranks.gather(mine) for name, found in part.items()}
 
 
-def _folders(root: Path) -> list[Path]:
-    """Committed checkpoints, oldest first; a folder is committed by its rename, after its manifest."""
-    return sorted((folder for folder in root.glob("step-*") if (folder / _MANIFEST).is_file()), key=_step)
+def _candidates(root: Path) -> list[Path]:
+    """Everything that has the name of a checkpoint, oldest first, whole or not: one that somebody copied in
+    part must not be passed over unsaid.
+    """
+    with storage_errors(root, "read"):
+        names = os.listdir(root) if os.path.lexists(root) else []
+    return sorted((root / name for name in names if _NAME.fullmatch(name)), key=_step)
 
 
 def _step(folder: Path) -> int:
-    with suppress(ValueError):
-        return int(folder.name.removeprefix("step-"))
-    return -1
+    found = _NAME.fullmatch(folder.name)
+    return int(found[1]) if found else -1
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object out of a file. Raises StorageError where it is something else."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{path}: cannot be read as JSON ({reason})") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{path}: found {type(value).__name__}, expected an object")
+    return value
 
 
 def _files(folder: Path) -> set[str]:
@@ -324,9 +367,9 @@ def _files(folder: Path) -> set[str]:
 def _remove(folder: Path) -> None:
     """Deletes a checkpoint such that no half-deleted one can be taken for whole."""
     doomed = folder.with_name(f".del-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_any(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_any(doomed)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -211,9 +211,11 @@ class TrainingLoader:
 
         Raises:
             UsageError: the state belongs to other data or another global batch, or lacks lanes of this rank.
+            ValueError: it has another form than `state_dict` gives.
         """
         if state.get("version") != STATE_VERSION:
             raise UsageError(f"data state: expected version {STATE_VERSION}, found {state.get('version')!r}")
+        _check_form(state)
         then, now = state["settings"], self._settings()
         for name in {**then, **now}:
             if then.get(name) != now.get(name):
@@ -276,6 +278,21 @@ class TrainingLoader:
                     f"source {source!r}: {bad} of {read} items are bad, expected at most a share of "
                     f"{self.max_bad_fraction} (max_bad_fraction); the log names them"
                 )
+
+
+def _check_form(state: Mapping[str, Any]) -> None:
+    """Refuses a state of which some part is missing or is something else."""
+    numbers = [state["step"]]
+    for lane, own in state["lanes"].items():
+        numbers += [int(lane), own["rows"]]
+        for source in own["sources"].values():
+            block, *rest = source["cursor"]
+            if (len(block), len(rest)) != (3, 4):
+                raise ValueError(f"cursor: expected three numbers and four, found {source['cursor']}")
+            numbers += [*block, *rest, *source["counts"].values()]
+    wrong = [number for number in numbers if type(number) is not int or number < 0]
+    if wrong or not isinstance(state["settings"], Mapping):
+        raise ValueError(f"data state: expected whole numbers from 0, found {wrong[:1] or state['settings']}")
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mm_interleaved.checkpoint.store import (
+    CheckedFolder,
     Checkpoint,
     load_newest_checkpoint,
     newest_checkpoint,
-    put_aside_newer,
     remove_leftovers,
-    rotate,
     save_checkpoint,
+    tidy,
 )
-from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError
+from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError, escape
 from mm_interleaved.storage import remove_temporary_files
 from mm_interleaved.training.metrics import LOG_NAME, LinesFile, Log, LogWriter, Meter, count_flops
 from mm_interleaved.training.optimizer import (
@@ -322,7 +322,7 @@ class _StageRun:
         self.lines = Log((self._file, *writers))
 
     def resume(self) -> None:
-        checkpoint = newest_checkpoint(self.folder, self.ranks)
+        checkpoint = newest_checkpoint(self.folder, self.ranks, accept=self._accept)
         if self.ranks.is_first:
             # What an interrupted save or rotation left, and lines of steps that will be done again.
             remove_leftovers(self.folder)
@@ -340,15 +340,34 @@ class _StageRun:
         elif self.average is not None:
             # It was not kept so far: it begins with the weights as they are now, not as they were at first.
             self.average = AveragedWeights(self.parameters, self.config.ema_decay)
-        if "loss_scale" in checkpoint.state:
-            self.scale.restore(checkpoint.state["loss_scale"])
-        if isinstance(self.stage, StreamStage):
-            self.stage.load_state(checkpoint.state["stream"])
         self._warn_of_differences(checkpoint.state)
-        if self.ranks.is_first:
-            put_aside_newer(self.folder, self.step)
-            rotate(self.folder, self.config.keep_checkpoints)
+        tidy(self.folder, self.step, self.config.keep_checkpoints, self.ranks)
         logger.info("stage %s goes on after step %d", self.stage.name, self.step)
+
+    def _accept(self, checkpoint: CheckedFolder) -> None:
+        """Takes over what a checkpoint says beside its tensors. Raises StorageError where that, though its
+        hash is right, is not what a run of this stage writes.
+        """
+        state = checkpoint.state
+        try:
+            if "weights" not in checkpoint.groups:
+                raise KeyError("weights")
+            for name in ("threads", "ranks"):
+                int(state.get(name, 1))
+            if isinstance(self.stage, StreamStage):
+                stream = state["stream"]
+                if stream.get("step", checkpoint.step) != checkpoint.step:
+                    raise ValueError(f"stream: found step {stream['step']}")
+                self.stage.load_state(stream)
+            if "loss_scale" in state:
+                if not 0 < state["loss_scale"]["factor"] < math.inf:
+                    raise ValueError(f"loss_scale: found {state['loss_scale']['factor']}")
+                self.scale.restore(state["loss_scale"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found = f"{type(error).__name__}: {escape(str(error))}"
+            raise StorageError(
+                f"{checkpoint.folder}: not a checkpoint of the stage {self.stage.name} ({found})"
+            ) from error
 
     def save(self) -> None:
         tensors: dict[str, Mapping[str, Tensor]] = {
@@ -394,9 +413,9 @@ class _StageRun:
             _copy(kept, self.parameters)
 
     def log(self, progress: tqdm) -> None:
-        """Writes a line to the log every `log_every` steps."""
+        """Writes a line to the log every `log_every` steps, and at the end."""
         progress.update()
-        if self.step % self.config.log_every:
+        if self.step % self.config.log_every and self.step != self.config.steps:
             return
         numbers = self.meter.read()
         if not self.ranks.is_first:

@@ -5,6 +5,7 @@ Lines go to `log.jsonl`, and where they are wanted to TensorBoard and Weights & 
 
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved.errors import StorageError, UsageError
-from mm_interleaved.storage import write_file
+from mm_interleaved.storage import is_regular_file, put_aside, storage_errors, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +83,15 @@ class LinesFile:
         self.path = path
 
     def cut(self, step: int) -> None:
-        """Removes what is said of steps after `step` (they are done again), and a line that was torn."""
-        if not self.path.exists():
+        """Removes what is said of steps after `step` (they are done again), and a line that was torn. What is
+        no file of lines is put aside.
+        """
+        if not os.path.lexists(self.path):
             return
-        kept = [line for line in read_log(self.path) if line.get("step", 0) <= step]
+        if not is_regular_file(self.path):
+            logger.warning("%s: is no regular file, now %s", self.path, put_aside(self.path).name)
+            return
+        kept = [line for line in read_log(self.path) if line["step"] <= step]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -165,14 +171,21 @@ class WandbWriter:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that was torn by a crash is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            logger.warning("%s: left out a torn line", path)
+    """The lines of a log; those that were torn by a crash, or are no lines of a log, are left out."""
+    with storage_errors(path, "read"):
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [line for line in map(_read_line, texts) if line is not None]
+    if len(lines) < len(texts):
+        logger.warning("%s: left out %d torn or damaged lines", path, len(texts) - len(lines))
     return lines
+
+
+def _read_line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def count_flops(work: Any) -> float:
