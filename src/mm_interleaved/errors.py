@@ -7,6 +7,8 @@ into a failed record of the results, so that programs need not parse the sentenc
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -66,7 +68,7 @@ class NumericalError(MMInterleavedError):
 
 
 class StorageError(MMInterleavedError):
-    """A disk that is full, read-only or failing."""
+    """A disk that is full, read-only or failing; a memory that a model does not fit into."""
 
     exit_code = 6
     code = "storage"
@@ -96,3 +98,20 @@ def escape(text: str, limit: int = 120) -> str:
     """`text` made safe for a line of a log: control and direction characters escaped, cut at `limit`."""
     shown = text if len(text) <= limit else text[: limit - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
+
+_NO_MEMORY = (
+    "out of memory", "allocate memory", "start new thread", "failed to map segment", "not enough memory",
+)  # fmt: skip
+"""Words of those who have no class for it: PyTorch, threads, the loader of libraries, writers in Rust."""
+
+
+def memory_wanted(error: BaseException) -> str | None:
+    """What there was no memory for, in a few words; None where an error is of another kind."""
+    text = str(error)
+    is_meant = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not is_meant and not any(words in text.lower() for words in _NO_MEMORY):
+        return None
+    size = re.search(r"tried to allocate ([\d.]+) (\w+)", text, re.IGNORECASE)
+    more = f" (no room for {size[1]} {size[2]} more)" if size else ""
+    return f"the memory of this machine or its GPU is full{more}"

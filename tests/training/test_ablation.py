@@ -8,9 +8,10 @@ import torch
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.recipes import ablation_cost
-from mm_interleaved.recipes.ablation import chosen_twins
 from mm_interleaved.recipes.ablation_cost import commit, made_by, weights_name, with_cost
-from mm_interleaved.recipes.ablation_twins import (
+from mm_interleaved.recipes.ablation_settings import TwinSizes
+from mm_interleaved.recipes.ablation_twins import build_twin
+from mm_interleaved.recipes.twins import (
     ALL_LEVELS,
     NO_LEVELS,
     SLOT_COUNTS,
@@ -18,10 +19,9 @@ from mm_interleaved.recipes.ablation_twins import (
     WITHOUT,
     Painter,
     Reader,
-    TwinSizes,
     all_twins,
     arm_with,
-    build_twin,
+    chosen_twins,
 )
 from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION
 from mm_interleaved.training.settings import StageConfig

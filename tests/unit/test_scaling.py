@@ -8,8 +8,8 @@ from PIL import Image as PILImage
 from mm_interleaved.cli.main import run as run_command
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.scaling import envelope, fit_law, law_loss, write_scaling
-from mm_interleaved.recipes.ablation_twins import Reader
 from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
+from mm_interleaved.recipes.twins import Reader
 from mm_interleaved.storage import make_folder
 from mm_interleaved.training.settings import to_record
 

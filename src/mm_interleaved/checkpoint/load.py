@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from mm_interleaved.checkpoint.headers import read_json, tensor_headers
 from mm_interleaved.config import MMInterleavedConfig
-from mm_interleaved.errors import MMInterleavedError, ModelFileError, escape
+from mm_interleaved.errors import MMInterleavedError, ModelFileError, StorageError, escape, memory_wanted
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,11 +132,15 @@ def refuse_names(place: str, **names_by_kind: Iterable[str]) -> None:
 
 @contextmanager
 def model_file_errors(place: Path | str):
-    """Turn what libraries raise over model files into one sentence."""
+    """Turn what libraries raise over model files into one sentence; a memory that is full is no fault of
+    theirs, and a StorageError.
+    """
     try:
         yield
     except MMInterleavedError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (MemoryError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if (wanted := memory_wanted(error)) is not None:
+            raise StorageError(f"{place}: the model cannot be loaded: {wanted}") from error
         sentence = escape(" ".join(str(error).split()), limit=400)
         raise ModelFileError(f"{place}: the model cannot be loaded ({sentence})") from error

@@ -6,7 +6,6 @@ Nothing here or in the command modules imports torch or transformers before a co
 from __future__ import annotations
 
 import logging
-import re
 import signal
 import sys
 import traceback
@@ -18,10 +17,11 @@ import typer
 from mm_interleaved import __version__
 from mm_interleaved.cli import answers, chat, claim, corpora, evaluate, generate, models, system, train
 from mm_interleaved.cli.output import say_error
-from mm_interleaved.errors import MMInterleavedError
+from mm_interleaved.errors import MMInterleavedError, memory_wanted
+from mm_interleaved.storage import disk_failure
 
 PROGRAM = "mm-interleaved"
-BUG, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
+BUG, USAGE, STORAGE, STOPPED, INTERRUPTED = 1, 2, 6, 75, 130
 # More than the machine has was asked of it: a matter of settings, like everything that ends with 2.
 _LESS_MEMORY = (
     "use --dtype bfloat16, fewer --num-candidates or --num-beams, a smaller --height and --width, or another "
@@ -86,8 +86,11 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout = None
         return 0
     except Exception as error:
-        if (wanted := _memory_wanted(error)) is not None:
+        if (wanted := memory_wanted(error)) is not None:
             return _fail(f"{wanted}; {_LESS_MEMORY}", USAGE, debug)
+        if (reason := disk_failure(error)) is not None:
+            where = getattr(error, "filename", None)
+            return _fail(f"{where or 'the output'}: cannot be written ({reason})", STORAGE, debug)
         sentence = f"{type(error).__name__}: {error}"
         return _fail(f"a bug of ours: {sentence} (--debug shows where; please report it)", BUG, debug)
 
@@ -108,20 +111,6 @@ def _fail(sentence: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     say_error(sentence)
     return code
-
-
-def _memory_wanted(error: Exception) -> str | None:
-    """What there was no memory for, or None where an error is of another kind.
-
-    A GPU that is full raises torch.OutOfMemoryError, a full CPU a RuntimeError whose words alone tell.
-    """
-    text = str(error)
-    is_torch = isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)
-    if not is_torch and not isinstance(error, MemoryError):
-        return None
-    size = re.search(r"tried to allocate ([\d.]+) (\w+)", text, re.IGNORECASE)
-    more = f" (no room for {size[1]} {size[2]} more)" if size else ""
-    return f"the memory of this machine or its GPU is full{more}"
 
 
 def _print_version(is_wanted: bool):

@@ -71,7 +71,9 @@ def plan(
     ] = "storyworld",
     gpus: Annotated[
         list[int] | None,
-        typer.Option("--gpus", help="Also plan its training on so many GPUs; may be repeated."),
+        typer.Option(
+            "--gpus", min=1, max=10**6, help="Also plan its training on so many GPUs; may be repeated."
+        ),
     ] = None,
 ):
     """Memory and time that a model needs, by device and number format: estimated, not measured.

@@ -57,4 +57,4 @@ def export(
     from mm_interleaved.training.run import export as export_model
 
     steps = export_model(run, out)
-    say(f"the model after {steps} steps is in {out}")
+    say(f"the model after {steps} steps (checkpoint step-{steps:08d}) is in {out}")

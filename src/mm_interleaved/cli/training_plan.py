@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mm_interleaved.errors import UsageError
+
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = 1, 1, 1
 BACKWARD_AGAIN = 1
 """Activations that are computed again cost one more forward pass."""
@@ -129,7 +131,13 @@ def is_frozen(name: str) -> bool:
 
 
 def plan_lines(needs: TrainingNeeds, gpu: GpuClass, num_gpus: int) -> Iterator[PlanLine]:
-    """DDP, FSDP over all GPUs, and FSDP within nodes with copies across them."""
+    """DDP, FSDP over all GPUs, and FSDP within nodes with copies across them.
+
+    Raises:
+        UsageError: there is no GPU to plan for.
+    """
+    if num_gpus < 1:
+        raise UsageError(f"GPUs: found {num_gpus}, expected 1 or more")
     state = needs.frozen * BYTES_FROZEN + needs.trained * BYTES_TRAINED
     work = needs.row.training_flops / (gpu.flops * SUSTAINED)
     # What is gathered is in bfloat16, and once more for the backward pass; gradients are summed in float32.

@@ -20,7 +20,7 @@ from mm_interleaved.generation_run import ModelChoice, OnEvent, RunRequest
 from mm_interleaved.model_source import load_generator
 from mm_interleaved.recipes.ablation import twin_folder
 from mm_interleaved.recipes.ablation_cost import made_by, read_cost
-from mm_interleaved.recipes.ablation_twins import Twin
+from mm_interleaved.recipes.twins import Twin
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.storyworld.scores import answer_parts, first_image
 from mm_interleaved.storyworld.tasks import document

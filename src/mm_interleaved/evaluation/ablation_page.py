@@ -22,7 +22,7 @@ from mm_interleaved.evaluation.origin import origin_of, origin_text, scoring_of
 from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, save_figure
 from mm_interleaved.evaluation.tasks import TASKS
 from mm_interleaved.images import to_png
-from mm_interleaved.recipes.ablation_twins import SLOT_COUNTS, WITH, WITHOUT, Twin, arm_with
+from mm_interleaved.recipes.twins import SLOT_COUNTS, WITH, WITHOUT, Twin, arm_with
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.storyworld.renderer import render_scene
 from mm_interleaved.training.run import SETTINGS_NAME

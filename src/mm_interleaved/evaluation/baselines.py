@@ -66,7 +66,7 @@ def write_predictions(predictor: str, gold: Sequence[Document], out: Path) -> Pa
         predictions.append(Document(id=question.id, parts=answers, meta=meta))
     make_folder(out)
     path = out / "predictions.jsonl"
-    write_documents(path, [prediction for prediction in predictions if prediction.parts])
+    write_documents(path, predictions)
     return path
 
 

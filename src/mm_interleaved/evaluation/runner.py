@@ -19,19 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.document import Document, Image, document_to_record, part_records
 from mm_interleaved.document_formats import read_documents, read_record
-from mm_interleaved.errors import InputError
+from mm_interleaved.errors import InputError, escape
 from mm_interleaved.generation_run import OnEvent, RunRequest, run_documents
 from mm_interleaved.image_references import ImageFolder
 from mm_interleaved.images import open_image as load_image
 from mm_interleaved.model_source import find_model, load_generator
-from mm_interleaved.storage import make_folder, write_file
+from mm_interleaved.storage import make_folder, remove_temporary_files, write_file
 from mm_interleaved.story_page import OpenImage, render_page
-from mm_interleaved.strict_json import read_records
+from mm_interleaved.strict_json import FieldError, Record, read_records
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator
 
 logger = logging.getLogger(__name__)
+
+_MAX_NAMED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +119,60 @@ def rank_candidates(generator: InterleavedGenerator, document: Document) -> list
 
 
 def read_predictions(path: Path) -> list[Document]:
-    """The answers of a predictions file. Failed and empty ones are left out: they count as wrong."""
+    """The answers of a predictions file. Failed and empty ones are left out: they count as wrong.
+
+    Raises:
+        InputError: an id occurs twice.
+    """
+    return _read_predictions(path)[0]
+
+
+def _read_predictions(path: Path) -> tuple[list[Document], dict[str, str]]:
+    """The answers, and the place of every line by its id."""
     folder = ImageFolder(path.parent, path.parent)
-    answers: dict[str, Document] = {}
+    answers: list[Document] = []
+    places: dict[str, str] = {}
     for record in read_records(path):
         fields = record.field.object()
-        if "error" in fields or not fields.get("content", True):
-            continue
-        answer = read_record(record, folder)
-        if answer.id in answers:
-            raise InputError(f"{record.place}: id {answer.id!r} occurs twice", field="id")
-        answers[answer.id] = answer
-    return list(answers.values())
+        is_empty = "error" in fields or not fields.get("content", True)
+        answer = None if is_empty else read_record(record, folder)
+        key = _id_of(record) if answer is None else answer.id
+        if key in places:
+            raise InputError(
+                f"{record.place}: id {escape(key)!r} occurs twice, first at {places[key]}", field="id"
+            )
+        places[key] = record.place
+        answers += [] if answer is None else [answer]
+    return answers, places
+
+
+def _id_of(record: Record) -> str:
+    try:
+        return record.field["id"].text()
+    except FieldError as error:
+        raise error.at(record.place) from error
+
+
+def _check_ids(path: Path, places: Mapping[str, str], wanted: Sequence[str]):
+    known = set(wanted)
+    unknown = [key for key in places if key not in known]
+    if unknown:
+        raise InputError(
+            f"{places[unknown[0]]}: {_listed(unknown)} not among the task's documents", field="id"
+        )
+    missing = [key for key in wanted if key not in places]
+    if missing:
+        raise InputError(
+            f"{path}: {_listed(missing)} missing, expected a line for each of the task's {len(wanted)} "
+            'documents (one without an answer: {"id": ..., "content": []})',
+            field="id",
+        )
+
+
+def _listed(ids: Sequence[str]) -> str:
+    shown = ", ".join(repr(escape(key, 60)) for key in ids[:_MAX_NAMED])
+    more = f" and {len(ids) - _MAX_NAMED} more" if len(ids) > _MAX_NAMED else ""
+    return f"id {shown} is" if len(ids) == 1 else f"{len(ids)} ids ({shown}{more}) are"
 
 
 def read_document_folder(data: Path) -> list[Document]:
@@ -139,10 +183,8 @@ def read_document_folder(data: Path) -> list[Document]:
 def _score(
     task: Task, gold: Sequence[Document], predictions: Path
 ) -> tuple[dict[str, float], Sequence[Document]]:
-    answers = read_predictions(predictions)
-    unknown = {answer.id for answer in answers} - {document.id for document in gold}
-    if unknown:
-        raise InputError(f"{predictions}: id {min(unknown)!r} is not in the task's documents", field="id")
+    answers, places = _read_predictions(predictions)
+    _check_ids(predictions, places, [document.id for document in gold])
     return task.score(answers, gold), answers
 
 
@@ -154,6 +196,7 @@ def _write(
     open_image: OpenImage,
 ):
     make_folder(out)
+    remove_temporary_files(out)
     write_file(out / "scores.json", json.dumps(scores, indent=2).encode() + b"\n")
     page = render_page(records, open_image, title="Evaluation", made_by=made_by, scores=scores)
     write_file(out / "report.html", page)

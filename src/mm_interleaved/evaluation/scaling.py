@@ -16,12 +16,12 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.origin import origin_of
 from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, plain_numbers, save_figure
 from mm_interleaved.recipes.ablation_cost import read_cost
-from mm_interleaved.recipes.ablation_twins import Reader
 from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
+from mm_interleaved.recipes.twins import Reader
 from mm_interleaved.storage import make_folder, write_file
-from mm_interleaved.training.metrics import LOG_NAME, read_log
+from mm_interleaved.training.metrics import read_log
 from mm_interleaved.training.run import SETTINGS_NAME
-from mm_interleaved.training.settings import from_record, to_record
+from mm_interleaved.training.settings import LOG_NAME, from_record, to_record
 
 _WINDOW = 5
 """Lines of the log that a point of a curve is the mean of: steps differ in their mixtures."""

@@ -1,13 +1,13 @@
 """What the synchronizers are worth: twins that differ in them alone, trained one after another.
 
-`AblationConfig` names every number; `train` trains what is missing and leaves each twin as a model of its
+`ablation_settings` names every number; `train` trains what is missing and leaves each twin as a model of its
 own. Everything is resumable, and what is finished is never trained again. How twins are scored is told by
 `evaluation.ablation`, what comes out by docs/ablation.md.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -15,21 +15,14 @@ from typing import cast
 import torch
 
 from mm_interleaved.checkpoint.load import load_model
-from mm_interleaved.errors import UsageError
 from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.recipes.ablation_cost import weights_name, with_cost
-from mm_interleaved.recipes.ablation_twins import (
-    NO_LEVELS,
-    Painter,
-    Reader,
-    Twin,
-    TwinSizes,
-    all_twins,
-    build_twin,
-)
+from mm_interleaved.recipes.ablation_settings import AblationConfig
+from mm_interleaved.recipes.ablation_twins import build_twin
 from mm_interleaved.recipes.storyworld import save_model
+from mm_interleaved.recipes.twins import NO_LEVELS, Painter, Reader, Twin, chosen_twins
 from mm_interleaved.storage import make_folder, new_folder
 from mm_interleaved.training.cost import average_flops
 from mm_interleaved.training.data import INTERVIEW, DocumentBatches, Mixture
@@ -38,7 +31,7 @@ from mm_interleaved.training.loop import Stage, train_stage
 from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.parts import synchronizer_rules
-from mm_interleaved.training.settings import StageConfig, check_least, to_record
+from mm_interleaved.training.settings import StageConfig, to_record
 from mm_interleaved.training.slot_side import SlotSideStage
 from mm_interleaved.training.text_side import TextSideStage
 
@@ -59,71 +52,6 @@ PAINTER_MIXTURES = (
     Mixture(share=2, batch_size=8, tasks={"story": 1}),
 )
 """What painters learn from: pictures that follow from earlier ones."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AblationConfig:
-    """`mm-interleaved train ablation`: one name below, e.g. `text.steps`, is what `--set` takes."""
-
-    start_from: str = "storyworld"
-    """A finished model ("storyworld", a folder): all twins share its vision tower, VAE and first U-Net."""
-    twins: tuple[str, ...] = ()
-    """Which twins, by name, e.g. both-1,neither-1. Empty: all."""
-    seed: int = 1
-    """Seed of the slots' stage, which twins with the same number of slots share."""
-    num_threads: int = 2
-    """Threads of PyTorch; the same number gives the same bits."""
-    device: str = "cpu"
-    """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
-    sizes: TwinSizes = field(default_factory=TwinSizes)
-    slot_batch_size: int = 64
-    """Pictures a step of the slots' stage."""
-    image_batch_size: int = 32
-    """Pictures a step of the painters."""
-    pool_batches: int = 24
-    """Painters: batches of documents that are read at once."""
-    detail_weight: float = 4.0
-    """Painters: extra weight beside edges."""
-    badge_weight: float = 20.0
-    """Painters: extra weight of badges."""
-    synchronizer_learning_rate: float = 1e-3
-    """Readers: learning rate of the synchronizers; Muon's rate for matrices is too high for them."""
-    slots: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=250, learning_rate=4e-3, optimizer="muon", warmup_steps=30, use_bfloat16=True
-        )
-    )
-    """First stage, once for each number of slots: they learn to tell all that a picture shows."""
-    text: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=1000, learning_rate=3e-3, optimizer="muon", warmup_steps=50, ema_decay=0.99,
-            use_bfloat16=True,
-        )
-    )  # fmt: skip
-    """Second stage, once for each reader: the language model learns to read pictures and to write."""
-    painter: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=300, learning_rate=5e-4, warmup_steps=30, ema_decay=0.99, use_bfloat16=True
-        )
-    )
-    """Third stage, once for each painter: the U-Net learns to paint what earlier pictures show."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 0, "detail_weight", "badge_weight", "synchronizer_learning_rate")
-        check_least(self, 1, "num_threads", "slot_batch_size", "image_batch_size", "pool_batches")
-
-
-MAY_CHANGE = frozenset({"twins", "num_threads", "device"})
-"""Settings that a run may be resumed with another value of: all twins stay trained alike."""
-
-
-def chosen_twins(names: tuple[str, ...]) -> tuple[Twin, ...]:
-    """The twins of these names, all where none is given. Raises UsageError for an unknown one."""
-    twins = {twin.name: twin for twin in all_twins()}
-    for name in names:
-        if name not in twins:
-            raise UsageError(f"twins: found {name!r}, expected some of {', '.join(twins)}")
-    return tuple(twins[name] for name in names) if names else tuple(twins.values())
 
 
 def train(config: AblationConfig, folder: Path, *, show_progress: bool = False) -> Path:

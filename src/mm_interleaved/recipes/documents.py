@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.recipes.samples import SampleDrawer, sample_documents
-from mm_interleaved.storage import new_folder
+from mm_interleaved.storage import new_folder, remove_folder
 from mm_interleaved.training.adaptation import (
     add_low_rank,
     checkpoint_activations,
@@ -29,6 +28,7 @@ from mm_interleaved.training.adaptation import (
 )
 from mm_interleaved.training.bad_samples import BAD_SAMPLES, BadSamples
 from mm_interleaved.training.curves import CurvesPage
+from mm_interleaved.training.data_files import check_data
 from mm_interleaved.training.documents import DocumentsStage, build_loader, build_mixture
 from mm_interleaved.training.loop import train_stage, trained_parameters
 from mm_interleaved.training.metrics import LogWriter, TensorBoardWriter, WandbWriter
@@ -70,7 +70,8 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         # 1. The model, and what of it trains; before it is loaded, which may take long, files that are not
         # there.
         mixture = build_mixture(config)
-        mixture.find_shards()
+        place = folder / STAGE_FOLDER
+        check_data(mixture, place, ranks)
         model, processor, low_rank = _build(config)
         rules = choose_trained(model, config.parts)
         if config.frozen_type != "float32":
@@ -102,7 +103,6 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
             communication_type=_communication_type(config, ranks),
             has_unused=not paints,
         )
-        place = folder / STAGE_FOLDER
         stage = DocumentsStage(
             model, loader, objective, wrapped=wrapped, ranks=ranks, bad_samples=BadSamples(place, ranks)
         )
@@ -244,7 +244,7 @@ def _save(built: _Built, config: TrainConfig, out: Path) -> None:
 def _remove_model(folder: Path) -> None:
     """Removes what an earlier end of the run left; its checkpoints still have all of it."""
     for name in (MODEL_FOLDER, f"{MODEL_FOLDER}-{ADDITIONS_FOLDER}"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        remove_folder(folder / name)
 
 
 def _communication_type(config: TrainConfig, ranks: Ranks) -> str:

@@ -1,12 +1,11 @@
 """The shipped model from scratch: what sees, what reads and writes, what paints, on two CPU cores.
 
-`StoryWorldConfig` names every number; `build_*` make the parts; `train` says what is trained in which
+`storyworld_settings` names every number; `build_*` make the parts; `train` says what is trained in which
 order.
 """
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,10 +22,13 @@ from mm_interleaved.config import (
     SynchronizerConfig,
 )
 from mm_interleaved.document import Text
+from mm_interleaved.errors import UsageError, escape
 from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.prompts import conversation_pieces
+from mm_interleaved.recipes.storyworld_settings import SizesConfig, StoryWorldConfig
+from mm_interleaved.storage import new_folder, remove_folder
 from mm_interleaved.storyworld.tasks import TASK_WEIGHTS
 from mm_interleaved.training.data import (
     INTERVIEW,
@@ -42,7 +44,7 @@ from mm_interleaved.training.initialisation import open_to_images, open_to_learn
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.parts import synchronizer_rules
-from mm_interleaved.training.settings import StageConfig, to_record
+from mm_interleaved.training.settings import to_record
 from mm_interleaved.training.text_side import TextSideStage
 from mm_interleaved.training.tokenizer import train_tokenizer
 from mm_interleaved.training.vision_side import VisionSideStage
@@ -69,97 +71,6 @@ IMAGE_MIXTURES = (
     Mixture(share=4, batch_size=8, tasks={"story": 1}),
 )
 """What the image side learns from: pictures that follow from text and earlier pictures."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SizesConfig:
-    """The numbers of the model."""
-
-    latent_channels: int = 4
-    """Channels of the VAE's latents, 16 by 16 for a picture."""
-    vae_channels: tuple[int, ...] = (32, 64, 64)
-    """Channels at 64, 32 and 16 pixels a side."""
-    vision_dim: int = 96
-    """Width of the vision tower and of its pyramid (32, 16, 8 and 4 cells a side)."""
-    num_slots: int = 4
-    """Image tokens an image takes in the language model."""
-    text_dim: int = 192
-    """Width of the language model."""
-    text_layers: int = 5
-    """Layers of the language model."""
-    max_length: int = 1024
-    """Tokens that the language model can read."""
-    unet_channels: tuple[int, ...] = (64, 96, 128, 128)
-    """Channels at 16, 8, 4 and 2 latent cells a side."""
-    conditioning_dim: int = 128
-    """Width of the U-Net's conditioning."""
-    num_conditioning: int = 16
-    """Conditioning vectors."""
-    use_synchronizers: bool = True
-    """False trains the twin that sees images through their slots only."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoryWorldConfig:
-    """`mm-interleaved train storyworld`: one name below, e.g. `image.steps`, is what `--set` takes."""
-
-    seed: int = 1
-    """Seed of weights, data and noise."""
-    num_threads: int = 2
-    """Threads of PyTorch; the same number gives the same bits."""
-    device: str = "cpu"
-    """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
-    start_from: str = ""
-    """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay. Empty: none."""
-    detail_weight: float = 4.0
-    """VAE and U-Net: extra weight beside edges."""
-    badge_weight: float = 20.0
-    """U-Net: extra weight of badges."""
-    synchronizer_learning_rate: float = 1e-3
-    """Highest learning rate of the language model's synchronizers."""
-    kl_weight: float = 1e-5
-    """VAE: weight of the KL term."""
-    batch_size: int = 16
-    """Pictures a step in the first stage."""
-    vision_batch_size: int = 48
-    """Pictures a step in the second stage."""
-    image_batch_size: int = 32
-    """Pictures a step in the last two stages."""
-    sizes: SizesConfig = field(default_factory=SizesConfig)
-    vae: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=2450, learning_rate=1e-3, warmup_steps=50, ema_decay=0.995, use_bfloat16=True
-        )
-    )
-    """First stage: pixels to latents and back."""
-    vision: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=700, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
-        )
-    )
-    """Second stage: the vision tower learns to name what it sees."""
-    text: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=6000, learning_rate=2.5e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
-        )
-    )
-    """Third stage: the language model learns to read pictures and to write."""
-    painter: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=4500,
-            learning_rate=1e-3,
-            ema_decay=0.998,
-            decay_fraction=0.0,
-            use_bfloat16=True,
-        )
-    )
-    """Fourth stage: the U-Net learns to paint from codes of scenes, without language model."""
-    image: StageConfig = field(
-        default_factory=lambda: StageConfig(
-            steps=400, learning_rate=4e-4, ema_decay=0.99, decay_fraction=0.6, use_bfloat16=True
-        )
-    )
-    """Fifth stage: it learns to paint from documents, and to keep what earlier pictures show."""
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
@@ -303,7 +214,7 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     else:
         processor = build_processor(config)
         torch.manual_seed(config.seed)
-        model = MMInterleavedForConditionalGeneration(model_config(config.sizes, processor))
+        model = _build_model(config.sizes, processor)
         open_to_images(model)
         open_to_learning(model)
         cast(torch.nn.Module, model).to(device)
@@ -328,7 +239,21 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     }
     run(PainterStage(model, pictures, **settings), config.painter, folder / "painter")
     run(ImageSideStage(model, pictures, **settings), config.image, folder / "image")
-    return save_model(model, processor, folder / "model")
+    remove_folder(folder / "model")
+    with new_folder(folder / "model") as temporary:
+        save_model(model, processor, temporary)
+    return folder / "model"
+
+
+def _build_model(
+    sizes: SizesConfig, processor: MMInterleavedProcessor
+) -> MMInterleavedForConditionalGeneration:
+    """The model with new weights. Raises UsageError where numbers do not go together."""
+    try:
+        return MMInterleavedForConditionalGeneration(model_config(sizes, processor))
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+        problem = " ".join(str(error).split())
+        raise UsageError(f"sizes: no model can be made of these numbers ({escape(problem)})") from error
 
 
 def _learn_to_see(

@@ -9,10 +9,17 @@ VinaBench); where nobody has published any, our own choice, and the docstring sa
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from mm_interleaved.training.objectives import ObjectiveConfig
-from mm_interleaved.training.parts import TRAINED, PartConfig, PartsConfig
 from mm_interleaved.training.settings import StageConfig
-from mm_interleaved.training.train_config import CorpusConfig, LoraConfig, SamplesConfig, TrainConfig
+from mm_interleaved.training.train_config import (
+    TRAINED,
+    CorpusConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    PartConfig,
+    PartsConfig,
+    SamplesConfig,
+    TrainConfig,
+)
 
 
 def pretraining() -> TrainConfig:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.storage import write_file
-from mm_interleaved.training.metrics import LOG_NAME, read_log
+from mm_interleaved.training.metrics import read_log
+from mm_interleaved.training.settings import LOG_NAME
 
 PAGE_NAME = "curves.html"
 _WIDTH, _HEIGHT, _MARGIN = 460, 190, 46

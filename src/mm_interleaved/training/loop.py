@@ -30,7 +30,7 @@ from mm_interleaved.checkpoint.store import (
 )
 from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError, escape
 from mm_interleaved.storage import remove_temporary_files
-from mm_interleaved.training.metrics import LOG_NAME, LinesFile, Log, LogWriter, Meter, count_flops
+from mm_interleaved.training.metrics import LinesFile, Log, LogWriter, Meter, count_flops
 from mm_interleaved.training.optimizer import (
     AveragedWeights,
     ParameterRule,
@@ -39,7 +39,7 @@ from mm_interleaved.training.optimizer import (
 )
 from mm_interleaved.training.parallel import ALONE, Ranks, whole
 from mm_interleaved.training.precision import LossScale
-from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.settings import LOG_NAME, StageConfig
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,6 @@ from mm_interleaved.storage import is_regular_file, put_aside, storage_errors, w
 
 logger = logging.getLogger(__name__)
 
-LOG_NAME = "log.jsonl"
 # Dense bfloat16 products a second (of a V100, which has none, float16) by a word in the device's name, the
 # first that is found in it; from the makers' data sheets.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "V100": 125e12}

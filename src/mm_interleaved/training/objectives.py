@@ -7,7 +7,6 @@ Letters: I images of a micro-batch, in row-major order.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,45 +17,11 @@ from mm_interleaved.batch import Batch
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.training.train_config import PREDICTION_TYPES, ObjectiveConfig
 from mm_interleaved.visibility import NO_IMAGE, announced_images
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 _ROW_FACTOR = 1_000_003
 _SEED_LIMIT = 2**63
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectiveConfig:
-    """What is minimised. None leaves a setting as the model's configuration has it."""
-
-    text_loss_weight: float | None = None
-    """Factor of the next-token loss."""
-    image_loss_weight: float | None = None
-    """Factor of the denoising loss."""
-    condition_dropout: float | None = None
-    """How often an image is painted without its text context, 0 to 1 (arXiv 2207.12598)."""
-    prediction_type: str | None = None
-    """What the U-Net predicts: `epsilon`, the noise, or `v_prediction`, the velocity (arXiv 2202.00512)."""
-    synchronizer_dropout: float = 0.0
-    """How often an image is painted without a look at earlier images, 0 to 1."""
-    min_snr_gamma: float | None = None
-    """Highest signal-to-noise ratio that counts in full (arXiv 2303.09556; there 5); None weighs all steps
-    alike."""
-
-    def __post_init__(self) -> None:
-        for name in ("condition_dropout", "synchronizer_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UsageError(f"{name} must lie in [0, 1], found {value}")
-        if self.prediction_type not in (None, *PREDICTION_TYPES):
-            known = " or ".join(PREDICTION_TYPES)
-            raise UsageError(f"prediction_type must be {known}, found {self.prediction_type!r}")
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise UsageError(f"min_snr_gamma must be more than 0, found {self.min_snr_gamma}")
-        for name in ("text_loss_weight", "image_loss_weight"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UsageError(f"{name} must be 0 or more, found {value}")
 
 
 class TargetCounts(NamedTuple):

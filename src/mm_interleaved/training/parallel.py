@@ -23,34 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mm_interleaved.errors import StorageError, UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.training.devices import chosen_device
+from mm_interleaved.training.train_config import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
-STRATEGIES = ("ddp", "fsdp")
 _STORAGE_TYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelConfig:
-    """How a model is spread over the processes that torchrun started."""
-
-    strategy: str = "ddp"
-    """`ddp`: every process holds the whole model; `fsdp`: each holds a share of every weight (FSDP2)."""
-    shard_ranks: int = 0
-    """FSDP: over how many neighbouring ranks a weight is spread; 0 = all; a node's GPUs = hybrid sharding."""
-    reshard_after_forward: bool = True
-    """FSDP: gather weights once more for the backward pass instead of keeping them (less memory)."""
-    timeout_seconds: int = 600
-    """How long a rank waits for the others before it gives up."""
-
-    def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise UsageError(f"strategy must be {' or '.join(STRATEGIES)}, found {self.strategy!r}")
-        if self.shard_ranks < 0 or self.timeout_seconds < 1:
-            raise UsageError(
-                "shard_ranks must be 0 or more and timeout_seconds 1 or more, found "
-                f"{self.shard_ranks} and {self.timeout_seconds}"
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ by looking for a word in a parameter's name.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -16,60 +16,7 @@ from mm_interleaved.models.interleaved import MMInterleavedForConditionalGenerat
 from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
 from mm_interleaved.training.loop import Stage
 from mm_interleaved.training.optimizer import ParameterRule
-from mm_interleaved.training.settings import check_least
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartConfig:
-    """How one part learns."""
-
-    train: bool = False
-    """Its weights change."""
-    learning_rate: float | None = None
-    """Its highest learning rate; none = the run's."""
-    weight_decay: float | None = None
-    """Its weight decay; none = the run's."""
-
-    def __post_init__(self) -> None:
-        check_least(self, 0, "learning_rate", "weight_decay")
-
-
-TRAINED = PartConfig(train=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartsConfig:
-    """Every part of a model; by default all that the paper adds learns, and what is pretrained stays."""
-
-    vision: PartConfig = field(default_factory=PartConfig)
-    """CLIP's transformer."""
-    adapter: PartConfig = TRAINED
-    """The pyramid beside it."""
-    slot_resampler: PartConfig = TRAINED
-    """Images into slots, with norms and projections around it."""
-    conditioning_resampler: PartConfig = TRAINED
-    """Contexts into the U-Net's conditioning, with its projection and the conditioning of no context."""
-    text_synchronizers: PartConfig = TRAINED
-    """What lets the language model look into images."""
-    image_synchronizers: PartConfig = TRAINED
-    """What lets the U-Net look into images."""
-    gates: PartConfig = TRAINED
-    """How much the language model takes of what it sees: a number a layer."""
-    offsets: PartConfig = TRAINED
-    """Where synchronizers and adapter look: their sampling offsets."""
-    language: PartConfig = field(default_factory=PartConfig)
-    """The language model: embeddings, layers, norm."""
-    text_head: PartConfig = field(default_factory=PartConfig)
-    """Next-word logits of the old vocabulary."""
-    new_tokens: PartConfig = TRAINED
-    """What is new about the image tokens: their logits, and the start token's embedding."""
-    unet: PartConfig = TRAINED
-    """Stable Diffusion's U-Net."""
-    vae: PartConfig = field(default_factory=PartConfig)
-    """Its autoencoder."""
-    lora: PartConfig = TRAINED
-    """Low-rank additions to frozen layers, where there are any."""
-
+from mm_interleaved.training.train_config import PartConfig, PartsConfig
 
 PART_NAMES = tuple(part.name for part in fields(PartsConfig))
 

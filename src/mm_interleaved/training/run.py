@@ -1,4 +1,7 @@
-"""A recipe by name: its settings resolved, its stages run, resumable. What `mm-interleaved train` calls."""
+"""A recipe by name: its settings resolved, its stages run, resumable. What `mm-interleaved train` calls.
+
+PyTorch is loaded when the settings are known to be right.
+"""
 
 import json
 import logging
@@ -12,12 +15,11 @@ from types import MappingProxyType
 from typing import Any
 
 from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
-from mm_interleaved.recipes import ablation, scaling, storyworld
-from mm_interleaved.recipes.documents import export_run, train_documents
+from mm_interleaved.recipes import ablation_settings, scaling_settings
+from mm_interleaved.recipes.storyworld_settings import StoryWorldConfig
 from mm_interleaved.recipes.tasks import task_recipes
-from mm_interleaved.storage import locked_folder, make_folder, write_file
-from mm_interleaved.training.metrics import LOG_NAME
-from mm_interleaved.training.settings import flat_record, from_record, override, to_record
+from mm_interleaved.storage import locked_folder, make_folder, remove_temporary_files, write_file
+from mm_interleaved.training.settings import LOG_NAME, flat_record, from_record, override, to_record
 from mm_interleaved.training.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,37 @@ class Recipe:
     with each other, all must have been trained alike."""
 
 
+def _train_storyworld(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from mm_interleaved.recipes.storyworld import train
+
+    return train(settings, folder, show_progress=show_progress)
+
+
+def _train_ablation(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from mm_interleaved.recipes.ablation import train
+
+    return train(settings, folder, show_progress=show_progress)
+
+
+def _train_scaling(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from mm_interleaved.recipes.scaling import train
+
+    return train(settings, folder, show_progress=show_progress)
+
+
+def _train_documents(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from mm_interleaved.recipes.documents import train_documents
+
+    return train_documents(settings, folder, show_progress=show_progress)
+
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "storyworld": Recipe(storyworld.StoryWorldConfig, storyworld.train),
-        "ablation": Recipe(ablation.AblationConfig, ablation.train, ablation.MAY_CHANGE),
-        "scaling": Recipe(scaling.ScalingConfig, scaling.train, scaling.MAY_CHANGE),
+        "storyworld": Recipe(StoryWorldConfig, _train_storyworld),
+        "ablation": Recipe(ablation_settings.AblationConfig, _train_ablation, ablation_settings.MAY_CHANGE),
+        "scaling": Recipe(scaling_settings.ScalingConfig, _train_scaling, scaling_settings.MAY_CHANGE),
     }
-    | {name: Recipe(settings, train_documents) for name, settings in task_recipes().items()}
+    | {name: Recipe(settings, _train_documents) for name, settings in task_recipes().items()}
 )
 
 
@@ -94,6 +120,8 @@ def run_recipe(
         _exit_status(out),
         _kept_settings(path, name, settings) if is_first else nullcontext(),
     ):
+        if is_first:
+            remove_temporary_files(out)
         return RECIPES[name].train(settings, out, show_progress=show_progress)
 
 
@@ -115,6 +143,8 @@ def export(run: Path, out: Path) -> int:
         raise UsageError(
             f"{run}: {name} makes its model in stages and leaves it in {run / 'model'} when all are done"
         )
+    from mm_interleaved.recipes.documents import export_run
+
     return export_run(settings, run, out)
 
 
@@ -213,5 +243,5 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UsageError(f"{path}: there is no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path}: cannot be read as JSON ({error})") from error

@@ -6,88 +6,135 @@ checkpoint.
 
 import dataclasses
 import difflib
-import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar
 
-from mm_interleaved.errors import UsageError
+from mm_interleaved.errors import UsageError, escape
 
 Settings = TypeVar("Settings")
 
 OPTIMIZERS = ("adamw", "muon")
+LOG_NAME = "log.jsonl"
+"""Where a stage keeps its log, in its folder."""
+_MAX_SUGGESTED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Which numbers a setting takes. Every numeric setting has one, written beside its type."""
+
+    low: float
+    high: float
+    """Chosen such that nothing that is computed with the setting overflows or never ends."""
+    excludes_low: bool = False
+    excludes_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        # Not a number is in no range.
+        is_low = self.low < value if self.excludes_low else self.low <= value
+        return is_low and (value < self.high if self.excludes_high else value <= self.high)
+
+    def refusal(self, name: str, value: float) -> str:
+        """The sentence for a value outside."""
+        if self.high == 1:
+            left, right = "(" if self.excludes_low else "[", ")" if self.excludes_high else "]"
+            expected = f"must lie in {left}{self.low}, 1{right}"
+        elif value > self.high:
+            expected = f"must be at most {self.high:g}"
+        else:
+            expected = f"must be more than {self.low}" if self.excludes_low else f"must be {self.low} or more"
+        return f"{name} {expected}, found {value}"
+
+
+COUNT = Range(1, 2**31 - 1)
+NUMBER = Range(0, 2**31 - 1)
+"""A count that may be none."""
+SEED = Range(0, 2**63 - 1)
+THREADS = Range(1, 1024)
+PROCESSES = Range(0, 1024)
+SIZE = Range(1, 2**20)
+"""Rows, tokens, channels: what takes memory."""
+RATE = Range(0, 1000)
+"""Learning rates and decays."""
+FACTOR = Range(0, 1e6)
+"""Weights of losses and the like."""
+SHARE = Range(0, 1)
+DECAY = Range(0, 1, excludes_high=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageConfig:
     """How one stage is trained. Its data and its loss are the stage's own business."""
 
-    steps: int
+    steps: Annotated[int, COUNT]
     """Optimizer steps in all; with `--resume` a larger number goes on from the last checkpoint."""
-    learning_rate: float
+    learning_rate: Annotated[float, RATE]
     """Highest learning rate, reached after the warm-up and held until the decay."""
     optimizer: str = "adamw"
     """"adamw", or "muon" for the matrices inside the networks (AdamW for all else)."""
-    warmup_steps: int = 100
+    warmup_steps: Annotated[int, NUMBER] = 100
     """Steps over which the learning rate rises linearly from 0."""
-    decay_fraction: float = 0.3
+    decay_fraction: Annotated[float, SHARE] = 0.3
     """Last part of the steps, over which the learning rate falls to 0 along a half cosine."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, RATE] = 0.01
     """A step's, times the learning rate; matrices and kernels only."""
-    beta_1: float = 0.9
+    beta_1: Annotated[float, DECAY] = 0.9
     """AdamW's first-moment decay."""
-    beta_2: float = 0.98
+    beta_2: Annotated[float, DECAY] = 0.98
     """AdamW's second-moment decay."""
-    epsilon: float = 1e-8
+    epsilon: Annotated[float, SHARE] = 1e-8
     """AdamW's addition to the root of the second moment."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, FACTOR] = 1.0
     """Gradients are scaled down to this norm; 0 = they are left as they are."""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, DECAY] = 0.0
     """Decay a step of the averaged weights, which are the ones that a stage hands on; 0 keeps no average."""
     use_bfloat16: bool = False
     """Run convolutions and matrix products in bfloat16 (autocast), weights staying in float32."""
     use_float16: bool = False
     """The same in float16, with a loss scale that adapts itself; for GPUs without bfloat16."""
-    save_every: int = 200
+    save_every: Annotated[int, COUNT] = 200
     """Steps between two checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, COUNT] = 2
     """Checkpoints that stay; older ones are deleted."""
-    log_every: int = 20
+    log_every: Annotated[int, COUNT] = 20
     """Steps between two lines of the log."""
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "steps", "save_every", "keep_checkpoints", "log_every")
-        check_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "epsilon", "max_grad_norm")
+        check_ranges(self)
         if self.use_bfloat16 and self.use_float16:
             raise UsageError("use_bfloat16 and use_float16 exclude each other, found both true")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
-        check_shares(self, "decay_fraction")
-        for name in ("ema_decay", "beta_1", "beta_2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
 
 
-def check_least(settings: Any, least: float, *names: str) -> None:
-    """Refuses numbers below a limit, and such that are not finite; None is not looked at.
+def check_ranges(settings: Any) -> None:
+    """Refuses numbers outside the ranges of their settings; None is not looked at.
 
     Raises:
         UsageError: names the first of them.
     """
-    for name in names:
+    for name, wanted in number_ranges(type(settings)).items():
         value = getattr(settings, name)
-        if value is not None and not least <= value < math.inf:
-            raise UsageError(f"{name} must be {least} or more, found {value}")
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            if number not in wanted:
+                raise UsageError(wanted.refusal(name, number))
 
 
-def check_shares(settings: Any, *names: str) -> None:
-    """Refuses numbers outside of [0, 1], as `check_least` does."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not 0 <= value <= 1:
-            raise UsageError(f"{name} must lie in [0, 1], found {value}")
+@lru_cache
+def number_ranges(kind: type) -> Mapping[str, Range]:
+    """The range of each numeric setting of a dataclass, by name."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        name: extra
+        for name, hint in hints.items()
+        for extra in getattr(hint, "__metadata__", ())
+        if isinstance(extra, Range)
+    }
 
 
 def override(settings: Settings, assignments: typing.Iterable[str]) -> Settings:
@@ -156,7 +203,8 @@ def _type_of(settings: Any, path: Sequence[str], full_name: str) -> Any:
     name, *rest = path
     children = _children(settings)
     if name not in children or _is_group(children[name]) != bool(rest):
-        raise UsageError(f"--set {full_name}: no such setting{_suggestion(settings, full_name, path)}")
+        suggestion = _suggestion(settings, full_name, path)
+        raise UsageError(f"--set {escape(full_name)}: no such setting{suggestion}")
     return _type_of(children[name], rest, full_name) if rest else typing.get_type_hints(type(settings))[name]
 
 
@@ -165,21 +213,38 @@ def _changed(settings: Any, changes: Mapping[tuple[str, ...], Any]) -> Any:
     values = {path[0]: value for path, value in changes.items() if len(path) == 1}
     for name in dict.fromkeys(path[0] for path in changes if len(path) > 1):
         inner = {path[1:]: value for path, value in changes.items() if path[0] == name}
-        values[name] = _changed(_children(settings)[name], inner)
+        group = _children(settings)[name]
+        try:
+            values[name] = _changed(group, inner)
+        except UsageError as error:
+            # What a group refuses names its own settings; those of a user begin with the group.
+            is_own = re.split(r"[ .]", str(error))[0] in _children(group)
+            raise UsageError(f"{name}.{error}" if is_own else str(error)) from error
     return (
         {**settings, **values} if isinstance(settings, Mapping) else dataclasses.replace(settings, **values)
     )
 
 
 def _suggestion(settings: Any, full_name: str, path: Sequence[str]) -> str:
-    prefix = full_name.removesuffix(".".join(path))
-    close = difflib.get_close_matches(full_name, setting_names(settings, prefix), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
+    """Settings of the same last name, of a group of nearly that name if there is one; else the setting that
+    is spelt most alike; else the names that one can begin with.
+    """
+    names = setting_names(settings, full_name.removesuffix(".".join(path)))
+    group, _, last = full_name.rpartition(".")
+    groups = {name: name.rpartition(".")[0] for name in names if name.rpartition(".")[2] == last}
+    near = difflib.get_close_matches(group, groups.values(), n=1, cutoff=0.7) if group else []
+    close = [name for name, its in groups.items() if name != full_name and its in (near or groups.values())]
+    close = close or difflib.get_close_matches(full_name, names, n=1, cutoff=0.4)
+    if not close:
+        return f"; known are {', '.join(_children(settings))}"
+    *others, final = close[:_MAX_SUGGESTED]
+    more = " ..." if len(close) > _MAX_SUGGESTED else ""
+    return f"; did you mean {', '.join(others)}{' or ' if others else ''}{final}{more}?"
 
 
 def _parse(value: str, kind: Any, full_name: str) -> Any:
     try:
-        if isinstance(kind, types.UnionType):
+        if _is_optional(kind):
             return None if value == "none" else _parse(value, typing.get_args(kind)[0], full_name)
         if typing.get_origin(kind) is tuple:
             items = value.split(",") if value else ()
@@ -189,20 +254,22 @@ def _parse(value: str, kind: Any, full_name: str) -> Any:
         return kind(value)
     except (ValueError, KeyError):
         expected = getattr(kind, "__name__", str(kind))
-        raise UsageError(f"--set {full_name}: expected {expected}, found {value!r}") from None
+        found = escape(repr(value))
+        raise UsageError(f"--set {full_name}: expected {expected}, found {found}") from None
+
+
+def _is_optional(kind: Any) -> bool:
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
 
 
 def _from_json(value: Any, kind: Any, name: str) -> Any:
     """A JSON value as a value of a type; what JSON has no word for (tuples, dataclasses) is made again."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
+    if _is_optional(kind):
         return None if value is None else _from_json(value, arguments[0], name)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        known = [field.name for field in dataclasses.fields(kind)]
-        if not isinstance(value, Mapping) or set(value) - set(known):
-            found = sorted(set(value) - set(known)) if isinstance(value, Mapping) else type(value).__name__
-            raise UsageError(f"{name}: expected some of {', '.join(known)}, found {found}")
+        _check_names(value, dataclasses.fields(kind), name)
         made = {key: _from_json(item, hints[key], f"{name}.{key}") for key, item in value.items()}
         return typing.cast(Any, kind)(**made)
     if origin is tuple and isinstance(value, list):
@@ -213,5 +280,18 @@ def _from_json(value: Any, kind: Any, name: str) -> Any:
         return float(value)
     if kind not in (int, float, bool, str) or type(value) is not kind:
         expected = getattr(kind, "__name__", str(kind))
-        raise UsageError(f"{name}: expected {expected}, found {value!r}")
+        raise UsageError(f"{name}: expected {expected}, found {escape(repr(value))}")
     return value
+
+
+def _check_names(value: Any, known: Sequence[dataclasses.Field], name: str) -> None:
+    """Refuses what is no JSON object of these fields, or lacks one that has no default."""
+    names = [field.name for field in known]
+    if not isinstance(value, Mapping) or set(value) - set(names):
+        found = sorted(set(value) - set(names)) if isinstance(value, Mapping) else type(value).__name__
+        raise UsageError(f"{name}: expected some of {', '.join(names)}, found {escape(str(found))}")
+    nothing = dataclasses.MISSING
+    needed = [field.name for field in known if field.default is nothing and field.default_factory is nothing]
+    missing = [field for field in needed if field not in value]
+    if missing:
+        raise UsageError(f"{name}.{missing[0]}: missing")

@@ -5,17 +5,29 @@ checkpoint.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.training.objectives import ObjectiveConfig
-from mm_interleaved.training.parallel import ParallelConfig
-from mm_interleaved.training.parts import PartsConfig
-from mm_interleaved.training.settings import StageConfig, check_least, check_shares
+from mm_interleaved.training.settings import (
+    COUNT,
+    DECAY,
+    FACTOR,
+    NUMBER,
+    PROCESSES,
+    RATE,
+    SEED,
+    SHARE,
+    SIZE,
+    Range,
+    StageConfig,
+    check_ranges,
+)
 
 NUMBER_TYPES = ("float32", "bfloat16", "float16")
 LORA_PARTS = ("language", "unet")
 QUANTIZATIONS = ("", "nf4", "int8")
+STRATEGIES = ("ddp", "fsdp")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +42,9 @@ class CorpusConfig:
     """Folder, address or tars of the images; none = where the format has them."""
     options: str = ""
     """Further settings of the format, as a JSON object."""
-    weight: float = 1.0
+    weight: Annotated[float, FACTOR] = 1.0
     """Share of the rows, against the other weights."""
-    max_images: int | None = None
+    max_images: Annotated[int | None, COUNT] = None
     """Images a row."""
     learn_text: str = "all"
     """What text counts where a document does not say: `all`, `after_image` or `none`."""
@@ -40,10 +52,10 @@ class CorpusConfig:
     """What images count: `all`, `last` or `none`."""
     learn_prompts: bool = False
     """Of `storyworld`: what is asked counts as well as the answer (pre-training)."""
-    few_shot_share: float = 0.0
+    few_shot_share: Annotated[float, SHARE] = 0.0
     """How often documents are merged into few-shot documents, 0 to 1; never with `released_packing`, as the
     published loader does not."""
-    shuffle_block: int = 256
+    shuffle_block: Annotated[int, SIZE] = 256
     """Documents that are read, shuffled and merged together; 1 keeps the order of the files."""
     keep_pairs: bool = False
     """With `released_packing`: what would lose its image at a row's end goes into the next row as a whole."""
@@ -51,9 +63,7 @@ class CorpusConfig:
     """What happens to a document that is longer than a row: `cut` at the borders of its parts, or `skip`."""
 
     def __post_init__(self) -> None:
-        check_least(self, 0, "weight")
-        check_least(self, 1, "max_images", "shuffle_block")
-        check_shares(self, "few_shot_share")
+        check_ranges(self)
 
     def source_settings(self) -> dict[str, Any]:
         """What the source of this format is made with.
@@ -75,11 +85,11 @@ class CorpusConfig:
 class LoraConfig:
     """Low-rank additions to frozen layers (arXiv 2106.09685), through PEFT."""
 
-    rank: int = 0
+    rank: Annotated[int, Range(0, 2**16)] = 0
     """Rank of the additions; 0 = none."""
-    alpha: float = 16.0
+    alpha: Annotated[float, FACTOR] = 16.0
     """Additions are scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: Annotated[float, DECAY] = 0.0
     """Dropout of what goes into them."""
     parts: tuple[str, ...] = LORA_PARTS
     """Whose linear layers get one: `language`, `unet`."""
@@ -88,10 +98,7 @@ class LoraConfig:
     bitsandbytes; empty = do not."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0 or not 0 <= self.dropout < 1:
-            raise UsageError(
-                f"lora: rank must be 0 or more and dropout in [0, 1), found {self.rank} and {self.dropout}"
-            )
+        check_ranges(self)
         unknown = sorted(set(self.parts) - set(LORA_PARTS))
         if unknown:
             raise UsageError(f"lora.parts must be some of {', '.join(LORA_PARTS)}, found {unknown[0]!r}")
@@ -105,20 +112,115 @@ class LoraConfig:
 class SamplesConfig:
     """Documents that are continued while the model trains."""
 
-    every: int = 0
+    every: Annotated[int, NUMBER] = 0
     """Steps between two looks; 0 = never."""
     documents: str = ""
     """A file of documents with holes; empty = StoryWorld's own (for models of its size)."""
-    count: int = 4
+    count: Annotated[int, COUNT] = 4
     """How many documents."""
-    num_inference_steps: int = 20
+    num_inference_steps: Annotated[int, Range(1, 1000)] = 20
     """Denoising steps a picture."""
-    max_new_tokens: int = 64
+    max_new_tokens: Annotated[int, COUNT] = 64
     """Tokens of a text."""
 
     def __post_init__(self) -> None:
-        check_least(self, 0, "every")
-        check_least(self, 1, "count", "num_inference_steps", "max_new_tokens")
+        check_ranges(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised. None leaves a setting as the model's configuration has it."""
+
+    text_loss_weight: Annotated[float | None, FACTOR] = None
+    """Factor of the next-token loss."""
+    image_loss_weight: Annotated[float | None, FACTOR] = None
+    """Factor of the denoising loss."""
+    condition_dropout: Annotated[float | None, SHARE] = None
+    """How often an image is painted without its text context, 0 to 1 (arXiv 2207.12598)."""
+    prediction_type: str | None = None
+    """What the U-Net predicts: `epsilon`, the noise, or `v_prediction`, the velocity (arXiv 2202.00512)."""
+    synchronizer_dropout: Annotated[float, SHARE] = 0.0
+    """How often an image is painted without a look at earlier images, 0 to 1."""
+    min_snr_gamma: Annotated[float | None, Range(0, 1e6, excludes_low=True)] = None
+    """Highest signal-to-noise ratio that counts in full (arXiv 2303.09556; there 5); None weighs all steps
+    alike."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.prediction_type not in (None, *PREDICTION_TYPES):
+            known = " or ".join(PREDICTION_TYPES)
+            raise UsageError(f"prediction_type must be {known}, found {self.prediction_type!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over the processes that torchrun started."""
+
+    strategy: str = "ddp"
+    """`ddp`: every process holds the whole model; `fsdp`: each holds a share of every weight (FSDP2)."""
+    shard_ranks: Annotated[int, NUMBER] = 0
+    """FSDP: over how many neighbouring ranks a weight is spread; 0 = all; a node's GPUs = hybrid sharding."""
+    reshard_after_forward: bool = True
+    """FSDP: gather weights once more for the backward pass instead of keeping them (less memory)."""
+    timeout_seconds: Annotated[int, Range(1, 1e7)] = 600
+    """How long a rank waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.strategy not in STRATEGIES:
+            raise UsageError(f"strategy must be {' or '.join(STRATEGIES)}, found {self.strategy!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartConfig:
+    """How one part learns."""
+
+    train: bool = False
+    """Its weights change."""
+    learning_rate: Annotated[float | None, RATE] = None
+    """Its highest learning rate; none = the run's."""
+    weight_decay: Annotated[float | None, RATE] = None
+    """Its weight decay; none = the run's."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+TRAINED = PartConfig(train=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartsConfig:
+    """Every part of a model; by default all that the paper adds learns, and what is pretrained stays."""
+
+    vision: PartConfig = field(default_factory=PartConfig)
+    """CLIP's transformer."""
+    adapter: PartConfig = TRAINED
+    """The pyramid beside it."""
+    slot_resampler: PartConfig = TRAINED
+    """Images into slots, with norms and projections around it."""
+    conditioning_resampler: PartConfig = TRAINED
+    """Contexts into the U-Net's conditioning, with its projection and the conditioning of no context."""
+    text_synchronizers: PartConfig = TRAINED
+    """What lets the language model look into images."""
+    image_synchronizers: PartConfig = TRAINED
+    """What lets the U-Net look into images."""
+    gates: PartConfig = TRAINED
+    """How much the language model takes of what it sees: a number a layer."""
+    offsets: PartConfig = TRAINED
+    """Where synchronizers and adapter look: their sampling offsets."""
+    language: PartConfig = field(default_factory=PartConfig)
+    """The language model: embeddings, layers, norm."""
+    text_head: PartConfig = field(default_factory=PartConfig)
+    """Next-word logits of the old vocabulary."""
+    new_tokens: PartConfig = TRAINED
+    """What is new about the image tokens: their logits, and the start token's embedding."""
+    unet: PartConfig = TRAINED
+    """Stable Diffusion's U-Net."""
+    vae: PartConfig = field(default_factory=PartConfig)
+    """Its autoencoder."""
+    lora: PartConfig = TRAINED
+    """Low-rank additions to frozen layers, where there are any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,27 +229,27 @@ class TrainConfig:
 
     start_from: str = ""
     """The model to train: `storyworld`, or a folder that `compose`, `convert` or a run made."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of data order, noise and new weights."""
-    num_threads: int = 0
+    num_threads: Annotated[int, PROCESSES] = 0
     """Threads of PyTorch; the same number gives the same bits. 0 = as PyTorch chooses."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: this rank's GPU where there is one."""
     corpora: Mapping[str, CorpusConfig] = field(default_factory=dict)
     """The mixture, by names of its own."""
-    max_length: int = 2048
+    max_length: Annotated[int, SIZE] = 2048
     """Tokens a row."""
     released_packing: bool = False
     """Fill rows as the published loader does."""
     fixed_length: bool = False
     """Pad all rows to `max_length`, so that compiled layers see one shape."""
-    global_batch_size: int = 8
+    global_batch_size: Annotated[int, SIZE] = 8
     """Rows of an optimizer step over all ranks."""
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[int, SIZE] = 1
     """Rows that go through the model at a time on a rank; more rows a step are accumulated."""
-    num_workers: int = 0
+    num_workers: Annotated[int, PROCESSES] = 0
     """Processes a rank that read data; 0 = none of their own."""
-    max_bad_fraction: float = 0.001
+    max_bad_fraction: Annotated[float, SHARE] = 0.001
     """Share of unreadable items above which the run stops; `bad_samples.jsonl` names them."""
     training: StageConfig = field(default_factory=lambda: StageConfig(steps=1000, learning_rate=1e-4))
     """Steps, rates, precision, checkpoints."""
@@ -177,9 +279,7 @@ class TrainConfig:
     """Number type in which the finished model is saved."""
 
     def __post_init__(self) -> None:
-        check_least(self, 0, "seed", "num_threads", "num_workers")
-        check_least(self, 1, "max_length", "global_batch_size", "micro_batch_size")
-        check_shares(self, "max_bad_fraction")
+        check_ranges(self)
         for name in ("frozen_type", "model_type"):
             if getattr(self, name) not in NUMBER_TYPES:
                 raise UsageError(

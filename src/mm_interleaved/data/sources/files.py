@@ -248,6 +248,12 @@ def check_against_manifest(path: str):
         raise InputError(f"{escape(path)}: found {found}, expected {expected} as in {MANIFEST}")
 
 
+def listed_hash(path: str) -> str | None:
+    """The SHA-256 of a file as the manifest beside it says it; None where none lists it."""
+    entry = _entries(folder_of(path)).get(os.path.basename(path))
+    return None if entry is None else entry.sha256
+
+
 def warn_of_unlisted(paths: Sequence[str]):
     """Says once for all files that no manifest lists that their contents are unchecked."""
     listed = {folder: _entries(folder) for folder in dict.fromkeys(map(folder_of, paths))}

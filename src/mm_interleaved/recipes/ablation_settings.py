@@ -1,0 +1,87 @@
+"""Every number of the recipe `ablation`. Light, so that a wrong one is refused before PyTorch is loaded."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.recipes.twins import chosen_twins
+from mm_interleaved.training.settings import FACTOR, RATE, SEED, SIZE, THREADS, StageConfig, check_ranges
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwinSizes:
+    """The numbers of a twin's language model; vision tower, U-Net and VAE are those of the finished model."""
+
+    text_dim: Annotated[int, SIZE] = 128
+    """Width of the language model."""
+    text_layers: Annotated[int, SIZE] = 4
+    """Its layers; every second looks at images, the first among them."""
+    text_heads: Annotated[int, SIZE] = 4
+    """Attention heads of each."""
+    max_context_images: Annotated[int, SIZE] = 5
+    """Earlier images that the painter can tell apart: all of a story."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        # Positions turn pairs of channels, so each head needs an even number of them.
+        if self.text_dim % (2 * self.text_heads):
+            raise UsageError(
+                f"text_dim must be a multiple of twice text_heads ({2 * self.text_heads}), "
+                f"found {self.text_dim}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AblationConfig:
+    """`mm-interleaved train ablation`: one name below, e.g. `text.steps`, is what `--set` takes."""
+
+    start_from: str = "storyworld"
+    """A finished model ("storyworld", a folder): all twins share its vision tower, VAE and first U-Net."""
+    twins: tuple[str, ...] = ()
+    """Which twins, by name, e.g. both-1,neither-1. Empty: all."""
+    seed: Annotated[int, SEED] = 1
+    """Seed of the slots' stage, which twins with the same number of slots share."""
+    num_threads: Annotated[int, THREADS] = 2
+    """Threads of PyTorch; the same number gives the same bits."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
+    sizes: TwinSizes = field(default_factory=TwinSizes)
+    slot_batch_size: Annotated[int, SIZE] = 64
+    """Pictures a step of the slots' stage."""
+    image_batch_size: Annotated[int, SIZE] = 32
+    """Pictures a step of the painters."""
+    pool_batches: Annotated[int, SIZE] = 24
+    """Painters: batches of documents that are read at once."""
+    detail_weight: Annotated[float, FACTOR] = 4.0
+    """Painters: extra weight beside edges."""
+    badge_weight: Annotated[float, FACTOR] = 20.0
+    """Painters: extra weight of badges."""
+    synchronizer_learning_rate: Annotated[float, RATE] = 1e-3
+    """Readers: learning rate of the synchronizers; Muon's rate for matrices is too high for them."""
+    slots: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=250, learning_rate=4e-3, optimizer="muon", warmup_steps=30, use_bfloat16=True
+        )
+    )
+    """First stage, once for each number of slots: they learn to tell all that a picture shows."""
+    text: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=1000, learning_rate=3e-3, optimizer="muon", warmup_steps=50, ema_decay=0.99,
+            use_bfloat16=True,
+        )
+    )  # fmt: skip
+    """Second stage, once for each reader: the language model learns to read pictures and to write."""
+    painter: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=300, learning_rate=5e-4, warmup_steps=30, ema_decay=0.99, use_bfloat16=True
+        )
+    )
+    """Third stage, once for each painter: the U-Net learns to paint what earlier pictures show."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        chosen_twins(self.twins)
+
+
+MAY_CHANGE = frozenset({"twins", "num_threads", "device"})
+"""Settings that a run may be resumed with another value of: all twins stay trained alike."""

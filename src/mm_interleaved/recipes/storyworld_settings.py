@@ -1,0 +1,103 @@
+"""Every number of the recipe `storyworld`. Light, so that a wrong one is refused before PyTorch is loaded."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from mm_interleaved.training.settings import FACTOR, RATE, SEED, SIZE, THREADS, StageConfig, check_ranges
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizesConfig:
+    """The numbers of the model."""
+
+    latent_channels: Annotated[int, SIZE] = 4
+    """Channels of the VAE's latents, 16 by 16 for a picture."""
+    vae_channels: Annotated[tuple[int, ...], SIZE] = (32, 64, 64)
+    """Channels at 64, 32 and 16 pixels a side."""
+    vision_dim: Annotated[int, SIZE] = 96
+    """Width of the vision tower and of its pyramid (32, 16, 8 and 4 cells a side)."""
+    num_slots: Annotated[int, SIZE] = 4
+    """Image tokens an image takes in the language model."""
+    text_dim: Annotated[int, SIZE] = 192
+    """Width of the language model."""
+    text_layers: Annotated[int, SIZE] = 5
+    """Layers of the language model."""
+    max_length: Annotated[int, SIZE] = 1024
+    """Tokens that the language model can read."""
+    unet_channels: Annotated[tuple[int, ...], SIZE] = (64, 96, 128, 128)
+    """Channels at 16, 8, 4 and 2 latent cells a side."""
+    conditioning_dim: Annotated[int, SIZE] = 128
+    """Width of the U-Net's conditioning."""
+    num_conditioning: Annotated[int, SIZE] = 16
+    """Conditioning vectors."""
+    use_synchronizers: bool = True
+    """False trains the twin that sees images through their slots only."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoryWorldConfig:
+    """`mm-interleaved train storyworld`: one name below, e.g. `image.steps`, is what `--set` takes."""
+
+    seed: Annotated[int, SEED] = 1
+    """Seed of weights, data and noise."""
+    num_threads: Annotated[int, THREADS] = 2
+    """Threads of PyTorch; the same number gives the same bits."""
+    device: str = "cpu"
+    """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
+    start_from: str = ""
+    """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay. Empty: none."""
+    detail_weight: Annotated[float, FACTOR] = 4.0
+    """VAE and U-Net: extra weight beside edges."""
+    badge_weight: Annotated[float, FACTOR] = 20.0
+    """U-Net: extra weight of badges."""
+    synchronizer_learning_rate: Annotated[float, RATE] = 1e-3
+    """Highest learning rate of the language model's synchronizers."""
+    kl_weight: Annotated[float, FACTOR] = 1e-5
+    """VAE: weight of the KL term."""
+    batch_size: Annotated[int, SIZE] = 16
+    """Pictures a step in the first stage."""
+    vision_batch_size: Annotated[int, SIZE] = 48
+    """Pictures a step in the second stage."""
+    image_batch_size: Annotated[int, SIZE] = 32
+    """Pictures a step in the last two stages."""
+    sizes: SizesConfig = field(default_factory=SizesConfig)
+    vae: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=2450, learning_rate=1e-3, warmup_steps=50, ema_decay=0.995, use_bfloat16=True
+        )
+    )
+    """First stage: pixels to latents and back."""
+    vision: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=700, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
+        )
+    )
+    """Second stage: the vision tower learns to name what it sees."""
+    text: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=6000, learning_rate=2.5e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
+        )
+    )
+    """Third stage: the language model learns to read pictures and to write."""
+    painter: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=4500,
+            learning_rate=1e-3,
+            ema_decay=0.998,
+            decay_fraction=0.0,
+            use_bfloat16=True,
+        )
+    )
+    """Fourth stage: the U-Net learns to paint from codes of scenes, without language model."""
+    image: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=400, learning_rate=4e-4, ema_decay=0.99, decay_fraction=0.6, use_bfloat16=True
+        )
+    )
+    """Fifth stage: it learns to paint from documents, and to keep what earlier pictures show."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
