@@ -519,7 +519,8 @@ def _take_up(run: RunFolder, retry_errors: bool):
         # Somebody may have changed it by hand, and want it back.
         write_file(spare_name(results), b"".join(line + b"\n" for line in wrong))
     run.finished, run.hashes = kept, {key: hashes[key] for key in kept}
-    if len(kept) != len(lines) or len(kept) != len(hashes):
+    is_noted = not kept or (run.path / HASHES).exists()
+    if len(kept) != len(lines) or len(kept) != len(hashes) or not is_noted:
         run._write_all()
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch  # noqa: F401  (imported before the forks below, which would each p
 from echo_generator import load_echo
 from PIL import Image as PILImage
 
+from faults.filesystem import KILLED, killed_at
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, StorageError, UsageError
@@ -243,37 +242,14 @@ def test_killed_at_every_event_then_finished(request_):
     run(whole)
     wanted = contents(whole.output)
     num_events = 0
-    while killed_at(num_events, replace(request_, output=request_.output.with_name(f"out{num_events}"))):
+    while True:
         again = replace(request_, output=request_.output.with_name(f"out{num_events}"))
+        if killed_at(num_events, lambda again=again: run(again), again.output) != KILLED:
+            break
         run(again)
         assert contents(again.output) == wanted, f"killed at event {num_events}"
         num_events += 1
     assert num_events >= 25
-
-
-def killed_at(number: int, request: RunRequest) -> bool:
-    """Run in a child that dies at the given event; False where it came to its end."""
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def hook(event, arguments):
-            nonlocal count
-            is_write = (
-                event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            )
-            is_change = event in ("os.rename", "os.remove", "os.mkdir", "os.truncate")
-            if (is_write or is_change) and str(request.output) in str(arguments[0]):
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
-
-        try:
-            sys.addaudithook(hook)
-            run(request)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def test_torn_tail_is_repaired(request_):
