@@ -1,11 +1,28 @@
 """Settings of a run: what `--set` takes and what it refuses."""
 
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
+from dataclasses import replace
+
 import pytest
 
-from mm_interleaved.errors import StorageError, UsageError
+from line_stage import CONFIG, Line
+from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
 from mm_interleaved.recipes.storyworld import StoryWorldConfig
+from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.run import RECIPES, run_recipe
-from mm_interleaved.training.settings import override, setting_names
+from mm_interleaved.training.settings import (
+    StageConfig,
+    flat_record,
+    from_record,
+    number_ranges,
+    override,
+    setting_names,
+    to_record,
+)
 
 
 def test_assignments_reach_nested_settings_and_keep_their_types():
@@ -89,3 +106,132 @@ def test_an_unknown_recipe_and_a_folder_in_use_are_refused(tmp_path):
         run_recipe("storyworld", out=tmp_path)
     with pytest.raises(StorageError, match="cannot be written"):
         run_recipe("storyworld", out=tmp_path / ("a" * 300))
+
+
+def groups(settings, prefix=""):
+    """(the name it has in --set, dataclass) of a recipe's settings and all groups in them."""
+    yield prefix, settings
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        inner = value if isinstance(value, typing.Mapping) else {"": value}
+        for name, group in inner.items():
+            if dataclasses.is_dataclass(group):
+                yield from groups(group, f"{prefix}{field.name}.{name}{'.' if name else ''}")
+
+
+def numeric(kind):
+    """The numeric settings of a dataclass: a number, one or none, or several."""
+    hints = typing.get_type_hints(kind)
+    return {
+        name: hint for name, hint in hints.items() if {int, float} & {hint, *typing.get_args(hint)}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["storyworld", "ablation", "scaling", "pretrain", "storytelling-lora"])
+def test_every_number_has_a_range_and_what_lies_outside_is_refused(recipe):
+    settings = RECIPES[recipe].settings()
+    tried = 0
+    for prefix, group in groups(settings):
+        kinds, ranges = numeric(type(group)), number_ranges(type(group))
+        assert kinds.keys() == ranges.keys(), f"{prefix}: {kinds.keys() ^ ranges.keys()}"
+        for name, wanted in ranges.items():
+            outside = [wanted.low - 1, wanted.high + max(1, wanted.high / 1000)]
+            is_whole = int in {kinds[name], *typing.get_args(kinds[name])}
+            words = [str(int(value)) for value in outside] if is_whole else map(str, outside)
+            for word in [*words, *([] if is_whole else ["nan", "inf", "-inf", "1e38", "1e308", "-1e-300"])]:
+                if float(word) in wanted:
+                    continue
+                with pytest.raises(UsageError, match=rf"^{prefix}{name} must .*, found "):
+                    override(settings, [f"{prefix}{name}={word}"])
+                tried += 1
+    assert tried > 100
+
+
+@pytest.mark.parametrize("name", sorted(number_ranges(StageConfig)))
+def test_a_stage_at_the_ends_of_a_range_ends_as_it_should(tmp_path, name):
+    """With a sentence, if not well; nothing overflows in a library."""
+    wanted = number_ranges(StageConfig)[name]
+    for value in (wanted.low, wanted.high if not wanted.excludes_high else 1 - 1e-9):
+        if (name, value) == ("steps", wanted.high):
+            continue  # a run without end
+        kind = type(getattr(CONFIG, name))
+        for optimizer in ("adamw", "muon"):
+            config = replace(CONFIG, optimizer=optimizer, **{name: kind(value)})
+            try:
+                train_stage(Line(), config, tmp_path / f"{value}-{optimizer}", seed=2**63 - 1)
+            except MMInterleavedError as error:
+                assert error.exit_code == 5, error
+
+
+@pytest.mark.parametrize(
+    ("recipe", "assignment", "message"),
+    [
+        ("grounding", "steps=5", r"did you mean training\.steps\?"),
+        ("grounding", "training.step=5", r"did you mean training\.steps\?"),
+        (
+            "storyworld",
+            "steps=5",
+            r"vae\.steps, vision\.steps, text\.steps, painter\.steps or image\.steps\?",
+        ),
+        ("storyworld", "training.steps=5", r"did you mean vae\.steps, .* or image\.steps\?"),
+        ("grounding", "learning_rate=1", r"did you mean training\.learning_rate, .* \.\.\.\?"),
+        ("grounding", "zzz=1", r"known are start_from, seed, .*, training, "),
+        ("grounding", "training.lr=1", r"no such setting; "),
+        (
+            "grounding",
+            "training.learning_rate=1e38",
+            r"^training\.learning_rate must be at most 1000, found 1e\+38",
+        ),
+        ("grounding", "corpora.refcoco.weight=1e300", r"^corpora\.refcoco\.weight must be at most"),
+        ("scaling", "widths=64,0", r"^widths must be 1 or more, found 0"),
+        ("ablation", "twins=nobody", r"^twins: found 'nobody', expected some of "),
+        ("grounding", "seed=" + "9" * 5000, r"seed: expected int, found '9+"),
+    ],
+)
+def test_what_is_refused_is_named_as_it_is_set(recipe, assignment, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        override(RECIPES[recipe].settings(), [assignment])
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("recipe", ["storyworld", "grounding-storyworld"])
+def test_settings_of_another_form_are_refused_in_one_sentence(recipe):
+    """Every value of a record replaced by one of another kind, and left out."""
+    settings = RECIPES[recipe].settings()
+    for name in flat_record(settings):
+        for wrong in ({}, [], [[]], "x", 1.5, True, None, ...):
+            record = json.loads(json.dumps(to_record(settings)))
+            *above, last = name.split(".")
+            place = record
+            for key in above:
+                place = place[key]
+            if wrong is ...:
+                del place[last]
+            else:
+                place[last] = wrong
+            try:
+                from_record(type(settings), record)
+            except UsageError as error:
+                assert last in str(error)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["grounding-storyworld", "--set", "steps=5"],
+        ["storyworld", "--set", "text.learning_rate=1e38"],
+        ["ablation", "--set", "twins=nobody"],
+        ["storyword"],
+        ["storyworld", "--resume", "-o", "nowhere"],
+    ],
+)
+def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_loaded(arguments, tmp_path):
+    program = (
+        "import sys; from mm_interleaved.cli.main import run; code = run(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())

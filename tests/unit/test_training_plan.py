@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mm_interleaved.cli.main import run
 from mm_interleaved.cli.training_plan import GPUS, is_frozen, plan_lines, training_needs
+from mm_interleaved.errors import UsageError
 from mm_interleaved.training.parts import PartConfig, PartsConfig, choose_trained
 from tiny import image_ids, tiny_model
 
@@ -70,3 +72,10 @@ def test_shares_take_less_memory_and_more_gpus_more_tokens(needs):
         for lines in by_strategy.values():
             # From one node to several the network comes between; from there on, more is more.
             assert lines[-2].tokens_a_second < lines[-1].tokens_a_second < 2.01 * lines[-2].tokens_a_second
+
+
+@pytest.mark.parametrize("num_gpus", [0, -1])
+def test_a_plan_for_no_gpu_is_refused(needs, num_gpus):
+    with pytest.raises(UsageError, match=f"GPUs: found {num_gpus}"):
+        next(plan_lines(needs, GPUS[0], num_gpus))
+    assert run(["plan", "storyworld", "--gpus", str(num_gpus)]) == 2

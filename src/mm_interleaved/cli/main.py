@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import typer
@@ -109,7 +110,9 @@ def stop(number: int, frame: object) -> NoReturn:
 def _fail(sentence: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    say_error(sentence)
+    # The disk that is full may be the one that this goes to.
+    with suppress(OSError):
+        say_error(sentence)
     return code
 
 

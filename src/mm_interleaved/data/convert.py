@@ -17,7 +17,15 @@ from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Source
 from mm_interleaved.document import Document, Image, document_to_record
 from mm_interleaved.errors import ImageError, InputError, escape
 from mm_interleaved.images import describe_bytes, read_regular_file, to_png
-from mm_interleaved.storage import make_folder, whole_file, write_file
+from mm_interleaved.storage import (
+    is_real_folder,
+    is_regular_file,
+    make_folder,
+    remove_temporary_files,
+    storage_errors,
+    whole_file,
+    write_file,
+)
 
 _STARTS = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"RIFF", ".webp"))
 
@@ -56,6 +64,8 @@ def convert_source(
     done = Conversion()
     ids: Counter[str] = Counter()
     make_folder(out.parent)
+    if is_real_folder(out.parent / "images"):
+        remove_temporary_files(out.parent / "images")
     images = _Images(out, copies_images)
     try:
         with whole_file(out) as file:
@@ -142,11 +152,18 @@ class _Images:
         # the same names again.
         place = f"images/{hashlib.sha256(data).hexdigest()[:32]}{suffix}"
         path = self.folder / place
-        if not path.exists():
+        if not self._is_there(path, data):
             make_folder(path.parent)
             write_file(path, data)
             self.written.append(path)
         return place
+
+    def _is_there(self, path: Path, data: bytes) -> bool:
+        """Whether an earlier conversion, or this one, has copied it; its name alone could stand for a cut
+        file.
+        """
+        with storage_errors(path, "read"):
+            return is_regular_file(path) and path.stat().st_size == len(data) and path.read_bytes() == data
 
     def take_back(self):
         """Removes what was copied."""
