@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from echo_generator import EchoGenerator
 from mm_interleaved.document import Document, Text
 from mm_interleaved.errors import InputError, TooLongError
 from mm_interleaved.evaluation import runner
-from mm_interleaved.evaluation.runner import _ranking, evaluate_model
+from mm_interleaved.evaluation.runner import _ranking, evaluate_model, evaluate_predictions
 from mm_interleaved.evaluation.tasks import TASKS
 from mm_interleaved.generation_run import ModelChoice, RunRequest
 from mm_interleaved.model_source import AS_IT_IS, Acceleration
@@ -117,3 +118,64 @@ def test_documents_with_held_out_looks_are_scored_once_more(lines):
     assert 0 < scores["held_out.layout.correct"] < scores["layout.correct"] < 1
     everything = TASKS["storyworld"].score([], [d for d in gold if not d.meta["is_held_out"]])
     assert not any(name.startswith("held_out.") for name in everything)
+
+
+def answered(lines, tmp_path, change):
+    """A file of predictions for three documents, changed."""
+    gold = lines[0] / "three.jsonl"
+    records = [lines[1][task] for task in ("caption", "vqa", "paragraph")]
+    gold.write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = [{"id": record["id"], "content": record["target"]} for record in records]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in change(given)))
+    return gold, path
+
+
+def scored(lines, tmp_path, change):
+    gold, path = answered(lines, tmp_path, change)
+    return evaluate_predictions(TASKS["storyworld"], gold, path, tmp_path / "out")
+
+
+def test_answers_that_are_wrong_or_failed_or_empty_are_scored(lines, tmp_path):
+    error = {"code": "image", "field": None, "message": "x"}
+    scores = scored(
+        lines,
+        tmp_path,
+        lambda given: [given[0], {"id": given[1]["id"], "error": error}, {**given[2], "content": []}],
+    )
+    assert scores["caption.attributes"] == 1 and scores["vqa.accuracy"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda given: given[:2],
+            r"predictions\.jsonl: id '{2}' is missing, expected a line for each",
+        ),
+        (lambda given: given[1:2], r"2 ids \('{0}', '{2}'\) are missing"),
+        (lambda given: [], r"3 ids .* are missing"),
+        (lambda given: [*given, given[0]], r"predictions\.jsonl:4: id '{0}' occurs twice, first at .*:1"),
+        (
+            lambda given: [*given, {"id": given[0]["id"], "error": {"code": "x"}}],
+            r":4: id '{0}' occurs twice, first at .*:1",
+        ),
+        (
+            lambda given: [*given, {**given[0], "content": [], "id": "x"}],
+            r":4: id 'x' is not among",
+        ),
+        (
+            lambda given: [*given, *({**given[0], "id": f"x{number}"} for number in range(12))],
+            r":4: 12 ids \('x0', .*'x9' and 2 more\) are not among",
+        ),
+        (lambda given: [*given[:2], {"error": {"code": "x"}}], r":3: id: missing"),
+        (lambda given: [*given[:2], {"id": 3, "content": []}], r":3: id: found the number 3"),
+    ],
+)
+def test_ids_that_are_missing_doubled_or_unknown_are_named(lines, tmp_path, change, message):
+    ids = [lines[1][task]["id"] for task in ("caption", "vqa", "paragraph")]
+    for number, name in enumerate(ids):
+        message = message.replace(f"{{{number}}}", re.escape(name))
+    with pytest.raises(InputError, match=message) as refused:
+        scored(lines, tmp_path, change)
+    assert refused.value.exit_code == 3 and not (tmp_path / "out").exists()
