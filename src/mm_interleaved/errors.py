@@ -101,7 +101,8 @@ def escape(text: str, limit: int = 120) -> str:
 
 
 _NO_MEMORY = (
-    "out of memory", "allocate memory", "start new thread", "failed to map segment", "not enough memory",
+    "out of memory", "allocate memory", "not enough memory", "start new thread", "failed to map segment",
+    "could not create a primitive", "bad_alloc",
 )  # fmt: skip
 """Words of those who have no class for it: PyTorch, threads, the loader of libraries, writers in Rust."""
 

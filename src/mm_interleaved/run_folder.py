@@ -14,21 +14,36 @@ aside under another name. Nothing is read that does not lie in the folder itself
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
-from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_interleaved.document import Document, Image, document_to_record, part_records
+from mm_interleaved.document import Document, Image, document_to_record
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
 from mm_interleaved.images import read_regular_file, to_png
+from mm_interleaved.run_manifest import FORMAT, MANIFEST, read_manifest
+from mm_interleaved.run_results import (
+    HASHES,
+    IMAGES,
+    RESULTS,
+    RecordHashes,
+    changed_images,
+    committed_hashes,
+    file_hash,
+    hash_line,
+    line_of,
+    problem_of,
+    read_results,
+    record_hash,
+    sha256_of,
+)
 from mm_interleaved.storage import (
     append_line,
     is_real_folder,
@@ -42,32 +57,12 @@ from mm_interleaved.storage import (
     storage_errors,
     write_file,
 )
-from mm_interleaved.strict_json import MAX_DEPTH, describe
 
-MANIFEST = "manifest.json"
-RESULTS = "results.jsonl"
-HASHES = "hashes.jsonl"
 PAGE = "index.html"
-IMAGES = "images"
 INPUT = "input"
-FORMAT = "mm-interleaved run 1"
-MAX_THREADS = 1024
 _FILES = (RESULTS, HASHES, PAGE)
 _FOLDERS = (IMAGES, INPUT, f"{INPUT}/{IMAGES}")
 _OURS = (MANIFEST, *_FILES, IMAGES, INPUT)
-_MANIFEST_FIELDS = {
-    "model": dict, "model.name": str, "model.sha256": str, "device": str, "dtype": str,
-    "settings": dict, "flags": dict, "input": dict, "threads": int, "machine": dict, "versions": dict,
-}  # fmt: skip
-_OPTIONAL_FIELDS = {
-    "acceleration": dict, "acceleration.channels_last": bool, "acceleration.compile": bool,
-    "acceleration.quantization": str, "acceleration.adapter": dict, "outputs": dict,
-}  # fmt: skip
-_DEPENDENT_FIELDS = {
-    "acceleration.adapter": {"acceleration.adapter.folder": str, "acceleration.adapter.sha256": str},
-    "outputs": {"outputs.records": dict, "outputs.images": dict},
-}
-"""Must be there where another field is."""
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 
 logger = logging.getLogger(__name__)
@@ -89,16 +84,6 @@ class RunIdentity:
     dtype: str = "auto"
     acceleration: Mapping[str, Any] = field(default_factory=dict)
     """What was done to the model so that it paints faster."""
-
-
-@dataclass(frozen=True, slots=True)
-class RecordHashes:
-    """What a finished record was when it was committed."""
-
-    line: str
-    """SHA-256 of its line."""
-    images: Mapping[str, str]
-    """SHA-256 of each image file that it names, by path."""
 
 
 @dataclass(slots=True)
@@ -138,7 +123,7 @@ class RunFolder:
             write_file(self.path / name, data)
         names = list(pictures)
         record = document_to_record(document, lambda image, index: names[index])
-        self._append(record, {name: _sha256(data) for name, data in pictures.items()})
+        self._append(record, {name: sha256_of(data) for name, data in pictures.items()})
 
     def commit_error(self, document: Document, error: MMInterleavedError):
         """Write that a document failed, and why."""
@@ -158,13 +143,13 @@ class RunFolder:
             self._write_all()
         page = render(list(self.finished.values()))
         write_file(self.path / PAGE, page)
-        self.manifest["outputs"] = {**self.output_hashes(), "page": _sha256(page)}
+        self.manifest["outputs"] = {**self.output_hashes(), "page": sha256_of(page)}
         write_file(self.path / MANIFEST, _json_file(self.manifest))
 
     def output_hashes(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every record (by id) and every image file (by path), as they were committed."""
         return {
-            "records": {key: _record_hash(record) for key, record in self.finished.items()},
+            "records": {key: record_hash(record) for key, record in self.finished.items()},
             "images": {
                 name: digest for key in self.finished for name, digest in self.hashes[key].images.items()
             },
@@ -174,13 +159,13 @@ class RunFolder:
         """The finished records anew, in their order; their hashes behind them, as nothing is committed by a
         hash alone.
         """
-        write_file(self.path / RESULTS, b"".join(map(_line, self.finished.values())))
-        write_file(self.path / HASHES, b"".join(_hash_line(key, self.hashes[key]) for key in self.finished))
+        write_file(self.path / RESULTS, b"".join(map(line_of, self.finished.values())))
+        write_file(self.path / HASHES, b"".join(hash_line(key, self.hashes[key]) for key in self.finished))
 
     def _append(self, record: dict[str, Any], images: Mapping[str, str]):
-        line = _line(record)
-        hashes = RecordHashes(_sha256(line), images)
-        append_line(self.path / HASHES, _hash_line(record["id"], hashes).rstrip(b"\n"))
+        line = line_of(record)
+        hashes = RecordHashes(sha256_of(line), images)
+        append_line(self.path / HASHES, hash_line(record["id"], hashes).rstrip(b"\n"))
         append_line(self.path / RESULTS, line.rstrip(b"\n"))
         self.finished[record["id"]], self.hashes[record["id"]] = record, hashes
 
@@ -234,63 +219,6 @@ def open_run(
         yield folder
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A run's manifest. Raises InputError where the file is missing or is something else."""
-    if os.path.lexists(path) and not is_regular_file(path):
-        raise InputError(f"{path}: is no regular file, expected the manifest of a run")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected the manifest of a run") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}), expected the manifest of a run") from error
-    _check_form(path, manifest)
-    return manifest
-
-
-def _check_form(path: Path, manifest: Any):
-    if _is_deep(manifest):
-        raise InputError(f"{path}: nested more than {MAX_DEPTH} levels deep, expected the manifest of a run")
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise InputError(f"{path}: format {escape(repr(found))}, expected {FORMAT!r}", field="format")
-    optional = {
-        name: kind for name, kind in _OPTIONAL_FIELDS.items() if _value_at(manifest, name) is not None
-    }
-    dependent = [fields for name, fields in _DEPENDENT_FIELDS.items() if name in optional]
-    for name, kind in ChainMap(*reversed(dependent), optional, _MANIFEST_FIELDS).items():
-        value = _value_at(manifest, name)
-        if not isinstance(value, kind):
-            raise InputError(
-                f"{path}: {name}: found {describe(value)}, expected what a run writes there", field=name
-            )
-    if not 1 <= manifest["threads"] <= MAX_THREADS:
-        raise InputError(
-            f"{path}: threads: found {manifest['threads']}, expected 1 to {MAX_THREADS}", field="threads"
-        )
-
-
-def _value_at(manifest: Any, name: str) -> Any:
-    """The value of a field such as `model.name`; None where there is none."""
-    value = manifest
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _is_deep(value: Any) -> bool:
-    """Nested deeper than anything that a run writes."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
-
-
 def changed_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Which of a finished run's records and files are not what its manifest says: by id, and by path.
 
@@ -298,17 +226,15 @@ def changed_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
         StorageError: a file is there and cannot be read.
     """
     outputs = manifest["outputs"]
-    records = {record["id"]: record for _, record in _read_results(path / RESULTS) if record is not None}
+    records = {record["id"]: record for _, record in read_results(path / RESULTS) if record is not None}
     changed = [
         f"record {escape(key)!r}"
         for key in {**outputs["records"], **records}
-        if key not in records or _record_hash(records[key]) != outputs["records"].get(key)
+        if key not in records or record_hash(records[key]) != outputs["records"].get(key)
     ]
-    changed += [
-        escape(name) for name, digest in outputs["images"].items() if _file_hash(path, name) != digest
-    ]
+    changed += [escape(name) for name, digest in outputs["images"].items() if file_hash(path, name) != digest]
     # Earlier versions did not tell of the page.
-    if "page" in outputs and _file_hash(path, PAGE) != outputs["page"]:
+    if "page" in outputs and file_hash(path, PAGE) != outputs["page"]:
         changed.append(PAGE)
     return changed
 
@@ -336,7 +262,7 @@ def file_stem(document_id: str, *, with_hash: bool = False) -> str:
     """
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", document_id)[:80].lstrip(".") or "document"
     is_whole = safe == document_id and not with_hash
-    return safe if is_whole else f"{safe}-{_sha256(document_id.encode())[:8]}"
+    return safe if is_whole else f"{safe}-{sha256_of(document_id.encode())[:8]}"
 
 
 def file_stems(document_ids: Sequence[str]) -> dict[str, str]:
@@ -345,12 +271,6 @@ def file_stems(document_ids: Sequence[str]) -> dict[str, str]:
     """
     alike = Counter(file_stem(name).casefold() for name in document_ids)
     return {name: file_stem(name, with_hash=alike[file_stem(name).casefold()] > 1) for name in document_ids}
-
-
-def image_paths(record: Mapping[str, Any]) -> list[str]:
-    """The image paths that a canonical record names, in order."""
-    parts = [*part_records(record), *record.get("target", ())]
-    return [part["image"] for part in parts if part["type"] == "image"]
 
 
 def _images(document: Document) -> list[Image]:
@@ -373,11 +293,13 @@ def input_hashes(documents: Sequence[Document]) -> dict[str, str]:
 
     def content_hash(image: Image, _: int) -> str:
         try:
-            return _sha256(_encoded(image))
+            return sha256_of(_encoded(image))
         except MMInterleavedError as error:
             return f"unreadable: {error}"
 
-    return {document.id: _sha256(_line(document_to_record(document, content_hash))) for document in documents}
+    return {
+        document.id: sha256_of(line_of(document_to_record(document, content_hash))) for document in documents
+    }
 
 
 def _refuse_duplicate_ids(documents: Sequence[Document]):
@@ -478,12 +400,12 @@ def _keep_input(path: Path, documents: Sequence[Document]):
         try:
             data = _encoded(image)
         except MMInterleavedError:
-            return f"{IMAGES}/unreadable-{_sha256(str(image.source).encode())[:16]}"
-        name = f"{IMAGES}/{_sha256(data)[:24]}{_suffix(data)}"
+            return f"{IMAGES}/unreadable-{sha256_of(str(image.source).encode())[:16]}"
+        name = f"{IMAGES}/{sha256_of(data)[:24]}{_suffix(data)}"
         _write_if_other(path / INPUT / name, data)
         return name
 
-    lines = [_line(document_to_record(document, keep)) for document in documents]
+    lines = [line_of(document_to_record(document, keep)) for document in documents]
     _write_if_other(path / INPUT / "documents.jsonl", b"".join(lines))
 
 
@@ -501,16 +423,18 @@ def _take_up(run: RunFolder, retry_errors: bool):
     results = run.path / RESULTS
     repair_tail(results)
     repair_tail(run.path / HASHES)
-    lines = _read_results(results)
-    hashes = _committed_hashes(run, lines)
+    lines = read_results(results)
+    hashes = committed_hashes(run.path, run.manifest, lines)
     kept: dict[str, dict[str, Any]] = {}
     wrong = []
     for number, (line, record) in enumerate(lines, start=1):
-        problem = _problem_of(run, line, record, hashes)
+        problem = problem_of(line, record, hashes, run.stems)
         if problem:
             wrong.append(line)
         elif record is not None:
-            problem = _put_aside_changed(run, record, hashes[record["id"]])
+            changed = changed_images(run.path, record, hashes[record["id"]])
+            _put_aside_those_there(run.path / name for name in changed)
+            problem = f"{', '.join(changed)} not as committed" if changed else ""
             if not problem and not (retry_errors and "error" in record):
                 kept[record["id"]] = record
         if problem:
@@ -524,104 +448,10 @@ def _take_up(run: RunFolder, retry_errors: bool):
         run._write_all()
 
 
-def _read_results(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Each line of a file of results, and its record; None where the line is damaged."""
-    if not is_regular_file(path):
-        return []
-    with storage_errors(path, "read"):
-        lines = path.read_bytes().splitlines()
-    return [(line, _read_result(line)) for line in lines]
-
-
-def _read_result(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-        is_whole = isinstance(record["id"], str) and (
-            isinstance(record["error"]["code"], str) and isinstance(record["error"]["message"], str)
-            if "error" in record
-            else all(isinstance(name, str) for name in image_paths(record))
-        )
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return None
-    return record if is_whole else None
-
-
-def _problem_of(
-    run: RunFolder, line: bytes, record: dict[str, Any] | None, hashes: Mapping[str, RecordHashes]
-) -> str:
-    """Why a line of the results cannot be reused; empty where it can."""
-    if record is None or record["id"] not in run.stems:
-        return "is no result"
-    key = record["id"]
-    if key not in hashes:
-        return f"{escape(key)!r} cannot be checked ({HASHES} does not tell of it)"
-    if _sha256(line + b"\n") != hashes[key].line:
-        return f"{escape(key)!r} is not as it was committed"
-    names = _names_of(record)
-    if names != [f"{IMAGES}/{run.stems[key]}_{index}.png" for index in range(len(names))]:
-        return f"{escape(key)!r} names other images than its own"
-    return ""
-
-
-def _put_aside_changed(run: RunFolder, record: Mapping[str, Any], hashes: RecordHashes) -> str:
-    """Puts aside those of a record's pictures that are not as they were committed, and says which."""
-    changed = [name for name in _names_of(record) if _file_hash(run.path, name) != hashes.images.get(name)]
-    for name in changed:
-        if os.path.lexists(run.path / name):
-            put_aside(run.path / name)
-    return f"{', '.join(changed)} not as committed" if changed else ""
-
-
-def _committed_hashes(
-    run: RunFolder, lines: Sequence[tuple[bytes, dict[str, Any] | None]]
-) -> dict[str, RecordHashes]:
-    """What `hashes.jsonl` says by document id, the last where it says several things; for a run that an
-    earlier version finished, what its manifest says.
-    """
-    path = run.path / HASHES
-    if path.exists():
-        with storage_errors(path, "read"):
-            said = [_read_hashes(line) for line in path.read_bytes().splitlines()]
-        return {key: hashes for key, hashes in filter(None, said)}
-    outputs = run.manifest.get("outputs", {"records": {}, "images": {}})
-    return {
-        record["id"]: RecordHashes(
-            _sha256(line + b"\n"),
-            {name: str(outputs["images"].get(name)) for name in _names_of(record)},
-        )
-        for line, record in lines
-        if record is not None and outputs["records"].get(record["id"]) == _record_hash(record)
-    }
-
-
-def _read_hashes(line: bytes) -> tuple[str, RecordHashes] | None:
-    """A line of `hashes.jsonl`; None where it is damaged: then its record counts as changed."""
-    try:
-        said = json.loads(line)
-        images = said["images"]
-        is_whole = all(isinstance(text, str) for text in (said["id"], said["line"], *images.values()))
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return None
-    return (said["id"], RecordHashes(said["line"], images)) if is_whole else None
-
-
-def _names_of(record: Mapping[str, Any]) -> list[str]:
-    return [] if "error" in record else image_paths(record)
-
-
-def _hash_line(key: str, hashes: RecordHashes) -> bytes:
-    return _line({"id": key, "line": hashes.line, "images": dict(hashes.images)})
-
-
-def _file_hash(folder: Path, name: str) -> str | None:
-    """SHA-256 of a regular file in a folder; None where there is none, or it would lie outside."""
-    path = folder / name
-    if os.path.normpath(name).startswith(("..", "/")) or not is_regular_file(path):
-        return None
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        return None
-    with storage_errors(path, "read"):
-        return _sha256(path.read_bytes())
+def _put_aside_those_there(paths: Iterable[Path]):
+    for path in paths:
+        if os.path.lexists(path):
+            put_aside(path)
 
 
 def _encoded(image: Image) -> bytes:
@@ -636,20 +466,6 @@ def _suffix(data: bytes) -> str:
     return next((suffix for start, suffix in _SUFFIXES.items() if data.startswith(start)), ".bin")
 
 
-def _record_hash(record: Mapping[str, Any]) -> str:
-    # The sentence of an error names files by where they lay; its code is what a replay must reproduce.
-    is_error = "error" in record
-    return _sha256(_line({"id": record["id"], "error": record["error"]["code"]} if is_error else record))
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
 def _json_file(record: Mapping[str, Any]) -> bytes:
     # An argument of the command line may be no UTF-8; as an escape it is JSON still.
     return json.dumps(record, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

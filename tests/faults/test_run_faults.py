@@ -15,7 +15,8 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, StorageError
 from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
-from mm_interleaved.run_folder import changed_files, check_input, read_manifest
+from mm_interleaved.run_folder import changed_files, check_input
+from mm_interleaved.run_manifest import read_manifest
 from mm_interleaved.storage import put_aside
 
 

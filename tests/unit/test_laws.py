@@ -29,7 +29,16 @@ STOREYS = (
     ("config", "ops"),
     ("models",),
     ("checkpoint", "generation", "training", "registration"),
-    ("recipes", "training.run", "model_source", "generation_run", "run_folder", "story_page"),
+    (
+        "recipes",
+        "training.run",
+        "model_source",
+        "generation_run",
+        "run_folder",
+        "run_manifest",
+        "run_results",
+        "story_page",
+    ),
     ("evaluation",),
     ("cli", "serving", "studio", "__main__"),
 )

@@ -17,7 +17,9 @@ from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, StorageError, UsageError
 from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
-from mm_interleaved.run_folder import file_stem, file_stems, image_paths, read_manifest
+from mm_interleaved.run_folder import file_stem, file_stems
+from mm_interleaved.run_manifest import read_manifest
+from mm_interleaved.run_results import image_paths
 from mm_interleaved.storage import locked_folder, repair_tail
 
 

@@ -127,7 +127,8 @@ def replay(
     """
     from mm_interleaved.generation_run import facts_that_differ
     from mm_interleaved.model_source import find_model, hash_model
-    from mm_interleaved.run_folder import changed_files, check_input, read_manifest
+    from mm_interleaved.run_folder import changed_files, check_input
+    from mm_interleaved.run_manifest import read_manifest
 
     manifest = manifest / "manifest.json" if manifest.is_dir() else manifest
     wanted = read_manifest(manifest)
