@@ -71,6 +71,10 @@ class Document:
     """Generation arguments of this document; they override those of the run."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Anything else that belongs to the record, carried along untouched."""
+    place: str = field(default="", compare=False, repr=False)
+    """Of a document that was read: file and line, for messages; it is not written."""
+    remarks: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What of its record was not used, or is doubtful, each in a few words (`record_rules`); not written."""
 
     def __post_init__(self):
         for name in ("parts", "target"):

@@ -22,15 +22,18 @@ from mm_interleaved.document import Document, Image, ImagePath, Part, Text, docu
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.image_references import ImageFolder, ImageStore
 from mm_interleaved.images import to_png
+from mm_interleaved.placeholders import Piece, Slot, filled, images_first, with_slots
+from mm_interleaved.record_rules import finished
 from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.strict_json import Field, FieldError, Record, read_records
 
 logger = logging.getLogger(__name__)
 
 MAX_ID = 200
+MAX_IMAGES = 100_000
+"""Of one record."""
 _COMMON = ("id", "layout", "generation", "meta", "target")
 _LAYOUT = re.compile(r"\s*(auto|[TI](\s+[TI])*)\s*")
-_PLACEHOLDER = re.compile(r"\s*<image>\s*", re.IGNORECASE)
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -46,11 +49,14 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A form of record: the fields it is known by, further fields it uses, and its reader."""
+    """A form of record: the fields it is known by, and its reader, which asks for all that it uses."""
 
     known_by: tuple[str, ...]
     read: Callable[[Field, ImageStore], Body]
-    uses: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+    """Further fields, of no use here."""
+    is_plain_text: bool = False
+    """Texts hold no markup, whatever they spell."""
 
 
 def read_documents(
@@ -74,7 +80,7 @@ def read_documents(
     places: dict[str, str] = {}
     for record in read_records(path):
         document = read_record(record, folder)
-        place = record.place if record.place != str(path) else f"{path}: [{record.number - 1}]"
+        place = document.place if document.place != str(path) else f"{path}: [{record.number - 1}]"
         if document.id in places:
             raise InputError(
                 f"{place}: id: found {escape(document.id)!r}, which {places[document.id]} already has",
@@ -84,13 +90,35 @@ def read_documents(
         documents.append(document)
     if not documents:
         raise InputError(f"{path}: found no document, expected at least one")
+    _tell_remarks(documents)
     return documents
 
 
+def _tell_remarks(documents: Sequence[Document]):
+    """Says once for each remark how many documents carry it, and where the first one stands."""
+    found: dict[str, list[Document]] = {}
+    for document in documents:
+        for remark in document.remarks:
+            found.setdefault(remark, []).append(document)
+    for remark, with_it in found.items():
+        first = with_it[0]
+        logger.warning(
+            "%s: document %r: %s (%d of %d documents)",
+            first.place,
+            first.id,
+            escape(remark),
+            len(with_it),
+            len(documents),
+        )
+
+
 def read_record(record: Record, folder: ImageStore) -> Document:
-    """The document of one record, whichever of the known forms it has. Raises InputError."""
+    """The document of one record, whichever of the known forms it has.
+
+    Raises InputError: a wrong field, or one that carries content and is not used.
+    """
     try:
-        return _read(record.field, folder, record.number)
+        return _read(replace(record, field=record.field.tracked()), folder)
     except FieldError as error:
         raise error.at(record.place) from error
 
@@ -123,27 +151,29 @@ def write_documents(path: str | Path, documents: Iterable[Document], image_path:
         raise
 
 
-def _read(record: Field, folder: ImageStore, number: int) -> Document:
+def _read(line: Record, folder: ImageStore) -> Document:
+    record = line.field
     fields = record.object()
     found = next((form for form in FORMATS if all(name in fields for name in form.known_by)), None)
     if found is None:
         expected = ", ".join("+".join(form.known_by) for form in FORMATS)
         names = ", ".join(escape(name, 40) for name in fields) or "none"
         raise FieldError(record.path, f"found the fields {names}, expected those of a document ({expected})")
-    meta = _other_fields(record, (*_COMMON, *found.known_by, *found.uses))
+    _check_spelling(record, found.known_by)
     body = found.read(record, folder)
     given_target = record.get("target")
     document = Document(
-        id=_id(record, number),
+        id=_id(record, line.number),
         parts=tuple(body.parts),
         target=tuple(body.target if given_target is None else _content(given_target, folder)),
         layout=_layout(record) or body.layout,
         generation=_mapping(record, "generation"),
-        meta={**meta, **body.meta, **_mapping(record, "meta")},
+        meta={**_other_fields(record), **body.meta, **_mapping(record, "meta")},
     )
     if not any(isinstance(part, Image) or part.text for part in document.parts):
         raise FieldError(record.path, "found an empty document, expected at least one text or image")
-    return document
+    is_plain_text = found.is_plain_text and not any(name in record for name in _IMAGES_BESIDE)
+    return finished(document, line.place, [record], known=found.known, is_plain_text=is_plain_text)
 
 
 def _id(record: Field, number: int) -> str:
@@ -168,47 +198,94 @@ def _layout(record: Field) -> str | None:
 
 def _mapping(record: Field, name: str) -> dict[str, Any]:
     given = record.get(name)
-    return {} if given is None else dict(given.object())
+    if given is None:
+        return {}
+    given.object()
+    return dict(given.whole())
 
 
-def _other_fields(record: Field, known: Sequence[str]) -> dict[str, Any]:
-    """Fields that mean nothing here and are carried along; one that looks like a misspelt one is refused."""
-    others = {name: value for name, value in record.value.items() if name not in known}
-    for name in others:
+def _other_fields(record: Field) -> dict[str, Any]:
+    """Fields that mean nothing here and are carried along."""
+    used = record.used or {}
+    return {name: value for name, value in record.value.items() if name not in (*_COMMON, *used)}
+
+
+def _check_spelling(record: Field, known: Sequence[str]):
+    """Refuses a field that looks like a misspelt one of all documents."""
+    for name in record.object():
         close = get_close_matches(name, [k for k in _COMMON if k not in record], n=1, cutoff=0.8)
-        if close:
+        if close and name not in (*_COMMON, *known):
             raise FieldError(record[name].path, f"there is no such field, did you mean {close[0]!r}?")
-    return others
 
 
 # The canonical form, and what other programs write in its place
 
 
 def _read_content(record: Field, folder: ImageStore) -> Body:
-    return Body(_content(record["content"], folder))
+    return Body(_joined(record, _content_pieces(record["content"], folder), folder))
 
 
 def _read_messages(record: Field, folder: ImageStore) -> Body:
-    messages = record["messages"].list()
-    if "images" in record and all(isinstance(message["content"].value, str) for message in messages):
-        texts = [(message["content"].text(), message["role"].text()) for message in messages]
-        return Body(_with_placeholders(texts, _images(record["images"], folder), record.path))
-    parts: list[Part] = []
-    for message in messages:
+    pieces: list[Piece] = []
+    for message in record["messages"].list():
         role = message["role"].text()
         if not role or not role.isprintable():
             message["role"].wrong("a name such as user or assistant")
-        parts += _content(message["content"], folder, role)
-    return Body(parts)
+        pieces += _content_pieces(message["content"], folder, role)
+    return Body(_joined(record, pieces, folder))
 
 
-def _content(content: Field, folder: ImageStore, role: str | None = None) -> list[Part]:
+def _content(content: Field, folder: ImageStore) -> list[Part]:
+    return _without_slots(_content_pieces(content, folder))
+
+
+def _content_pieces(content: Field, folder: ImageStore, role: str | None = None) -> list[Piece]:
     if isinstance(content.value, str):
         return [Text(content.text(), role=role)]
-    return [part for item in content.list() for part in _part(item, folder, role)]
+    return [piece for item in content.list() for piece in _part(item, folder, role)]
 
 
-def _part(item: Field, folder: ImageStore, role: str | None) -> list[Part]:
+_IMAGES_BESIDE = ("images", "image")
+
+
+def _joined(record: Field, pieces: list[Piece], folder: ImageStore) -> list[Part]:
+    """The pieces with the images that the record names beside them.
+
+    They stand at the parts `{"type": "image"}` that name none, or at the placeholders in the texts if these
+    are as many; before the first text that is no system sentence if there is neither.
+    """
+    given = next((found for name in _IMAGES_BESIDE if (found := record.get(name)) is not None), None)
+    images = _images(given, folder)
+    slots = [piece for piece in pieces if isinstance(piece, Slot)]
+    if given is None:
+        return _without_slots(pieces)
+    _check_indices(slots, len(images))
+    placed = with_slots(pieces, len(images))
+    if placed is not None:
+        return filled(placed, images)
+    if not slots:
+        return images_first(pieces, images)
+    path = slots[-1].path
+    raise FieldError(path, f"found {len(slots)} parts for images, expected {len(images)} as in {given.path}")
+
+
+def _without_slots(pieces: Sequence[Piece]) -> list[Part]:
+    for piece in pieces:
+        if isinstance(piece, Slot):
+            raise FieldError(f"{piece.path}.image", f"{piece.found}; no image is named beside the texts")
+    return [piece for piece in pieces if not isinstance(piece, Slot)]
+
+
+def _check_indices(slots: Sequence[Slot], num_images: int):
+    """Refuses numbers of images that leave one out, or mean none."""
+    numbers = sorted(slot.index for slot in slots if slot.index is not None)
+    if numbers and numbers != list(range(num_images)):
+        raise FieldError(
+            slots[-1].path, f"found the indices {numbers}, expected each below {num_images} once"
+        )
+
+
+def _part(item: Field, folder: ImageStore, role: str | None) -> list[Piece]:
     if isinstance(item.value, str):
         return [Text(item.text(), role=role)]
     own_role = item.get("role")
@@ -217,6 +294,10 @@ def _part(item: Field, folder: ImageStore, role: str | None) -> list[Part]:
     found: list[Part]
     if kind is None:
         found = _pair(item, folder, role)
+    elif kind == "image" and _reference(item) is None and "base64" not in item:
+        index = item.get("index")
+        found = "found null, expected a string" if "image" in item else "missing"
+        return [Slot(role, None if index is None else index.integer(0, MAX_IMAGES), item.path, found)]
     elif kind in ("text", "input_text", "output_text"):
         found = [Text(item["text"].text(), role=role)]
     elif kind in ("image", "image_url", "input_image"):
@@ -246,13 +327,22 @@ def _part(item: Field, folder: ImageStore, role: str | None) -> list[Part]:
 
 def _image(item: Field, folder: ImageStore, role: str | None) -> Image | None:
     """The image of a part: by `image`, `url`, `path`, `base64`, or OpenAI's `image_url`."""
-    if "base64" in item:
-        return folder.encoded(item["base64"], role)
-    for name in ("image", "path", "url", "image_url"):
-        if name in item:
-            reference = item[name]
-            return folder.image(reference["url"] if isinstance(reference.value, dict) else reference, role)
-    return folder.image(item["image"], role)
+    if (encoded := item.get("base64")) is not None:
+        return folder.encoded(encoded, role)
+    return _named_image(_reference(item) or item["image"], folder, role)
+
+
+def _reference(item: Field) -> Field | None:
+    """The name of a part's image; None where it has none."""
+    names = ("image", "path", "url", "image_url")
+    return next((found for name in names if (found := item.get(name)) is not None), None)
+
+
+def _named_image(reference: Field, folder: ImageStore, role: str | None = None) -> Image | None:
+    """The image that a string names, or an object with `path`, `url`, `image` or `base64`."""
+    if not isinstance(reference.value, dict):
+        return folder.image(reference, role)
+    return _image(reference, folder, role)
 
 
 def _pair(item: Field, folder: ImageStore, role: str | None = None) -> list[Part]:
@@ -266,8 +356,8 @@ def _pair(item: Field, folder: ImageStore, role: str | None = None) -> list[Part
             is_list = isinstance(value.value, list)
             text = " ".join(line.text() for line in value.list()) if is_list else value.text()
             parts.append(Text(text, role=role))
-        elif name == "image":
-            image = folder.image(value, role)
+        elif name in ("image", "file_name"):
+            image = _named_image(value, folder, role)
             parts += [] if image is None else [image]
     if not parts and not folder.skip_missing:
         item.wrong("a part with a type, or a pair of text and image")
@@ -298,66 +388,34 @@ def _read_captions(record: Field, folder: ImageStore) -> Body:
 
 
 def _read_llava(record: Field, folder: ImageStore) -> Body:
-    texts = []
+    texts: list[Piece] = []
     for turn in record["conversations"].list():
         speaker = turn["from"].text()
         if speaker not in _ROLES:
             turn["from"].wrong(" or ".join(_ROLES))
-        texts.append((turn["value"].text(), _ROLES[speaker]))
-    references = record.get("images") or record.get("image")
-    return Body(_with_placeholders(texts, _images(references, folder), record.path))
+        texts.append(Text(turn["value"].text(), role=_ROLES[speaker]))
+    return Body(_joined(record, texts, folder))
 
 
 def _read_comm(record: Field, folder: ImageStore) -> Body:
-    asked = [(record["model_input"].text(), None)]
-    parts = _with_placeholders(asked, _images(record.get("input_image_list"), folder), record.path)
+    asked = _with_images(record["model_input"], record.get("input_image_list"), folder)
     answer, images = record.get("model_output"), record.get("output_gt_image_list")
-    if answer is None:
-        return Body(parts)
-    return Body(
-        parts, target=_with_placeholders([(answer.text(), None)], _images(images, folder), record.path)
-    )
+    return Body(asked, target=[] if answer is None else _with_images(answer, images, folder))
+
+
+def _with_images(text: Field, references: Field | None, folder: ImageStore) -> list[Part]:
+    """A text with images at its placeholders, or before it where they do not match."""
+    images, pieces = _images(references, folder), [Text(text.text())]
+    placed = with_slots(pieces, len(images))
+    return images_first(pieces, images) if placed is None else filled(placed, images)
 
 
 def _images(references: Field | None, folder: ImageStore) -> list[Image | None]:
     if references is None:
         return []
-    if isinstance(references.value, str):
-        return [folder.image(references)]
-    return [folder.image(reference) for reference in references.list()]
-
-
-def _with_placeholders(
-    texts: Sequence[tuple[str, str | None]], images: Sequence[Image | None], path: str
-) -> list[Part]:
-    """Texts, each with its role, with the images at their placeholders.
-
-    Where the numbers differ a placeholder is ordinary text, and the images stand before the first text that
-    is no system sentence.
-    """
-    count = sum(len(_PLACEHOLDER.findall(text)) for text, _ in texts)
-    is_markup = count == len(images)
-    if count and not is_markup:
-        logger.warning(
-            "%s: %d <image> for %d images: taken as ordinary text", path or "record", count, len(images)
-        )
-    waiting = list(images)
-    parts: list[Part] = []
-
-    def add_images(number: int, role: str | None):
-        taken = [waiting.pop(0) for _ in range(number)]
-        parts.extend(replace(image, role=role) for image in taken if image is not None)
-
-    for text, role in texts:
-        if not is_markup and role != "system":
-            add_images(len(waiting), role)
-        pieces = _PLACEHOLDER.split(text) if is_markup else [text]
-        for index, piece in enumerate(pieces):
-            if index:
-                add_images(1, role)
-            if piece or len(pieces) == 1:
-                parts.append(Text(piece, role=role))
-    return parts
+    if isinstance(references.value, str | dict):
+        return [_named_image(references, folder)]
+    return [_named_image(reference, folder) for reference in references.list()]
 
 
 # MMC4, OBELICS and the official annotations: sentences with images between them
@@ -495,21 +553,19 @@ def _same_length(record: Field, first: str, second: str):
         )
 
 
+_SIMILARITY = ("matched_sim", "raw_url", "image_url", "url", "face_detections")
 FORMATS = (
-    Format(("messages",), _read_messages, uses=("images",)),
-    Format(("content",), _read_content),
-    Format(
-        ("sentences", "images", "sentence_ixs", "image_first"),
-        _read_annotation,
-        uses=("generate_mode", "num_iter"),
-    ),
-    Format(("text_list", "image_info"), _read_mmc4, uses=("similarity_matrix",)),
-    Format(("conversations",), _read_llava, uses=("image", "images")),
-    Format(("model_input",), _read_comm, uses=("model_output", "input_image_list", "output_gt_image_list")),
-    Format(("images", "texts"), _read_obelics),
+    Format(("messages",), _read_messages, is_plain_text=True),
+    Format(("content",), _read_content, is_plain_text=True),
+    Format(("sentences", "images", "sentence_ixs", "image_first"), _read_annotation),
+    Format(("text_list", "image_info"), _read_mmc4, known=_SIMILARITY),
+    Format(("conversations",), _read_llava),
+    Format(("model_input",), _read_comm, known=("prediction_image_list", "prediction_text")),
+    Format(("images", "texts"), _read_obelics, known=("metadata", "general_metadata")),
     Format(("images", "captions"), _read_captions),
-    Format(("text",), _read_pair, uses=("image", "caption")),
-    Format(("image",), _read_pair, uses=("text", "caption")),
+    Format(("file_name",), _read_pair),
+    Format(("text",), _read_pair, known=("image_url", "url")),
+    Format(("image",), _read_pair, known=("image_url", "url")),
 )
 """The first whose fields are all there is taken."""
 

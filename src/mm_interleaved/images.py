@@ -12,8 +12,10 @@ import logging
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image as PILImage
@@ -23,7 +25,8 @@ from mm_interleaved.errors import ImageError, escape
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 MAX_PIXELS = 40_000_000
 """Read from the header, before decoding. Pillow's own limit still lets 20 KB become 800 MB of pixels."""
 MAX_FILE_BYTES = 128 * 2**20
@@ -32,11 +35,24 @@ MAX_ASPECT = 16
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
+_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)
+"""Orientations of EXIF whose pictures stand on their side in the file."""
+
+_Result = TypeVar("_Result")
+
 _KNOWN_STARTS = (
-    (b"GIF8", "a GIF image"),
-    (b"BM", "a BMP image"),
-    (b"II*\x00", "a TIFF image"),
-    (b"MM\x00*", "a TIFF image"),
+    (b"\x89PNG", "the beginning of a PNG image"),
+    (b"\xff\xd8", "the beginning of a JPEG image"),
+    (b"RIFF", "the beginning of a RIFF file (WebP, sound or video)"),
+    (b"GIF8", "the beginning of a GIF image"),
+    (b"BM", "the beginning of a BMP image"),
+    (b"II*\x00", "the beginning of a TIFF image"),
+    (b"MM\x00*", "the beginning of a TIFF image"),
+    (b"\x00\x00\x00\x0cjP", "a JPEG 2000 image"),
+    (b"\x00\x00\x01\x00", "a Windows icon"),
+    (b"PK\x03\x04", "a zip"),
+    (b"\x1f\x8b", "gzip data"),
     (b"8BPS", "a Photoshop image"),
     (b"SIMPLE  =", "a FITS image"),
     (b"%!PS", "a PostScript file"),
@@ -62,19 +78,33 @@ def open_image(
 ) -> PILImage.Image:
     """The picture as 8-bit RGB, turned as its EXIF orientation says, alpha over white.
 
-    Of an animation, the first frame. Colour profiles are ignored: pixels are taken as sRGB. 16-bit values are
-    scaled (not clipped) to 8 bits.
+    Of an animation or of several pages, the first; the others are never decoded. Colour profiles are ignored:
+    pixels are taken as sRGB. 16-bit values are scaled (not clipped) to 8 bits.
 
     Args:
-        source: path of a regular file, bytes of an encoded file (PNG, JPEG or WEBP, whatever its name says),
-            or a picture in memory.
+        source: path of a regular file, bytes of an encoded file (`FORMAT_NAMES`, whatever its name says), or
+            a picture in memory.
         name: how messages call it; the path otherwise.
 
     Raises:
         ImageError: missing, not a regular file, another format, damaged, or more than `max_pixels`.
     """
+    return _guarded(source, name, max_pixels, _decoded)
+
+
+def upright_size(source: str | Path | bytes | PILImage.Image, *, name: str | None = None) -> tuple[int, int]:
+    """Width and height that `open_image` would give, out of the header. Raises ImageError as it does."""
+    return _guarded(source, name, MAX_PIXELS, _upright_size)
+
+
+def _guarded(
+    source: str | Path | bytes | PILImage.Image,
+    name: str | None,
+    max_pixels: int,
+    use: Callable[[PILImage.Image, str], _Result],
+) -> _Result:
     if isinstance(source, PILImage.Image):
-        return _opened(source, b"", name or "image in memory", max_pixels)
+        return _opened(source, b"", name or "image in memory", max_pixels, use)
     if isinstance(source, bytes):
         name, data = name or "image data", source
     else:
@@ -82,11 +112,20 @@ def open_image(
         data = read_regular_file(Path(source), name)
     if not data:
         raise ImageError(f"image {escape(name)!r}: the file is empty")
-    return _opened(io.BytesIO(data), data, name, max_pixels)
+    return _opened(io.BytesIO(data), data, name, max_pixels, use)
 
 
-def _opened(source: io.BytesIO | PILImage.Image, data: bytes, name: str, max_pixels: int) -> PILImage.Image:
-    """Decodes, whatever the decoder raises. `data` is what a message describes if it is no image."""
+def _opened(
+    source: io.BytesIO | PILImage.Image,
+    data: bytes,
+    name: str,
+    max_pixels: int,
+    use: Callable[[PILImage.Image, str], _Result],
+) -> _Result:
+    """What `use` makes of an image that is not too large, whatever the decoder raises.
+
+    `data` is what a message describes if it is no image.
+    """
     try:
         with warnings.catch_warnings():
             # Our own limit below is stricter; damaged metadata is no reason to refuse pixels.
@@ -94,17 +133,17 @@ def _opened(source: io.BytesIO | PILImage.Image, data: bytes, name: str, max_pix
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
             if isinstance(source, PILImage.Image):
                 _check_size(source, name, max_pixels)
-                return _decoded(source, name)
+                return use(source, name)
             with PILImage.open(source, formats=FORMATS) as image:
                 _check_size(image, name, max_pixels)
-                return _decoded(image, name)
+                return use(image, name)
     except ImageError:
         raise
     except (PILImage.DecompressionBombWarning, PILImage.DecompressionBombError) as error:
         raise ImageError(f"image {escape(name)!r}: more than {max_pixels} pixels") from error
     except UnidentifiedImageError as error:
         found = describe_bytes(data)
-        raise ImageError(f"image {escape(name)!r}: found {found}, expected PNG, JPEG or WebP") from error
+        raise ImageError(f"image {escape(name)!r}: found {found}, expected {FORMAT_NAMES}") from error
     except Exception as error:
         # Decoders of damaged files raise nearly anything (struct.error, SyntaxError, MemoryError, ...).
         reason = escape(str(error)) or type(error).__name__
@@ -225,6 +264,17 @@ def _decoded(image: PILImage.Image, name: str) -> PILImage.Image:
     except Exception as error:
         logger.debug("image %s: EXIF ignored (%s)", escape(name), escape(str(error)))
     return _to_rgb(image, name)
+
+
+def _upright_size(image: PILImage.Image, name: str) -> tuple[int, int]:
+    width, height = image.size
+    # Pillow turns the size of a TIFF itself.
+    try:
+        is_turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _TURNED
+    except Exception as error:
+        logger.debug("image %s: EXIF ignored (%s)", escape(name), escape(str(error)))
+        is_turned = False
+    return (height, width) if is_turned else (width, height)
 
 
 def _to_rgb(image: PILImage.Image, name: str) -> PILImage.Image:

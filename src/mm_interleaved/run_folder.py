@@ -63,7 +63,10 @@ INPUT = "input"
 _FILES = (RESULTS, HASHES, PAGE)
 _FOLDERS = (IMAGES, INPUT, f"{INPUT}/{IMAGES}")
 _OURS = (MANIFEST, *_FILES, IMAGES, INPUT)
-_SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
+_SUFFIXES = {
+    b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp",
+    b"GIF8": ".gif", b"BM": ".bmp", b"II*\x00": ".tif", b"MM\x00*": ".tif",
+}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

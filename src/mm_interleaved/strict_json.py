@@ -6,14 +6,19 @@ something else than it says is refused here, with file, line and column, or file
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import math
 import os
 import stat
+import sys
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.images import file_kind
@@ -25,7 +30,20 @@ MAX_TEXT = 1_000_000
 MAX_DEPTH = 64
 MAX_DIGITS = 40
 
-_BOMS = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+STANDARD_INPUT = "-"
+"""The path that stands for what is piped in."""
+GZIP_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
+"""What gzip raises where the bytes make no sense."""
+
+_OTHER_STARTS = (
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+    (b"\x1f\x8b", "gzip data (its name should end with .gz)"),
+    (b"PK\x03\x04", "a zip"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard data"),
+    (b"BZh", "bzip2 data"),
+    (b"\xfd7zXZ", "xz data"),
+)
 _KINDS = {
     type(None): "null",
     bool: "true or false",
@@ -48,12 +66,45 @@ class FieldError(ValueError):
         return InputError(f"{place}: {self}", field=self.path or None)
 
 
+Used = dict[Any, "Used"]
+"""What was asked for in an object or a list: its keys or indices, and what was asked for below each."""
+
+_WHOLE = object()
+"""In `Used`: everything below was taken as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A JSON value and its path in the record, such as `content[2].image`. Wrong kinds raise FieldError."""
+    """A JSON value and its path in the record, such as `content[2].image`. Wrong kinds raise FieldError.
+
+    A tracked field knows which of the fields below it were asked for, through whatever copies of it.
+    """
 
     value: Any
     path: str = ""
+    used: Used | None = field(default=None, compare=False, repr=False)
+
+    def tracked(self) -> Field:
+        """The same value, nothing of it asked for yet."""
+        return Field(self.value, self.path, {})
+
+    def whole(self) -> Any:
+        """The value, all of it taken as it is."""
+        if self.used is not None:
+            self.used[_WHOLE] = {}
+        return self.value
+
+    def unused(self) -> Iterator[Field]:
+        """Of a tracked field: the fields below that nobody asked for and that hold anything, topmost ones."""
+        if self.used is None or _WHOLE in self.used:
+            return
+        is_object = isinstance(self.value, dict)
+        items = self.value.items() if is_object else enumerate(self.value) if self.used else ()
+        for key, value in items:
+            if key in self.used:
+                yield from self._below(key).unused()
+            elif is_object and value not in (None, "", [], {}):
+                yield self._below(key)
 
     def wrong(self, expected: str) -> NoReturn:
         """Raise that something else was expected here."""
@@ -67,7 +118,7 @@ class Field:
         if key not in self.object():
             found = ", ".join(escape(k, 40) for k in self.value) or "no fields"
             raise FieldError(self._child(key), f"missing, found {found}")
-        return Field(self.value[key], self._child(key))
+        return self._below(key)
 
     def get(self, key: str) -> Field | None:
         """A field of an object, None where it is absent or null."""
@@ -79,7 +130,7 @@ class Field:
     def list(self) -> list[Field]:
         if not isinstance(self.value, list):
             self.wrong("a list")
-        return [Field(item, f"{self.path}[{index}]") for index, item in enumerate(self.value)]
+        return [self._below(index) for index in range(len(self.value))]
 
     def text(self, max_length: int = MAX_TEXT) -> str:
         if not isinstance(self.value, str):
@@ -97,6 +148,16 @@ class Field:
         if not is_integer or not low <= self.value <= high:
             self.wrong(f"a whole number from {low} to {high}")
         return self.value
+
+    def _below(self, key: str | int) -> Field:
+        """What stands under a key of the object or an index of the list; it counts as asked for."""
+        value = self.value[key]
+        path = f"{self.path}[{key}]" if isinstance(key, int) else self._child(key)
+        if self.used is None:
+            return Field(value, path)
+        # Only an object or a list has something below it that can be left unused.
+        below = self.used.setdefault(key, {})
+        return Field(value, path, below if isinstance(value, dict | list) else None)
 
     def _child(self, key: str) -> str:
         return f"{self.path}.{escape(key, 40)}" if self.path else escape(key, 40)
@@ -126,15 +187,15 @@ class Record:
 def read_records(path: Path) -> Iterator[Record]:
     """The objects of a `.jsonl` file (one a line) or of a `.json` file (one, or a list of them).
 
-    A byte-order mark, blank lines, Windows line ends and a missing last line end are all right.
+    A byte-order mark, blank lines, Windows line ends and a missing last line end are all right. Either kind
+    may be compressed (`.gz`); `-` is what is piped in, lines or one JSON value.
 
     Raises:
         InputError: missing, not a regular file, not UTF-8, not strict JSON, or too large.
     """
-    _check_regular(path)
     try:
-        with open(path, "rb") as file:
-            if path.suffix.lower() == ".json":
+        with _opened(path) as (file, is_whole):
+            if is_whole:
                 yield from _whole_file(path, _limited(file.read(MAX_RECORD_BYTES + 1), str(path)))
                 return
             number = 0
@@ -144,8 +205,48 @@ def read_records(path: Path) -> Iterator[Record]:
                 text = decoded(_limited(line, place), place, is_start=number == 1)
                 if text.strip():
                     yield Record(place, number, Field(parse_strict(text, place, first_line=None)))
+    except GZIP_DAMAGE as error:
+        raise InputError(f"{path}: damaged, or no gzip ({escape(str(error))})") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
+    """The file's bytes, decompressed, and whether they are one JSON value."""
+    if str(path) == STANDARD_INPUT:
+        data = standard_input()
+        yield io.BytesIO(data), not is_lines(data)
+        return
+    _check_regular(path)
+    name = path.name.lower()
+    with open(path, "rb") as file:
+        if name.endswith(".gz"):
+            with gzip.open(file) as unpacked:
+                yield unpacked, name.endswith(".json.gz")
+        else:
+            yield file, name.endswith(".json")
+
+
+def standard_input() -> bytes:
+    """What is piped in, decompressed where it is gzip. Raises InputError: too much, or damaged."""
+    data = sys.stdin.buffer.read(MAX_RECORD_BYTES + 1)
+    try:
+        if data.startswith(b"\x1f\x8b"):
+            with gzip.open(io.BytesIO(data)) as unpacked:
+                data = unpacked.read(MAX_RECORD_BYTES + 1)
+    except (*GZIP_DAMAGE, OSError) as error:
+        raise InputError(f"standard input: damaged gzip ({escape(str(error))})") from error
+    return _limited(data, "standard input")
+
+
+def is_lines(data: bytes) -> bool:
+    """Whether the first line that is not blank is a JSON object by itself, so that others may follow."""
+    first = next((line for line in io.BytesIO(data.removeprefix(b"\xef\xbb\xbf")) if line.strip()), b"")
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return not data.lstrip().startswith((b"[", b"{"))
 
 
 def parse_strict(text: str, place: str, first_line: int | None = 1) -> Any:
@@ -214,7 +315,29 @@ def _check_regular(path: Path):
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be opened ({getattr(error, 'strerror', error)})") from error
     if not stat.S_ISREG(mode):
-        raise InputError(f"{path}: found a {file_kind(mode)}, expected a .json or .jsonl file")
+        found, instead = file_kind(mode), files_inside(path) if stat.S_ISDIR(mode) else ""
+        raise InputError(f"{path}: found a {found}, expected a .json or .jsonl file{instead}")
+
+
+_DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zip", ".parquet", ".tar", ".txt", ".csv")
+
+
+def files_inside(folder: str | Path) -> str:
+    """Which files to name in place of a folder, as the end of a sentence; empty where it holds none."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return ""
+    by_suffix = {
+        suffix: [name for name in names if name.lower().endswith(suffix) and not name.startswith(".")]
+        for suffix in _DATA_SUFFIXES
+    }
+    wanted = [
+        os.path.join(folder, found[0] if len(found) == 1 else f"*{suffix}")
+        for suffix, found in by_suffix.items()
+        if found
+    ]
+    return f", such as {escape(' or '.join(wanted[:3]), 300)}" if wanted else ""
 
 
 def _limited(data: bytes, place: str) -> bytes:
@@ -226,7 +349,7 @@ def _limited(data: bytes, place: str) -> bytes:
 def decoded(data: bytes, place: str, is_start: bool) -> str:
     """UTF-8 bytes as text; a byte-order mark may stand at the start of a file. Raises InputError."""
     if is_start:
-        for mark, name in _BOMS:
+        for mark, name in _OTHER_STARTS:
             if data.startswith(mark):
                 raise InputError(f"{place}: found {name}, expected UTF-8")
         data = data.removeprefix(b"\xef\xbb\xbf")

@@ -15,7 +15,18 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # Storeys, low to high: a file imports from its own storey and from those below it. A file belongs to the
 # storey with the longest matching prefix.
 STOREYS = (
-    ("__init__", "errors", "versions", "storage", "strict_json", "images", "image_references", "document"),
+    (
+        "__init__",
+        "errors",
+        "versions",
+        "storage",
+        "strict_json",
+        "images",
+        "image_references",
+        "document",
+        "placeholders",
+        "record_rules",
+    ),
     (
         "document_formats",
         "vocabulary",

@@ -240,7 +240,7 @@ def test_llava_turns_and_texts_without_image_are_kept(tmp_path):
 
 
 def test_refcoco_tables_have_boxes_of_coco(tmp_path):
-    put(tmp_path / "a.png", 1)
+    put(tmp_path / "a.png", png(1, (200, 100)))
     images = [{"id": 1, "file_name": "a.png", "caption": "the left man", "width": 200, "height": 100}]
     boxes = [[20, 10, 100, 50], [20, 10, 0, 50], [20, 10, "x", 50]]
     annotations = [{"image_id": 1, "bbox": box} for box in boxes]
@@ -263,7 +263,7 @@ def test_boxes_without_a_size_ask_the_image(tmp_path):
 
 
 def test_flickr30k_entities_have_one_document_a_phrase(tmp_path):
-    put(tmp_path / "flickr30k-images" / "12.jpg", 1)
+    put(tmp_path / "flickr30k-images" / "12.jpg", png(1, (100, 100)))
     put(
         tmp_path / "Sentences" / "12.txt",
         "[/EN#1/people Two men] in [/EN#0/notvisual it] near [/EN#2/scene a lake] .\n",
@@ -404,7 +404,7 @@ def test_flintstonessv_is_unpickled_once_and_read_as_stories(tmp_path):
 
 
 def test_refcoco_as_published_is_unpickled_once(tmp_path):
-    put(tmp_path / "COCO_train2014_1.jpg", 1)
+    put(tmp_path / "COCO_train2014_1.jpg", png(1, (100, 100)))
     refs = [{"image_id": 1, "ann_id": 2, "split": "testA", "sentences": [{"sent": "man"}, {"sent": "him"}]}]
     put(tmp_path / "refs(unc).p", pickle.dumps(refs, protocol=2))
     image = {"id": 1, "file_name": "COCO_train2014_1.jpg", "width": 100, "height": 100}
@@ -558,7 +558,7 @@ def test_no_change_of_an_annotation_file_is_fatal(tmp_path):
     panel = {"sequence_index": 0, "image_id": "a", "caption": "A."}
     original = {"worker_arranged_photo_order": "0", "photo_flickr_id": "a", "text": "A.", "story_id": "s"}
     box = {"image_id": 1, "bbox": [1, 1, 2, 2]}
-    sized = {"id": 1, "file_name": "a.jpg", "caption": "c", "width": 9, "height": 9}
+    sized = {"id": 1, "file_name": "a.jpg", "caption": "c", "width": 8, "height": 6}
     files = (
         ("captions", COCO),
         ("captions", [{"image": "a.jpg", "caption": ["x", "y"]}]),

@@ -27,9 +27,10 @@ from mm_interleaved.cli.generate import (
 from mm_interleaved.cli.output import say
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.errors import UsageError
+from mm_interleaved.images import FORMAT_NAMES
 from mm_interleaved.storyworld.prompts import BOX_RANGE, CAPTION_PROMPT, GROUND_PROMPT, read_box
 
-PicturePath = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture: PNG, JPEG or WebP.")]
+PicturePath = Annotated[Path, typer.Argument(metavar="IMAGE", help=f"A picture: {FORMAT_NAMES}.")]
 
 
 def add_to(app: typer.Typer):
@@ -39,7 +40,7 @@ def add_to(app: typer.Typer):
 
 
 def caption(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures: PNG, JPEG or WebP.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help=f"Pictures: {FORMAT_NAMES}.")],
     prompt: Annotated[str, typer.Option(help="What is asked of the model.")] = CAPTION_PROMPT,
     model: Model = "storyworld",
     device: Device = "auto",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +16,8 @@ import typer
 from mm_interleaved.cli.command import command
 from mm_interleaved.cli.generate import SOME_FAILED
 from mm_interleaved.cli.output import progress, say, say_error
-from mm_interleaved.errors import InputError, UsageError
+from mm_interleaved.errors import InputError, StorageError, UsageError
+from mm_interleaved.strict_json import STANDARD_INPUT, is_lines, standard_input
 
 if TYPE_CHECKING:
     from mm_interleaved.data.check import CountTokens, Look
@@ -69,8 +73,9 @@ def check(
     """Look through corpora of any format, open every image; say what is there and what is wrong.
 
     Every file is looked at. Ends with 3 if one of them is no file of documents or has a broken item, else
-    with 7 if an image cannot be opened, else with 0. What is broken is named, of each FILE the first
-    thousand.
+    with 7 if an image cannot be opened, else with 0; with 6 if a storage failed. What is broken is named,
+    equal faults once with their number; fields that nothing uses and markup for images that matches none
+    are counted by name. FILE may be - for what is piped in.
     """
     from mm_interleaved.data.check import Look, Report
     from mm_interleaved.data.check_page import render_contact_sheet
@@ -79,6 +84,7 @@ def check(
     count_tokens = None if model == "none" else _token_counter(model)
     reports: list[Report] = []
     num_wrong = num_broken_images = 0
+    has_failed = False
     for path in paths:
         look = Look(path, count_tokens=count_tokens, opens_images=opens_images, max_items=limit)
         try:
@@ -88,6 +94,10 @@ def check(
         except InputError as error:
             say_error(str(error))
             num_wrong += 1
+            continue
+        except StorageError as error:
+            say_error(str(error))
+            has_failed = True
             continue
         report = look.report
         reports.append(report)
@@ -103,13 +113,17 @@ def check(
         make_folder(page.parent)
         write_file(page, render_contact_sheet(reports))
         say(f"{page}: contact sheet")
+    if has_failed:
+        return StorageError.exit_code
     if num_wrong:
         return InputError.exit_code
     return SOME_FAILED if num_broken_images else 0
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="A file, glob or address of any format.")],
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="A file, glob or address of any format; - is piped in.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The canonical .jsonl to write.")],
     form: Form = None,
     image_root: ImageRoot = None,
@@ -127,29 +141,35 @@ def convert(
     """Rewrite a corpus in the canonical form, one document a line.
 
     Formats pororosv-pickles, flintstonessv-pickles and refcoco-pickles take the folder of the published,
-    pickled annotations and write lines for the formats pororosv, flintstonessv and refcoco.
+    pickled annotations and write lines for the formats pororosv, flintstonessv and refcoco; of RefCOCO's
+    two files of references --set split_by=unc (google, umd) takes one.
     """
+    from mm_interleaved.data.check import Faults
     from mm_interleaved.data.convert import convert_source, write_lines
     from mm_interleaved.data.pickled_annotations import PICKLED, unpickled_records
     from mm_interleaved.data.sources.source import BrokenItem
 
     if form is not None and form in PICKLED:
-        say(f"{out}: {write_lines(out, unpickled_records(form, Path(source)))} lines")
+        records = unpickled_records(form, Path(source), _settings(settings))
+        say(f"{out}: {write_lines(out, records)} lines")
         return 0
     made = _source(source, form, image_root, settings)
     shards = made.shards()
     if os.path.realpath(out) in {os.path.realpath(shard.name) for shard in shards}:
         raise UsageError(f"{out}: is what is read, expected another file to write", field="out")
+    faults = Faults()
     with progress(_num_items(shards, None), source) as bar:
 
         def tell(item):
             if isinstance(item, BrokenItem):
-                say_error(str(item))
+                faults.add(item)
             bar.advance(source)
 
         done = convert_source(
-            made, out, copies_images=not refers_to_images, skips_broken=skips_broken, tell=tell
+            made, out, shards, copies_images=not refers_to_images, skips_broken=skips_broken, tell=tell
         )
+    for fault in faults:
+        say_error(str(fault))
     told = [f"{out}: {done.num_documents} documents"]
     told += [f"{count} left out ({rule})" for rule, count in sorted(done.filtered.items())]
     told += [f"{done.num_renamed} with an id that was taken"] if done.num_renamed else []
@@ -184,16 +204,36 @@ def _source(path: str, form: str | None, image_root: str | None, settings: list[
     from mm_interleaved.data.sources.files import found_files
     from mm_interleaved.data.sources.registry import make_source, source_name_of
 
-    given: dict[str, Any] = {"paths": path}
+    if path == STANDARD_INPUT:
+        # Sources read their files more than once.
+        path, image_root = _spooled(), image_root or os.curdir
+    given: dict[str, Any] = {"paths": path, **_settings(settings)}
+    name = form or source_name_of(found_files(path)[0])
+    if image_root is not None and name != "webdataset":
+        given["images"] = image_root
+    return make_source(name, given)
+
+
+@cache
+def _spooled() -> str:
+    """What is piped in, as a file that is there as long as this process."""
+    data = standard_input()
+    folder = tempfile.mkdtemp(prefix="mm-interleaved-input-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder, "stdin.jsonl" if is_lines(data) else "stdin.json")
+    path.write_bytes(data)
+    return str(path)
+
+
+def _settings(settings: list[str] | None) -> dict[str, Any]:
+    """What --set gives, by name."""
+    given: dict[str, Any] = {}
     for setting in settings or ():
         name, equals, value = setting.partition("=")
         if not equals:
             raise UsageError(f"--set: found {setting!r}, expected NAME=VALUE", field="set")
         given[name.replace("-", "_")] = _value(value)
-    name = form or source_name_of(found_files(path)[0])
-    if image_root is not None and name != "webdataset":
-        given["images"] = image_root
-    return make_source(name, given)
+    return given
 
 
 def _value(text: str) -> Any:
@@ -205,14 +245,14 @@ def _value(text: str) -> Any:
 
 
 def _look_through(look: Look, source: Source, shards: list[Shard]):
-    """All items, what is broken named as it is found."""
-    named = 0
-    with progress(_num_items(shards, look.max_items), look.report.name) as bar:
-        for _ in look.through(source, shards):
-            for broken in look.report.broken[named:]:
-                say_error(str(broken))
-            named = len(look.report.broken)
-            bar.advance(f"{look.report.name}: {look.report.num_documents} documents")
+    """All items; then what is broken is named, equal faults once."""
+    try:
+        with progress(_num_items(shards, look.max_items), look.report.name) as bar:
+            for _ in look.through(source, shards):
+                bar.advance(f"{look.report.name}: {look.report.num_documents} documents")
+    finally:
+        for fault in look.report.faults:
+            say_error(str(fault))
 
 
 def _num_items(shards: list[Shard], limit: int | None) -> int | None:
@@ -251,6 +291,7 @@ def _told(report) -> str:
         (report.num_missing_images, "missing images"),
         (report.num_repeated_images, "images repeated under other names"),
         *((count, f"left out ({rule})") for rule, count in sorted(report.filtered.items())),
+        *((found.count, f"with {remark} (first: {found.first})") for remark, found in report.remarks.items()),
     )
     lines = [
         f"{report.name}: {', '.join(told)}",

@@ -20,6 +20,7 @@ from mm_interleaved.errors import InputError, ModelFileError, SomeFailedError, U
 from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, TextDelta
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.model_source import AS_IT_IS, Acceleration
+from mm_interleaved.strict_json import STANDARD_INPUT
 
 SOME_FAILED = SomeFailedError.exit_code
 
@@ -46,7 +47,7 @@ def add_to(app: typer.Typer):
 def generate(
     context: typer.Context,
     input: Annotated[
-        Path | None, typer.Argument(help="Documents: .json or .jsonl, in any known format.")
+        Path | None, typer.Argument(help="Documents: .json or .jsonl (.gz), in any known format; - is piped in.")
     ] = None,
     output: Output = None,
     model: Model = "storyworld",
@@ -96,7 +97,8 @@ def generate(
     )
     if input and output and output.resolve() in (input.resolve(), input.resolve().parent / "results.jsonl"):
         raise UsageError(f"{output}: is the input, expected another folder for the results")
-    output = output or default_output(input.stem if input else "story", documents, model, flags)
+    name = "stdin" if str(input) == STANDARD_INPUT else input.stem if input else "story"
+    output = output or default_output(name, documents, model, flags)
     return run_and_report(
         documents,
         output,

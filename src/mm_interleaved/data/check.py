@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ NUM_SAMPLES = 48
 """Documents on the contact sheet."""
 _THUMBNAIL_SIDE = 160
 _SAMPLE_DOMAIN = 31
-_MAX_KEPT = 1000
+_MAX_KINDS = 1000
+_CHANGING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
+"""What differs between equal faults: names, indices, numbers."""
 
 CountTokens = Callable[[Document], int]
 
@@ -33,9 +36,50 @@ class BrokenImage:
 
     document_id: str
     reason: str
+    place: str = ""
+    """File, and line or entry in it, of the document."""
 
     def __str__(self) -> str:
-        return f"document {self.document_id!r}: {self.reason}"
+        place = f"{self.place}: " if self.place else ""
+        return f"{place}document {self.document_id!r}: {self.reason}"
+
+
+@dataclass(slots=True)
+class Fault:
+    """Equal faults: the first of them, and how many there are."""
+
+    first: BrokenItem | BrokenImage
+    count: int = 1
+
+    def __str__(self) -> str:
+        return str(self.first) if self.count == 1 else f"{self.first} ({self.count:,} times)"
+
+
+class Faults:
+    """What is broken, equal faults together: those that differ in names and numbers only."""
+
+    def __init__(self):
+        self._by_kind: dict[str, Fault] = {}
+
+    def add(self, broken: BrokenItem | BrokenImage):
+        """Counts one; of more than a thousand kinds, the later ones are not kept."""
+        field = broken.field if isinstance(broken, BrokenItem) else None
+        kind = _CHANGING.sub("?", f"{type(broken).__name__} {field} {broken.reason}")
+        if (fault := self._by_kind.get(kind)) is not None:
+            fault.count += 1
+        elif len(self._by_kind) < _MAX_KINDS:
+            self._by_kind[kind] = Fault(broken)
+
+    def __iter__(self) -> Iterator[Fault]:
+        return iter(self._by_kind.values())
+
+
+@dataclass(slots=True)
+class Remarked:
+    """A remark that documents carry: where the first one stands, and how many there are."""
+
+    first: str
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +123,9 @@ class Report:
     """Images left out because their files are not there."""
     num_repeated_images: int = 0
     """Images whose bytes were there before under another name."""
-    broken: list[BrokenItem | BrokenImage] = field(default_factory=list)
-    """The first thousand."""
+    faults: Faults = field(default_factory=Faults)
+    remarks: dict[str, Remarked] = field(default_factory=dict)
+    """What documents carry with them that was not used or is doubtful, in the words of `record_rules`."""
     filtered: Counter[str] = field(default_factory=Counter)
     """Items left out on purpose, by rule."""
     tokens: Counter[int] = field(default_factory=Counter)
@@ -91,6 +136,11 @@ class Report:
     shorter_sides: Counter[int] = field(default_factory=Counter)
     """Images by the pixels of their shorter side."""
     samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def broken(self) -> list[BrokenItem | BrokenImage]:
+        """The first of each kind of fault."""
+        return [fault.first for fault in self.faults]
 
     def to_json(self) -> dict[str, object]:
         """The figures, for programs."""
@@ -108,7 +158,11 @@ class Report:
             "images_a_document": summary(self.images_a_document),
             "characters": summary(self.characters),
             "shorter_sides": summary(self.shorter_sides),
+            "remarks": {
+                remark: {"count": found.count, "first": found.first} for remark, found in self.remarks.items()
+            },
             "broken": [str(item) for item in self.broken],
+            "faults": [{"first": str(fault.first), "count": fault.count} for fault in self.faults],
         }
 
 
@@ -148,7 +202,7 @@ class Look:
     def _count(self, item: Item):
         if isinstance(item, BrokenItem):
             self.report.num_broken += 1
-            self._name(item)
+            self.report.faults.add(item)
         elif isinstance(item, FilteredItem):
             self.report.filtered[item.rule] += 1
         else:
@@ -160,6 +214,7 @@ class Look:
             return
         place = self._sample_place(report.num_documents)
         report.num_documents += 1
+        self._note(document)
         parts = (*document.parts, *document.target)
         texts = [part.text for part in parts if isinstance(part, Text)]
         images = [part for part in parts if isinstance(part, Image)]
@@ -183,7 +238,8 @@ class Look:
             self.report.tokens[count_tokens(document)] += 1
         except InputError as error:
             self.report.num_broken += 1
-            self._name(BrokenItem(f"document {document.id!r}", str(error)))
+            place = f"{document.place}: document {document.id!r}" if document.place else document.id
+            self.report.faults.add(BrokenItem(place, str(error)))
             return False
         return True
 
@@ -200,7 +256,7 @@ class Look:
             picture = image.load()
         except ImageError as error:
             self.report.num_broken_images += 1
-            self._name(BrokenImage(document.id, str(error)))
+            self.report.faults.add(BrokenImage(document.id, str(error), document.place))
             return None
         self.report.shorter_sides[min(picture.size)] += 1
         return picture
@@ -215,9 +271,12 @@ class Look:
         key = hashlib.blake2b(data, digest_size=16).digest()
         self.report.num_repeated_images += self._names_by_hash.setdefault(key, name) != name
 
-    def _name(self, broken: BrokenItem | BrokenImage):
-        if len(self.report.broken) < _MAX_KEPT:
-            self.report.broken.append(broken)
+    def _note(self, document: Document):
+        for remark in document.remarks:
+            if (found := self.report.remarks.get(remark)) is not None:
+                found.count += 1
+            elif len(self.report.remarks) < _MAX_KINDS:
+                self.report.remarks[remark] = Remarked(f"{document.place}: document {document.id!r}")
 
 
 def _sample(document: Document, pictures: Sequence[PILImage.Image | None]) -> Sample:

@@ -42,6 +42,7 @@ def _section(report: Report) -> str:
         ("missing images", report.num_missing_images),
         ("repeated images", report.num_repeated_images),
         *((f"left out: {rule}", count) for rule, count in sorted(report.filtered.items())),
+        *((remark, found.count) for remark, found in report.remarks.items()),
     ]
     always = ("documents", "texts", "images", "broken items", "broken images")
     rows = "".join(
@@ -85,9 +86,10 @@ def _range(first: int, last: int) -> str:
 def _broken(report: Report) -> str:
     if not report.broken:
         return ""
-    lines = "".join(f"<li>{escape(str(item))}</li>" for item in report.broken[:_MAX_BROKEN])
+    faults = list(report.faults)
+    lines = "".join(f"<li>{escape(str(fault))}</li>" for fault in faults[:_MAX_BROKEN])
     total = report.num_broken + report.num_broken_images
-    more = f"<li>… and {total - _MAX_BROKEN:,} more</li>" if total > _MAX_BROKEN else ""
+    more = f"<li>… and {len(faults) - _MAX_BROKEN:,} kinds more</li>" if len(faults) > _MAX_BROKEN else ""
     is_open = " open" if total <= 20 else ""
     return (
         f"<details class=broken{is_open}><summary>{total:,} broken</summary><ol>{lines}{more}</ol></details>"

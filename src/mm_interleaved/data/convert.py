@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image as PILImage
 
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Source
+from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Shard, Source
 from mm_interleaved.document import Document, Image, document_to_record
 from mm_interleaved.errors import ImageError, InputError, escape
-from mm_interleaved.images import describe_bytes, read_regular_file, to_png
+from mm_interleaved.images import FORMAT_NAMES, describe_bytes, read_regular_file, to_png, upright_size
 from mm_interleaved.storage import (
     is_real_folder,
     is_regular_file,
@@ -27,7 +27,15 @@ from mm_interleaved.storage import (
     write_file,
 )
 
-_STARTS = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"RIFF", ".webp"))
+_STARTS = (
+    (b"\x89PNG", ".png"),
+    (b"\xff\xd8", ".jpg"),
+    (b"RIFF", ".webp"),
+    (b"GIF8", ".gif"),
+    (b"BM", ".bmp"),
+    (b"II*\x00", ".tif"),
+    (b"MM\x00*", ".tif"),
+)
 
 
 @dataclass(slots=True)
@@ -44,6 +52,7 @@ class Conversion:
 def convert_source(
     source: Source,
     out: Path,
+    shards: Sequence[Shard] | None = None,
     *,
     copies_images: bool = True,
     skips_broken: bool = False,
@@ -52,6 +61,7 @@ def convert_source(
     """Writes the documents of a source, in its order; the file is whole or not there.
 
     Args:
+        shards: those of the source, where they are known already.
         copies_images: put images that do not lie in the folder of `out` into `images/` there, as they are;
             otherwise they are named by their absolute paths (those out of tars and tables are copied anyway).
         skips_broken: leave out what is broken; otherwise the first such item ends it all.
@@ -69,7 +79,7 @@ def convert_source(
     images = _Images(out, copies_images)
     try:
         with whole_file(out) as file:
-            for shard in source.shards():
+            for shard in source.shards() if shards is None else shards:
                 for _, item in source.read(shard):
                     if isinstance(item, Document):
                         document = _with_own_id(item, ids)
@@ -147,7 +157,9 @@ class _Images:
         suffix = next((suffix for start, suffix in _STARTS if data.startswith(start)), None)
         if suffix is None:
             found = describe_bytes(data)
-            raise ImageError(f"image {escape(name or 'data')!r}: found {found}, expected PNG, JPEG or WebP")
+            raise ImageError(f"image {escape(name or 'data')!r}: found {found}, expected {FORMAT_NAMES}")
+        # Bytes that only begin like an image are none.
+        upright_size(data, name=name)
         # By its contents, so that an image of many documents is copied once, and the same conversion gives
         # the same names again.
         place = f"images/{hashlib.sha256(data).hexdigest()[:32]}{suffix}"

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mm_interleaved.data.sources.refcoco import box_of
-from mm_interleaved.errors import InputError, escape
+from mm_interleaved.data.boxes import four_numbers
+from mm_interleaved.errors import InputError, UsageError, escape
 from mm_interleaved.strict_json import Field, FieldError, parse_strict
 
 _MAX_BYTES = 2 << 30
@@ -27,6 +27,7 @@ _NUM_FOLLOWING = 4
 """A story has five frames."""
 _SPLITS = ("train", "val", "test")
 _PORORO_NAMES = ("pororo", "loopy", "eddy", "harry", "poby", "tongtong", "crong", "rody", "petty")
+_SETTINGS = {"split_by"}
 _NPY_START = b"\x93NUMPY"
 
 
@@ -117,7 +118,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 # The corpora
 
 
-def _pororo(folder: Path) -> Iterator[dict[str, Any]]:
+def _pororo(folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """PororoSV: `descriptions.npy`, `img_cache4.npy`, `following_cache4.npy`, `train_seen_unseen_ids.npy`."""
     names = ("descriptions", "img_cache4", "following_cache4", "train_seen_unseen_ids")
     descriptions, firsts, following, splits = (
@@ -156,7 +157,7 @@ def _named(caption: str) -> str:
     return " ".join(word.capitalize() if named else word for word, named in zip(words, is_name, strict=True))
 
 
-def _flintstones(folder: Path) -> Iterator[dict[str, Any]]:
+def _flintstones(folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """FlintstonesSV: `following_cache4.pkl`, `train-val-test_split.json` and
     `flintstones_annotations_v1-0.json`.
     """
@@ -179,20 +180,18 @@ def _flintstones(folder: Path) -> Iterator[dict[str, Any]]:
             yield {"id": f"flintstonessv-{split}-{name}", "split": split, "frames": frames}
 
 
-def _refer(folder: Path) -> Iterator[dict[str, Any]]:
-    """RefCOCO as published: `instances.json` and one `refs(...).p`."""
-    pickles = sorted(folder.glob("refs(*).p"))
-    if len(pickles) != 1:
-        raise InputError(f"{folder}: found {len(pickles)} files refs(...).p, expected one")
+def _refer(folder: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """RefCOCO as published: `instances.json` and `refs(...).p`, of which `split_by` chooses one."""
+    refs = _chosen_refs(folder, settings.get("split_by"))
     instances = _json(folder / "instances.json")
     images = {str(image["id"].value): image for image in instances["images"].list()}
     annotations = {str(item["id"].value): item for item in instances["annotations"].list()}
-    for ref in Field(read_pickled(pickles[0]), pickles[0].name).list():
+    for ref in Field(read_pickled(refs), refs.name).list():
         image, annotation = images.get(str(ref["image_id"].value)), annotations.get(str(ref["ann_id"].value))
         if image is None or annotation is None:
             ref["ann_id"].wrong("an annotation and its image in instances.json")
         assert image is not None and annotation is not None
-        left, top, width, height = box_of(annotation["bbox"])
+        left, top, width, height = four_numbers(annotation["bbox"])
         for sentence in ref["sentences"].list():
             yield {
                 "image": image["file_name"].text(),
@@ -204,6 +203,23 @@ def _refer(folder: Path) -> Iterator[dict[str, Any]]:
             }
 
 
+def _chosen_refs(folder: Path, split_by: str | None) -> Path:
+    """The file of references: RefCOCO and RefCOCOg are published with two ways to split them."""
+    found = {path.name.removeprefix("refs(").removesuffix(").p"): path for path in folder.glob("refs(*).p")}
+    if split_by is None and len(found) == 1:
+        return next(iter(found.values()))
+    if split_by in found:
+        return found[split_by]
+    names = ", ".join(sorted(found)) or "none"
+    if split_by is None and found:
+        raise UsageError(
+            f"{folder}: found refs(...).p split by {names}; choose one, such as --set split_by={max(found)}",
+            field="split_by",
+        )
+    wanted = "refs(...).p" if split_by is None else f"refs({escape(str(split_by), 40)}).p"
+    raise InputError(f"{folder}: there is no file {wanted}, found those split by {names}")
+
+
 def _json(path: Path) -> Field:
     try:
         text = path.read_text(encoding="utf-8")
@@ -212,15 +228,28 @@ def _json(path: Path) -> Field:
     return Field(parse_strict(text, str(path)), path.name)
 
 
-PICKLED: Mapping[str, Callable[[Path], Iterator[dict[str, Any]]]] = MappingProxyType(
+PICKLED: Mapping[str, Callable[[Path, Mapping[str, Any]], Iterator[dict[str, Any]]]] = MappingProxyType(
     {"pororosv-pickles": _pororo, "flintstonessv-pickles": _flintstones, "refcoco-pickles": _refer}
 )
 """Published folders by the name of their form; each gives the lines of the source of that name."""
 
 
-def unpickled_records(name: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines that a published folder becomes. Raises InputError."""
+def unpickled_records(
+    name: str, folder: Path, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[dict[str, Any]]:
+    """The lines that a published folder becomes.
+
+    Args:
+        settings: `split_by` of RefCOCO: `unc`, `google` or `umd`, where the folder holds several.
+
+    Raises:
+        InputError: a file that is missing, damaged or wrong.
+        UsageError: a setting that is not known, or that is needed.
+    """
+    unknown = set(settings) - (_SETTINGS if name == "refcoco-pickles" else set())
+    if unknown:
+        raise UsageError(f"{name}: there is no setting {escape(min(unknown), 40)!r}", field=min(unknown))
     try:
-        yield from PICKLED[name](folder)
+        yield from PICKLED[name](folder, settings)
     except FieldError as error:
         raise error.at(str(folder)) from error

@@ -12,13 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from mm_interleaved.document import Image, Part, Text
-from mm_interleaved.storyworld.prompts import (
-    BOX_RANGE,
-    CAPTION_PROMPT,
-    GROUND_PROMPT,
-    PARAGRAPH_PROMPT,
-    write_box,
-)
+from mm_interleaved.storyworld.prompts import CAPTION_PROMPT, GROUND_PROMPT, PARAGRAPH_PROMPT
 
 _IMAGE = "{image}"
 _TEXT = "{text}"
@@ -103,16 +97,3 @@ def phrase(text: str, prompt: TaskPrompt) -> str:
     rest = text[article.end() :] if article else text
     # The first word of a sentence is no name just because it has a capital.
     return rest if article else rest[:1].lower() + rest[1:]
-
-
-def box_answer(box: tuple[float, float, float, float], width: float, height: float) -> str:
-    """A box as an answer: left, top, right, bottom in thousandths of the image, rounded down, at most 999.
-
-    Args:
-        box: pixels of an image of `width` x `height`; the right and lower ends lie outside the box.
-    """
-    left, top, right, bottom = (
-        min(max(int(edge * BOX_RANGE // side), 0), BOX_RANGE - 1)
-        for edge, side in zip(box, (width, height, width, height), strict=True)
-    )
-    return write_box((left, top, right, bottom))

@@ -1,23 +1,23 @@
 """Our JSONL, and every other form of record that `document_formats` knows: LLaVA, ShareGPT, OpenAI, OBELICS
-lines, CoMM, pairs, `annt.json`. Conversations keep all their turns.
+lines, CoMM, pairs, `annt.json`, the `metadata.jsonl` or `metadata.csv` of a folder of images. Conversations
+keep all their turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from mm_interleaved.data.sources.image_stores import found_with_images, image_store
-from mm_interleaved.data.sources.records import read_items
-from mm_interleaved.data.sources.source import Item, Shard
-from mm_interleaved.document import Document
+from mm_interleaved.data.sources.records import read_records
+from mm_interleaved.data.sources.source import BrokenItem, Item, Shard, attempt
 from mm_interleaved.document_formats import read_record
-from mm_interleaved.strict_json import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DocumentFiles:
-    """Files of documents: `.jsonl`, `.json` (one object or a list), or a zip of one such file."""
+    """Files of documents: `.jsonl`, `.json` (one object or a list), either as `.gz` or `.zip`; `.csv`."""
 
     paths: str | tuple[str, ...]
     images: str | None = None
@@ -30,8 +30,9 @@ class DocumentFiles:
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=self.skip_missing_images)
-
-        def build(record: Record, _: int) -> Document:
-            return read_record(record, store)
-
-        yield from read_items(shard.name, start, build)
+        for position, record in read_records(shard.name, start):
+            if isinstance(record, BrokenItem):
+                yield position, record
+            else:
+                # Which fields of a record are used is watched there, for commands that know no sources too.
+                yield position, attempt(record.place, partial(read_record, record, store))

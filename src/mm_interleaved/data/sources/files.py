@@ -8,6 +8,7 @@ itself checks is noticed.
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import itertools
 import json
@@ -22,9 +23,9 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import IO, Any
 
-from mm_interleaved.errors import InputError, StorageError, UsageError, escape
+from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
 from mm_interleaved.images import file_kind
-from mm_interleaved.strict_json import Field, FieldError, parse_strict
+from mm_interleaved.strict_json import Field, FieldError, files_inside, parse_strict
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,12 @@ MAX_FILES = 1_000_000
 _MAX_NAMED = 10
 _RETRY_AFTER_S = (0.5, 2.0)
 _CHUNK_BYTES = 1 << 20
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.ASCII | re.IGNORECASE)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*(?:://|::[a-z/])", re.ASCII | re.IGNORECASE)
+_CACHES = ("simplecache", "filecache", "blockcache", "cached")
+_LOCAL = ("file", "local")
+_HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin")
+_CHECKED = (".json", ".zip", ".gz")
+"""Ends of names of files whose format notices where they were cut."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILD = re.compile(r"[*?\[]")
@@ -57,9 +63,41 @@ def is_address(path: str) -> bool:
 
 def folder_of(path: str) -> str:
     """The folder (or the address above) of a file."""
-    if is_address(path):
-        return path.rsplit("/", 1)[0]
-    return os.path.dirname(path) or "."
+    if not is_address(path):
+        return os.path.dirname(path) or "."
+    before, scheme, inside, behind = _taken_apart(path)
+    return before + scheme + inside.rpartition("/")[0] + behind
+
+
+def address_below(folder: str, name: str) -> str:
+    """The address of a file below an address, in the storage that holds the folder.
+
+    Of chained addresses (`zip://a::file:///b.zip`) that is not the last one, and a name begins no new link.
+    """
+    before, scheme, inside, behind = _taken_apart(folder)
+    return f"{before}{scheme}{inside.rstrip('/')}{'/' if inside else ''}{name}{behind}"
+
+
+def local_path_of(address: str) -> str | None:
+    """Where a file at an address lies on this machine's disk; None where it lies elsewhere."""
+    _, scheme, inside, _ = _taken_apart(address)
+    return inside if not scheme or scheme.lower() in (f"{name}://" for name in _LOCAL) else None
+
+
+def _taken_apart(address: str) -> tuple[str, str, str, str]:
+    """What stands before the link that holds the path, that link's scheme and path, what stands behind it."""
+    links = address.split("::")
+    # A cache passes on the path of the link behind it.
+    at = next((n for n, link in enumerate(links) if link.lower().split("://")[0] not in _CACHES), 0)
+    scheme, slashes, inside = links[at].rpartition("://")
+    before, behind = "".join(f"{link}::" for link in links[:at]), "".join(f"::{x}" for x in links[at + 1 :])
+    return before, scheme + slashes, inside, behind
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is one that other machines leave behind (`._0.jpg`, `__MACOSX/`, `.DS_Store`)."""
+    parts = [part for part in name.lower().split("/") if part not in (".", "..")]
+    return any(part.startswith(".") or part in _HIDDEN for part in parts)
 
 
 def stem_of(path: str) -> str:
@@ -124,9 +162,10 @@ def _looked_up(name: str) -> tuple[list[str], str]:
     """The files of one name or glob, and what is wrong with it."""
     if is_address(name):
         system, path = _file_system(name)
-        with reading(name):
+        with _reaching(name):
             if _WILD.search(name):
-                files = [system.unstrip_protocol(found) for found in sorted(system.glob(path))]
+                found_there = (found for found in sorted(system.glob(path)) if not is_hidden(found))
+                files = [system.unstrip_protocol(found) for found in found_there]
                 return files, "" if files else f"{escape(name)}: matches no file"
             return [name], "" if system.isfile(path) else f"{escape(name)}: there is no such file"
     if _WILD.search(name) and not os.path.exists(name):
@@ -143,7 +182,8 @@ def _local_problem(path: str) -> str:
     except (OSError, ValueError):
         return f"{escape(path)}: there is no such file"
     if not stat.S_ISREG(status.st_mode):
-        return f"{escape(path)}: is a {file_kind(status.st_mode)}, expected a regular file"
+        instead = files_inside(path) if stat.S_ISDIR(status.st_mode) else ""
+        return f"{escape(path)}: is a {file_kind(status.st_mode)}, expected a regular file{instead}"
     if not os.access(path, os.R_OK):
         return f"{escape(path)}: there is no permission to read it"
     return "" if status.st_size else f"{escape(path)}: is empty"
@@ -156,7 +196,9 @@ def _file_system(address: str) -> tuple[Any, str]:
     except ImportError as error:
         raise UsageError(f"{escape(address)}: needs fsspec: pip install 'mm-interleaved[train]'") from error
     try:
-        return url_to_fs(address)
+        # Some storage is connected to here.
+        with _reaching(address):
+            return url_to_fs(address)
     except (ImportError, ValueError) as error:
         raise UsageError(f"{escape(address)}: cannot be opened ({escape(str(error))})") from error
 
@@ -169,9 +211,24 @@ def reading(path: str) -> Iterator[None]:
     """A failing disk or network becomes a StorageError that names the file."""
     try:
         yield
+    except gzip.BadGzipFile:
+        # What is wrong is the file.
+        raise
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise StorageError(f"{escape(path)}: cannot be read ({escape(reason)})") from error
+
+
+@contextmanager
+def _reaching(address: str) -> Iterator[None]:
+    """Whatever the client of a storage raises becomes a StorageError that names the address."""
+    try:
+        yield
+    except (MMInterleavedError, ImportError, ValueError, FileNotFoundError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise StorageError(f"{escape(address)}: does not answer ({escape(reason)})") from error
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -191,13 +248,16 @@ def open_file(path: str) -> IO[bytes]:
     system, name = _file_system(path)
     for delay in (*_RETRY_AFTER_S, None):
         try:
-            return system.open(name, "rb")
+            with _reaching(path):
+                return system.open(name, "rb")
         except FileNotFoundError as error:
             raise InputError(f"{escape(path)}: there is no such file") from error
-        except OSError as error:
+        except ValueError as error:
+            raise InputError(f"{escape(path)}: cannot be opened ({escape(str(error))})") from error
+        except StorageError as error:
             if delay is None:
-                raise StorageError(f"{escape(path)}: cannot be opened ({escape(str(error))})") from error
-            logger.warning("%s: %s; trying again", escape(path), escape(str(error)))
+                raise
+            logger.warning("%s; trying again", error)
             time.sleep(delay)
     raise AssertionError("the last attempt returns or raises")
 
@@ -207,17 +267,18 @@ def file_exists(path: str) -> bool:
     if not is_address(path):
         return os.path.isfile(path)
     system, name = _file_system(path)
-    with reading(path):
+    with _reaching(path):
         return system.isfile(name)
 
 
 def file_size(path: str) -> int:
     """Bytes of a file."""
-    with reading(path):
-        if not is_address(path):
-            return os.stat(path).st_size
+    if is_address(path):
         system, name = _file_system(path)
-        return system.size(name)
+        with _reaching(path):
+            return system.size(name)
+    with reading(path):
+        return os.stat(path).st_size
 
 
 def fingerprint(path: str) -> tuple[str, int, int]:
@@ -255,12 +316,14 @@ def listed_hash(path: str) -> str | None:
 
 
 def warn_of_unlisted(paths: Sequence[str]):
-    """Says once for all files that no manifest lists that their contents are unchecked."""
+    """Says once for all files that no manifest lists that nothing would tell if they were cut or changed."""
+    paths = [path for path in paths if not path.lower().endswith(_CHECKED)]
     listed = {folder: _entries(folder) for folder in dict.fromkeys(map(folder_of, paths))}
     unlisted = [path for path in paths if os.path.basename(path) not in listed[folder_of(path)]]
     if unlisted:
         logger.warning(
-            "%d files without %s, %s first: changed bits go unnoticed (see data check --write-manifest)",
+            "%d files without %s, %s first: a cut between records and changed bits go unnoticed "
+            "(see data check --write-manifest)",
             len(unlisted),
             MANIFEST,
             escape(unlisted[0]),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from xml.etree import ElementTree
 
-from mm_interleaved.data.prompts import GROUND, TaskPrompt, box_answer, phrase
+from mm_interleaved.data.boxes import Edges, box_in_image, size_of_image
+from mm_interleaved.data.prompts import GROUND, TaskPrompt, phrase
 from mm_interleaved.data.sources.files import (
     check_against_manifest,
     file_exists,
@@ -20,7 +21,6 @@ from mm_interleaved.data.sources.files import (
     reading,
 )
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.refcoco import Box, checked_box
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, escape
@@ -86,9 +86,8 @@ class Flickr30kEntities:
         names = [f"{image_id}.jpg", f"flickr30k-images/{image_id}.jpg"]
         image = first_image(store, names, "image_id", self.prompt.role)
         field = Field(None, f"EN#{found.entity}")
-        answers = [
-            box_answer(checked_box(box, width, height, field), width, height) for box in boxes[found.entity]
-        ]
+        size = size_of_image(image, (width, height), "size")
+        answers = [box_in_image(edges, size, field).answer() for edges in boxes[found.entity]]
         return Document(
             id=name,
             parts=self.prompt.parts(image, phrase(found.words, self.prompt)),
@@ -108,9 +107,9 @@ class _Annotations:
 
     def __init__(self, path: str):
         self.path = path
-        self._found: tuple[int, int, Mapping[str, list[Box]]] | None = None
+        self._found: tuple[int, int, Mapping[str, list[Edges]]] | None = None
 
-    def read(self) -> tuple[int, int, Mapping[str, list[Box]]]:
+    def read(self) -> tuple[int, int, Mapping[str, list[Edges]]]:
         """Width, height, and boxes by entity. Raises InputError."""
         if self._found is None:
             self._found = _boxes(self.path)
@@ -130,7 +129,7 @@ def _phrases(path: str) -> list[_Phrase | str]:
     return phrases
 
 
-def _boxes(path: str) -> tuple[int, int, Mapping[str, list[Box]]]:
+def _boxes(path: str) -> tuple[int, int, Mapping[str, list[Edges]]]:
     text = _text(path)
     if "<!" in text.replace("<!--", ""):
         # Entities of XML can blow up a few lines to gigabytes; these files have none.
@@ -138,7 +137,9 @@ def _boxes(path: str) -> tuple[int, int, Mapping[str, list[Box]]]:
     try:
         root = ElementTree.fromstring(text)
         width, height = (int(root.findtext(f"size/{name}", "")) for name in ("width", "height"))
-        boxes: dict[str, list[Box]] = {}
+        if min(width, height) < 1:
+            raise ValueError(f"a size of {width} x {height}")
+        boxes: dict[str, list[Edges]] = {}
         for item in root.iter("object"):
             box = item.find("bndbox")
             if box is None:

@@ -51,7 +51,7 @@ class FrameStripStories:
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)
-        yield from read_items(shard.name, start, partial(self._document, shard.name, store))
+        yield from read_items(shard.name, start, partial(self._document, shard.name, store), known=("split",))
 
     def _document(
         self, path: str, store: ImageStore, record: Record, position: int

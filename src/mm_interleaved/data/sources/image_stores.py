@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_interleaved.data.sources.files import (
+    address_below,
     file_exists,
     file_size,
     fingerprint,
     folder_of,
     found_files,
     is_address,
+    local_path_of,
     open_file,
     reading,
+    warn_of_unlisted,
 )
 from mm_interleaved.data.sources.tar_files import member_bytes, tar_index
 from mm_interleaved.document import Image
@@ -49,10 +52,10 @@ def image_store(images: str | None, annotations: str, *, skip_missing: bool = Fa
     if images is None:
         is_below = beside.rsplit("/", 1)[-1] in _ANNOTATION_FOLDERS
         images = beside if not is_below else folder_of(beside)
-    if images.lower().startswith("file://"):
-        images = images[len("file://") :]
+    for scheme in ("file://", "local://"):
+        images = images[len(scheme) :] if images.lower().startswith(scheme) else images
     if is_address(images):
-        return AddressedImages(images.rstrip("/"), skip_missing)
+        return AddressedImages(images, skip_missing)
     if not os.path.isdir(images):
         raise UsageError(f"{escape(images)}: there is no such folder, expected the one of the images")
     return ImageFolder(Path(images if is_address(beside) else beside), Path(images), skip_missing)
@@ -66,6 +69,7 @@ def found_with_images(paths: str | Sequence[str], images: str | None) -> list[st
     """
     found = found_files(paths)
     image_store(images, found[0])
+    warn_of_unlisted(found)
     return found
 
 
@@ -81,7 +85,8 @@ class AddressedImages:
         if (embedded := embedded_image(reference, role)) is not None:
             return embedded
         name = _checked_name(reference)
-        path = f"{self.address}/{name}"
+        path = address_below(self.address, name)
+        self._check_inside(reference, path)
         if not file_exists(path):
             return _missing(reference, self.address, self.skip_missing)
         size = file_size(path)
@@ -89,6 +94,17 @@ class AddressedImages:
             raise FieldError(reference.path, f"found {size} bytes, expected at most {MAX_FILE_BYTES}")
         with open_file(path) as file, reading(path):
             return Image(file.read(), role=role, name=name)
+
+    def _check_inside(self, reference: Field, path: str):
+        """No link on this machine's disk leads out of the folder, whatever the address goes through."""
+        folder, local = local_path_of(self.address), local_path_of(path)
+        if folder is None or local is None:
+            return
+        if not Path(os.path.realpath(local)).is_relative_to(os.path.realpath(folder)):
+            raise FieldError(
+                reference.path,
+                f"{escape(reference.value)!r} lies outside the allowed folder {escape(folder)}",
+            )
 
     def encoded(self, reference: Field, role: str | None = None) -> Image:
         """The image in a string of base64."""
@@ -146,7 +162,8 @@ def first_image(store: ImageStore, names: Sequence[str], path: str, role: str | 
 
 def _checked_name(reference: Field) -> str:
     name = reference.text().removeprefix("./")
-    if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+    is_outside = name.startswith("/") or ".." in name.split("/") or "::" in name or "://" in name
+    if not name or is_outside or "\0" in name:
         reference.wrong("the name of an image file")
     return name
 

@@ -46,7 +46,8 @@ class PairLines:
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name)
-        yield from read_items(shard.name, start, partial(self._document, shard.name, store))
+        build = partial(self._document, shard.name, store)
+        yield from read_items(shard.name, start, build, known=("url", "image_url"))
 
     def _document(
         self, path: str, store: ImageStore, record: Record, position: int

@@ -55,7 +55,8 @@ class MMC4:
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
         store = image_store(self.images, shard.name, skip_missing=True)
-        yield from read_items(shard.name, start, partial(self._document, shard.name, store))
+        build = partial(self._document, shard.name, store)
+        yield from read_items(shard.name, start, build, known=("raw_url", "image_url", "url"))
 
     def _document(
         self, path: str, store: ImageStore, record: Record, position: int
@@ -89,11 +90,12 @@ class MMC4:
         matched = []
         for number, info in enumerate(infos):
             sentence = info["matched_text_index"].integer(0, num_sentences - 1)
-            similarity = info["matched_sim"].value
+            # Asked for also where it is not taken, or it would count as lost.
+            name, similarity = info["image_name"], info["matched_sim"].value
             if isinstance(similarity, bool) or not isinstance(similarity, int | float):
                 info["matched_sim"].wrong("a number")
             if similarity >= self.min_similarity:
-                matched.append((number, sentence, info["image_name"]))
+                matched.append((number, sentence, name))
         return matched
 
     def _images(

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mm_interleaved.data.sources.files import (
@@ -18,7 +19,6 @@ from mm_interleaved.data.sources.files import (
     is_address,
     open_file,
     stem_of,
-    warn_of_unlisted,
 )
 from mm_interleaved.data.sources.image_stores import found_with_images, image_store
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
@@ -29,6 +29,8 @@ from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Field
 
 _COLUMNS = ("texts", "images")
+_KNOWN = ("metadata", "general_metadata")
+"""Columns of the published tables that are not read."""
 _SUFFIXES = (".jpg", ".png", ".webp", ".jpeg", "")
 _ROWS_AT_ONCE = 64
 
@@ -47,8 +49,6 @@ class ObelicsTables:
 
     def shards(self) -> list[Shard]:
         paths = found_with_images(self.paths, self.images)
-        # Most tables are written without check sums of their pages.
-        warn_of_unlisted(paths)
         return [Shard(path, _num_rows(path)) for path in paths]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
@@ -59,26 +59,24 @@ class ObelicsTables:
             check_against_manifest(path)
             for position, group, row, values in _rows(path, start):
                 place = f"{path}: row group {group}, row {row}"
-                name = f"{stem_of(path)}:{position}"
-                yield position, self._item(values, place, name, store)
+                build = partial(self._document, place, f"{stem_of(path)}:{position}", store)
+                yield position, attempt(place, build, Field(values), known=_KNOWN)
         except InputError as error:
             yield position + 1, BrokenItem(path, str(error).removeprefix(f"{path}: "))
 
-    def _item(self, values: dict[str, Any], place: str, name: str, store: ImageStore) -> Item:
-        def build() -> Document | FilteredItem:
-            parts, missing = _parts(Field(values), store)
-            num_images = sum(isinstance(part, Image) for part in parts)
-            if num_images < self.min_images:
-                return FilteredItem(place, "missing_images" if missing else "no_image")
-            if num_images > self.max_images:
-                return FilteredItem(place, "too_many_images")
-            return Document(
-                id=str(values.get("id") or name),
-                parts=tuple(parts),
-                meta={"missing_images": missing} if missing else {},
-            )
-
-        return attempt(place, build)
+    def _document(self, place: str, name: str, store: ImageStore, row: Field) -> Document | FilteredItem:
+        parts, missing = _parts(row, store)
+        num_images = sum(isinstance(part, Image) for part in parts)
+        if num_images < self.min_images:
+            return FilteredItem(place, "missing_images" if missing else "no_image")
+        if num_images > self.max_images:
+            return FilteredItem(place, "too_many_images")
+        given = row.get("id")
+        return Document(
+            id=name if given is None else str(given.value),
+            parts=tuple(parts),
+            meta={"missing_images": missing} if missing else {},
+        )
 
 
 def _parts(row: Field, store: ImageStore) -> tuple[list[Part], int]:
@@ -98,9 +96,9 @@ def _parts(row: Field, store: ImageStore) -> tuple[list[Part], int]:
 def _image(reference: Field, store: ImageStore) -> Image | None:
     """An image by address, by path, or as `{"bytes", "path"}`."""
     if isinstance(reference.value, dict):
-        data = reference.value.get("bytes")
-        if isinstance(data, bytes):
-            return Image(data, name=str(reference.value.get("path") or reference.path))
+        data, path = reference.get("bytes"), reference.get("path")
+        if data is not None and isinstance(data.value, bytes):
+            return Image(data.value, name=reference.path if path is None else str(path.value))
         reference = reference["path"]
     text = reference.text()
     if not text.lower().startswith(("http://", "https://")):
@@ -114,7 +112,8 @@ def _rows(path: str, start: int) -> Iterator[tuple[int, int, int, dict[str, Any]
     """Position, row group, row in it, and values, of the rows from `start` on."""
     with open_file(path) as file, _naming_damage(path):
         table = _opened(file, path)
-        names = [name for name in (*_COLUMNS, "id") if name in table.schema_arrow.names]
+        # Of the columns that say nothing that a document could hold, not even the bytes are read.
+        names = [name for name in table.schema_arrow.names if name not in _KNOWN]
         first = 0
         for group in range(table.num_row_groups):
             num_rows = table.metadata.row_group(group).num_rows

@@ -40,14 +40,15 @@ class Paragraphs:
         for position, record in enumerate(_records(shard.name)[start:], start):
             place = f"{shard.name}: {record.path}"
             name = f"{stem_of(shard.name)}:{position}"
-            yield position, attempt(place, partial(self._item, record, place, name, store, wanted))
+            build = partial(self._item, place, name, store, wanted)
+            yield position, attempt(place, build, record)
 
     def _wanted(self) -> frozenset[str] | None:
         """The ids of the split; None for all."""
         return None if self.split_path is None else _ids(found_files(self.split_path)[0])
 
     def _item(
-        self, record: Field, place: str, name: str, store: ImageStore, wanted: frozenset[str] | None
+        self, place: str, name: str, store: ImageStore, wanted: frozenset[str] | None, record: Field
     ) -> Document | FilteredItem:
         image_id = str(record["image_id"].value)
         if wanted is not None and image_id not in wanted:

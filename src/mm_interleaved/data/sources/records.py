@@ -6,21 +6,40 @@ is not strict JSON is a broken item; the others are read.
 
 from __future__ import annotations
 
+import csv
 import errno
+import gzip
+import json
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import IO, NoReturn, TypeAlias
+from types import MappingProxyType
+from typing import IO, Any, NoReturn, TypeAlias
 
-from mm_interleaved.data.sources.files import check_against_manifest, fingerprint, open_file, reading
+from mm_interleaved.data.sources.files import (
+    check_against_manifest,
+    file_size,
+    fingerprint,
+    is_hidden,
+    open_file,
+    reading,
+)
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, attempt
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, StorageError, escape
-from mm_interleaved.strict_json import MAX_RECORD_BYTES, Field, Record, decoded, parse_strict
+from mm_interleaved.strict_json import (
+    GZIP_DAMAGE,
+    MAX_RECORD_BYTES,
+    Field,
+    Record,
+    decoded,
+    parse_strict,
+)
 
 MAX_TABLE_BYTES = 2 << 30
 """Of a JSON file that is read whole."""
@@ -36,8 +55,8 @@ _COLUMN = re.compile(r"^(\d+): ")
 _NOT_BLANK = re.compile(rb"\S")
 _BOM = b"\xef\xbb\xbf"
 
-_ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, ValueError)
-"""What zipfile raises where the bytes make no sense; an OSError too."""
+_ZIP_DAMAGE = (zipfile.BadZipFile, *GZIP_DAMAGE, zlib.error, struct.error, ValueError)
+"""What zipfile and gzip raise where the bytes make no sense; zipfile an OSError too."""
 
 _Piece: TypeAlias = tuple[str, int, bytes]
 """Place for messages, number from 1 (a line's, or a place in a list), the bytes of one JSON value."""
@@ -60,9 +79,15 @@ def read_records(path: str, start: int = 0) -> Iterator[tuple[int, Record | Brok
 
 
 def read_items(
-    path: str, start: int, build: Callable[[Record, int], Document | FilteredItem]
+    path: str,
+    start: int,
+    build: Callable[[Record, int], Document | FilteredItem],
+    known: Collection[str] = (),
 ) -> Iterator[tuple[int, Item]]:
     """What `build` makes of each record and its position, from position `start` on; broken ones stay so.
+
+    Args:
+        known: fields that `build` leaves aside on purpose, see `attempt`.
 
     Raises:
         StorageError: the storage failed.
@@ -71,7 +96,19 @@ def read_items(
         if isinstance(record, BrokenItem):
             yield position, record
         else:
-            yield position, attempt(record.place, partial(build, record, position))
+            yield position, _item(record, position, build, known)
+
+
+def _item(
+    record: Record,
+    position: int,
+    build: Callable[[Record, int], Document | FilteredItem],
+    known: Collection[str],
+) -> Item:
+    def built(field: Field) -> Document | FilteredItem:
+        return build(replace(record, field=field), position)
+
+    return attempt(record.place, built, record.field, known=known)
 
 
 def read_table(path: str) -> Field:
@@ -89,9 +126,22 @@ def _read_table(key: tuple[str, int, int]) -> Field:
     path, size, _ = key
     if size > MAX_TABLE_BYTES:
         raise InputError(f"{escape(path)}: found {size} bytes, expected at most {MAX_TABLE_BYTES}")
-    with open_file(path) as file, reading(path):
-        data = file.read()
+    data = _table_bytes(path)
     return Field(parse_strict(decoded(data, path, is_start=True), path))
+
+
+def _table_bytes(path: str) -> bytes:
+    try:
+        with open_file(path) as file, reading(path):
+            if not path.lower().endswith(".gz"):
+                return file.read()
+            with ExitStack() as stack:
+                data = _unpacked(stack, file, path).read(MAX_TABLE_BYTES + 1)
+    except GZIP_DAMAGE as error:
+        raise InputError(f"{escape(path)}: damaged, or no gzip ({escape(str(error))})") from error
+    if len(data) > MAX_TABLE_BYTES:
+        raise InputError(f"{escape(path)}: becomes more than {MAX_TABLE_BYTES} bytes, expected fewer")
+    return data
 
 
 def first_record(path: str) -> Field | None:
@@ -101,7 +151,7 @@ def first_record(path: str) -> Field | None:
         return item.field
     try:
         # A table may be longer than any record.
-        return read_table(path) if path.lower().endswith(".json") else None
+        return read_table(path) if path.lower().endswith((".json", ".json.gz")) else None
     except InputError:
         return None
 
@@ -127,9 +177,12 @@ def _pieces(path: str) -> Iterator[_Piece]:
         file, name = stack.enter_context(open_file(path)), path
         if path.lower().endswith(".zip"):
             file, name = _unzipped(stack, file, path)
+        elif path.lower().endswith(".gz"):
+            file, name = _unpacked(stack, file, path), path[: -len(".gz")]
+        read = next((reader for end, reader in _READERS.items() if name.lower().endswith(end)), _lines)
         try:
             with reading(path):
-                yield from _elements(file, path) if name.lower().endswith(".json") else _lines(file, path)
+                yield from read(file, path)
         except _ZIP_DAMAGE as error:
             raise InputError(f"{path}: damaged ({escape(str(error))})") from error
 
@@ -138,7 +191,9 @@ def _unzipped(stack: ExitStack, file: IO[bytes], path: str) -> tuple[IO[bytes], 
     """The one file in a zip, and its name."""
     try:
         archive = stack.enter_context(zipfile.ZipFile(file))
-        members = [member for member in archive.infolist() if not member.is_dir()]
+        members = [
+            member for member in archive.infolist() if not member.is_dir() and not is_hidden(member.filename)
+        ]
         if len(members) != 1:
             raise InputError(f"{path}: found {len(members)} files in the zip, expected one")
         [member] = members
@@ -161,6 +216,30 @@ def _unzipped(stack: ExitStack, file: IO[bytes], path: str) -> tuple[IO[bytes], 
         raise InputError(f"{path}: damaged, or no zip ({error.strerror})") from error
 
 
+def _unpacked(stack: ExitStack, file: IO[bytes], path: str) -> Any:
+    """The contents of a gzip file."""
+    limit = max(_SMALL_BYTES, _MAX_RATIO * file_size(path))
+    return _Unpacked(stack.enter_context(gzip.GzipFile(fileobj=file)), limit, path)
+
+
+class _Unpacked:
+    """A gzip file that is read no further than an honest one goes; nothing in it says how far that is."""
+
+    def __init__(self, file: IO[bytes], limit: int, path: str):
+        self.file, self.limit, self.path = file, limit, path
+
+    def read(self, size: int) -> bytes:
+        return self._checked(self.file.read(size))
+
+    def readline(self, size: int) -> bytes:
+        return self._checked(self.file.readline(size))
+
+    def _checked(self, data: bytes) -> bytes:
+        if self.file.tell() > self.limit:
+            raise InputError(f"{self.path}: becomes more than {self.limit} bytes, expected a smaller file")
+        return data
+
+
 def _lines(file: IO[bytes], path: str) -> Iterator[_Piece]:
     """The lines that are not blank."""
     number = 0
@@ -172,6 +251,24 @@ def _lines(file: IO[bytes], path: str) -> Iterator[_Piece]:
             is_complete = not rest or rest.endswith(b"\n")
         if line.strip():
             yield f"{path}:{number}", number, line
+
+
+def _rows(file: IO[bytes], path: str) -> Iterator[_Piece]:
+    """The rows of comma-separated values, each as an object of the names in the first one."""
+    # A row may go over several lines, each of them bounded.
+    lines = enumerate(iter(partial(file.readline, MAX_RECORD_BYTES), b""), start=1)
+    texts = (decoded(line, f"{path}:{number}", number == 1) for number, line in lines)
+    reader = csv.reader(texts, strict=True)
+    try:
+        names = next(reader, [])
+        for number, row in enumerate(reader, start=1):
+            place = f"{path}: row {number}"
+            if len(row) != len(names) or len(set(names)) < len(names):
+                found, expected = len(row), len(set(names))
+                raise InputError(f"{place}: found {found} values, expected {expected} of different names")
+            yield place, number, json.dumps(dict(zip(names, row, strict=True))).encode()
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: not comma-separated ({error})") from error
 
 
 def _elements(file: IO[bytes], path: str) -> Iterator[_Piece]:
@@ -254,3 +351,9 @@ def _end_of_value(buffer: bytes, begin: int) -> int | None:
         if depth == 0:
             return token.end()
     return None
+
+
+_READERS: Mapping[str, Callable[[IO[bytes], str], Iterator[_Piece]]] = MappingProxyType(
+    {".json": _elements, ".csv": _rows}
+)
+"""What reads a file, by the end of its name; others are lines of JSON."""

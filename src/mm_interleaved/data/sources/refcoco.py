@@ -6,12 +6,12 @@ beside them) and COCO-like tables whose images carry a `caption` and whose boxes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from mm_interleaved.data.prompts import GROUND, TaskPrompt, box_answer, phrase
+from mm_interleaved.data.boxes import Edges, box_in_image, four_numbers, size_of_image
+from mm_interleaved.data.prompts import GROUND, TaskPrompt, phrase
 from mm_interleaved.data.sources.files import stem_of
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.records import read_items, read_table
@@ -20,8 +20,7 @@ from mm_interleaved.document import Document, Image
 from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Field, FieldError, Record
 
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels."""
+_KNOWN = ("id", "image_id", "split", "tokens_positive", "segmentation", "original_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +44,14 @@ class ReferringExpressions:
         path = shard.name
         store = image_store(self.images, path, skip_missing=True)
         if _is_lines(path):
-            yield from read_items(path, start, partial(self._from_line, path, store))
+            yield from read_items(path, start, partial(self._from_line, path, store), known=_KNOWN)
             return
         images = _table_images(path)
         for position, annotation in enumerate(_table_records(path)[start:], start):
             image = images.get(str(annotation["image_id"].value)) if "image_id" in annotation else None
-            build = partial(self._from_table, annotation, image, f"{stem_of(path)}:{position}", store)
-            yield position, attempt(f"{path}: {annotation.path}", build)
+            build = partial(self._from_table, f"{stem_of(path)}:{position}", store)
+            records = (annotation,) if image is None else (annotation, image)
+            yield position, attempt(f"{path}: {annotation.path}", build, *records, known=_KNOWN)
 
     def _from_line(
         self, path: str, store: ImageStore, line: Record, position: int
@@ -61,61 +61,39 @@ class ReferringExpressions:
             return FilteredItem(line.place, "other_split")
         reference, sentence = record["image"], record["sent"].text()
         image = first_image(store, [reference.text()], reference.path, self.prompt.role)
-        left, top, right, bottom = box_of(record["bbox"])
-        return self._document(image, sentence, (left, top, right, bottom), record, record["bbox"], name)
+        edges = four_numbers(record["bbox"])
+        return self._document(image, sentence, edges, record, record["bbox"], name)
 
-    def _from_table(self, annotation: Field, image: Field | None, name: str, store: ImageStore) -> Document:
+    def _from_table(
+        self, name: str, store: ImageStore, annotation: Field, image: Field | None = None
+    ) -> Document:
         if image is None:
             raise FieldError(f"{annotation.path}.image_id", "found no image with this id")
         reference = image["file_name"]
         names = [reference.text(), reference.text().replace("COCO_train2014_", "")]
         picture = first_image(store, names, reference.path, self.prompt.role)
-        left, top, width, height = box_of(annotation["bbox"])
-        box = (left, top, left + width, top + height)
-        return self._document(picture, image["caption"].text(), box, image, annotation["bbox"], name)
+        left, top, width, height = four_numbers(annotation["bbox"])
+        edges = (left, top, left + width, top + height)
+        return self._document(picture, image["caption"].text(), edges, image, annotation["bbox"], name)
 
     def _document(
-        self, image: Image, sentence: str, box: Box, sized: Field, field: Field, name: str
+        self, image: Image, sentence: str, edges: Edges, sized: Field, field: Field, name: str
     ) -> Document:
-        width, height = image_size(image, sized)
+        size = size_of_image(image, _recorded_size(sized), f"{sized.path}.width".lstrip("."))
+        box = box_in_image(edges, size, field)
         return Document(
             id=name,
             parts=self.prompt.parts(image, phrase(sentence, self.prompt)),
-            target=self.prompt.answer(box_answer(checked_box(box, width, height, field), width, height)),
+            target=self.prompt.answer(box.answer()),
             layout="T",
-            meta={"phrase": sentence, "box": list(box), "image_size": [width, height]},
+            meta={"phrase": sentence, "box": list(edges), "image_size": list(size)},
         )
 
 
-def box_of(field: Field) -> Box:
-    """Four finite numbers."""
-    values = [item.value for item in field.list()]
-    is_box = len(values) == 4 and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        for value in values
-    )
-    if not is_box:
-        field.wrong("four numbers")
-    first, second, third, fourth = values
-    return first, second, third, fourth
-
-
-def checked_box(box: Box, width: float, height: float, field: Field) -> Box:
-    """The box, where it has an area and touches the image."""
-    left, top, right, bottom = box
-    if not (left < right and top < bottom and right > 0 and bottom > 0 and left < width and top < height):
-        raise FieldError(
-            field.path, f"found the box {list(box)}, expected left < right and top < bottom in the image"
-        )
-    return box
-
-
-def image_size(image: Image, record: Field) -> tuple[int, int]:
-    """Width and height in pixels, out of the record, or of the image itself, which is then opened."""
-    if record.get("width") is not None and record.get("height") is not None:
-        return record["width"].integer(1, 10**6), record["height"].integer(1, 10**6)
-    width, height = image.load().size
-    return width, height
+def _recorded_size(record: Field) -> tuple[int, int] | None:
+    """Width and height in pixels; None where the record does not say them."""
+    width, height = record.get("width"), record.get("height")
+    return width and height and (width.integer(1, 10**6), height.integer(1, 10**6))
 
 
 def _is_lines(path: str) -> bool:

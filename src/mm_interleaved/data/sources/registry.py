@@ -135,14 +135,16 @@ def _name_of_record(keys: set[str], path: str) -> str:
         ({"data"}, "table"),
         ({"images", "info"}, "table"),
     )
+    is_json = path.endswith((".json", ".json.gz"))
     for fields_needed, name in known:
-        if fields_needed <= keys:
+        # Tables are read whole; a line with such fields is a record of another form.
+        if fields_needed <= keys and (is_json or name not in ("vqa", "table", "paragraphs")):
             return name
     if keys == {"image_id", "caption"}:
         return "ade20k"
-    if path.endswith(".txt"):
+    if path.endswith((".txt", ".txt.gz")):
         return "laion"
-    if {"image", "caption"} <= keys and path.endswith(".json"):
+    if {"image", "caption"} <= keys and is_json:
         return "captions"
     return "documents"
 
@@ -151,6 +153,8 @@ def _name_of_table(path: str) -> str:
     try:
         table = read_table(path).value
     except InputError:
+        return "documents"
+    if not isinstance(table, dict):
         return "documents"
     data, annotations = table.get("data"), table.get("annotations")
     if data is not None:

@@ -8,14 +8,18 @@ stopped after position p goes on with `read(shard, p + 1)`, in whatever process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from mm_interleaved.document import Document, Image, Part
-from mm_interleaved.errors import InputError, UsageError, escape
+from mm_interleaved.errors import InputError, MMInterleavedError, UsageError, escape
+from mm_interleaved.record_rules import finished, reason_to_leave_out
 from mm_interleaved.storyworld.dice import Dice
-from mm_interleaved.strict_json import FieldError
+from mm_interleaved.strict_json import Field, FieldError
+
+logger = logging.getLogger(__name__)
 
 _PARTS_OF_ONE = 1 << 30
 
@@ -42,8 +46,13 @@ class BrokenItem:
     """Path of the value in its record, such as `image_info[2].matched_text_index`."""
 
     def __str__(self) -> str:
-        field = f"{self.field}: " if self.field else ""
-        return escape(f"{self.place}: {field}{self.reason}", 600)
+        place = self.place
+        if self.field:
+            file, colon, record = place.rpartition(": ")
+            # The field's path begins with its record's, which the place ends with.
+            begins = colon and self.field.startswith(record)
+            place = f"{file if begins else place}: {self.field}"
+        return escape(f"{place}: {self.reason}", 600)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +142,44 @@ def check_settings(source: Any, *shares: str):
             raise UsageError(f"{name}: found {getattr(source, name)}, expected 0 or more", field=name)
 
 
-def attempt(place: str, build: Callable[[], Document | FilteredItem]) -> Item:
-    """What `build` makes of one item, or the broken item that says why it cannot."""
+def attempt(
+    place: str,
+    build: Callable[..., Document | FilteredItem],
+    *records: Field,
+    known: Collection[str] = (),
+) -> Item:
+    """What `build` makes of one item: a document by which nothing is lost, or why there is none.
+
+    Every source makes its items here, so that what holds for all of them stands in one place: content that
+    the source did not use makes an item broken, other unused fields become remarks, blank answers are left
+    out, and no item, whatever it holds, ends the reading of the others.
+
+    Args:
+        build: gets the records, tracked, and asks them for all that it uses.
+        records: what the item is made from.
+        known: fields that the source leaves aside on purpose.
+
+    Raises:
+        StorageError: the storage failed.
+    """
+    tracked = [record.tracked() for record in records]
     try:
-        return build()
+        made = build(*tracked)
+        if isinstance(made, FilteredItem):
+            return FilteredItem(place, made.rule)
+        # A document with a place was finished by whoever read its record.
+        document = made if made.place else finished(made, place, tracked, known=known)
+        rule = reason_to_leave_out(document)
+        return document if rule is None else FilteredItem(place, rule)
     except FieldError as error:
         path = error.path or None
         return BrokenItem(place, str(error).removeprefix(f"{error.path}: ") if path else str(error), path)
     except InputError as error:
         reason = str(error).removeprefix(f"{place}: ")
         return BrokenItem(place, reason.removeprefix(f"{error.field}: "), error.field)
+    except MMInterleavedError:
+        raise
+    except Exception as error:
+        # A fault of the source, not of the command: the item is named and counted like any other broken one.
+        logger.debug("%s: the reader failed", escape(place), exc_info=True)
+        return BrokenItem(place, f"cannot be read ({type(error).__name__}: {escape(str(error), 200)})")

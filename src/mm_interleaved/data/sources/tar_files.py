@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO
 
-from mm_interleaved.data.sources.files import check_against_manifest, open_file, reading
+from mm_interleaved.data.sources.files import check_against_manifest, is_hidden, open_file, reading
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.images import MAX_FILE_BYTES
 
@@ -32,7 +32,7 @@ class Member:
 
 
 def tar_members(file: IO[bytes], path: str) -> Iterator[Member]:
-    """The members in order, folders left out. Only headers are read.
+    """The members in order, without folders and hidden files. Only headers are read.
 
     Raises:
         InputError: no tar, cut, or damaged; the members before that place have been given out.
@@ -40,7 +40,7 @@ def tar_members(file: IO[bytes], path: str) -> Iterator[Member]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (info := archive.next()) is not None:
-                if not info.isdir():
+                if not info.isdir() and not is_hidden(info.name):
                     yield Member(info.name, info.offset_data, info.size, _problem(info))
             file.seek(archive.offset)
             end = file.read(_BLOCK_BYTES)

@@ -32,7 +32,8 @@ class VisualDialogues:
 
     paths: str | tuple[str, ...]
     dense_annotations: str | None = None
-    """`visdial_1.0_val_dense_annotations.json`: the dialogues end with the round that is annotated there."""
+    """`visdial_1.0_val_dense_annotations.json` or `visdial_1.0_train_dense_sample.json`: the dialogues end
+    with the round that is annotated there."""
     images: str | None = None
     """Folder, address or tars of the images (COCO's and VisualDialog's names are known)."""
     is_conversation: bool = True
@@ -53,9 +54,11 @@ class VisualDialogues:
         data = _data(path)
         dense = self._dense()
         for position, dialog in enumerate(data["dialogs"].list()[start:], start):
-            name = f"{stem_of(path)}:{position}"
-            build = partial(self._document, dialog, data, dense, name, store)
-            yield position, attempt(f"{path}: {dialog.path}", build)
+            build = partial(self._document, data, f"{stem_of(path)}:{position}", store)
+            annotation = dense.get(_id(dialog))
+            records = (dialog,) if annotation is None else (dialog, annotation)
+            known = ("answer_options", "gt_index", "round_id", "image_id")
+            yield position, attempt(f"{path}: {dialog.path}", build, *records, known=known)
 
     def _dense(self) -> Mapping[str, Field]:
         """Dense annotations by image; none where none are given."""
@@ -64,14 +67,17 @@ class VisualDialogues:
         return _dense_annotations(fingerprint(found_files(self.dense_annotations)[0]))
 
     def _document(
-        self, dialog: Field, data: Field, dense: Mapping[str, Field], name: str, store: ImageStore
+        self, data: Field, name: str, store: ImageStore, dialog: Field, annotation: Field | None = None
     ) -> Document:
         image_id = dialog["image_id"]
         rounds = dialog["dialog"].list()
         meta = {}
-        if (annotation := dense.get(str(image_id.value))) is not None:
+        if annotation is not None:
             rounds = rounds[: annotation["round_id"].integer(1, len(rounds))]
-            meta["relevance"] = annotation["gt_relevance"].value
+            # Named one way in the annotations of `val`, the other way in those of `train`.
+            meta["relevance"] = annotation[
+                "gt_relevance" if "gt_relevance" in annotation else "relevance"
+            ].value
         if not rounds:
             dialog["dialog"].wrong("at least one round")
         last = rounds[-1]
@@ -98,6 +104,12 @@ class VisualDialogues:
         said_by = "assistant" if self.is_conversation else None
         target = () if answer is None else (Text(answer, role=said_by),)
         return Document(id=name, parts=parts, target=target, layout="T", meta=meta)
+
+
+def _id(dialog: Field) -> str:
+    """The dialogue's image; empty where it is missing, which is told when the document is made."""
+    given = dialog.get("image_id")
+    return "" if given is None else str(given.value)
 
 
 _Turns = list[tuple[str, str | None]]

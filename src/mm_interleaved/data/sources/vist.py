@@ -20,6 +20,7 @@ from mm_interleaved.document import Document
 from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Field, FieldError
 
+_KNOWN = ("original_text", "story_id", "album_id", "worker_id", "storylet_id", "image_order", "tier")
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -54,9 +55,9 @@ class VisualStories:
         store = image_store(self.images, shard.name, skip_missing=True)
         for position, story in enumerate(_stories(fingerprint(shard.name))[start:], start):
             build = partial(self._document, story, f"{stem_of(shard.name)}:{story.name}", store)
-            yield position, attempt(f"{shard.name}: {story.path}", build)
+            yield position, attempt(f"{shard.name}: {story.path}", build, story.panels, known=_KNOWN)
 
-    def _document(self, story: _Story, name: str, store: ImageStore) -> Document:
+    def _document(self, story: _Story, name: str, store: ImageStore, panels: Field) -> Document:
         def order(panel: Field) -> int:
             key = "sequence_index" if "sequence_index" in panel else "worker_arranged_photo_order"
             value = panel[key]
@@ -65,14 +66,14 @@ class VisualStories:
 
         if story.problem is not None:
             raise story.problem
-        panels = [
+        said = [
             (
                 panel["caption" if "caption" in panel else "text"].text().strip(),
                 first_image(store, _names(panel), panel.path),
             )
-            for panel in sorted(story.panels.list(), key=order)
+            for panel in sorted(panels.list(), key=order)
         ]
-        return story_document(name, panels, self.num_given, story.path)
+        return story_document(name, said, self.num_given, story.path)
 
 
 def _names(panel: Field) -> list[str]:

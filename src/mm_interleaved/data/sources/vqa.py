@@ -22,6 +22,8 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.image_references import ImageStore
 from mm_interleaved.strict_json import Field, FieldError
 
+_KNOWN = ("raw_answer", "question_id", "image_id", "answer_id")
+"""Fields of the official files that say again what others say."""
 _PLACE = re.compile(r"\{image_id(?::0?(\d+))?\}")
 
 
@@ -55,9 +57,12 @@ class VisualQuestions:
         answers = {} if answers_path is None else _annotations(fingerprint(answers_path))
         name_rule = self.image_name or _coco_name(path)
         for position, question in enumerate(_questions(path)[start:], start):
-            build = partial(self._document, question, f"{stem_of(path)}:{position}", name_rule, store)
-            record = question if answers_path is None else answers.get(_id(question), None)
-            yield position, attempt(f"{path}: {question.path}", partial(build, record))
+            build = partial(self._document, f"{stem_of(path)}:{position}", name_rule, store)
+            found = None if answers_path is None else answers.get(_id(question))
+            # Answers stand beside the question where there is no other file of them.
+            build = partial(build, has_answers=answers_path is None or found is not None)
+            records = (question,) if found is None else (question, found)
+            yield position, attempt(f"{path}: {question.path}", build, *records, known=_KNOWN)
 
     def _answers(self) -> Mapping[str, str | None]:
         """Files of questions, and the file of each one's answers."""
@@ -73,9 +78,17 @@ class VisualQuestions:
         return dict(zip(questions, annotations, strict=True))
 
     def _document(
-        self, question: Field, name: str, name_rule: str | None, store: ImageStore, answers: Field | None
+        self,
+        name: str,
+        name_rule: str | None,
+        store: ImageStore,
+        question: Field,
+        annotation: Field | None = None,
+        *,
+        has_answers: bool,
     ) -> Document:
-        if answers is None:
+        answers = question if annotation is None else annotation
+        if not has_answers:
             raise FieldError(f"{question.path}.question_id", "found no annotation of this question, or two")
         image = first_image(store, _image_names(question, name_rule), question.path, self.prompt.role)
         text = question["question"].text().strip()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import IO
 
@@ -36,7 +37,9 @@ from mm_interleaved.document import Document, Image
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.strict_json import Field, FieldError, decoded, parse_strict
 
-_IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+_IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_ABOUT = ("json",)
+"""What img2dataset says about a pair; of no use where its caption stands in a `.txt`."""
 _REFUSED_KINDS = ("pkl", "pickle", "pyd", "pth", "pt", "npy")
 
 
@@ -81,31 +84,28 @@ class PairTars:
                 headers, contents = (stack.enter_context(open_file(path)) for _ in range(2))
                 for position, sample in enumerate(_samples(headers, path)):
                     if position >= start:
+                        place = f"{path}: {escape(sample.key)}"
                         chance = Chance(self.seed, self.epoch, path, position)
-                        yield position, self._item(sample, contents, path, chance)
+                        build = partial(self._document, place, sample, contents, path, chance)
+                        names = {kind: member.name for kind, member in sample.members.items()}
+                        yield position, attempt(place, build, Field(names), known=_ABOUT)
         except InputError as error:
             yield max(position + 1, start), BrokenItem(path, str(error).removeprefix(f"{path}: "))
 
-    def _item(self, sample: _Sample, contents: IO[bytes], path: str, chance: Chance) -> Item:
-        place = f"{path}: {escape(sample.key)}"
-
-        def build() -> Document | FilteredItem:
-            image_member = _image_member(sample)
-            caption = _caption(sample, contents, path)
-            if len(caption) < self.min_characters:
-                return FilteredItem(place, "short_caption")
-            name = f"{stem_of(path)}/{sample.key}"
-            image = Image(member_bytes(contents, image_member, path), name=f"{path}: {image_member.name}")
-            parts = pair_parts(
-                image,
-                caption,
-                chance,
-                image_first_share=self.image_first_share,
-                lower_case=self.lower_case,
-            )
-            return Document(id=name, parts=parts)
-
-        return attempt(place, build)
+    def _document(
+        self, place: str, sample: _Sample, contents: IO[bytes], path: str, chance: Chance, names: Field
+    ) -> Document | FilteredItem:
+        if sample.problem:
+            raise FieldError("", sample.problem)
+        image_member = sample.members[_image_kind(names)]
+        caption = _caption(sample, names, contents, path)
+        if len(caption) < self.min_characters:
+            return FilteredItem(place, "short_caption")
+        image = Image(member_bytes(contents, image_member, path), name=f"{path}: {image_member.name}")
+        parts = pair_parts(
+            image, caption, chance, image_first_share=self.image_first_share, lower_case=self.lower_case
+        )
+        return Document(id=f"{stem_of(path)}/{sample.key}", parts=parts)
 
 
 def _samples(headers: IO[bytes], path: str) -> Iterator[_Sample]:
@@ -120,7 +120,7 @@ def _samples(headers: IO[bytes], path: str) -> Iterator[_Sample]:
                 yield sample
                 finished.add(sample.key)
                 sample = None
-            if member is not None:
+            if member is not None and kind:
                 if sample is None:
                     sample = _Sample(key, problem=_again(key) if key in finished else "")
                 _add(sample, member, kind)
@@ -149,25 +149,32 @@ def _key_and_kind(name: str) -> tuple[str, str]:
     return folder + slash + stem, kind.lower()
 
 
-def _image_member(sample: _Sample) -> Member:
-    if sample.problem:
-        raise FieldError("", sample.problem)
-    images = [member for kind, member in sample.members.items() if kind in _IMAGE_KINDS]
-    if len(images) != 1:
-        raise FieldError("", f"found {len(images)} images ({_kinds(sample)}), expected one")
-    return images[0]
+def _image_kind(names: Field) -> str:
+    kinds = [kind for kind in names.object() if kind in _IMAGE_KINDS]
+    if len(kinds) != 1:
+        raise FieldError("", f"found {len(kinds)} images ({_kinds(names)}), expected one")
+    assert names[kinds[0]], "asked for: it is used"
+    return kinds[0]
 
 
-def _caption(sample: _Sample, contents: IO[bytes], path: str) -> str:
-    """Out of the `.txt`, or the `caption` of the `.json`."""
-    for kind in ("txt", "json"):
-        if (member := sample.members.get(kind)) is None:
-            continue
-        place = f"{path}: {member.name}"
-        text = decoded(member_bytes(contents, member, path), place, is_start=True)
-        return text.strip() if kind == "txt" else caption_of(Field(parse_strict(text, place))["caption"])
-    raise FieldError("", f"found {_kinds(sample)}, expected a .txt or a .json with the caption")
+def _caption(sample: _Sample, names: Field, contents: IO[bytes], path: str) -> str:
+    """Out of the `.txt`, or where that is missing or blank the `caption` of the `.json`."""
+    found = [names[kind] for kind in ("txt", "json") if kind in names]
+    if not found:
+        raise FieldError("", f"found {_kinds(names)}, expected a .txt or a .json with the caption")
+    for name in found:
+        place = f"{path}: {name.value}"
+        text = decoded(member_bytes(contents, sample.members[name.path], path), place, is_start=True)
+        if name.path == "txt":
+            caption = text.strip()
+        else:
+            about = Field(parse_strict(text, place))
+            is_only_one = len(found) == 1
+            caption = caption_of(about["caption"]) if is_only_one or about.get("caption") else ""
+        if caption:
+            return caption
+    return ""
 
 
-def _kinds(sample: _Sample) -> str:
-    return ", ".join(f".{escape(kind, 20)}" for kind in sample.members)
+def _kinds(names: Field) -> str:
+    return ", ".join(f".{escape(kind, 20)}" for kind in names.object())
