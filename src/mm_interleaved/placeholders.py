@@ -20,8 +20,8 @@ _SPELLINGS = (
     r"<\|image[ _-]?(?P<b>\d{1,4})\|>",
     r"\[image[ _-]?(?P<c>\d{1,4})\]",
     r"<img[ _-]?(?P<d>\d{1,4})>",
-    r"<\|image(?:_pad|_placeholder|_start|_token)?\|>",
-    r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>",
+    r"(?:<\|vision_start\|>)?(?:<\|image_pad\|>)+(?:<\|vision_end\|>)?",
+    r"<\|image(?:_placeholder|_start|_token)?\|>",
     r"<image[ _-]?(?:placeholder|here|token|pad)>",
     r"<(?:__)?(?:start_of_image|image_soft_token|image_placeholder|media)(?:__)?>",
     r"<img(?: ?/)?>(?:</img>)?",
@@ -41,7 +41,6 @@ _OTHER_MEDIA = (
 _ANY = re.compile(
     "|".join(re.sub(r"\?P<\w>", "?:", spelling) for spelling in (*_SPELLINGS, *_OTHER_MEDIA)), re.I
 )
-_MAY_BEGIN = ("<", "[", "{")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +59,12 @@ Piece = Text | Image | Slot
 
 def first_placeholder(text: str) -> str | None:
     """The first markup for an image, a video or a sound in a text, in whatever spelling; None without any."""
-    if not any(mark in text for mark in _MAY_BEGIN):
-        return None
-    found = _ANY.search(text)
+    found = _ANY.search(text) if _may_hold_markup(text) else None
     return None if found is None else found.group().strip()
+
+
+def _may_hold_markup(text: str) -> bool:
+    return "<" in text or "[" in text or "{" in text
 
 
 def with_slots(pieces: Sequence[Piece], num_images: int) -> list[Piece] | None:
@@ -77,17 +78,19 @@ def with_slots(pieces: Sequence[Piece], num_images: int) -> list[Piece] | None:
         None where no spelling matches.
     """
     wanted = num_images - sum(isinstance(piece, Slot) for piece in pieces)
-    for pattern in _PATTERNS:
+    has_marks = any(isinstance(piece, Text) and _may_hold_markup(piece.text) for piece in pieces)
+    for pattern in _PATTERNS if wanted > 0 and has_marks else ():
         found = list(_split(pieces, pattern))
         slots = [piece for piece in found if isinstance(piece, Slot)]
-        if wanted > 0 and len(slots) == num_images and _is_complete(slots):
+        if len(slots) == num_images and _is_complete(slots):
             return found
     return list(pieces) if wanted == 0 else None
 
 
 def _split(pieces: Sequence[Piece], pattern: re.Pattern[str]) -> Iterator[Piece]:
     for piece in pieces:
-        if not isinstance(piece, Text) or not (matches := list(pattern.finditer(piece.text))):
+        is_searched = isinstance(piece, Text) and _may_hold_markup(piece.text)
+        if not is_searched or not (matches := list(pattern.finditer(piece.text))):
             yield piece
             continue
         begin = 0

@@ -71,6 +71,9 @@ Used = dict[Any, "Used"]
 
 _WHOLE = object()
 """In `Used`: everything below was taken as it is."""
+_LEAF: Used = {}
+"""In `Used`: a value with nothing below it."""
+_NOTHING = (None, "", [], {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +101,17 @@ class Field:
         """Of a tracked field: the fields below that nobody asked for and that hold anything, topmost ones."""
         if self.used is None or _WHOLE in self.used:
             return
-        is_object = isinstance(self.value, dict)
-        items = self.value.items() if is_object else enumerate(self.value) if self.used else ()
-        for key, value in items:
-            if key in self.used:
-                yield from self._below(key).unused()
-            elif is_object and value not in (None, "", [], {}):
-                yield self._below(key)
+        if isinstance(self.value, dict):
+            for key, value in self.value.items():
+                if key not in self.used:
+                    if value not in _NOTHING:
+                        yield self._below(key)
+                elif isinstance(value, dict | list):
+                    yield from self._below(key).unused()
+        else:
+            for index in self.used:
+                if isinstance(self.value[index], dict | list):
+                    yield from self._below(index).unused()
 
     def wrong(self, expected: str) -> NoReturn:
         """Raise that something else was expected here."""
@@ -130,7 +137,13 @@ class Field:
     def list(self) -> list[Field]:
         if not isinstance(self.value, list):
             self.wrong("a list")
-        return [self._below(index) for index in range(len(self.value))]
+        if self.used is None:
+            return [Field(item, f"{self.path}[{index}]") for index, item in enumerate(self.value)]
+        # Only an object or a list has something below it that can be left unused.
+        return [
+            self._below(index) if isinstance(item, dict | list) else Field(item, f"{self.path}[{index}]")
+            for index, item in enumerate(self.value)
+        ]
 
     def text(self, max_length: int = MAX_TEXT) -> str:
         if not isinstance(self.value, str):
@@ -155,12 +168,15 @@ class Field:
         path = f"{self.path}[{key}]" if isinstance(key, int) else self._child(key)
         if self.used is None:
             return Field(value, path)
-        # Only an object or a list has something below it that can be left unused.
-        below = self.used.setdefault(key, {})
-        return Field(value, path, below if isinstance(value, dict | list) else None)
+        if isinstance(value, dict | list):
+            return Field(value, path, self.used.setdefault(key, {}))
+        self.used[key] = _LEAF
+        return Field(value, path)
 
     def _child(self, key: str) -> str:
-        return f"{self.path}.{escape(key, 40)}" if self.path else escape(key, 40)
+        # Nearly every name is plain; all of them come through here.
+        name = key if len(key) <= 40 and key.isprintable() else escape(key, 40)
+        return f"{self.path}.{name}" if self.path else name
 
 
 def describe(value: Any) -> str:

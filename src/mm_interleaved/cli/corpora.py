@@ -222,6 +222,7 @@ def _spooled() -> str:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = Path(folder, "stdin.jsonl" if is_lines(data) else "stdin.json")
     path.write_bytes(data)
+    _write_manifest(folder, [str(path)])
     return str(path)
 
 
@@ -311,12 +312,18 @@ def _told(report) -> str:
 
 def _write_manifests(paths: list[str]):
     """A `shards.json` into each folder of local files, all of them sound."""
-    from mm_interleaved.data.sources.files import MANIFEST, folder_of, is_address, manifest_bytes, manifest_of
-    from mm_interleaved.storage import write_file
+    from mm_interleaved.data.sources.files import MANIFEST, folder_of, is_address
 
     for folder in dict.fromkeys(map(folder_of, paths)):
         if is_address(folder):
             raise UsageError(f"--write-manifest: {folder} is no local folder", field="write_manifest")
         inside = [path for path in paths if folder_of(path) == folder]
-        write_file(Path(folder, MANIFEST), manifest_bytes(manifest_of(folder, inside)))
+        _write_manifest(folder, inside)
         say(f"{Path(folder, MANIFEST)}: {len(inside)} files")
+
+
+def _write_manifest(folder: str, paths: list[str]):
+    from mm_interleaved.data.sources.files import MANIFEST, manifest_bytes, manifest_of
+    from mm_interleaved.storage import write_file
+
+    write_file(Path(folder, MANIFEST), manifest_bytes(manifest_of(folder, paths)))

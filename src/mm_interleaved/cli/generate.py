@@ -47,7 +47,8 @@ def add_to(app: typer.Typer):
 def generate(
     context: typer.Context,
     input: Annotated[
-        Path | None, typer.Argument(help="Documents: .json or .jsonl (.gz), in any known format; - is piped in.")
+        Path | None,
+        typer.Argument(help="Documents: .json or .jsonl (or .gz), in any known format; - is piped in."),
     ] = None,
     output: Output = None,
     model: Model = "storyworld",

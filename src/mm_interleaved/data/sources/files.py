@@ -322,7 +322,7 @@ def warn_of_unlisted(paths: Sequence[str]):
     unlisted = [path for path in paths if os.path.basename(path) not in listed[folder_of(path)]]
     if unlisted:
         logger.warning(
-            "%d files without %s, %s first: a cut between records and changed bits go unnoticed "
+            "%d file(s) without %s, %s first: a cut between records and changed bits go unnoticed "
             "(see data check --write-manifest)",
             len(unlisted),
             MANIFEST,

@@ -16,7 +16,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import IO, Any, NoReturn, TypeAlias
@@ -106,7 +105,7 @@ def _item(
     known: Collection[str],
 ) -> Item:
     def built(field: Field) -> Document | FilteredItem:
-        return build(replace(record, field=field), position)
+        return build(Record(record.place, record.number, field), position)
 
     return attempt(record.place, built, record.field, known=known)
 
