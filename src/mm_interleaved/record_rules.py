@@ -9,7 +9,7 @@ markup for images that was no markup there.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from mm_interleaved.document import Document, Image, Part, Text
@@ -90,17 +90,27 @@ def finished(
         FieldError: content that was not used.
     """
     others = [field for record in records for field in record.unused() if _name(field) not in known]
-    lost = next((field for field in others if carries_content(field)), None)
-    if lost is not None:
-        raise FieldError(
-            lost.path,
-            f"found {describe(lost.value)}, which has no place in this form of record and would be lost",
-        )
+    _refuse_content(others)
     remarks = [f"unused field {name!r}" for name in dict.fromkeys(map(_shape, others))]
     parts = (*document.parts, *document.target)
     if not is_plain_text and any(first_placeholder(text) for text in _texts(parts)):
         remarks.append(AS_TEXT)
     return replace(document, place=place, remarks=(*document.remarks, *remarks))
+
+
+def refuse_content_beside(table: Field, used: Collection[str]):
+    """Raises FieldError where an object holds content in other fields than those that are used."""
+    if isinstance(table.value, dict):
+        _refuse_content(table[name] for name, value in table.value.items() if name not in used and value)
+
+
+def _refuse_content(unused: Iterable[Field]):
+    lost = next((field for field in unused if carries_content(field)), None)
+    if lost is not None:
+        raise FieldError(
+            lost.path,
+            f"found {describe(lost.value)}, which has no place in this form of record and would be lost",
+        )
 
 
 def reason_to_leave_out(document: Document) -> str | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from mm_interleaved.errors import ImageError
-from mm_interleaved.images import MAX_FILE_BYTES, SquareCrop, fit_square, open_image, to_array
+from mm_interleaved.images import MAX_FILE_BYTES, SquareCrop, fit_square, open_image, to_array, upright_size
 
 
 def encoded(picture, format="PNG", **settings):
@@ -128,7 +128,7 @@ def test_damaged_exif_is_ignored(exif):
     assert open_image(encoded(gradient(), "JPEG", exif=exif)).size == gradient().size
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "TIFF"])
 def test_of_an_animation_the_first_frame_is_taken(format):
     frames = [PILImage.new("RGB", (4, 4), c) for c in ("red", "blue", "lime")]
     settings = {"lossless": True} if format == "WEBP" else {}
@@ -136,7 +136,7 @@ def test_of_an_animation_the_first_frame_is_taken(format):
     assert colour(data) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_truncated_file_is_refused_or_whole_but_never_filled_up(format):
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     data = encoded(PILImage.fromarray(noise), format)
@@ -155,7 +155,7 @@ def test_a_truncated_file_is_refused_or_whole_but_never_filled_up(format):
 
 @given(data=st.data())
 def test_damaged_bytes_raise_one_kind_of_error_only(data):
-    format = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP"]))
+    format = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))
     damaged = bytearray(encoded(gradient(), format))
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
@@ -203,10 +203,72 @@ def test_what_is_no_image_is_named(data, found):
         open_image(data, name="a.jpg")
 
 
-@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF"])
-def test_other_formats_are_refused_by_name(format):
-    with pytest.raises(ImageError, match=f"a {format} image, expected PNG, JPEG or WebP"):
+@pytest.mark.parametrize(("format", "name"), [("JPEG2000", "JPEG 2000 image"), ("ICO", "Windows icon")])
+def test_other_formats_are_refused_by_name(format, name):
+    with pytest.raises(ImageError, match=f"a {name}, expected PNG, JPEG, WebP, GIF, BMP or TIFF"):
         open_image(encoded(gradient(), format))
+
+
+def test_gif_bmp_and_tiff_come_back_pixel_by_pixel():
+    for format in ("BMP", "TIFF"):
+        assert np.array_equal(np.asarray(open_image(encoded(gradient(), format))), np.asarray(gradient()))
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        data = encoded(gradient(), "TIFF", compression=compression)
+        assert np.array_equal(np.asarray(open_image(data)), np.asarray(gradient()))
+    palette = gradient().quantize(16)
+    assert np.array_equal(np.asarray(open_image(encoded(palette, "GIF"))), np.asarray(palette.convert("RGB")))
+    ramp = PILImage.fromarray(np.linspace(0, 65535, 256).astype(np.uint16)[None])
+    assert np.array_equal(np.asarray(open_image(encoded(ramp, "TIFF")))[0, :, 0], np.arange(256))
+    red = encoded(PILImage.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF")
+    assert colour(red) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF"])
+def test_frames_behind_the_first_are_never_decoded(format):
+    """Cut behind the first frame, or damaged there: the first one is all that is looked at."""
+    frames = [PILImage.new("RGB", (8, 8), c) for c in ("red", "blue", "lime")]
+    settings = {"compression": "tiff_lzw"} if format == "TIFF" else {}
+    single = encoded(frames[0], format, **settings)
+    data = bytearray(encoded(frames[0], format, save_all=True, append_images=frames[1:], **settings))
+    assert colour(bytes(data)) == (255, 0, 0)
+    for index in range(len(single) + 40, len(data)):
+        data[index] ^= 0x55
+    assert colour(bytes(data)) == (255, 0, 0)
+
+
+BOMBS = {
+    "GIF": b"GIF89a" + struct.pack("<HHBBB", 60000, 60000, 0x80, 0, 0) + b"\0" * 6
+    + b"," + struct.pack("<HHHHB", 0, 0, 60000, 60000, 0) + b"\x02\x01\x04\0;",
+    "GIF, a frame larger than its screen": b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + b"\0" * 6
+    + b"," + struct.pack("<HHHHB", 0, 0, 60000, 60000, 0) + b"\x02\x01\x04\0;",
+    "BMP": b"BM" + struct.pack("<IHHI", 54, 0, 0, 54)
+    + struct.pack("<IiiHHIIiiII", 40, 60000, 60000, 1, 24, 0, 0, 1, 1, 0, 0),
+    "TIFF": b"II*\0\x08\0\0\0" + struct.pack("<H", 5)
+    + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value)
+        for tag, value in ((256, 60000), (257, 60000), (258, 8), (262, 1), (273, 8))
+    ) + b"\0\0\0\0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_no_header_makes_pixels_before_they_are_counted(name):
+    begin = time.perf_counter()
+    for read in (open_image, upright_size):
+        with pytest.raises(ImageError, match=r"60000 x 60000 pixels, expected at most|more than 40000000"):
+            read(BOMBS[name])
+    assert time.perf_counter() - begin < 1
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_upright_size_is_that_of_the_opened_picture(format, orientation):
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    data = encoded(gradient(6, 4), format, exif=exif)
+    assert upright_size(data) == open_image(data).size
+    with pytest.raises(ImageError, match="expected PNG"):
+        upright_size(b"{}")
 
 
 def test_the_content_decides_and_not_the_name(tmp_path):

@@ -117,7 +117,7 @@ def _names(entry: Field) -> list[str]:
 @lru_cache(maxsize=REMEMBERED_TABLES)
 def _rows(key: tuple[str, int, int], split: str | None, one_per_image: bool) -> tuple[_Row, ...]:
     path = key[0]
-    table = read_table(path)
+    table = read_table(path, "images", "annotations")
     try:
         if isinstance(table.value, list):
             rows = _listed_rows(table, one_per_image)

@@ -62,7 +62,7 @@ class Paragraphs:
 
 
 def _records(path: str) -> list[Field]:
-    table = read_table(path)
+    table = read_table(path, "annotations", "images")
     try:
         return table.list() if isinstance(table.value, list) else table["annotations"].list()
     except FieldError as error:

@@ -31,10 +31,12 @@ from mm_interleaved.data.sources.files import (
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, attempt
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, StorageError, escape
+from mm_interleaved.record_rules import refuse_content_beside
 from mm_interleaved.strict_json import (
     GZIP_DAMAGE,
     MAX_RECORD_BYTES,
     Field,
+    FieldError,
     Record,
     decoded,
     parse_strict,
@@ -110,12 +112,25 @@ def _item(
     return attempt(record.place, built, record.field, known=known)
 
 
-def read_table(path: str) -> Field:
+def read_table(path: str, *used: str) -> Field:
     """A whole JSON file; remembered, as all positions of a shard are read from it.
 
+    Args:
+        used: the fields of the table that are used, or left aside on purpose.
+
     Raises:
-        InputError: not there, not strict JSON, or too large.
+        InputError: not there, not strict JSON, or too large; content in other fields, which would be lost.
     """
+    table = whole_table(path)
+    try:
+        refuse_content_beside(table, used)
+    except FieldError as error:
+        raise error.at(path) from error
+    return table
+
+
+def whole_table(path: str) -> Field:
+    """The same, whatever its fields. Raises InputError."""
     check_against_manifest(path)
     return _read_table(fingerprint(path))
 
@@ -150,7 +165,7 @@ def first_record(path: str) -> Field | None:
         return item.field
     try:
         # A table may be longer than any record.
-        return read_table(path) if path.lower().endswith((".json", ".json.gz")) else None
+        return whole_table(path) if path.lower().endswith((".json", ".json.gz")) else None
     except InputError:
         return None
 

@@ -102,13 +102,13 @@ def _is_lines(path: str) -> bool:
 
 def _table_images(path: str) -> Mapping[str, Field]:
     """Entries of images by id; one without an id is missed where its box is."""
-    images = read_table(path)["images"].list()
+    images = read_table(path, "images", "annotations")["images"].list()
     return {str(image["id"].value): image for image in images if "id" in image}
 
 
 def _table_records(path: str) -> list[Field]:
     try:
-        table = read_table(path)
+        table = read_table(path, "images", "annotations")
         table["images"].list()
         return table["annotations"].list()
     except FieldError as error:

@@ -19,7 +19,7 @@ from mm_interleaved.data.sources.laion import PairLines
 from mm_interleaved.data.sources.mmc4 import MMC4
 from mm_interleaved.data.sources.obelics import ObelicsTables
 from mm_interleaved.data.sources.paragraphs import Paragraphs
-from mm_interleaved.data.sources.records import first_record, read_table
+from mm_interleaved.data.sources.records import first_record, whole_table
 from mm_interleaved.data.sources.refcoco import ReferringExpressions
 from mm_interleaved.data.sources.source import Source
 from mm_interleaved.data.sources.visdial import VisualDialogues
@@ -151,7 +151,7 @@ def _name_of_record(keys: set[str], path: str) -> str:
 
 def _name_of_table(path: str) -> str:
     try:
-        table = read_table(path).value
+        table = whole_table(path).value
     except InputError:
         return "documents"
     if not isinstance(table, dict):

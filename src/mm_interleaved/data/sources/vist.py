@@ -85,7 +85,7 @@ def _names(panel: Field) -> list[str]:
 def _stories(key: tuple[str, int, int]) -> tuple[_Story, ...]:
     path = key[0]
     try:
-        annotations = read_table(path)["annotations"]
+        annotations = read_table(path, "annotations", "images", "albums")["annotations"]
         if isinstance(annotations.value, dict):
             found = [(name, annotations[name]) for name in annotations.object()]
             return tuple(_Story(name, panels, panels.path) for name, panels in found)

@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from mm_interleaved.data.prompts import QUESTION, TaskPrompt
 from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table
+from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table, whole_table
 from mm_interleaved.data.sources.source import Item, Shard, attempt
 from mm_interleaved.document import Document
 from mm_interleaved.errors import UsageError
@@ -133,7 +133,7 @@ def _image_names(question: Field, name_rule: str | None) -> list[str]:
 
 
 def _questions(path: str) -> list[Field]:
-    table = read_table(path)
+    table = read_table(path, "data", "questions")
     try:
         if isinstance(table.value, list):
             return table.list()
@@ -143,7 +143,7 @@ def _questions(path: str) -> list[Field]:
 
 
 def _coco_name(path: str) -> str | None:
-    subtype = read_table(path).get("data_subtype")
+    subtype = whole_table(path).get("data_subtype")
     return None if subtype is None else f"COCO_{subtype.text()}_{{image_id:012}}.jpg"
 
 
@@ -159,7 +159,7 @@ def _annotations(key: tuple[str, int, int]) -> Mapping[str, Field | None]:
     path = key[0]
     found: dict[str, Field | None] = {}
     try:
-        for record in read_table(path)["annotations"].list():
+        for record in read_table(path, "annotations", "questions")["annotations"].list():
             # One without an id leaves its question without an annotation, which is told there.
             number = _id(record)
             found[number] = None if number in found else record
