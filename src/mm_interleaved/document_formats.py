@@ -345,18 +345,21 @@ def _named_image(reference: Field, folder: ImageStore, role: str | None = None) 
     return _image(reference, folder, role)
 
 
+_PAIRED = ("text", "caption", "image", "file_name")
+
+
 def _pair(item: Field, folder: ImageStore, role: str | None = None) -> list[Part]:
     """A text and an image, in the order in which the fields stand; either may be missing or null."""
     parts: list[Part] = []
     for name in item.object():
-        value = item.get(name)
+        value = item.get(name) if name in _PAIRED else None
         if value is None:
             continue
         if name in ("text", "caption"):
             is_list = isinstance(value.value, list)
             text = " ".join(line.text() for line in value.list()) if is_list else value.text()
             parts.append(Text(text, role=role))
-        elif name in ("image", "file_name"):
+        else:
             image = _named_image(value, folder, role)
             parts += [] if image is None else [image]
     if not parts and not folder.skip_missing:

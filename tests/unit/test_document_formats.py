@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import gzip
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from PIL import Image as PILImage
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.document_formats import document_from_record, read_documents, write_documents
 from mm_interleaved.errors import ImageError, InputError
+from mm_interleaved.record_rules import AS_TEXT
 
 
 def png(colour="red"):
@@ -263,6 +265,189 @@ def test_what_is_written_is_read_back_and_files_in_the_folder_are_not_copied(fol
     before = (folder / "out.jsonl").read_bytes()
     write_documents(folder / "again.jsonl", [first, second])
     assert (folder / "again.jsonl").read_bytes() == before
+
+
+# Images beside the texts
+
+Q, ASK = {"type": "text", "text": "Q"}, {"type": "image"}
+
+
+def asked(content, answer="A"):
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize(
+    ("record", "parts"),
+    [
+        ({"image": ["a.png"], "messages": asked("<image>Q")}, ["<a.png>", "Q", "A"]),
+        ({"image": "a.png", "messages": asked("<image>Q")}, ["<a.png>", "Q", "A"]),
+        ({"images": ["a.png"], "messages": asked([Q])}, ["<a.png>", "Q", "A"]),
+        ({"images": ["a.png"], "messages": asked("<image> Q", [Q])}, ["<a.png>", "Q", "Q"]),
+        (
+            {"images": ["a.png"], "messages": asked([{"type": "text", "text": "See <image>"}])},
+            ["See", "<a.png>", "A"],
+        ),
+        ({"images": ["a.png"], "messages": asked([ASK, Q])}, ["<a.png>", "Q", "A"]),
+        (
+            {"images": ["a.png", "b.png"], "messages": [*asked([ASK, Q]), *asked([Q, ASK])]},
+            ["<a.png>", "Q", "A", "Q", "<b.png>", "A"],
+        ),
+        (
+            {
+                "images": ["a.png", "b.png"],
+                "messages": asked([ASK, {"type": "text", "text": "and <image>?"}]),
+            },
+            ["<a.png>", "and", "<b.png>", "?", "A"],
+        ),
+        ({"images": [{"path": "a.png"}], "messages": asked([ASK, Q])}, ["<a.png>", "Q", "A"]),
+        (
+            {"images": ["a.png"], "messages": asked([ASK | {"text": None, "index": 0}, Q | {"index": None}])},
+            ["<a.png>", "Q", "A"],
+        ),
+        (
+            {"images": ["a.png", "b.png"], "messages": asked([ASK | {"index": 1}, ASK | {"index": 0}])},
+            ["<b.png>", "<a.png>", "A"],
+        ),
+        (
+            {"images": ["a.png"], "messages": [{"role": "system", "content": "S"}, *asked("Q")]},
+            ["S", "<a.png>", "Q", "A"],
+        ),
+        ({"images": None, "messages": asked("Q")}, ["Q", "A"]),
+        ({"images": ["a.png"], "content": [Q, ASK]}, ["Q", "<a.png>"]),
+        ({"file_name": "a.png", "text": "A dog."}, ["<a.png>", "A dog."]),
+        ({"file_name": "a.png", "caption": "A dog."}, ["<a.png>", "A dog."]),
+    ],
+)
+def test_images_that_are_named_beside_the_texts(folder, record, parts):
+    document = read(folder, record)
+    assert [text.partition(":")[2] or text for text in shown(document.parts)] == parts
+    assert not document.remarks
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"images": ["a.png"], "messages": asked([ASK, ASK])},
+            "messages[0].content[1]: found 2 parts for images, expected 1 as in images",
+        ),
+        (
+            {"images": ["a.png", "b.png"], "messages": asked([ASK, Q])},
+            "found 1 parts for images, expected 2 as in images",
+        ),
+        ({"images": [], "messages": asked([ASK, Q])}, "found 1 parts for images, expected 0"),
+        ({"messages": asked([ASK, Q])}, "messages[0].content[0].image: missing"),
+        (
+            {"images": ["a.png", "b.png"], "messages": asked([ASK | {"index": 0}] * 2)},
+            "found the indices [0, 0], expected each below 2 once",
+        ),
+        (
+            {"images": ["a.png"], "image": "b.png", "messages": asked("<image>Q")},
+            "image: found the string 'b.png', which has no place",
+        ),
+        (
+            {"video": "v.mp4", "conversations": [{"from": "human", "value": "<video> What?"}]},
+            "video: found the string 'v.mp4'",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Q", "image": "a.png"}]},
+            "conversations[0].image: found the string",
+        ),
+        ({"messages": asked("Q"), "system": "Be kind."}, "system: found the string 'Be kind.'"),
+        (
+            {"messages": asked([{"type": "text", "text": "Q", "image": "a.png"}])},
+            "messages[0].content[0].image: found",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Q", "images": ["a.png"]}]},
+            "messages[0].images: found a list",
+        ),
+        ({"text": "Q", "images": ["a.png"]}, "images: found a list, which has no place"),
+        ({"content": [Q], "answers": ["A"]}, "answers: found a list"),
+        ({"image": "a.png", "question": "Q", "answer": "A"}, "question: found the string 'Q'"),
+        ({"text_list": ["a"], "image_info": [], "videos": ["v.mp4"]}, "videos: found a list"),
+        ({"text": "Q", "input_file_name": "a.png"}, "input_file_name: found the string"),
+    ],
+)
+def test_no_image_and_no_answer_is_lost(folder, record, message):
+    found = refusal(folder, json.dumps(record))
+    assert found.startswith("DIR/in.jsonl:1: ") and message in found
+
+
+SPELLINGS = (
+    "<image>", "<IMAGE>", "<img>", "<img/>", "[IMG]", "[image]", "<|image|>", "<|image_pad|>", "<ImageHere>",
+    "<image-placeholder>", "<image_placeholder>", "{image}", "{{image}}", "<start_of_image>", "<__media__>",
+    "<|vision_start|><|image_pad|><|vision_end|>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_spellings_of_placeholders(folder, spelling):
+    turns = [{"from": "human", "value": f"Is {spelling} like\n{spelling}?"}]
+    document = read(folder, {"images": ["a.png", "b.png"], "conversations": turns})
+    assert shown(document.parts) == ["user:Is", "user:<a.png>", "user:like", "user:<b.png>", "user:?"]
+    assert document.remarks == ()
+    # Of another number it is text, in a record of another form too; and both are told.
+    for images in (["a.png"], []):
+        document = read(folder, {"images": images, "conversations": turns})
+        assert shown(document.parts)[-1] == f"user:{turns[0]['value']}" and len(document.images) == len(
+            images
+        )
+        assert document.remarks == (AS_TEXT,) and document.place == f"{folder / 'in.jsonl'}:1"
+    # In our own form a user may type what he likes.
+    document = read(folder, {"content": [{"type": "text", "text": spelling}, A]})
+    assert shown(document.parts) == [spelling, "<a.png>"] and document.remarks == ()
+
+
+@pytest.mark.parametrize(
+    "spelling", ["<image_{}>", "<image {}>", "<image{}>", "<|image_{}|>", "[image {}]", "<img{}>"]
+)
+def test_numbered_placeholders_say_which_image_they_mean(folder, spelling):
+    for first in (0, 1):
+        words = f"{spelling.format(first + 1)} then {spelling.format(first)}"
+        record = {"images": ["a.png", "b.png"], "conversations": [{"from": "human", "value": words}]}
+        assert shown(read(folder, record).parts) == ["user:<b.png>", "user:then", "user:<a.png>"]
+    twice = spelling.format(1) * 2
+    record = {"images": ["a.png", "b.png"], "conversations": [{"from": "human", "value": twice}]}
+    assert read(folder, record).remarks == (AS_TEXT,)
+
+
+def test_what_is_doubtful_is_told_once_for_a_file_with_its_first_place(folder, caplog):
+    line = json.dumps({"image": "a.png", "conversations": [{"from": "human", "value": "<image> <image>"}]})
+    (folder / "in.jsonl").write_text(f"{line}\n{line}\n")
+    read_documents(folder / "in.jsonl")
+    [message] = [record.getMessage() for record in caplog.records]
+    assert f"{folder / 'in.jsonl'}:1: document 'line1-" in message and "(2 of 2 documents)" in message
+
+
+def test_fields_that_are_carried_along_are_told_by_name(folder):
+    document = read(folder, {"content": [TEXT | {"lang": "en"}], "source": "web", "meta": {"image": "x"}})
+    assert document.meta == {"source": "web", "image": "x"}
+    assert document.remarks == ("unused field 'content[].lang'", "unused field 'source'")
+
+
+def test_a_file_may_be_compressed_or_piped_in(folder, monkeypatch):
+    lines = "".join(json.dumps({"content": [TEXT, A], "id": name}) + "\n" for name in "ab").encode()
+    (folder / "in.jsonl.gz").write_bytes(gzip.compress(lines))
+    assert [one.id for one in read_documents(folder / "in.jsonl.gz")] == ["a", "b"]
+    whole = json.dumps([{"content": [TEXT, A], "id": name} for name in "ab"], indent=1).encode()
+    (folder / "in.json.gz").write_bytes(gzip.compress(whole))
+    assert [one.id for one in read_documents(folder / "in.json.gz")] == ["a", "b"]
+    for data in (gzip.compress(lines)[:-9], b"\x1f\x8bnothing", lines):
+        assert "damaged" in refusal(folder, data, name="bad.jsonl.gz")
+    assert "found gzip data" in refusal(folder, gzip.compress(lines))
+    monkeypatch.chdir(folder)
+    for data in (lines, whole, gzip.compress(lines)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert [one.images[0].name for one in read_documents("-")] == ["a.png", "a.png"]
+
+
+def test_a_folder_in_place_of_a_file_names_what_lies_in_it(folder):
+    for name in ("x.jsonl", "y.jsonl", "z.parquet"):
+        (folder / name).write_text("{}")
+    with pytest.raises(InputError) as caught:
+        read_documents(folder)
+    assert str(caught.value).endswith(f"such as {folder}/*.jsonl or {folder}/z.parquet")
 
 
 # Refusals
