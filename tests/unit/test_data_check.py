@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import re
 import shutil
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image as PILImage
 
+from mm_interleaved.cli import corpora
 from mm_interleaved.cli.main import run
 from mm_interleaved.data.check import Look, histogram, summary
 from mm_interleaved.data.check_page import render_contact_sheet
@@ -147,6 +150,71 @@ def test_check_tells_and_ends(capsys, tmp_path, pages):
     assert run([*command, "max_imges=1"]) == 2 and "did you mean 'max_images'" in capsys.readouterr().err
     assert run(["data", "check", str(pages), "--format", "mmc"]) == 2
     assert "did you mean 'mmc4'" in capsys.readouterr().err
+
+
+def test_equal_faults_are_told_once_with_their_number(capsys, tmp_path):
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    captions = [{"image_id": 1, "caption": number} for number in range(567)] + [
+        {"image_id": "x", "caption": "c"}
+    ]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}], "annotations": captions}))
+    assert run(["data", "check", str(path), "--model", "none"]) == 3
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        f"mm-interleaved: {path}: annotations[0].caption: found the number 0, expected a string (567 times)",
+        f"mm-interleaved: {path}: annotations[567].image_id: found no image with this image_id",
+    ]
+    assert "568 broken items" in told.out
+    assert run(["data", "check", str(path), "--model", "none", "--json"]) == 3
+    figures = json.loads(capsys.readouterr().out)
+    assert [fault["count"] for fault in figures["faults"]] == [567, 1] and len(figures["broken"]) == 2
+
+
+def test_what_was_not_used_and_what_was_left_out_is_counted_by_name(capsys, tmp_path):
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image><image>What?"}, {"from": "gpt", "value": "A.", "score": 5}]
+    blank = [turns[0], {"from": "gpt", "value": " "}]
+    lines = [{"id": name, "image": "a.png", "conversations": turns, "source": "web"} for name in "abc"]
+    lines += [{"id": name, "image": "a.png", "conversations": blank} for name in "de"]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "page.html"
+    assert run(["data", "check", str(path), "--model", "none", "--page", str(page)]) == 0
+    told = capsys.readouterr().out
+    for words in (
+        "2 left out (empty_answer)",
+        f"3 with markup for images that matches no image, taken as text (first: {path}:1: document 'a')",
+        "3 with unused field 'conversations[].score'",
+        "3 with unused field 'source'",
+    ):
+        assert words in told
+    assert "markup for images" in page.read_text() and "unused field" in page.read_text()
+    assert run(["data", "check", str(path), "--model", "none", "--json"]) == 0
+    remarks = json.loads(capsys.readouterr().out)["remarks"]
+    assert remarks["unused field 'source'"] == {"count": 3, "first": f"{path}:1: document 'a'"}
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"image": "a.png", "text": "x"}\n', b'[\n{"image": "a.png", "text": "x"}]']
+)
+def test_what_is_piped_in_is_read_like_a_file(capsys, tmp_path, monkeypatch, data):
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for packed in (data, gzip.compress(data)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(packed)))
+        corpora._spooled.cache_clear()
+        assert run(["data", "check", "-", "--model", "none"]) == 0
+        told = capsys.readouterr()
+        assert "-: 1 documents, 1 texts, 1 images" in told.out and not told.err
+        assert run(["data", "convert", "-", "out.jsonl"]) == 0
+        assert read_documents(tmp_path / "out.jsonl")[0].images[0].name == "a.png"
+
+
+def test_one_storage_that_fails_does_not_end_the_look_at_others(capsys, tmp_path, pages):
+    assert run(["data", "check", "ftp://127.0.0.1:9/x.jsonl", str(pages), "--model", "none"]) == 6
+    told = capsys.readouterr()
+    assert "ftp://127.0.0.1:9/x.jsonl: does not answer" in told.err and "4 documents" in told.out
 
 
 def test_tokens_are_counted_as_the_model_counts_them(capsys, tmp_path):

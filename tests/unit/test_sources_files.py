@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import io
 import json
 import os
@@ -16,7 +18,7 @@ import pytest
 from PIL import Image as PILImage
 
 from mm_interleaved.data.pickled_annotations import read_pickled
-from mm_interleaved.data.sources import records
+from mm_interleaved.data.sources import files, records
 from mm_interleaved.data.sources.files import (
     MANIFEST,
     check_against_manifest,
@@ -28,7 +30,7 @@ from mm_interleaved.data.sources.records import read_records
 from mm_interleaved.data.sources.registry import SOURCES, make_source, source_name_of
 from mm_interleaved.data.sources.source import BrokenItem, Shard, in_epoch
 from mm_interleaved.document import Document
-from mm_interleaved.errors import InputError, UsageError
+from mm_interleaved.errors import InputError, StorageError, UsageError
 from mm_interleaved.strict_json import Record
 
 
@@ -88,6 +90,8 @@ def test_globs_braces_and_names_are_found_in_order(tmp_path):
 
 def test_all_missing_files_are_named_at_once(tmp_path):
     (tmp_path / "folder").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "folder" / f"{name}.jsonl").touch()
     (tmp_path / "y1").touch()
     with pytest.raises(InputError) as error:
         found_files(
@@ -99,6 +103,7 @@ def test_all_missing_files_are_named_at_once(tmp_path):
                 f"{tmp_path}/y*",
             ]
         )
+    assert f"such as {tmp_path}/folder/*.jsonl" in str(error.value)
     for words in ("no1.txt", "no2.txt", "x*: matches no", "is a folder", "y1: is empty"):
         assert words in str(error.value)
 
@@ -133,6 +138,69 @@ def test_addresses_are_read_like_files(tmp_path):
         assert "memory://elsewhere" in str(lost)
     finally:
         memory.rm("/corpus", recursive=True)
+
+
+def test_chained_addresses_stay_in_the_folder_of_the_images(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    (tmp_path / "secret.png").write_bytes(png(1))
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("docs/a.jsonl", json.dumps({"image": "1.png", "text": "x"}))
+        archive.writestr("docs/1.png", png(7))
+    memory.pipe("/corpus/a.jsonl", b"{}")
+    inside = f"zip://docs/a.jsonl::file://{tmp_path}/all.zip"
+    try:
+        [one] = read("documents", inside)
+        assert one.images[0].source == png(7)
+        assert found_files(inside.replace("a.jsonl", "*.jsonl")) == [inside]
+        for name in (
+            f"x.tar::file://{tmp_path}/secret.png",
+            f"zip://x.tar::file://{tmp_path}/secret.png",
+            f"file://{tmp_path}/secret.png",
+            "../secret.png",
+            f"{tmp_path}/secret.png",
+        ):
+            (tmp_path / "a.jsonl").write_text(json.dumps({"image": name, "text": "x"}))
+            for images in ("memory://corpus", f"zip://docs::file://{tmp_path}/all.zip"):
+                [lost] = read("documents", tmp_path / "a.jsonl", images=images)
+                assert isinstance(lost, BrokenItem) and lost.field == "image", (name, images)
+        (tmp_path / "root").mkdir()
+        (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
+        (tmp_path / "root" / "1.png").write_bytes(png(7))
+        for name, is_inside in (("link.png", False), ("1.png", True)):
+            (tmp_path / "a.jsonl").write_text(json.dumps({"image": name, "text": "x"}))
+            for scheme in ("local://", "file://", "simplecache::file://"):
+                [item] = read("documents", tmp_path / "a.jsonl", images=f"{scheme}{tmp_path}/root")
+                assert isinstance(item, Document) == is_inside, (name, scheme)
+                assert is_inside or "outside the allowed folder" in str(item)
+    finally:
+        memory.rm("/corpus", recursive=True)
+
+
+class RefusingStorage:
+    """A client of a storage that is not there."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getattr__(self, name):
+        def fails(*_, **__):
+            raise self.error
+
+        return fails
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "refused"), RuntimeError("no credentials")])
+def test_storage_that_does_not_answer_is_one_kind_of_error(monkeypatch, error):
+    def connect(address):
+        raise error
+
+    for client in (connect, lambda address: (RefusingStorage(error), "x")):
+        monkeypatch.setattr("fsspec.core.url_to_fs", client)
+        monkeypatch.setattr(files, "_RETRY_AFTER_S", ())
+        for reach in (found_files, files.file_exists, files.file_size, files.open_file):
+            with pytest.raises(StorageError, match=r"ftp://x/a\.jsonl: does not answer"):
+                reach("ftp://x/a.jsonl")
 
 
 # ---- Reading on ----
@@ -258,6 +326,59 @@ def test_lists_that_are_none_are_refused(tmp_path, text):
     path.write_text(text)
     *_, (_, last) = read_records(str(path))
     assert isinstance(last, BrokenItem)
+
+
+def test_lines_lists_and_tables_may_be_gzip(tmp_path):
+    lines = "".join(json.dumps({**GOOD, "id": str(n)}) + "\n" for n in range(3)).encode()
+    for name, data in (("a.jsonl.gz", lines), ("a.json.gz", json.dumps([GOOD]).encode())):
+        (tmp_path / name).write_bytes(gzip.compress(data))
+    assert [one.id for one in read("documents", tmp_path / "a.jsonl.gz")] == ["0", "1", "2"]
+    assert [one.id for one in read("documents", tmp_path / "a.json.gz")] == ["a"]
+    assert source_name_of(str(tmp_path / "a.jsonl.gz")) == "documents"
+    (tmp_path / "1.png").write_bytes(png(1))
+    table = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": "c"}]}
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(json.dumps(table).encode()))
+    assert source_name_of(str(tmp_path / "c.json.gz")) == "captions"
+    assert len(read("captions", tmp_path / "c.json.gz")) == 1
+    data = gzip.compress(lines)
+    for number, damaged in enumerate((data[:-9], data[:25], b"no gzip", data[:-8] + bytes(8))):
+        path = tmp_path / f"bad{number}.jsonl.gz"
+        path.write_bytes(damaged)
+        assert "damaged" in str(read("documents", path)[-1])
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(bytes(100 << 20)))
+    assert "becomes more than" in str(read("documents", tmp_path / "bomb.jsonl.gz")[-1])
+
+
+def test_folders_of_images_are_read_by_their_metadata(tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    rows = [{"file_name": f"{n}.png", "text": f'A "{n}",\n\nfar away'} for n in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with open(tmp_path / "metadata.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["file_name", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    for name in ("metadata.jsonl", "metadata.csv"):
+        assert source_name_of(str(tmp_path / name)) == "documents"
+        found = read("documents", tmp_path / name)
+        assert [one.text for one in found] == [row["text"] for row in rows]
+        assert [one.images[0].name for one in found] == ["0.png", "1.png"]
+    for text, words in (
+        ("file_name,text\n0.png\n", "found 1 values, expected 2"),
+        ("text,text\na,b\n", "of different names"),
+        ('file_name,text\n0.png,"cut', "not comma-separated"),
+    ):
+        (tmp_path / "metadata.csv").write_text(text)
+        assert words in str(read("documents", tmp_path / "metadata.csv")[-1])
+
+
+def test_nothing_warns_of_formats_that_notice_where_they_were_cut(tmp_path, caplog):
+    for name in ("a.jsonl", "a.json", "a.jsonl.gz"):
+        data = json.dumps(GOOD).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        caplog.clear()
+        read("documents", tmp_path / name)
+        assert ("a cut between records" in caplog.text) == (name == "a.jsonl")
 
 
 def test_tables_that_cannot_be_read_stop_at_the_start(tmp_path):
@@ -388,6 +509,39 @@ def test_samples_that_are_not_whole_are_named(tmp_path, members, words):
     assert contents(found)[-1] == contents(read_tar(tmp_path / "b.tar", tar_of(pairs(1))))[0]
     broken = [str(item) for item in found if isinstance(item, BrokenItem)]
     assert len(broken) == len(words) and all(word in why for word, why in zip(words, broken, strict=True))
+
+
+HIDDEN = (
+    "._00000.png",
+    "a/._b.txt",
+    ".DS_Store",
+    "__MACOSX/00000.png",
+    "@eaDir/x.jpg",
+    "Thumbs.db",
+    "README",
+)
+
+
+def test_what_other_machines_leave_in_tars_is_passed_over(tmp_path):
+    found = read_tar(tmp_path / "a.tar", tar_of([(name, b"x") for name in HIDDEN] + pairs(2)))
+    mixed = [
+        member for pair in zip([(name, b"x") for name in HIDDEN], pairs(4), strict=False) for member in pair
+    ]
+    assert contents(found) == contents(read_tar(tmp_path / "b.tar", tar_of(pairs(2)))) and len(found) == 2
+    assert len(read_tar(tmp_path / "c.tar", tar_of(mixed + pairs(4)[7:]))) == 4
+    record = {"image": "00000.png", "text": "x"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    [one] = read("documents", tmp_path / "a.jsonl", images=str(tmp_path / "a.tar"))
+    assert one.images[0].source == png(0)
+
+
+def test_a_caption_is_looked_for_in_the_json_where_the_txt_is_blank(tmp_path):
+    about = json.dumps({"caption": "from json"}).encode()
+    sample = [("a.png", png(1)), ("a.txt", b" \n"), ("a.json", about)]
+    assert contents(read_tar(tmp_path / "a.tar", tar_of(sample))) == [(png(1), "from json")]
+    for nothing in (b"{}", b'{"caption": null}', b'{"caption": " "}'):
+        [item] = read_tar(tmp_path / "b.tar", tar_of([*sample[:2], ("a.json", nothing)]))
+        assert item.rule == "short_caption"
 
 
 def test_links_and_devices_in_tars_are_refused(tmp_path):

@@ -20,7 +20,7 @@ from mm_interleaved.data.sources import records
 from mm_interleaved.data.sources.registry import make_source, source_name_of
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, in_epoch
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.errors import InputError
+from mm_interleaved.errors import InputError, UsageError
 
 
 def png(colour: int = 0, size=(8, 6)) -> bytes:
@@ -79,6 +79,36 @@ def test_coco_captions_one_by_one_or_together(tmp_path):
     assert said == [["<a.jpg>", ask, "First a."], ["<a.jpg>", ask, "Second a."], ["<b.jpg>", ask, "A b."]]
     together = read("captions", path, images=str(tmp_path / "val"), one_per_image=True)[:2]
     assert [one.meta["captions"] for one in together] == [["First a.", "Second a."], ["A b."]]
+
+
+@pytest.mark.parametrize("one_per_image", [False, True])
+def test_a_test_split_without_captions_gives_documents_without_target(tmp_path, one_per_image):
+    for name in ("a.jpg", "b.jpg"):
+        put(tmp_path / name, 1)
+    entries = [
+        {"id": n, "file_name": name, "coco_url": "http://x"} for n, name in enumerate(("a.jpg", "b.jpg"))
+    ]
+    nocaps = put(tmp_path / "nocaps_test.json", {"images": entries, "info": {}, "licenses": []})
+    assert source_name_of(nocaps) == "captions"
+    listed = put(tmp_path / "nocaps_list.json", [{"image": name, "img_id": 3} for name in ("a.jpg", "b.jpg")])
+    for path in (nocaps, listed):
+        found = read("captions", path, one_per_image=one_per_image)
+        assert [words(one.parts) for one in found] == [
+            [f"<{name}>", "Describe the picture."] for name in ("a.jpg", "b.jpg")
+        ]
+        assert {(one.target, one.layout) for one in found} == {((), "T")}
+
+
+def test_an_image_without_caption_among_others_is_counted(tmp_path):
+    put(tmp_path / "a.jpg", 1)
+    table = {**COCO, "images": [{"id": 9, "file_name": "a.jpg"}, {"id": 3, "file_name": "a.jpg"}]}
+    found = read("captions", put(tmp_path / "c.json", table))
+    assert [item.rule for item in found if isinstance(item, FilteredItem)] == ["no_caption"]
+    table["annotations"] = [{"image_id": 9, "caption": 3}]
+    [broken_one] = [
+        item for item in read("captions", put(tmp_path / "d.json", table)) if isinstance(item, BrokenItem)
+    ]
+    assert str(broken_one).endswith("d.json: annotations[0].caption: found the number 3, expected a string")
 
 
 def test_captions_can_be_drawn_or_asked_as_published(tmp_path):
@@ -207,7 +237,10 @@ def test_visdial_keeps_the_dialogue_and_its_candidates(tmp_path):
     }
     assert "data.dialogs[1].dialog[0].question" in str(wrong) and "from 0 to 2" in str(wrong)
     dense = put(tmp_path / "dense.json", [{"image_id": 7, "round_id": 2, "gt_relevance": [0, 1, 0.5]}])
+    train = put(tmp_path / "train.json", [{"image_id": 7, "round_id": 2, "relevance": [0, 1, 0.5]}])
+    other = read("visdial", path, dense_annotations=train, is_conversation=False)[0]
     one = read("visdial", path, dense_annotations=dense, is_conversation=False)[0]
+    assert other == one
     assert words(one.parts) == [
         image, "caption: a dog. question: is it big? answer: yes. question: is it red? answer:",
     ]  # fmt: skip
@@ -234,6 +267,23 @@ def test_llava_turns_and_texts_without_image_are_kept(tmp_path):
     first, second = read("llava", path)
     assert words(first.parts) == ["What?", "<a.png>", "A.", "And?", "B."] and not first.target
     assert words(second.parts) == ["And?", "B."]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("captions", COCO),
+        ("paragraphs", {"annotations": []}),
+        ("vqa", {"questions": []}),
+        ("visdial", {"data": {"dialogs": []}}),
+        ("refcoco", {"images": [], "annotations": []}),
+        ("vist", {"annotations": []}),
+    ],
+)
+def test_content_beside_the_records_of_a_table_is_not_lost(tmp_path, name, table):
+    path = put(tmp_path / "table.json", {**table, "videos": ["v.mp4"]})
+    with pytest.raises(InputError, match=r"table\.json: videos: found a list, which has no place"):
+        read(name, path)
 
 
 # ---- Boxes ----
@@ -412,6 +462,16 @@ def test_refcoco_as_published_is_unpickled_once(tmp_path):
         tmp_path / "instances.json", {"images": [image], "annotations": [{"id": 2, "bbox": [10, 10, 40, 40]}]}
     )
     lines = list(unpickled_records("refcoco-pickles", tmp_path))
+    put(tmp_path / "refs(google).p", pickle.dumps([{**refs[0], "split": "train"}], protocol=2))
+    with pytest.raises(UsageError, match=r"split by google, unc; choose one, such as --set split_by=unc"):
+        list(unpickled_records("refcoco-pickles", tmp_path))
+    assert list(unpickled_records("refcoco-pickles", tmp_path, {"split_by": "unc"})) == lines
+    google = unpickled_records("refcoco-pickles", tmp_path, {"split_by": "google"})
+    assert {line["split"] for line in google} == {"train"}
+    with pytest.raises(InputError, match=r"no file refs\(umd\)\.p, found those split by google, unc"):
+        list(unpickled_records("refcoco-pickles", tmp_path, {"split_by": "umd"}))
+    with pytest.raises(UsageError, match="no setting 'split'"):
+        list(unpickled_records("refcoco-pickles", tmp_path, {"split": "val"}))
     path = put(tmp_path / "refcoco.jsonl", "\n".join(map(json.dumps, lines)))
     found = read("refcoco", path, split="testA")
     assert [words(one.target) for one in found] == [["(100,100)(500,500)"]] * 2

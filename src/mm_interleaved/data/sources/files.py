@@ -16,7 +16,9 @@ import logging
 import os
 import re
 import stat
+import tarfile
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,6 +39,7 @@ _CHUNK_BYTES = 1 << 20
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*(?:://|::[a-z/])", re.ASCII | re.IGNORECASE)
 _CACHES = ("simplecache", "filecache", "blockcache", "cached")
 _LOCAL = ("file", "local")
+_ARCHIVES = ("zip://", "tar://", "libarchive://")
 _HIDDEN = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin")
 _CHECKED = (".json", ".zip", ".gz")
 """Ends of names of files whose format notices where they were cut."""
@@ -100,9 +103,14 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part in _HIDDEN for part in parts)
 
 
+def name_of(path: str) -> str:
+    """The file's name, without its folders."""
+    return os.path.basename(_taken_apart(path)[2] if is_address(path) else path)
+
+
 def stem_of(path: str) -> str:
     """The file's name up to its first dot."""
-    return os.path.basename(path).split(".", 1)[0]
+    return name_of(path).split(".", 1)[0]
 
 
 def found_files(patterns: str | Sequence[str]) -> list[str]:
@@ -165,7 +173,12 @@ def _looked_up(name: str) -> tuple[list[str], str]:
         with _reaching(name):
             if _WILD.search(name):
                 found_there = (found for found in sorted(system.glob(path)) if not is_hidden(found))
-                files = [system.unstrip_protocol(found) for found in found_there]
+                before, scheme, _, behind = _taken_apart(name)
+                is_chained = bool(before or behind)
+                files = [
+                    f"{before}{scheme}{found}{behind}" if is_chained else system.unstrip_protocol(found)
+                    for found in found_there
+                ]
                 return files, "" if files else f"{escape(name)}: matches no file"
             return [name], "" if system.isfile(path) else f"{escape(name)}: there is no such file"
     if _WILD.search(name) and not os.path.exists(name):
@@ -195,12 +208,25 @@ def _file_system(address: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
     except ImportError as error:
         raise UsageError(f"{escape(address)}: needs fsspec: pip install 'mm-interleaved[train]'") from error
-    try:
-        # Some storage is connected to here.
-        with _reaching(address):
+    before, scheme, inside, behind = _taken_apart(address)
+    # Some storage is connected to here.
+    with _reaching(address):
+        try:
+            if scheme.lower() in _ARCHIVES:
+                return _archive(f"{before}{scheme}{behind}", os.getpid()), inside
             return url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"{escape(address)}: cannot be opened ({escape(str(error))})") from error
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"{escape(address)}: cannot be opened ({escape(str(error))})") from error
+
+
+@lru_cache(maxsize=16)
+def _archive(address: str, process: int) -> Any:
+    """The contents of an archive. It closes when nobody holds it, whoever still reads one of its files; and
+    processes that share an open one would move each other's place in it.
+    """
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(address)[0]
 
 
 # Contents
@@ -221,11 +247,17 @@ def reading(path: str) -> Iterator[None]:
 
 @contextmanager
 def _reaching(address: str) -> Iterator[None]:
-    """Whatever the client of a storage raises becomes a StorageError that names the address."""
+    """Whatever the client of a storage raises names the address: InputError where there is no such file or
+    no such archive, else StorageError.
+    """
     try:
         yield
-    except (MMInterleavedError, ImportError, ValueError, FileNotFoundError):
+    except MMInterleavedError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"{escape(address)}: there is no such file") from error
+    except (ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise InputError(f"{escape(address)}: cannot be read ({escape(str(error))})") from error
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise StorageError(f"{escape(address)}: does not answer ({escape(reason)})") from error
@@ -250,10 +282,6 @@ def open_file(path: str) -> IO[bytes]:
         try:
             with _reaching(path):
                 return system.open(name, "rb")
-        except FileNotFoundError as error:
-            raise InputError(f"{escape(path)}: there is no such file") from error
-        except ValueError as error:
-            raise InputError(f"{escape(path)}: cannot be opened ({escape(str(error))})") from error
         except StorageError as error:
             if delay is None:
                 raise
@@ -299,7 +327,7 @@ def check_against_manifest(path: str):
     Raises:
         InputError: another size or hash, or a manifest that cannot be read.
     """
-    entry = _entries(folder_of(path)).get(os.path.basename(path))
+    entry = _entries(folder_of(path)).get(name_of(path))
     if entry is None:
         return
     size = file_size(path)
@@ -317,9 +345,9 @@ def listed_hash(path: str) -> str | None:
 
 def warn_of_unlisted(paths: Sequence[str]):
     """Says once for all files that no manifest lists that nothing would tell if they were cut or changed."""
-    paths = [path for path in paths if not path.lower().endswith(_CHECKED)]
+    paths = [path for path in paths if not name_of(path).lower().endswith(_CHECKED)]
     listed = {folder: _entries(folder) for folder in dict.fromkeys(map(folder_of, paths))}
-    unlisted = [path for path in paths if os.path.basename(path) not in listed[folder_of(path)]]
+    unlisted = [path for path in paths if name_of(path) not in listed[folder_of(path)]]
     if unlisted:
         logger.warning(
             "%d file(s) without %s, %s first: a cut between records and changed bits go unnoticed "
@@ -334,12 +362,12 @@ def manifest_of(folder: str, paths: Sequence[str]) -> dict[str, Any]:
     """The manifest of files of one folder, to be written there; what it lists already stays."""
     entries = dict(_entries(folder))
     for path in paths:
-        entries[os.path.basename(path)] = FileEntry(file_size(path), _sha256(fingerprint(path)))
+        entries[name_of(path)] = FileEntry(file_size(path), _sha256(fingerprint(path)))
     return {"shards": {name: asdict(entry) for name, entry in sorted(entries.items())}}
 
 
 def _entries(folder: str) -> Mapping[str, FileEntry]:
-    path = f"{folder}/{MANIFEST}"
+    path = address_below(folder, MANIFEST) if is_address(folder) else f"{folder}/{MANIFEST}"
     return _read_entries(*fingerprint(path)) if file_exists(path) else {}
 
 

@@ -25,6 +25,7 @@ from mm_interleaved.data.sources.files import (
     file_size,
     fingerprint,
     is_hidden,
+    name_of,
     open_file,
     reading,
 )
@@ -147,7 +148,7 @@ def _read_table(key: tuple[str, int, int]) -> Field:
 def _table_bytes(path: str) -> bytes:
     try:
         with open_file(path) as file, reading(path):
-            if not path.lower().endswith(".gz"):
+            if not name_of(path).lower().endswith(".gz"):
                 return file.read()
             with ExitStack() as stack:
                 data = _unpacked(stack, file, path).read(MAX_TABLE_BYTES + 1)
@@ -165,7 +166,7 @@ def first_record(path: str) -> Field | None:
         return item.field
     try:
         # A table may be longer than any record.
-        return whole_table(path) if path.lower().endswith((".json", ".json.gz")) else None
+        return whole_table(path) if name_of(path).lower().endswith((".json", ".json.gz")) else None
     except InputError:
         return None
 
@@ -188,11 +189,11 @@ def _without_place(error: InputError, place: str) -> str:
 def _pieces(path: str) -> Iterator[_Piece]:
     with ExitStack() as stack:
         check_against_manifest(path)
-        file, name = stack.enter_context(open_file(path)), path
-        if path.lower().endswith(".zip"):
+        file, name = stack.enter_context(open_file(path)), name_of(path).lower()
+        if name.endswith(".zip"):
             file, name = _unzipped(stack, file, path)
-        elif path.lower().endswith(".gz"):
-            file, name = _unpacked(stack, file, path), path[: -len(".gz")]
+        elif name.endswith(".gz"):
+            file, name = _unpacked(stack, file, path), name.removesuffix(".gz")
         read = next((reader for end, reader in _READERS.items() if name.lower().endswith(end)), _lines)
         try:
             with reading(path):

@@ -12,7 +12,7 @@ from functools import partial
 
 from mm_interleaved.data.boxes import Edges, box_in_image, four_numbers, size_of_image
 from mm_interleaved.data.prompts import GROUND, TaskPrompt, phrase
-from mm_interleaved.data.sources.files import stem_of
+from mm_interleaved.data.sources.files import name_of, stem_of
 from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
 from mm_interleaved.data.sources.records import read_items, read_table
 from mm_interleaved.data.sources.source import FilteredItem, Item, Shard, attempt
@@ -97,7 +97,7 @@ def _recorded_size(record: Field) -> tuple[int, int] | None:
 
 
 def _is_lines(path: str) -> bool:
-    return not path.lower().endswith(".json")
+    return not name_of(path).lower().endswith((".json", ".json.gz"))
 
 
 def _table_images(path: str) -> Mapping[str, Field]:

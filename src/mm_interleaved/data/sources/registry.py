@@ -13,6 +13,7 @@ from mm_interleaved.data.prompts import PROMPTS, TaskPrompt
 from mm_interleaved.data.sources.ade20k import SegmentationPairs
 from mm_interleaved.data.sources.captions import CaptionTables
 from mm_interleaved.data.sources.documents import DocumentFiles
+from mm_interleaved.data.sources.files import name_of
 from mm_interleaved.data.sources.flickr30k_entities import Flickr30kEntities
 from mm_interleaved.data.sources.frame_strips import FrameStripStories
 from mm_interleaved.data.sources.laion import PairLines
@@ -108,7 +109,7 @@ def source_name_of(path: str) -> str:
     Raises:
         UsageError: the file has no form that tells.
     """
-    lower = path.lower()
+    lower = name_of(path).lower()
     for suffix, name in ((".tar", "webdataset"), (".parquet", "obelics")):
         if lower.endswith(suffix):
             return name
