@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+import mm_interleaved
 from mm_interleaved.data.boxes import Box
+from mm_interleaved.data.check import Look
+from mm_interleaved.data.convert import convert_source
 from mm_interleaved.data.sources.registry import SOURCES, make_source
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, attempt
+from mm_interleaved.data.sources.source import (
+    BrokenItem,
+    FilteredItem,
+    Shard,
+    attempt,
+    items_of,
+    shards_of,
+)
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.errors import MMInterleavedError, StorageError
+from mm_interleaved.errors import InputError, MMInterleavedError, StorageError
 from mm_interleaved.record_rules import AS_TEXT, is_content_name
 
 SIZE = (64, 48)
@@ -324,6 +335,44 @@ def test_a_reader_that_fails_breaks_one_item_and_failing_storage_is_told():
     assert str(broken) == "a.json: [3]: cannot be read (AttributeError: no such thing)"
     with pytest.raises(StorageError):
         attempt("a", fails(StorageError("gone")))
+
+
+@dataclass(frozen=True)
+class FailingSource:
+    """A source with a fault of its own, in `shards` or behind the first item of `read`."""
+
+    fails_at: str
+    paths: str = "a.json"
+
+    def shards(self):
+        return [Shard("a.json")] if self.fails_at != "shards" else [][0]
+
+    def read(self, shard, start=0):
+        yield 0, Document(id="x", parts=(Text("x"),))
+        yield 1, [][0]
+
+
+def test_a_source_that_fails_outside_of_an_item_ends_no_command(tmp_path):
+    with pytest.raises(InputError, match=r"a\.json: cannot be read \(IndexError: list index out of range\)"):
+        shards_of(FailingSource("shards"))
+    source = FailingSource("read")
+    [(_, first), (position, last)] = items_of(source, Shard("a.json"))
+    assert isinstance(first, Document) and position == 1
+    assert str(last) == "a.json: cannot be read on (IndexError: list index out of range)"
+    look = Look("a")
+    assert len(list(look.through(source, shards_of(source)))) == 2 and look.report.num_broken == 1
+    with pytest.raises(InputError, match="cannot be read on"):
+        convert_source(source, tmp_path / "out.jsonl")
+
+
+def test_nobody_reads_a_source_around_that():
+    package = Path(mm_interleaved.__file__).parent
+    users = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"\.read\(shard|\.shards\(\)", path.read_text(encoding="utf-8"))
+    }
+    assert users == {"data/sources/source.py"}
 
 
 @pytest.mark.parametrize(

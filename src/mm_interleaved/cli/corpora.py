@@ -79,6 +79,7 @@ def check(
     """
     from mm_interleaved.data.check import Look, Report
     from mm_interleaved.data.check_page import render_contact_sheet
+    from mm_interleaved.data.sources.source import shards_of
     from mm_interleaved.storage import make_folder, write_file
 
     count_tokens = None if model == "none" else _token_counter(model)
@@ -89,7 +90,7 @@ def check(
         look = Look(path, count_tokens=count_tokens, opens_images=opens_images, max_items=limit)
         try:
             source = _source(path, form, image_root, settings)
-            shards = source.shards()
+            shards = shards_of(source)
             _look_through(look, source, shards)
         except InputError as error:
             say_error(str(error))
@@ -147,14 +148,14 @@ def convert(
     from mm_interleaved.data.check import Faults
     from mm_interleaved.data.convert import convert_source, write_lines
     from mm_interleaved.data.pickled_annotations import PICKLED, unpickled_records
-    from mm_interleaved.data.sources.source import BrokenItem
+    from mm_interleaved.data.sources.source import BrokenItem, shards_of
 
     if form is not None and form in PICKLED:
         records = unpickled_records(form, Path(source), _settings(settings))
         say(f"{out}: {write_lines(out, records)} lines")
         return 0
     made = _source(source, form, image_root, settings)
-    shards = made.shards()
+    shards = shards_of(made)
     if os.path.realpath(out) in {os.path.realpath(shard.name) for shard in shards}:
         raise UsageError(f"{out}: is what is read, expected another file to write", field="out")
     faults = Faults()

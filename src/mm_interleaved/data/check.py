@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image as PILImage
 
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, Source
+from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, Source, items_of
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import ImageError, InputError
 from mm_interleaved.images import read_regular_file
@@ -195,7 +195,7 @@ class Look:
     def through(self, source: Source, shards: Sequence[Shard]) -> Iterator[Item]:
         """Each item, once it is counted; what is wrong with it stands in the report by then."""
         for shard in shards:
-            for _, item in islice(source.read(shard), self.max_items):
+            for _, item in islice(items_of(source, shard), self.max_items):
                 self._count(item)
                 yield item
 

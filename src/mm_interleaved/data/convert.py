@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Shard, Source
+from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Shard, Source, items_of, shards_of
 from mm_interleaved.document import Document, Image, document_to_record
 from mm_interleaved.errors import ImageError, InputError, escape
 from mm_interleaved.images import FORMAT_NAMES, describe_bytes, read_regular_file, to_png, upright_size
@@ -79,8 +79,8 @@ def convert_source(
     images = _Images(out, copies_images)
     try:
         with whole_file(out) as file:
-            for shard in source.shards() if shards is None else shards:
-                for _, item in source.read(shard):
+            for shard in shards_of(source) if shards is None else shards:
+                for _, item in items_of(source, shard):
                     if isinstance(item, Document):
                         document = _with_own_id(item, ids)
                         done.num_renamed += document is not item

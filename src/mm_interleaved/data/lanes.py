@@ -20,7 +20,7 @@ from mm_interleaved.data.few_shot import group_documents
 from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.data.packing import fill_row
 from mm_interleaved.data.preparation import Preparation, Prepared, Skip
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, in_epoch
+from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, in_epoch, items_of
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, StorageError, escape
 from mm_interleaved.sequence import Sequence as TokenSequence
@@ -311,7 +311,7 @@ def _read_on(source: Any, shard: Shard, start: int) -> Iterator[tuple[int, Item]
     waits = list(RETRY_SECONDS)
     while True:
         try:
-            for position, item in source.read(shard, start):
+            for position, item in items_of(source, shard, start):
                 yield position, item
                 start = position + 1
             return

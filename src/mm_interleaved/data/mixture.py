@@ -8,7 +8,7 @@ from math import isfinite
 
 from mm_interleaved.data.few_shot import FewShot
 from mm_interleaved.data.packing import RowRule
-from mm_interleaved.data.sources.source import Shard, Source
+from mm_interleaved.data.sources.source import Shard, Source, shards_of
 from mm_interleaved.errors import InputError, UsageError
 from mm_interleaved.sequence import LearningRule
 from mm_interleaved.storyworld.dice import Dice
@@ -95,7 +95,7 @@ class Mixture:
         Raises:
             InputError: a source has none, or cannot be read.
         """
-        shards = {entry.name: tuple(entry.source.shards()) for entry in self.sources if entry.weight > 0}
+        shards = {entry.name: tuple(shards_of(entry.source)) for entry in self.sources if entry.weight > 0}
         empty = [name for name, found in shards.items() if not found]
         if empty:
             raise InputError(f"source {empty[0]!r}: found no shards, expected at least one")

@@ -180,6 +180,7 @@ def _listed_rows(table: Field, one_per_image: bool) -> list[_Row]:
         return [_Row(record.path, record) for record in table.list()]
     for record in table.list():
         try:
+            assert record["image"], "missing in some entries of a list: told of each"
             rows += _own_rows(record, _listed(record["caption"]), one_per_image)
         except FieldError as error:
             rows.append(_Row(record.path, problem=error))

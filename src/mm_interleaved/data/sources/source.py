@@ -142,6 +142,43 @@ def check_settings(source: Any, *shares: str):
             raise UsageError(f"{name}: found {getattr(source, name)}, expected 0 or more", field=name)
 
 
+def shards_of(source: Source) -> list[Shard]:
+    """The shards of a source; a file that it fails over is refused like one that is wrong.
+
+    Raises:
+        InputError, UsageError: as `Source.shards`.
+    """
+    try:
+        return source.shards()
+    except MMInterleavedError:
+        raise
+    except Exception as error:
+        logger.debug("the source failed", exc_info=True)
+        paths = escape(str(getattr(source, "paths", type(source).__name__)))
+        raise InputError(f"{paths}: cannot be read ({_said_by(error)})") from error
+
+
+def items_of(source: Source, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+    """The items of a shard as `Source.read` gives them; where the source itself fails, a broken item ends it.
+
+    Raises:
+        InputError, StorageError: as `Source.read`.
+    """
+    position = start - 1
+    try:
+        for position, item in source.read(shard, start):
+            yield position, item
+    except MMInterleavedError:
+        raise
+    except Exception as error:
+        logger.debug("%s: the source failed", escape(shard.name), exc_info=True)
+        yield position + 1, BrokenItem(shard.name, f"cannot be read on ({_said_by(error)})")
+
+
+def _said_by(error: Exception) -> str:
+    return f"{type(error).__name__}: {escape(str(error), 200)}"
+
+
 def attempt(
     place: str,
     build: Callable[..., Document | FilteredItem],
@@ -182,4 +219,4 @@ def attempt(
     except Exception as error:
         # A fault of the source, not of the command: the item is named and counted like any other broken one.
         logger.debug("%s: the reader failed", escape(place), exc_info=True)
-        return BrokenItem(place, f"cannot be read ({type(error).__name__}: {escape(str(error), 200)})")
+        return BrokenItem(place, f"cannot be read ({_said_by(error)})")

@@ -144,7 +144,10 @@ def _questions(path: str) -> list[Field]:
 
 def _coco_name(path: str) -> str | None:
     subtype = whole_table(path).get("data_subtype")
-    return None if subtype is None else f"COCO_{subtype.text()}_{{image_id:012}}.jpg"
+    try:
+        return None if subtype is None else f"COCO_{subtype.text()}_{{image_id:012}}.jpg"
+    except FieldError as error:
+        raise error.at(path) from error
 
 
 def _id(record: Field) -> str:
