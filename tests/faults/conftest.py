@@ -22,7 +22,7 @@ def quick_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         # Reads the metadata of the same packages in every run.
-        patch.setattr(generation_run, "package_version", cache(generation_run.package_version))
+        patch.setattr(generation_run, "installed_version", cache(generation_run.installed_version))
         yield
 
 

@@ -124,10 +124,18 @@ def test_tars_tables_and_drawn_corpora(tmp_path):
         check_data(mixture(tmp_path / "a.tar", kind="webdataset"), tmp_path / "run", ALONE)
     drawn = Mixture(sources=(MixtureSource(name="drawn", source=StoryWorldSource(tasks=("draw",))),))
     begin(tmp_path / "drawn", drawn)
-    assert json.loads((tmp_path / "drawn" / DATA_NAME).read_text()) == {"drawn": []}
+    assert json.loads((tmp_path / "drawn" / DATA_NAME).read_text()) == {"corpora.drawn": []}
 
 
-NOTES = ["[", "[" * 100_000, "[]", '{"ours": 3}', '{"ours": [[1, 2]]}', '{"ours": [["a", "b", 3]]}', None]
+NOTES = [
+    "[",
+    "[" * 100_000,
+    "[]",
+    '{"corpora.ours": 3}',
+    '{"corpora.ours": [[1, 2]]}',
+    '{"corpora.ours": [["a", "b", 3]]}',
+    None,
+]
 
 
 @pytest.mark.parametrize("text", NOTES)
@@ -164,3 +172,22 @@ def test_a_note_that_cannot_be_written_is_a_fault_of_the_storage(corpus, tmp_pat
     (tmp_path / "run").write_text("")
     with pytest.raises(StorageError):
         check_data(mixture(corpus / "*.jsonl"), tmp_path / "run", ALONE)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "deep/tokenizer.json"])
+def test_another_model_than_the_run_started_from_is_named(corpus, tmp_path, name):
+    model = tmp_path / "model"
+    for file in ("config.json", "model.safetensors", "deep/tokenizer.json", "notes.md"):
+        (model / file).parent.mkdir(parents=True, exist_ok=True)
+        (model / file).write_text("0000")
+    data, run = mixture(corpus / "*.jsonl"), tmp_path / "run"
+    check_data(data, run, ALONE, model=model)
+    (run / "step-00000001").mkdir()
+    (model / "notes.md").write_text("1111")
+    check_data(data, run, ALONE, model=model)
+    (model / name).write_text("0001")
+    with pytest.raises(InputError, match=rf"model/{name}: changed since the run began"):
+        check_data(data, run, ALONE, model=model)
+    (model / name).unlink()
+    with pytest.raises(InputError, match=r"start_from: other files .* found 2, expected 3"):
+        check_data(data, run, ALONE, model=model)

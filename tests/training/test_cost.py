@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 import torch
 
-from mm_interleaved.recipes.ablation_cost import with_cost
+from mm_interleaved.recipes.ablation_cost import read_cost, with_cost
 from mm_interleaved.training.cost import COUNTING, average_flops
 from mm_interleaved.training.data import DocumentBatches, Mixture
 from mm_interleaved.training.loop import Losses
@@ -95,3 +95,14 @@ def test_a_finished_part_keeps_its_steps_where_fewer_are_asked_for(tmp_path):
     fewer = StageConfig(steps=2, learning_rate=1e-3)
     with_cost(tmp_path, fewer, flops_a_step=lambda: 1 / 0, work=lambda: None)
     assert cost_of(tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "[" * 100_000, "[]", "3", '"x"', '{"steps": "3"}', '{"is_finished": true}', '{"counting": 9}'],
+)
+def test_a_cost_of_another_form_is_put_aside_and_counted_anew(tmp_path, text, caplog):
+    (tmp_path / "cost.json").write_text(text)
+    with_cost(tmp_path, CONFIG, flops_a_step=lambda: 5.0, work=lambda: None)
+    assert read_cost(tmp_path)["is_finished"] and read_cost(tmp_path)["flops_a_step"] == 5.0
+    assert (tmp_path / "damaged-cost.json").read_text() == text and "damaged" in caplog.text

@@ -5,6 +5,7 @@ A part may be trained in several goes, on another machine or by other code: each
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -17,11 +18,20 @@ from typing import Any
 
 import torch
 
-from mm_interleaved.storage import make_folder, write_file
+from mm_interleaved.storage import make_folder, put_aside, write_file
 from mm_interleaved.training.cost import COUNTING
 from mm_interleaved.training.settings import StageConfig
 
+logger = logging.getLogger(__name__)
+
 COST_NAME = "cost.json"
+_NUMBER = (int, float)
+_KINDS = {
+    "steps": int, "is_finished": bool, "flops_a_step": _NUMBER, "wall_hours": _NUMBER, "core_hours": _NUMBER,
+    "made_by": list,
+}  # fmt: skip
+_NEEDED = {"is_finished": "steps", "counting": "flops_a_step"}
+"""Where the first is told, the second is too."""
 UNKNOWN = "unknown"
 """Said of what was not recorded, or cannot be found out."""
 _PACKAGE = Path(__file__).parents[1]
@@ -45,7 +55,7 @@ def with_cost(
         start: which weights it starts from, as `weights_name` names them.
     """
     path = folder / COST_NAME
-    cost: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    cost: Mapping[str, Any] = read_cost(folder)
     is_finished = cost.get("is_finished", False) and cost["steps"] >= config.steps
     if is_finished:
         work()
@@ -82,9 +92,20 @@ def _write_cost(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_cost(folder: Path) -> dict[str, Any]:
-    """What a part has cost so far; empty where it does not tell."""
+    """What a part has cost so far; empty where it does not tell. What is no record of it is put aside."""
     path = folder / COST_NAME
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not os.path.lexists(path):
+        return {}
+    try:
+        cost = json.loads(path.read_text())
+        wrong = [name for name, kind in _KINDS.items() if name in cost and not isinstance(cost[name], kind)]
+        wrong += [needed for name, needed in _NEEDED.items() if name in cost and needed not in cost]
+        if wrong or not isinstance(cost, dict):
+            raise ValueError(wrong)
+    except (OSError, ValueError, TypeError, RecursionError):
+        logger.warning("%s: damaged, now %s", path, put_aside(path).name)
+        return {}
+    return cost
 
 
 def made_by() -> dict[str, str]:

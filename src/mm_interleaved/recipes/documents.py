@@ -71,7 +71,7 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         # there.
         mixture = build_mixture(config)
         place = folder / STAGE_FOLDER
-        check_data(mixture, place, ranks)
+        check_data(mixture, place, ranks, model=find_model(config.start_from))
         model, processor, low_rank = _build(config)
         rules = choose_trained(model, config.parts)
         if config.frozen_type != "float32":

@@ -1,6 +1,7 @@
 """Which files a run reads, and what they were when it began: `data.json` beside its log.
 
-A run that is resumed goes on at places in its files, so they have to be the same ones. Files are told apart
+A run that is resumed goes on at places in its files, and with the frozen weights of the model that it started
+from, so they have to be the same ones. Files are told apart
 by size and hash: the hash of a manifest where one lists them, else of their contents, or, of a large corpus,
 of some blocks of each. Of images that lie in files of their own, those of the first documents are looked at.
 """
@@ -52,9 +53,12 @@ class DataFile(NamedTuple):
     sha256: str
 
 
-def check_data(mixture: Mixture, folder: Path, ranks: Ranks) -> None:
+def check_data(mixture: Mixture, folder: Path, ranks: Ranks, *, model: Path | None = None) -> None:
     """Refuses data that was edited since the run in `folder` began; the first time, writes what it is. All
     ranks call it.
+
+    Args:
+        model: the folder of the model that the run starts from.
 
     Raises:
         InputError: a file is not there, or another than it was; it is named.
@@ -63,7 +67,7 @@ def check_data(mixture: Mixture, folder: Path, ranks: Ranks) -> None:
     error = None
     if ranks.is_first:
         try:
-            _check(mixture, folder)
+            _check(mixture, folder, model)
         except MMInterleavedError as found:
             error = found
     for problem in ranks.gather(error):
@@ -71,13 +75,15 @@ def check_data(mixture: Mixture, folder: Path, ranks: Ranks) -> None:
             raise problem
 
 
-def _check(mixture: Mixture, folder: Path) -> None:
+def _check(mixture: Mixture, folder: Path, model: Path | None) -> None:
     shards = mixture.find_shards()
     paths = {
-        entry.name: list(dict.fromkeys(_files_of(entry.source, shards[entry.name])))
+        f"corpora.{entry.name}": list(dict.fromkeys(_files_of(entry.source, shards[entry.name])))
         for entry in mixture.sources
         if entry.name in shards
     }
+    if model is not None:
+        paths["start_from"] = model_files(model)
     now = {name: _data_files(its) for name, its in paths.items()}
     then = _read(folder / DATA_NAME)
     has_begun = any(folder.glob("step-*"))
@@ -91,7 +97,7 @@ def _check(mixture: Mixture, folder: Path) -> None:
         _compare(name, paths[name], then[name], now[name])
 
 
-def _compare(corpus: str, paths: Sequence[str], then: Sequence[DataFile], now: Sequence[DataFile]) -> None:
+def _compare(setting: str, paths: Sequence[str], then: Sequence[DataFile], now: Sequence[DataFile]) -> None:
     """Sizes first: how a corpus is hashed depends on its size."""
     for what in ("bytes", "sha256"):
         for path, before, after in zip(paths, then, now, strict=False):
@@ -104,9 +110,15 @@ def _compare(corpus: str, paths: Sequence[str], then: Sequence[DataFile], now: S
         differing = [pair for pair in zip(names, expected_names, strict=False) if pair[0] != pair[1]]
         first = f", the first that differs is {escape(differing[0][0])}" if differing else ""
         raise InputError(
-            f"corpora.{corpus}: other files than the run began with: found {len(names)}, expected "
+            f"{setting}: other files than the run began with: found {len(names)}, expected "
             f"{len(expected_names)}{first}; {_HINT}"
         )
+
+
+def model_files(folder: Path) -> list[str]:
+    """The files of a model's folder that say what it is."""
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".json", ".model"))
+    return [str(path) for path in found if path.is_file()]
 
 
 def _read(path: Path) -> Mapping[str, list[DataFile]] | None:

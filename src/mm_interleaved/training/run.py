@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -235,7 +235,9 @@ def _exit_status(out: Path) -> Iterator[None]:
     finally:
         if rank is not None and out.is_dir():
             status = {"rank": int(rank), "code": code, "reason": reason}
-            write_file(out / f"exit_status-{rank}.json", (json.dumps(status) + "\n").encode())
+            # A disk that is full must not hide why the rank ended.
+            with nullcontext() if code == 0 else suppress(StorageError):
+                write_file(out / f"exit_status-{rank}.json", (json.dumps(status) + "\n").encode())
 
 
 def _read(path: Path) -> Any:
