@@ -18,6 +18,7 @@ from mm_interleaved.data.loader import BLANK_ROW, TrainingLoader
 from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.document import Document, Text
 from mm_interleaved.errors import UsageError
+from mm_interleaved.models.prediction_types import PREDICTION_TYPES
 from mm_interleaved.training.objectives import Objective, ObjectiveConfig, count_targets, min_snr_weight
 from tiny import tiny_config, tiny_model, tiny_processor
 
@@ -302,7 +303,7 @@ def scheduler(prediction_type, **more):
     return DDPMScheduler.from_config(settings)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_min_snr_weights_make_the_error_of_the_clean_latents_count_min_snr_times(prediction_type):
     """arXiv 2303.09556, section 3.4, from the definitions alone: x_t = a x_0 + s e, v = a e - s x_0."""
     schedule = scheduler(prediction_type)
@@ -314,6 +315,8 @@ def test_min_snr_weights_make_the_error_of_the_clean_latents_count_min_snr_times
     noisy = a * clean + s * noise
     if prediction_type == "epsilon":
         error, predicted_clean = wrong, (noisy - s * (noise + wrong)) / a
+    elif prediction_type == "sample":
+        error, predicted_clean = wrong, clean + wrong
     else:
         error, predicted_clean = wrong, a * noisy - s * (a * noise - s * clean + wrong)
     weight = min_snr_weight(steps, schedule, 5.0).double()
@@ -327,14 +330,15 @@ def test_min_snr_weights_use_the_ratio_of_diffusers_and_survive_pure_noise():
     schedule, steps = scheduler("epsilon"), torch.arange(0, 1000, 37)
     ratio = compute_snr(schedule, steps)
     torch.testing.assert_close(min_snr_weight(steps, schedule, 5.0), ratio.clamp(max=5.0) / ratio)
-    for prediction_type, last in (("epsilon", 1.0), ("v_prediction", 0.0)):
+    for prediction_type, last in (("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)):
         zero = scheduler(prediction_type, rescale_betas_zero_snr=True)
         weights = min_snr_weight(torch.tensor([0, 999]), zero, 5.0)
         assert torch.isfinite(weights).all() and weights[1] == pytest.approx(last, abs=1e-6)
 
 
-def test_with_v_prediction_the_velocity_is_learned(model, processor):
-    objective = Objective(model, ObjectiveConfig(prediction_type="v_prediction", condition_dropout=0.0))
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_what_the_unet_predicts_is_what_it_learns(model, processor, prediction_type):
+    objective = Objective(model, ObjectiveConfig(prediction_type=prediction_type, condition_dropout=0.0))
     batch = processor(DOCUMENTS[3], eos=True, include_target=True, target_pixels=True)
     draws, _ = objective.draw(batch, [0])
     said = []
@@ -343,8 +347,13 @@ def test_with_v_prediction_the_velocity_is_learned(model, processor):
     hook.remove()
     latents = model.image_decoder.encode(batch.target_pixel_values.double(), draws.latent_noise)
     product = model.training_scheduler.alphas_cumprod[draws.timestep].double().view(-1, 1, 1, 1)
-    velocity = product.sqrt() * draws.noise - (1 - product).sqrt() * latents
-    torch.testing.assert_close(loss, (said[0] - velocity).pow(2).mean(), rtol=1e-6, atol=0)
+    targets = {
+        "epsilon": draws.noise,
+        "v_prediction": product.sqrt() * draws.noise - (1 - product).sqrt() * latents,
+        "sample": latents,
+    }
+    expected = (said[0] - targets[prediction_type]).pow(2).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +361,10 @@ def test_with_v_prediction_the_velocity_is_learned(model, processor):
     [
         ({"condition_dropout": 1.5}, r"condition_dropout must lie in \[0, 1\], found 1.5"),
         ({"synchronizer_dropout": -0.1}, "synchronizer_dropout"),
-        ({"prediction_type": "sample"}, "must be epsilon or v_prediction, found 'sample'"),
+        (
+            {"prediction_type": "flow_prediction"},
+            "must be epsilon or v_prediction or sample, found 'flow_prediction'",
+        ),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma must be more than 0"),
         ({"image_loss_weight": -1.0}, "image_loss_weight must be 0 or more"),
     ],
@@ -362,7 +374,8 @@ def test_impossible_objectives_are_refused(wrong, message):
         ObjectiveConfig(**wrong)
 
 
-def test_min_snr_of_a_model_that_predicts_pictures_is_refused():
-    settings = tiny_config().scheduler_config | {"prediction_type": "sample"}
-    with pytest.raises(UsageError, match="min_snr_gamma needs a prediction_type"):
-        Objective(tiny_model(scheduler_config=settings), ObjectiveConfig(min_snr_gamma=5.0))
+@pytest.mark.parametrize("config", [{}, {"min_snr_gamma": 5.0}])
+def test_a_model_that_predicts_what_nobody_knows_is_not_trained(config):
+    settings = tiny_config().scheduler_config | {"prediction_type": "flow_prediction"}
+    with pytest.raises(UsageError, match=r"prediction_type must be .* found 'flow_prediction'"):
+        Objective(tiny_model(scheduler_config=settings), ObjectiveConfig(**config))

@@ -25,7 +25,7 @@ from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.models.image_decoder import DiffusionDraws, EarlierImages
 from mm_interleaved.models.initialisation import OwnInitialisation, is_own
 from mm_interleaved.models.language import ImageView, TextHead
-from mm_interleaved.models.losses import image_loss, text_loss
+from mm_interleaved.models.losses import denoising_target, image_loss, text_loss
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.transformers_versions import CACHE, one_cache
@@ -329,9 +329,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
 
         # 3. Predict.
         prediction = decoder.predict(noisy, draws.timestep, conditioning, earlier)
-        target = draws.noise
-        if scheduler.config.prediction_type == "v_prediction":
-            target = scheduler.get_velocity(latents, draws.noise, draws.timestep)
+        target = denoising_target(scheduler, latents, draws.noise, draws.timestep)
         counts = announced_images(document_start, image_start)
         if image_target is not None:
             counts = counts & image_target.bool()

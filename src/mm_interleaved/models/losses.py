@@ -3,10 +3,13 @@
 Letters: B rows, T tokens, V vocabulary, I images, X latent channels, y and x rows and columns of the latents.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mm_interleaved.models.prediction_types import PREDICTION_TYPES
 from mm_interleaved.visibility import IGNORED, next_token_labels
 
 
@@ -44,6 +47,27 @@ def image_loss(
         error_I = error_I * weight_I
     count = torch.tensor(len(error_I), device=error_I.device) if count_all else image_target_I.sum()
     return error_I.sum() / count.clamp(min=1)
+
+
+def denoising_target(scheduler: Any, latents: Tensor, noise: Tensor, timestep_I: Tensor) -> Tensor:
+    """What the U-Net shall predict of noised latents, shaped as these: (I, X, y, x).
+
+    Args:
+        scheduler: of diffusers; its `prediction_type` decides.
+
+    Raises:
+        ValueError: it is none of `PREDICTION_TYPES`.
+    """
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return noise
+        case "v_prediction":
+            return scheduler.get_velocity(latents, noise, timestep_I)
+        case "sample":
+            return latents
+        case unknown:
+            expected = " or ".join(PREDICTION_TYPES)
+            raise ValueError(f"prediction_type: found {unknown!r}, expected {expected}")
 
 
 def denoising_errors(prediction: Tensor, target: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from mm_interleaved.batch import Batch
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.training.train_config import PREDICTION_TYPES, ObjectiveConfig
+from mm_interleaved.models.prediction_types import PREDICTION_TYPES
+from mm_interleaved.training.train_config import ObjectiveConfig
 from mm_interleaved.visibility import NO_IMAGE, announced_images
 
 _ROW_FACTOR = 1_000_003
@@ -164,7 +165,7 @@ def configure(model: MMInterleavedForConditionalGeneration, config: ObjectiveCon
     """Writes what is set into the model's own configuration: sampling has to know what the U-Net predicts.
 
     Raises:
-        UsageError: min-SNR weighting of a U-Net that predicts neither noise nor velocity.
+        UsageError: the model's own configuration names a prediction that cannot be trained.
     """
     for name in ("text_loss_weight", "image_loss_weight", "condition_dropout"):
         value = getattr(config, name)
@@ -176,9 +177,9 @@ def configure(model: MMInterleavedForConditionalGeneration, config: ObjectiveCon
         changed = {"prediction_type": config.prediction_type}
         model.config.scheduler_config = {**model.config.scheduler_config, **changed}
     predicted = model.training_scheduler.config.prediction_type
-    if config.min_snr_gamma is not None and predicted not in PREDICTION_TYPES:
+    if predicted not in PREDICTION_TYPES:
         raise UsageError(
-            f"min_snr_gamma needs a prediction_type of {' or '.join(PREDICTION_TYPES)}, found {predicted!r}"
+            f"the model's prediction_type must be {' or '.join(PREDICTION_TYPES)}, found {predicted!r}"
         )
 
 
@@ -197,13 +198,15 @@ def min_snr_weight(timestep_I: Tensor, scheduler: Any, gamma: float) -> Tensor:
     """Weight of each image's error, so that in terms of the clean latents it is min(SNR, gamma).
 
     With a the product of (1 - beta) up to the step, SNR = a / (1 - a). An error of the noise is SNR times,
-    and one of the velocity SNR + 1 times, the error of the clean latents (arXiv 2303.09556, section 3.4).
+    one of the velocity SNR + 1 times, the error of the clean latents (arXiv 2303.09556, section 3.4).
 
     Returns:
         (I,) float32.
     """
     alphas = scheduler.alphas_cumprod.to(timestep_I.device)[timestep_I]
     ratio_I = alphas / (1 - alphas)
+    if scheduler.config.prediction_type == "sample":
+        return ratio_I.clamp(max=gamma)
     if scheduler.config.prediction_type == "v_prediction":
         return ratio_I.clamp(max=gamma) / (ratio_I + 1)
     # Written so that a step of pure noise (ratio 0) has weight 1.

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mm_interleaved.document import Document
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.losses import denoising_target
 from mm_interleaved.training.data import DocumentBatch
 from mm_interleaved.training.devices import device_of, fast_attention
 from mm_interleaved.training.image_codec import detail
@@ -161,9 +162,7 @@ class PaintingStage(ABC):
 
             # 3. Predict.
             prediction = decoder.predict(noisy, timestep, conditioning, earlier)
-        target = noise
-        if scheduler.config.prediction_type == "v_prediction":
-            target = scheduler.get_velocity(latents, noise, timestep)
+        target = denoising_target(scheduler, latents, noise, timestep)
         weight_I1yx = torch.stack([task.weight for task in batch])
         loss = ((prediction.float() - target).square() * weight_I1yx).mean()
         return Losses(

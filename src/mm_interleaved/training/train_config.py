@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from mm_interleaved.errors import UsageError
+from mm_interleaved.models.prediction_types import PREDICTION_TYPES
 from mm_interleaved.training.settings import (
     COUNT,
     DECAY,
@@ -27,7 +28,6 @@ NUMBER_TYPES = ("float32", "bfloat16", "float16")
 LORA_PARTS = ("language", "unet")
 QUANTIZATIONS = ("", "nf4", "int8")
 STRATEGIES = ("ddp", "fsdp")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +138,8 @@ class ObjectiveConfig:
     condition_dropout: Annotated[float | None, SHARE] = None
     """How often an image is painted without its text context, 0 to 1 (arXiv 2207.12598)."""
     prediction_type: str | None = None
-    """What the U-Net predicts: `epsilon`, the noise, or `v_prediction`, the velocity (arXiv 2202.00512)."""
+    """What the U-Net predicts: `epsilon`, the noise; `v_prediction`, the velocity (arXiv 2202.00512);
+    `sample`, the clean latents."""
     synchronizer_dropout: Annotated[float, SHARE] = 0.0
     """How often an image is painted without a look at earlier images, 0 to 1."""
     min_snr_gamma: Annotated[float | None, Range(0, 1e6, excludes_low=True)] = None
