@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from PIL import Image as PILImage
 
+from mm_interleaved.image_sources import image_source
 from mm_interleaved.images import open_image
 
 
@@ -34,7 +35,10 @@ class Image:
     """One image, by reference.
 
     `source` is a picture in memory, the path of a file (already checked against the allowed root by whoever
-    read it), or the bytes of an encoded file.
+    read it), or the bytes of an encoded file. Given may also be what else Python keeps images in, see
+    `image_source`.
+
+    Raises TypeError for a `source` of another kind, ImageError for a string that is no path.
     """
 
     source: PILImage.Image | Path | bytes
@@ -48,6 +52,9 @@ class Image:
     """Of a generated image: mean difference, in levels of 0 to 255, from the one that is drawn from the
     same noise with nothing left out; where it was measured (`report_error`).
     """
+
+    def __post_init__(self):
+        object.__setattr__(self, "source", image_source(self.source))
 
     def load(self) -> PILImage.Image:
         """The picture as 8-bit RGB, upright. Raises ImageError where it cannot be read."""

@@ -22,6 +22,7 @@ STOREYS = (
         "storage",
         "strict_json",
         "images",
+        "image_sources",
         "image_references",
         "document",
         "placeholders",
