@@ -23,7 +23,6 @@ from mm_interleaved.model_source import (
     generation_defaults,
     hash_model,
     load_generator,
-    no_garbage_search,
     read_config,
     torch_device,
 )
@@ -168,7 +167,6 @@ def complete(
     raise AssertionError("a stream ends with Finished")
 
 
-@no_garbage_search()
 def machine_facts(device: str) -> dict[str, Any]:
     """What a bit-for-bit repetition depends on beside the model and the settings."""
     import torch

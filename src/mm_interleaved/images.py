@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import stat
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,16 +126,13 @@ def _opened(
     `data` is what a message describes if it is no image.
     """
     try:
-        with warnings.catch_warnings():
-            # Our own limit below is stricter; damaged metadata is no reason to refuse pixels.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            if isinstance(source, PILImage.Image):
-                _check_size(source, name, max_pixels)
-                return use(source, name)
-            with PILImage.open(source, formats=FORMATS) as image:
-                _check_size(image, name, max_pixels)
-                return use(image, name)
+        # Warnings are left alone: their filters are those of the whole process, other threads included.
+        if isinstance(source, PILImage.Image):
+            _check_size(source, name, max_pixels)
+            return use(source, name)
+        with PILImage.open(source, formats=FORMATS) as image:
+            _check_size(image, name, max_pixels)
+            return use(image, name)
     except ImageError:
         raise
     except (PILImage.DecompressionBombWarning, PILImage.DecompressionBombError) as error:

@@ -5,13 +5,11 @@ A name is `storyworld` (the shipped model), a folder, or an id on the Hugging Fa
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import files
@@ -124,24 +122,6 @@ def hash_model(folder: Path) -> str:
     return total.hexdigest()
 
 
-@contextmanager
-def no_garbage_search() -> Iterator[None]:
-    """For importing libraries and reading a model: a million objects are made that all stay.
-
-    Looking for garbage among them again and again takes a third of the time (4.7 to 3.3 s, 2026-11). What is
-    there at the end is left out of later searches as well.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.freeze()
-            gc.enable()
-
-
-@no_garbage_search()
 def load_generator(
     folder: Path, *, device: str = "auto", dtype: str = "auto", acceleration: Acceleration = AS_IT_IS
 ) -> InterleavedGenerator:
@@ -156,13 +136,10 @@ def load_generator(
         UsageError: what cannot be had here: the device, an adapter without PEFT, a model that does not paint,
             weights in few bits without the library that they need.
     """
-    from transformers.utils import logging as transformers_logging
-
     from mm_interleaved import InterleavedGenerator, MMInterleavedProcessor
     from mm_interleaved.checkpoint.load import load_model, model_file_errors
     from mm_interleaved.models.quantization import weight_only
 
-    transformers_logging.disable_progress_bar()
     place = torch_device(device)
     kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
     if acceleration.quantization is None:

@@ -35,15 +35,16 @@ def chat(
     flags: Flags,
 ):
     """Talk with the model. Pictures and the conversation (conversation.jsonl) are saved in DIR."""
+    from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.generation.settings import settings_for
     from mm_interleaved.generation_run import complete
-    from mm_interleaved.model_source import find_model, generation_defaults, load_generator, read_config
+    from mm_interleaved.model_source import find_model, generation_defaults, read_config
 
     folder = find_model(model)
     defaults = generation_defaults(read_config(folder))
     conversation = Document(id="chat", parts=())
     settings = settings_for(conversation, defaults, flags)
-    generator = load_generator(folder, device=device, dtype=dtype)
+    generator = load_quietly(folder, device=device, dtype=dtype)
     saved = _Pictures(output)
 
     def show(event: Event):

@@ -134,10 +134,11 @@ def sight(
     dtype: Dtype = "auto",
 ):
     """Show where the model looks in earlier pictures while it names a badge, and while it paints it."""
+    from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.evaluation.sight_page import show_sight
-    from mm_interleaved.model_source import find_model, load_generator
+    from mm_interleaved.model_source import find_model
 
-    numbers = show_sight(load_generator(find_model(model), device=device, dtype=dtype), seed, story, output)
+    numbers = show_sight(load_quietly(find_model(model), device=device, dtype=dtype), seed, story, output)
     word = numbers["word"]
     say(f"{word['question']} {word['answer']} (truth: {word['truth']})")
     for name in ("word", "badge"):
@@ -159,10 +160,11 @@ def gallery(
     dtype: Dtype = "auto",
 ):
     """Paint the first prompts of StoryWorld's test split, and show every picture on one sheet."""
+    from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.evaluation.gallery import show_gallery
-    from mm_interleaved.model_source import find_model, load_generator
+    from mm_interleaved.model_source import find_model
 
-    generator = load_generator(find_model(model), device=device, dtype=dtype)
+    generator = load_quietly(find_model(model), device=device, dtype=dtype)
     with progress(count, "reading the model") as bar:
         scores = show_gallery(
             generator, seed, count, columns, output, lambda document: bar.advance(document.id)
@@ -180,10 +182,11 @@ def oracle(
     dtype: Dtype = "auto",
 ):
     """Measure how often the oracle errs: on clean pictures, and on those out of the model's VAE."""
+    from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.evaluation.oracle_error import oracle_errors
-    from mm_interleaved.model_source import find_model, load_generator
+    from mm_interleaved.model_source import find_model
 
-    generator = load_generator(find_model(model), device=device, dtype=dtype)
+    generator = load_quietly(find_model(model), device=device, dtype=dtype)
     for kind, error in oracle_errors(generator, pictures, seed).items():
         say(
             f"{kind}: {error.share_right:.3%} of {error.total.total():,} attributes right; "

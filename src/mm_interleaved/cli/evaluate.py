@@ -53,6 +53,7 @@ def evaluate(
         raise UsageError(f"--predictor: found {predictor!r}, expected one of {', '.join(PREDICTOR_NAMES)}")
     if predictor is not None and predictions is not None:
         raise UsageError("give either --predictor or --predictions, found both")
+    from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.evaluation.runner import evaluate_model, evaluate_predictions
     from mm_interleaved.evaluation.tasks import TASKS
     from mm_interleaved.generation_run import ModelChoice, RunRequest
@@ -81,7 +82,7 @@ def evaluate(
                     else:
                         bar.tell(f"{document.id}: {event_words(event)}")
 
-                scores, failed = evaluate_model(task, data, request, on_event)
+                scores, failed = evaluate_model(task, data, request, on_event, load=load_quietly)
                 num_failed += failed
         for metric, value in scores.items():
             say(f"{metric:<24} {value:.4f}")

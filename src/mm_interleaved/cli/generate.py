@@ -205,6 +205,7 @@ def run_and_report(
     acceleration: Acceleration = AS_IT_IS,
 ) -> int:
     """Run documents with a progress bar, say what was written; the exit code."""
+    from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
 
     request = RunRequest(
@@ -223,7 +224,7 @@ def run_and_report(
             else:
                 bar.tell(f"{document.id}: {event_words(event)}")
 
-        outcome = run_documents(request, on_event)
+        outcome = run_documents(request, on_event, load=load_quietly)
     if is_quiet:
         return 0
     say(_summary(outcome))

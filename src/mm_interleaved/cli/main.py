@@ -16,7 +16,18 @@ from typing import NoReturn
 import typer
 
 from mm_interleaved import __version__
-from mm_interleaved.cli import answers, chat, claim, corpora, evaluate, generate, models, system, train
+from mm_interleaved.cli import (
+    answers,
+    chat,
+    claim,
+    corpora,
+    evaluate,
+    generate,
+    models,
+    process,
+    system,
+    train,
+)
 from mm_interleaved.cli.output import say_error
 from mm_interleaved.errors import MMInterleavedError, memory_wanted
 from mm_interleaved.storage import disk_failure
@@ -99,6 +110,7 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> NoReturn:
     """Entry point of the installed command."""
     signal.signal(signal.SIGTERM, stop)
+    process.set_up()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -47,7 +47,12 @@ class Task:
 
 
 def evaluate_model(
-    task: Task, data: Path, request: RunRequest, on_event: OnEvent
+    task: Task,
+    data: Path,
+    request: RunRequest,
+    on_event: OnEvent,
+    *,
+    load: Callable[..., InterleavedGenerator] | None = None,
 ) -> tuple[dict[str, float], int]:
     """Let a model answer every document of a task, and score it: the scores, and how many documents failed.
 
@@ -55,8 +60,9 @@ def evaluate_model(
 
     Args:
         request: its `documents` are replaced by the task's; its `output` is OUT above.
+        load: see `run_documents`; default: `load_generator`.
     """
-    load = cache(load_generator)
+    load = cache(load or load_generator)
     out = request.output
     gold = task.read_gold(data)
     make_folder(out)
