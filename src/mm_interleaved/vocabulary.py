@@ -7,6 +7,7 @@ numbers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 IMAGE_START_TOKEN = "<|beginofimage|>"
 IMAGE_TOKEN = "<|image|>"
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer shows of a character whose last bytes are still to come."""
+_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Vocabulary:
@@ -120,9 +124,25 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ids, and ids beyond the tokenizer's own, are left out."""
+        return self._text(self._kept(ids))
+
+    def decode_settled(self, ids: Iterable[int]) -> str:
+        """The beginning of `decode(ids)` that stays as it is, whatever ids follow.
+
+        Left out at the end: a character whose last bytes may still come, and of a tokenizer with byte pieces
+        all that stand there, since it makes text of a run of them only if the whole run is UTF-8.
+        """
+        kept = self._kept(ids)
+        while kept and _BYTE_PIECE.fullmatch(self._spelling(kept[-1])):
+            kept.pop()
+        return self._text(kept).rstrip(INCOMPLETE)
+
+    def _kept(self, ids: Iterable[int]) -> list[int]:
         size = len(self.tokenizer)
-        kept = [int(i) for i in ids if int(i) not in self._reserved and 0 <= int(i) < size]
-        text = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [int(i) for i in ids if int(i) not in self._reserved and 0 <= int(i) < size]
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 

@@ -13,7 +13,9 @@ from mm_interleaved.errors import InputError, NumericalError, TooLongError, Usag
 from mm_interleaved.generation.engine import InterleavedGenerator, part_seed
 from mm_interleaved.generation.events import Finished, ImageDone, ImagePreview, ImageStarted, TextDelta
 from mm_interleaved.generation.settings import SCHEDULERS, GenerationSettings, settings_for
+from mm_interleaved.generation.text import TextRun
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.processing import MMInterleavedProcessor
 from tiny import BOS, EOS, PAD, tiny_model, tiny_processor
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 1.0, "max_new_tokens": 6}
@@ -137,6 +139,41 @@ def test_a_conversation_is_answered_by_the_assistant(generator, picture):
     assert [part.role for part in completed.parts[2:]] == ["assistant", "assistant"]
 
 
+# ---- Runs ----
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 99])
+@pytest.mark.parametrize("tail", [b"", b"\xe4", b"\xe4a", b"\xf0\x9f\x98\x80\xc3"])
+def test_text_does_not_depend_on_how_its_ids_came_in_runs(
+    llama_tokenizer, generator, monkeypatch, length, tail
+):
+    config = generator.model.config
+    special = {"image_start": 340, "image": 341, "bos": 1, "eos": 2, "pad": 339}
+    processor = MMInterleavedProcessor(
+        llama_tokenizer, image_size=32, target_size=32, num_slots=config.num_slots, special_ids=special
+    )
+    model = tiny_model(
+        vocab_size=342, bos_token_id=1, eos_token_id=2, pad_token_id=339, image_start_token_id=340,
+        image_token_id=341,
+    )  # fmt: skip
+    pieces = [f"<0x{byte:02X}>" for byte in "é".encode() + tail]
+    ids = llama_tokenizer.convert_tokens_to_ids(["a", *pieces, "b"])
+
+    def in_runs(requests, assistant_model=None):
+        [(number, request)] = requests.items()
+        for end in range(length, len(ids) + length, length):
+            run = ids[end - length : end]
+            request.session.accept(run)
+            yield number, TextRun(run, None, end >= len(ids))
+
+    monkeypatch.setattr("mm_interleaved.generation.together.write_together", in_runs)
+    stream = InterleavedGenerator(model, processor).stream(Document(id="d", parts=[Text("a")]), layout="T")
+    events = list(stream)
+    text = processor.vocabulary.decode(ids)
+    assert events[-1].document.parts[-1].text == text
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == text
+
+
 # ---- Seeds ----
 
 
@@ -174,7 +211,8 @@ def test_of_several_candidates_the_first_is_the_one_painted_alone(generator, doc
     def keep_all(continuation, pictures, text_ids):
         seen.extend(pictures)
         assert generator.processor.vocabulary.decode(text_ids) == " you"
-        return 2
+        [image] = yield from continuation._look_at(continuation._pixels(pictures[2]))
+        return 2, image
 
     monkeypatch.setattr("mm_interleaved.generation.engine._Continuation._best_for", keep_all)
     chosen = generator.generate(document, num_candidates=3, **settings)

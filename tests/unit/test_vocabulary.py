@@ -97,3 +97,24 @@ def test_a_tokenizer_without_the_special_tokens_is_refused_by_name(byte_level_to
 
 def test_an_image_is_its_start_token_and_its_slots(vocabulary):
     assert vocabulary.image_ids() == [vocabulary.image_start] + 3 * [vocabulary.image]
+
+
+@given(data=st.data())
+def test_what_is_settled_of_a_text_stays_whatever_follows(vocabulary, data):
+    ids = data.draw(st.lists(st.integers(0, len(vocabulary) - 1), max_size=24))
+    whole = vocabulary.decode(ids)
+    settled = [vocabulary.decode_settled(ids[:end]) for end in range(len(ids) + 1)]
+    for shorter, longer in zip(settled, [*settled[1:], whole], strict=True):
+        assert longer.startswith(shorter)
+
+
+def test_bytes_are_settled_when_their_run_is_over(llama_vocabulary):
+    tokenizer = llama_vocabulary.tokenizer
+    good, bad = (
+        tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text])
+        for text in (b"\xc3\xa9", b"\xe4")
+    )
+    [letter] = tokenizer.convert_tokens_to_ids(["a"])
+    assert llama_vocabulary.decode_settled([letter, *good]) == "a"
+    assert llama_vocabulary.decode_settled([letter, *good, letter]) == "a\u00e9a"
+    assert llama_vocabulary.decode([letter, *good, *bad, letter]) == "a\ufffd\ufffd\ufffda"

@@ -4,8 +4,7 @@ The first two are exact but for rounding; an adapter (low-rank additions, such a
 distilled to a few steps) is another model, and what it costs is measured by `report_error`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,38 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 
 class Adapter:
-    """Low-rank additions that stand in a model's layers."""
+    """Low-rank additions that stand in a model's layers.
 
-    def __init__(self, layers: list[Any]):
-        self.layers = layers
+    Attributes:
+        without: the image decoder on the same weights that lacks them. It stands beside the model, which
+            stays as it is: whoever draws with it changes nothing for others who draw at the same time.
+    """
 
-    @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """The model computes without them."""
-        for layer in self.layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.enable_adapters(True)
+    def __init__(self, model: MMInterleavedForConditionalGeneration):
+        self.without: ImageDecoder = without_additions(model.image_decoder)
+
+
+def without_additions(module: Any) -> Any:
+    """A module on the same weights, without what PEFT has put in the place of its parts or around them.
+
+    Modules are copied, tensors are not, and neither is what is compiled.
+    """
+    return _without_additions(module, {})
+
+
+def _without_additions(module: Any, known: dict[int, Any]) -> Any:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if id(module) not in known:
+        stock = module
+        while isinstance(stock, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            is_layer = isinstance(stock, BaseTunerLayer)
+            stock = stock.base_layer if is_layer else stock.original_module
+        # Parameters and buffers stand in tables that both share, so a move to another device moves both.
+        known[id(module)] = twin = copy.copy(stock)
+        twin._modules = {name: _without_additions(part, known) for name, part in stock._modules.items()}
+    return known[id(module)]
 
 
 def use_channels_last(decoder: ImageDecoder) -> None:
@@ -89,11 +105,10 @@ def load_adapter(model: MMInterleavedForConditionalGeneration, folder: Path) -> 
         raise ModelFileError(
             f"adapter {escape(str(folder))!r}: does not fit this model ({sentence})"
         ) from error
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if not layers:
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ModelFileError(f"adapter {escape(str(folder))!r}: adds to no layer of this model")
     model.eval()
-    return Adapter(layers)
+    return Adapter(model)
 
 
 def _add_peft(model: nn.Module, folder: Path) -> None:

@@ -1,27 +1,23 @@
-"""Several documents at once: those that want words at the same time write them in one pass.
-
-    documents -> each goes on by itself until it asks for text -> one batch writes all of it -> each goes on
+"""The words of several documents: those that want some at the same time write them in one pass.
 
 Every document keeps a session of its own; what it remembers is laid side by side for the length of a text
 part, padded on the left, and what was written is handed back. So lengths, pictures and turns may differ.
 Letters: B rows, T tokens of the longest row, H heads, d channels a head, N images a row, D hidden channels.
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from mm_interleaved.document import Document
-from mm_interleaved.errors import InputError, UsageError
-from mm_interleaved.generation.events import Event, Failed
-from mm_interleaved.generation.settings import fails_alone
+from mm_interleaved.errors import NumericalError
 from mm_interleaved.generation.text import (
     FAST_STREAM_EVERY,
+    LOGITS,
+    FiniteRows,
     OnTextAlone,
     TextRequest,
     TextRun,
@@ -34,77 +30,37 @@ from mm_interleaved.generation.text import (
 from mm_interleaved.models.prefix_cache import PrefixCache, static_room
 from mm_interleaved.visibility import NO_IMAGE
 
-TEXT_SETTINGS = (
-    "num_beams", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty",
-    "compat", "cache_implementation", "prompt_lookup_num_tokens",
-)  # fmt: skip
-"""Settings that change how words are written."""
 
-Steps = Generator[Event | TextRequest, TextRun | None, None]
-"""A document while it is continued: events, and requests that are answered with runs of text."""
-
-
-def stream_together(documents: Sequence[Steps]) -> Iterator[tuple[int, Event]]:
-    """What happens in each document, by its number, in the order in which it happens."""
-    asking: dict[int, TextRequest] = {}
-
-    def go_on(number: int, answer: TextRun | None) -> Iterator[tuple[int, Event]]:
-        while True:
-            try:
-                item = documents[number].send(answer)
-            except StopIteration:
-                return
-            answer = None
-            if isinstance(item, TextRequest):
-                asking[number] = item
-                return
-            yield number, item
-
-    # 1. Each until it asks for text or ends.
-    for number in range(len(documents)):
-        yield from go_on(number, None)
-    # 2. Those who ask alike write together, until each has its text; then they ask again.
-    while asking:
-        kind = _kind(next(iter(asking.values())))
-        requests = {number: request for number, request in asking.items() if _kind(request) == kind}
-        for number, run in write_together(requests):
-            del asking[number]
-            yield from go_on(number, run)
-
-
-def failing_alone(document: Document, steps: Steps) -> Steps:
-    """A document as one of several: an error of its own is its last event instead of the end of all."""
-    try:
-        yield from steps
-    except (InputError, UsageError) as error:
-        if not fails_alone(document, error):
-            raise
-        yield Failed(error)
-
-
-def write_together(requests: dict[int, TextRequest]) -> Iterator[tuple[int, TextRun]]:
-    """The runs of text parts, each as `write_text` gives them, several rows to a pass.
+def write_together(
+    requests: dict[int, TextRequest], assistant_model: PreTrainedModel | None = None
+) -> Iterator[tuple[int, TextRun | NumericalError]]:
+    """The runs of text parts, each as `write_text` gives them, several rows to a pass; the error of a row
+    whose numbers are not finite is its last answer, and the others go on.
 
     Beams and guessed words are written one document after another.
 
     Args:
-        requests: by number; with the same settings and rules but for `max_new_tokens`.
+        requests: by number; of one kind.
+        assistant_model: see `write_text`; only for whoever writes alone.
     """
     first = next(iter(requests.values()))
     if len(requests) == 1 or first.settings.num_beams > 1 or first.settings.prompt_lookup_num_tokens:
         for number, request in requests.items():
-            for run in write_text(request):
-                yield number, run
+            yield from _write_alone(number, request, assistant_model)
         return
     batch = _Batch(requests)
     while batch.rows:
         yield from batch.write_run()
 
 
-def _kind(request: TextRequest) -> tuple[Any, ...]:
-    """What requests must have in common to share a pass."""
-    settings = tuple(getattr(request.settings, name) for name in TEXT_SETTINGS)
-    return replace(request.rules, max_new_tokens=0), *settings
+def _write_alone(
+    number: int, request: TextRequest, assistant_model: PreTrainedModel | None
+) -> Iterator[tuple[int, TextRun | NumericalError]]:
+    try:
+        for run in write_text(request, assistant_model):
+            yield number, run
+    except NumericalError as error:
+        yield number, error
 
 
 class _Batch:
@@ -123,7 +79,7 @@ class _Batch:
         room = self.length + max(request.rules.max_new_tokens for request in requests.values())
         self.cache = side_by_side(caches, self.first.model.config.text_config, room)
 
-    def write_run(self) -> Iterator[tuple[int, TextRun]]:
+    def write_run(self) -> Iterator[tuple[int, TextRun | NumericalError]]:
         """The next run of each row; rows that are done leave the batch."""
         requests = [self.requests[number] for number in self.rows]
         limits = [
@@ -131,12 +87,19 @@ class _Batch:
             for number, request in zip(self.rows, requests, strict=True)
         ]
         length = min(FAST_STREAM_EVERY, max(limits))
-        new_ids = self._generate(requests, length)
+        finite = FiniteRows()
+        new_ids = self._generate(requests, length, finite)
+        good_words = finite.good_words()
 
         # 1. Each row takes what is its own, and leaves when it is done.
-        runs, staying = [], []
+        runs: list[tuple[int, TextRun | NumericalError]] = []
+        staying = []
         for row, (number, request, limit) in enumerate(zip(self.rows, requests, limits, strict=True)):
             ids, stop = cut_at_stop(new_ids[row][:limit], request.rules.stop_ids)
+            # What comes behind its end is nobody's word.
+            if good_words[row] < len(ids) + (stop is not None):
+                runs.append((number, NumericalError(f"{LOGITS} are not finite, expected numbers")))
+                continue
             self.written[number] += ids
             is_last = stop is not None or len(ids) == limit
             hand_back(self.cache, row, self.length - 1, min(length, len(ids) + 1), request.session.cache)
@@ -151,7 +114,7 @@ class _Batch:
         # 2. Whoever goes on now finds its session as if it had been alone.
         yield from runs
 
-    def _generate(self, requests: list[TextRequest], length: int) -> list[list[int]]:
+    def _generate(self, requests: list[TextRequest], length: int, finite: FiniteRows) -> list[list[int]]:
         sessions, rules = [request.session for request in requests], requests[0].rules
         model, settings = self.first.model, requests[0].settings
         pads = [self.length - len(session.ids) for session in sessions]
@@ -167,7 +130,7 @@ class _Batch:
         # What was written stands at the end of every row, however long its document is.
         num_written = len(self.written[self.rows[0]])
         drawn_from = [request.generator for request in requests]
-        processors = logits_processors(model, settings, rules, drawn_from)
+        processors = logits_processors(model, settings, rules, drawn_from, finite=finite)
         are_in_table = all(session.ends_in_table for session in sessions)
         embeddings = None
         if not are_in_table:

@@ -5,10 +5,10 @@
 Nothing is read twice: one session keeps what the model remembers over all rounds.
 """
 
+import copy
 import hashlib
 import logging
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -29,18 +29,23 @@ from mm_interleaved.errors import (
 )
 from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.acceleration import Adapter
-from mm_interleaved.generation.batched import Steps, failing_alone, stream_together
 from mm_interleaved.generation.events import (
     Event,
     Failed,
     Finished,
     ImageDone,
-    ImagePreview,
     ImageStarted,
     TextDelta,
 )
+from mm_interleaved.generation.images import ImageRequest, Pictures
 from mm_interleaved.generation.layout import IMAGE, parse_layout, text_share
-from mm_interleaved.generation.session import InterleavedSession, SeenImage, max_images
+from mm_interleaved.generation.session import (
+    EncodeRequest,
+    InterleavedSession,
+    SeenImage,
+    max_images,
+    see_images,
+)
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.generation.text import (
     TextRequest,
@@ -48,8 +53,8 @@ from mm_interleaved.generation.text import (
     TextRun,
     is_released,
     score_options,
-    write_text,
 )
+from mm_interleaved.generation.together import Request, Steps, failing_alone, stream_together
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import static_room
@@ -57,11 +62,6 @@ from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.prompts import ANSWERING_ROLE
 
 logger = logging.getLogger(__name__)
-
-PICTURES_AT_ONCE = 8
-"""Candidates that are painted in one batch, as many as the released code paints."""
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer shows of a character whose last bytes are still to come."""
 
 
 class InterleavedGenerator:
@@ -91,8 +91,8 @@ class InterleavedGenerator:
         assistant_model: PreTrainedModel | None = None,
         adapter: Adapter | None = None,
     ):
-        self.model, self.processor, self.assistant_model = model.eval(), processor, assistant_model
-        self.adapter = adapter
+        self.model, self.processor, self.adapter = model.eval(), processor, adapter
+        self.assistant_model = None if assistant_model is None else _own_assistant(assistant_model)
         config, vocabulary = model.config, processor.vocabulary
         wanted = {
             "image_start": config.image_start_token_id, "image": config.image_token_id,
@@ -132,7 +132,8 @@ class InterleavedGenerator:
                 read, or it does not fit into the context.
             NumericalError: the model computed something that is not finite.
         """
-        return self._continuation(document, settings, overrides, preview_every).events()
+        steps = self._continuation(document, settings, overrides, preview_every).steps()
+        return (event for _, event in stream_together([steps], self.assistant_model))
 
     def _continuation(
         self,
@@ -161,21 +162,29 @@ class InterleavedGenerator:
     def stream_batch(
         self,
         documents: Sequence[Document],
-        settings: GenerationSettings | None = None,
+        settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
         **overrides: Any,
     ) -> Iterator[tuple[int, Event]]:
         """Continue several documents at once: (place among `documents`, event), each as `stream` tells it.
 
         Those that want words at the same time write them in one pass, whatever their lengths and pictures;
-        greedy and sampled text are those of each document alone. A document with an error of its own (that
-        cannot be read, does not fit the model, or asks for what the model cannot do) ends with `Failed`, and
-        the others go on. Arguments and other errors as `stream`.
+        pictures of one size and sampler are denoised in one batch, and images encoded in one. Words and
+        pictures are those of each document alone, but for the last bits of the numbers behind them. A
+        document with an error of its own (that cannot be read, does not fit the model, asks for what the
+        model cannot do, or leads to numbers that are not finite) ends with `Failed`, and the others go on.
+        Other errors as `stream`.
+
+        Args:
+            settings: of all, or those of each; default as in `stream`.
         """
+        each_settings = [settings] * len(documents) if isinstance(settings, GenerationSettings) else settings
 
-        def steps(document: Document) -> Steps:
-            yield from self._continuation(document, settings, overrides).steps()
+        def steps(place: int) -> Steps:
+            own = None if each_settings is None else each_settings[place]
+            yield from self._continuation(documents[place], own, overrides).steps()
 
-        return stream_together([failing_alone(each, steps(each)) for each in documents])
+        together = [failing_alone(document, steps(place)) for place, document in enumerate(documents)]
+        return stream_together(together, self.assistant_model)
 
     def generate_batch(
         self,
@@ -189,6 +198,8 @@ class InterleavedGenerator:
 
         Raises:
             SomeFailedError: when all are done, if some failed by themselves; it has those that are completed.
+            NumericalError: when those of the same batch are done, if what the model computed for one was not
+                finite.
         """
         completed: dict[int, Document] = {}
         errors: dict[int, MMInterleavedError] = {}
@@ -199,6 +210,7 @@ class InterleavedGenerator:
                     completed[first + place] = event.document
                 elif isinstance(event, Failed):
                     errors[first + place] = event.error
+            raise_numerical(errors.values())
         if errors:
             raise SomeFailedError(completed, errors)
         return [completed[place] for place in range(len(documents))]
@@ -212,11 +224,12 @@ class InterleavedGenerator:
 
         Raises:
             InputError: the document or an option cannot be encoded or does not fit into the context.
+            NumericalError: a log-probability is not finite.
         """
         continuation = _Continuation(self, document, GenerationSettings(layout="T"))
         vocabulary = self.processor.vocabulary
         ids = [[*vocabulary.encode_text(option), vocabulary.eos] for option in options]
-        session = continuation.open_session()
+        session = continuation.open_session(see_images(self.model, continuation.given_pixels()))
         longest = max(map(len, ids), default=0)
         if longest > session.room:
             raise TooLongError(
@@ -228,6 +241,24 @@ class InterleavedGenerator:
 def own_settings(model: MMInterleavedForConditionalGeneration) -> dict[str, Any]:
     """The generation settings that a model prefers over the general defaults."""
     return getattr(model.config, "generation_settings", None) or {}
+
+
+def raise_numerical(errors: Iterable[MMInterleavedError]) -> None:
+    """Raise the first error that tells of numbers: it is the model's, whichever document met it."""
+    for error in errors:
+        if isinstance(error, NumericalError):
+            raise error
+
+
+def _own_assistant(assistant_model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, which guesses as many words at once whatever other requests made of its guesses:
+    transformers' "heuristic" writes the number that came out best into the model.
+    """
+    own = copy.copy(assistant_model)
+    own.generation_config = copy.deepcopy(assistant_model.generation_config)
+    if own.generation_config.num_assistant_tokens_schedule == "heuristic":
+        own.generation_config.num_assistant_tokens_schedule = "heuristic_transient"
+    return own
 
 
 def part_seed(seed: int, index: int) -> int:
@@ -248,39 +279,22 @@ class _Continuation:
     ):
         model, processor = generator.model, generator.processor
         self.model, self.processor, self.vocabulary = model, processor, processor.vocabulary
-        self.assistant_model, self.adapter = generator.assistant_model, generator.adapter
+        self.adapter = generator.adapter
         self.document, self.settings, self.preview_every = document, settings, preview_every
         self.layout = parse_layout(settings.layout)
         self.role = ANSWERING_ROLE if any(part.role is not None for part in document.parts) else None
         self.tokens_left = settings.max_new_tokens
         self.num_painted = 0
-        # Of the pictures to choose from, by identity.
-        self.seen: dict[int, SeenImage] = {}
         self.height, self.width = self._picture_size()
+        self._check_sampler()
         self.sequence = processor.encode(document)
         check_fits(self.sequence, model.config.text_config.max_position_embeddings, max_images(model))
 
-    def events(self) -> Iterator[Event]:
-        """What happens, while this is the only document."""
-        asked: TextRequest | None = None
-        runs: Iterator[TextRun] = iter(())
-        with closing(self.steps()) as steps:
-            item = next(steps)
-            while not isinstance(item, Finished):
-                answer = None
-                if isinstance(item, TextRequest):
-                    if item is not asked:
-                        asked, runs = item, write_text(item, self.assistant_model)
-                    answer = next(runs)
-                else:
-                    yield item
-                item = steps.send(answer)
-        yield item
-
     @torch.no_grad()
     def steps(self) -> Steps:
-        """What happens; where words are wanted, whoever asks for the next step gives the next run of them."""
-        self.session = self.open_session()
+        """What happens; where something is asked for, whoever asks for the next step answers."""
+        seen = yield from self._look_at(self.given_pixels())
+        self.session = self.open_session(seen)
         if self.layout is None:
             reason = yield from self._as_the_model_likes()
         else:
@@ -290,7 +304,7 @@ class _Continuation:
 
     # ---- Which part comes next -------------------------------------------------------------------
 
-    def _as_the_model_likes(self) -> Generator[Event | TextRequest, TextRun | None, str]:
+    def _as_the_model_likes(self) -> Generator[Event | Request, Any, str]:
         """Text until the model starts an image, the image, text again; returns why it ended."""
         paints = self.model.image_decoder is not None and self.settings.max_images > 0
         # Where no image is wanted, the model may not ask for one, but goes on in words.
@@ -310,7 +324,7 @@ class _Continuation:
                 return "length"
             yield from self._paint()
 
-    def _as_laid_out(self, layout: Sequence[str]) -> Generator[Event | TextRequest, TextRun | None, str]:
+    def _as_laid_out(self, layout: Sequence[str]) -> Generator[Event | Request, Any, str]:
         """Exactly these parts, as far as the context goes; returns why it ended."""
         image_tokens = 1 + self.vocabulary.num_slots
         for position, letter in enumerate(layout):
@@ -340,7 +354,7 @@ class _Continuation:
 
     def _write(
         self, limit: int, at_least: int, *, may_ask_for_image: bool
-    ) -> Generator[Event | TextRequest, TextRun | None, int | None]:
+    ) -> Generator[Event | Request, Any, int | None]:
         """One text part; returns the id that ended it, None at the limit."""
         vocabulary, seed = self.vocabulary, part_seed(self.settings.seed, len(self.document.parts))
         stop_ids = (vocabulary.eos, vocabulary.image_start) if may_ask_for_image else (vocabulary.eos,)
@@ -355,20 +369,17 @@ class _Continuation:
         request = TextRequest(self.session, self.settings, rules, torch.Generator().manual_seed(seed))
         is_last = False
         while not is_last:
-            run = yield request
-            assert run is not None, "a request is answered with a run of text"
+            run: TextRun = yield request
             ids += run.ids
             stop, is_last = run.stop, run.is_last
-            text = vocabulary.decode(ids).rstrip(INCOMPLETE)
+            # Of the whole part each time: what it says must not depend on how its ids came in runs.
+            text = vocabulary.decode(ids) if is_last else vocabulary.decode_settled(ids)
             if text[len(shown) :]:
                 yield TextDelta(text[len(shown) :])
-                shown += text[len(shown) :]
-        rest = vocabulary.decode(ids)[len(shown) :]
-        if rest:
-            yield TextDelta(rest)
+                shown = text
         self.tokens_left -= len(ids)
         if ids:
-            part = Text(shown + rest, role=self.role, generated=True, seed=seed)
+            part = Text(vocabulary.decode(ids), role=self.role, generated=True, seed=seed)
             self.document = self.document.extended(part)
         return stop
 
@@ -381,7 +392,7 @@ class _Continuation:
 
     # ---- Pictures --------------------------------------------------------------------------------
 
-    def _paint(self) -> Generator[Event | TextRequest, TextRun | None, None]:
+    def _paint(self) -> Generator[Event | Request, Any, None]:
         """One image part: painted, looked at, remembered."""
         # 1. What it is painted from.
         session, seed = self.session, part_seed(self.settings.seed, len(self.document.parts))
@@ -392,95 +403,72 @@ class _Continuation:
 
         # 2. One picture, or several to choose from; the first is the one that would be painted alone.
         seeds = [seed] + [part_seed(seed, k) for k in range(1, self.settings.num_candidates)]
-        pictures: list[PILImage.Image] = []
-        for first in range(0, len(seeds), PICTURES_AT_ONCE):
-            group = seeds[first : first + PICTURES_AT_ONCE]
-            pictures += yield from self._denoise(
-                group, conditioning, earlier, self.settings, self.preview_every
-            )
-        self.seen.clear()
-        chosen = self._best_for(pictures, text_before)
+        request = self._request(seeds, conditioning, earlier)
+        pictures: Pictures = yield request
+        chosen, seen = yield from self._best_for(pictures, text_before)
         error = None
         if self.settings.report_error:
-            error = yield from self._pixel_error(pictures[chosen], seeds[chosen], conditioning, earlier)
+            error = yield from self._pixel_error(pictures[chosen], replace(request, seeds=[seeds[chosen]]))
 
         # 3. From here on it is an image like any other, seen through the same 8 bits and the same resizing.
-        session.finish_seen_image(self._see(pictures[chosen]))
+        session.finish_seen_image(seen)
         self.num_painted += 1
         part = Image(pictures[chosen], role=self.role, generated=True, seed=seeds[chosen], pixel_error=error)
         self.document = self.document.extended(part)
         yield ImageDone(pictures[chosen], seeds[chosen], error)
 
-    def _pixel_error(
-        self, picture: PILImage.Image, seed: int, conditioning: Tensor, earlier: EarlierImages | None
-    ) -> Generator[ImagePreview, Any, float]:
-        """Mean difference from the picture that is drawn from this noise with nothing left out.
+    def _request(self, seeds: list[int], conditioning: Tensor, earlier: EarlierImages | None) -> ImageRequest:
+        return ImageRequest(
+            decoder=self.model.image_decoder,
+            scheduler_config=self.model.config.scheduler_config,
+            settings=self.settings,
+            seeds=seeds,
+            size=(self.height, self.width),
+            conditioning=conditioning,
+            negative_conditioning=self._negative_conditioning,
+            earlier=earlier,
+            is_published=is_released(self.model, self.settings),
+            preview_every=self.preview_every,
+        )
 
-        Where it is the weights that are others, or only the sampler, it is compared with the model's own
-        sampler in its own number of steps.
-        """
-        exact = replace(self.settings, step_cache=1, guidance_cache=1)
-        if self.adapter is not None or not self.settings.is_lossy:
-            own = GenerationSettings.combine(own_settings(self.model))
-            exact = replace(exact, scheduler=own.scheduler, num_inference_steps=own.num_inference_steps)
-        if self.adapter is not None:
-            exact = replace(exact, guidance_scale=own.guidance_scale)
-        with nullcontext() if self.adapter is None else self.adapter.left_out():
-            [expected] = yield from self._denoise([seed], conditioning, earlier, exact)
+    def _pixel_error(
+        self, picture: PILImage.Image, request: ImageRequest
+    ) -> Generator[Event | Request, Any, float]:
+        """Mean difference from the picture that is drawn from the same noise with nothing left out."""
+        decoder = request.decoder if self.adapter is None else self.adapter.without
+        exact = replace(request, decoder=decoder, settings=self._exact_settings(), preview_every=0)
+        [expected] = yield exact
         return diffusion.pixel_error(picture, expected)
 
-    def _denoise(
-        self,
-        seeds: list[int],
-        conditioning: Tensor,
-        earlier: EarlierImages | None,
-        settings: GenerationSettings,
-        preview_every: int = 0,
-    ) -> Generator[ImagePreview, Any, list[PILImage.Image]]:
-        decoder = self.model.image_decoder
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = diffusion.initial_latents(decoder, self.height, self.width, generators)
-        steps = diffusion.denoise(
-            decoder,
-            diffusion.build_scheduler(settings.scheduler, self.model.config.scheduler_config),
-            latents,
-            conditioning.expand(len(seeds), -1, -1),
-            None if earlier is None else earlier.repeat(len(seeds)),
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            negative_conditioning=self._negative_conditioning,
-            context_strength=settings.context_strength,
-            generator=generators,
-            step_cache=settings.step_cache,
-            guidance_cache=settings.guidance_cache,
-        )
-        for step in steps:
-            latents = step.latents
-            is_last = step.number == settings.num_inference_steps
-            if preview_every and step.number % preview_every == 0 and not is_last:
-                yield ImagePreview(diffusion.decode_pictures(decoder, step.clean[:1])[0], step.number)
-        if not latents.isfinite().all():
-            raise NumericalError("the latents of a generated image are not finite, expected numbers")
-        return diffusion.decode_pictures(decoder, latents)
+    def _exact_settings(self) -> GenerationSettings:
+        """Nothing left out. Where it is the weights that are others, or only the sampler, it is the model's
+        own sampler in its own number of steps.
+        """
+        exact = replace(self.settings, step_cache=1, guidance_cache=1)
+        own = GenerationSettings.combine(own_settings(self.model))
+        if self.adapter is not None or not self.settings.is_lossy:
+            exact = replace(exact, scheduler=own.scheduler, num_inference_steps=own.num_inference_steps)
+        return exact if self.adapter is None else replace(exact, guidance_scale=own.guidance_scale)
 
-    def _best_for(self, pictures: list[PILImage.Image], text_ids: list[int]) -> int:
-        """The picture for which the model would likeliest write the text before it; the first of equals."""
-        if len(pictures) == 1 or not text_ids:
-            return 0
+    def _best_for(
+        self, pictures: Pictures, text_ids: list[int]
+    ) -> Generator[Event | Request, Any, tuple[int, SeenImage]]:
+        """The picture for which the model would likeliest write the text before it, the first of equals: its
+        place, and what the model sees of it.
+        """
+        candidates = pictures if text_ids else pictures[:1]
+        seen = yield from self._look_at(torch.cat([self._pixels(picture) for picture in candidates]))
+        if len(seen) == 1:
+            return 0, seen[0]
         scores = []
-        for picture in pictures:
+        for image in seen:
             session = InterleavedSession(self.model)
             session.append_text([self.vocabulary.bos])
             session.start_image()
-            session.finish_seen_image(self._see(picture))
+            session.finish_seen_image(image)
             scores.append(score_options(session, [text_ids[: session.room]]).item())
-        return max(range(len(scores)), key=scores.__getitem__)
-
-    def _see(self, picture: PILImage.Image) -> SeenImage:
-        """A candidate as the model sees it; it is encoded once, however often it is looked at."""
-        if id(picture) not in self.seen:
-            self.seen[id(picture)] = self.session.encode(self._pixels(picture))
-        return self.seen[id(picture)]
+        chosen = max(range(len(scores)), key=scores.__getitem__)
+        return chosen, seen[chosen]
 
     def _text_since_last_image(self) -> list[int]:
         starts = self.session.image_starts
@@ -541,33 +529,61 @@ class _Continuation:
             return 0, 0
         height, width = diffusion.default_size(decoder)
         height, width = settings.height or height, settings.width or width
-        trained_steps = self.model.config.scheduler_config.get(
-            "num_train_timesteps", settings.num_inference_steps
-        )
         try:
             diffusion.latent_shape(decoder, height, width)
         except ValueError as error:
             raise UsageError(str(error), field="height" if settings.height else "width") from error
-        if settings.num_inference_steps > trained_steps:
-            raise UsageError(
-                f"num_inference_steps: found {settings.num_inference_steps}, expected at most the "
-                f"{trained_steps} steps that the model was trained with",
-                field="num_inference_steps",
-            )
         return height, width
+
+    def _check_sampler(self) -> None:
+        """Refuses a number of steps before the first of them, that of the exact picture too."""
+        settings, model = self.settings, self.model
+        wants_none = settings.max_images == 0 if self.layout is None else IMAGE not in self.layout
+        if model.image_decoder is None or wants_none:
+            return
+        asked = {"num_inference_steps": settings}
+        if settings.report_error:
+            asked["report_error"] = self._exact_settings()
+        for field, chosen in asked.items():
+            try:
+                diffusion.scheduler_for(
+                    chosen.scheduler,
+                    model.config.scheduler_config,
+                    chosen.num_inference_steps,
+                    is_published=is_released(model, settings),
+                )
+            except ValueError as error:
+                raise UsageError(f"{field}: {error}", field=field) from error
 
     # ---- Reading ---------------------------------------------------------------------------------
 
-    def open_session(self) -> InterleavedSession:
-        """The given document, ready to be continued."""
+    def given_pixels(self) -> Tensor:
+        """The given document's images as the vision tower takes them: (I, 3, H, W)."""
+        pixels = [self._pixels(image.load()) for image in self.sequence.images]
+        return torch.cat(pixels) if pixels else torch.empty(0)
+
+    def open_session(self, seen: Sequence[SeenImage]) -> InterleavedSession:
+        """The given document, ready to be continued.
+
+        Args:
+            seen: its images.
+        """
         session, sequence = InterleavedSession(self.model, self._room_to_reserve()), self.sequence
         position = 0
-        for start, image in zip(sequence.image_starts.tolist(), sequence.images, strict=True):
+        for start, image in zip(sequence.image_starts.tolist(), seen, strict=True):
             session.append_text(sequence.input_ids[position:start].tolist())
-            session.append_image(self._pixels(image.load()))
+            session.start_image()
+            session.finish_seen_image(image)
             position = start + 1 + self.vocabulary.num_slots
         session.append_text(sequence.input_ids[position:].tolist())
         return session
+
+    def _look_at(self, pixels: Tensor) -> Generator[Event | Request, Any, list[SeenImage]]:
+        """What the model sees of images: RGB in [0, 1], (I, 3, H, W)."""
+        if not len(pixels):
+            return []
+        seen: list[SeenImage] = yield EncodeRequest(self.model, pixels)
+        return seen
 
     def _room_to_reserve(self) -> int | None:
         """Tokens that a static cache must hold."""

@@ -8,7 +8,8 @@ weights change meanwhile (a training step, LoRA), all of it is forgotten, and re
 Letters: T tokens so far, D hidden channels, N images so far.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,53 @@ class SeenImage(NamedTuple):
 
     pixel_values: Tensor
     features: ImageFeatures
+
+
+IMAGES_AT_ONCE = 32
+"""Images that the vision tower sees in one batch at most."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodeRequest:
+    """Images that a document wants to be seen: RGB in [0, 1], (I, 3, H, W), square."""
+
+    model: MMInterleavedForConditionalGeneration
+    pixel_values: Tensor
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What requests must have in common to share a batch."""
+        return id(self.model), self.pixel_values.shape[1:]
+
+
+def encode_together(requests: Mapping[int, EncodeRequest]) -> Iterator[tuple[int, list[SeenImage]]]:
+    """The images of each request as the model sees them, by its number.
+
+    Args:
+        requests: of one kind.
+    """
+    model = next(iter(requests.values())).model
+    pixels = torch.cat([request.pixel_values for request in requests.values()])
+    seen = [image for group in pixels.split(IMAGES_AT_ONCE) for image in see_images(model, group)]
+    first = 0
+    for number, request in requests.items():
+        count = len(request.pixel_values)
+        yield number, seen[first : first + count]
+        first += count
+
+
+@torch.no_grad()
+def see_images(model: MMInterleavedForConditionalGeneration, pixel_values: Tensor) -> list[SeenImage]:
+    """What the model sees of images, in one pass: RGB in [0, 1], (I, 3, H, W), square."""
+    if not len(pixel_values):
+        return []
+    features = model.encode_images(pixel_values.to(model.device))
+    slots = features.slots.split(1)
+    pyramids = zip(*(level.split(1) for level in features.pyramid), strict=True)
+    return [
+        SeenImage(pixels, ImageFeatures(*of_one))
+        for pixels, *of_one in zip(pixel_values.split(1), slots, pyramids, strict=True)
+    ]
 
 
 class InterleavedSession:
@@ -105,16 +153,12 @@ class InterleavedSession:
 
     def finish_image(self, pixel_values: Tensor) -> None:
         """The slots of the image just started: RGB in [0, 1], (1, 3, H, W), square. Encoded once."""
-        self.finish_seen_image(self.encode(pixel_values))
-
-    @torch.no_grad()
-    def encode(self, pixel_values: Tensor) -> SeenImage:
-        """What the model sees of an image: RGB in [0, 1], (1, 3, H, W), square."""
-        return SeenImage(pixel_values, self.model.encode_images(pixel_values.to(self.model.device)))
+        [image] = see_images(self.model, pixel_values)
+        self.finish_seen_image(image)
 
     @torch.no_grad()
     def finish_seen_image(self, image: SeenImage) -> None:
-        """The same for an image that somebody has encoded already, see `encode`."""
+        """The same for an image that has been encoded already, see `see_images`."""
         start = torch.tensor([[self.image_starts[-1]]], device=self.model.device)
         features = image.features
         # The synchronizers must know the image before its slots are read: slots look at their own image.

@@ -8,7 +8,7 @@ O options.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mm_interleaved.errors import NumericalError
 from mm_interleaved.generation.released_beam_search import released_beam_search
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.models.finite import check_finite
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.transformers_versions import CHUNKS_CONTINUE
@@ -45,6 +45,11 @@ TOKENS_AT_ONCE = 256
 """Of options that are scored in one row. Attention between options is computed and masked: with more tokens
 it would outweigh what fewer passes save.
 """
+TEXT_SETTINGS = (
+    "num_beams", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty",
+    "compat", "cache_implementation", "prompt_lookup_num_tokens",
+)  # fmt: skip
+"""Settings that change how words are written."""
 RELEASED_TOP_K = 50
 """transformers' default of the time, which nobody had switched off."""
 
@@ -76,6 +81,15 @@ class TextRequest:
     settings: GenerationSettings
     rules: TextRules
     generator: torch.Generator | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What requests must have in common to share a pass: all but how long the texts may be."""
+        settings = (getattr(self.settings, name) for name in TEXT_SETTINGS)
+        return id(self.session.model), replace(self.rules, max_new_tokens=0), *settings
+
+
+LOGITS = "the logits of the next word"
 
 
 class TextBatch(NamedTuple):
@@ -189,13 +203,16 @@ def logits_processors(
     settings: GenerationSettings,
     rules: TextRules,
     generators: Sequence[torch.Generator | None] = (None,),
+    *,
+    finite: LogitsProcessor | None = None,
 ) -> LogitsProcessorList:
     """Everything that changes the logits, in order; it looks at the text part alone, never at the prompt.
 
     Args:
         generators: where sampled words come from, see `DrawnWord`.
+        finite: what looks whether they are numbers; by default it refuses those that are not.
     """
-    processors = LogitsProcessorList([FiniteOnly()])
+    processors = LogitsProcessorList([finite or FiniteOnly()])
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if rules.min_new_tokens:
@@ -222,9 +239,26 @@ class FiniteOnly(LogitsProcessor):
     """Lets logits pass, unless they are no numbers: the words drawn from those would be arbitrary."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not scores.isfinite().all():
-            raise NumericalError("the logits of the next word are not finite, expected numbers")
-        return scores
+        return check_finite(scores, LOGITS)
+
+
+class FiniteRows(LogitsProcessor):
+    """The same for rows that do not know of each other: one whose logits are no numbers goes on with others
+    in their place, and is told afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._failed_BS: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        failed_B = ~scores.isfinite().all(-1)
+        self._failed_BS.append(failed_B)
+        return scores.masked_fill(failed_B[:, None], 0.0)
+
+    def good_words(self) -> list[int]:
+        """How many words of each row come from numbers, from the first one on."""
+        failed_BS = torch.stack(self._failed_BS, dim=1)
+        return (failed_BS.long().cumsum(1) == 0).sum(1).tolist()
 
 
 class OnTextAlone(LogitsProcessor):
@@ -259,7 +293,8 @@ class DrawnWord(LogitsProcessor):
         self.generators = generators
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        parts = scores.softmax(-1).cpu().tensor_split(len(self.generators))
+        chances = check_finite(scores.softmax(-1), "the chances of the next word").cpu()
+        parts = chances.tensor_split(len(self.generators))
         words = [
             torch.multinomial(part, 1, generator=generator)
             for part, generator in zip(parts, self.generators, strict=True)
@@ -396,11 +431,15 @@ def score_options(session: InterleavedSession, options: Sequence[Sequence[int]])
 
     The document is read once, whatever the number of options, and is the same afterwards: many options stand
     side by side in one row behind it and do not see each other.
+
+    Raises:
+        NumericalError: one is not finite.
     """
     model = session.model
     first_V = model.predict_text(session.read()[:, -1])[0].float().log_softmax(-1)
     scores = [_score_group(session, group, first_V) for group in _option_groups(model, options)]
-    return torch.cat(scores) if scores else torch.empty(0, device=model.device)
+    found_O = torch.cat(scores) if scores else torch.empty(0, device=model.device)
+    return check_finite(found_O, "the log-probabilities of texts")
 
 
 def _option_groups(

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from mm_interleaved.models.finite import check_finite
 from mm_interleaved.models.resampler import Resampler
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.unet import DeepFeatures, UNetSynchronizers, unet_forward
@@ -181,14 +182,19 @@ class ImageDecoder(nn.Module):
         return latents * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """RGB images in [0, 1] from scaled latents: (I, 3, y * factor, x * factor)."""
+        """RGB images in [0, 1] from scaled latents: (I, 3, y * factor, x * factor).
+
+        Raises:
+            NumericalError: they are not finite.
+        """
         unscaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         decoded = self.vae.decode(unscaled).sample
         if decoded.dtype == torch.float16 and unscaled.isfinite().all() and not decoded.isfinite().all():
             # Some published autoencoders exceed the range of float16 inside; an overflow ends as no number.
             logger.warning("the autoencoder leaves the range of float16; its pictures are decoded in float32")
             decoded = copy.deepcopy(self.vae).float().decode(unscaled.float()).sample
-        return (decoded / 2 + 0.5).clamp(0, 1)
+        # Before they are clamped, which makes a number of what is infinite.
+        return (check_finite(decoded, "the pixels of a generated image") / 2 + 0.5).clamp(0, 1)
 
     @property
     def latent_factor(self) -> int:
