@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image as PILImage
 
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.errors import TooLongError
-from mm_interleaved.generation.events import Finished, ImageDone, ImageStarted, TextDelta
+from mm_interleaved.errors import InputError, TooLongError
+from mm_interleaved.generation.events import Failed, Finished, ImageDone, ImageStarted, TextDelta
 from mm_interleaved.generation.settings import GenerationSettings
 
 
 class EchoGenerator:
     """Writes its seed and draws noise; refuses documents that say "too long"."""
+
+    def stream_batch(self, documents: Sequence[Document], settings: Sequence[GenerationSettings]):
+        for place, document in enumerate(documents):
+            try:
+                for event in self.stream(document, settings=settings[place]):
+                    yield place, event
+            except InputError as error:
+                yield place, Failed(error)
 
     def stream(self, document: Document, *, settings: GenerationSettings):
         for image in document.images:

@@ -6,17 +6,19 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch  # noqa: F401  (imported before the forks below, which would each pay for it)
-from echo_generator import load_echo
+import torch
+from echo_generator import EchoGenerator, load_echo
 from PIL import Image as PILImage
 
 from faults.filesystem import KILLED, killed_at
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.document_formats import read_documents
-from mm_interleaved.errors import InputError, StorageError, UsageError
-from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
+from mm_interleaved.errors import InputError, NumericalError, StorageError, UsageError
+from mm_interleaved.generation.events import Failed, Finished
+from mm_interleaved.generation_run import ModelChoice, RunRequest, default_batch_size, run_documents
 from mm_interleaved.run_folder import file_stem, file_stems
 from mm_interleaved.run_manifest import read_manifest
 from mm_interleaved.run_results import image_paths
@@ -336,3 +338,72 @@ def test_ids_that_differ_in_case_alone_share_no_file():
     stems = file_stems(["A", "a", "b", "B-1"])
     assert len({stem.casefold() for stem in stems.values()}) == 4
     assert (stems["b"], stems["B-1"]) == ("b", "B-1")
+
+
+# ---- Batches -------------------------------------------------------------------------------------
+
+
+def test_a_batch_has_the_same_documents_however_often_its_run_was_stopped(request_):
+    """The last bits of a document depend on its neighbours, which must not depend on when a run stopped."""
+    batches = []
+
+    class Stopped(EchoGenerator):
+        def __init__(self, after):
+            self.after = after
+
+        def stream_batch(self, documents, settings):
+            batches.append([document.id for document in documents])
+            for place, event in super().stream_batch(documents, settings):
+                yield place, event
+                if isinstance(event, Finished) and documents[place].id == self.after:
+                    raise KeyboardInterrupt
+
+    request = replace(request_, batch_size=3)
+    for last in ("a", "b/ü"):
+        with pytest.raises(KeyboardInterrupt):
+            run_documents(request, nothing, load=lambda *a, last=last, **k: Stopped(last))
+    run_documents(request, nothing, load=lambda *a, **k: Stopped(None))
+    assert batches == [["a", "b/ü", "c"], ["a", "b/ü", "c"], ["a", "b/ü", "c"], ["d"]]
+    whole = replace(request, output=request.output.with_name("whole"))
+    run(whole)
+    assert contents(request.output) == contents(whole.output)
+
+
+def test_the_batch_size_of_a_run_stays_what_it_was(request_, monkeypatch):
+    run(replace(request_, batch_size=2))
+    manifest = request_.output / "manifest.json"
+    assert read_manifest(manifest)["batch_size"] == 2
+    run(request_)
+    assert read_manifest(manifest)["batch_size"] == 2
+    with pytest.raises(UsageError, match=r"holds another run \(batch_size was 2, is now 3\)"):
+        run(replace(request_, batch_size=3))
+    written = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(written | {"batch_size": "many"}))
+    with pytest.raises(InputError, match="batch_size: found 'many', expected 1 or more"):
+        run(request_)
+    # Of before there were batches.
+    del written["batch_size"]
+    manifest.write_text(json.dumps(written))
+    assert run(request_).num_already_finished == 4
+
+
+def test_numbers_that_are_none_stop_a_run_when_the_others_of_their_batch_are_written(request_):
+    class Broken(EchoGenerator):
+        def stream_batch(self, documents, settings):
+            for place, event in super().stream_batch(documents, settings):
+                is_bad = documents[place].id == "a" and isinstance(event, Finished)
+                yield place, Failed(NumericalError("no numbers")) if is_bad else event
+
+    request = replace(request_, batch_size=3)
+    with pytest.raises(NumericalError):
+        run_documents(request, nothing, load=lambda *a, **k: Broken())
+    assert [record["id"] for record in records(request.output)] == ["b/ü", "c"]
+    assert run(request).num_already_finished == 2
+
+
+def test_how_many_at_once_goes_by_the_device(monkeypatch):
+    assert default_batch_size(torch.device("cpu")) == 8
+    for gigabytes, expected in ((2, 1), (24, 6), (141, 16)):
+        facts = SimpleNamespace(total_memory=gigabytes * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, facts=facts: facts)
+        assert default_batch_size(torch.device("cuda")) == expected

@@ -8,7 +8,7 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.settings import DISTILLED, MAX_DISTILLED_STEPS, SCHEDULERS
-from mm_interleaved.models.losses import PREDICTION_TYPES
+from mm_interleaved.models.prediction_types import PREDICTION_TYPES
 from tiny import tiny_config, tiny_model, tiny_processor
 
 LEADING = tiny_config().scheduler_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 from mm_interleaved.cli.command import Flags, command
 from mm_interleaved.cli.generate import (
     SOME_FAILED,
+    BatchSize,
     Device,
     Dtype,
     Model,
@@ -24,9 +25,9 @@ from mm_interleaved.cli.generate import (
     typed_document,
     typed_parts,
 )
-from mm_interleaved.cli.output import say
+from mm_interleaved.cli.output import say, say_error
 from mm_interleaved.document import Document, Image, Part, Text
-from mm_interleaved.errors import UsageError
+from mm_interleaved.errors import InputError, MMInterleavedError, UsageError
 from mm_interleaved.images import FORMAT_NAMES
 from mm_interleaved.storyworld.prompts import BOX_RANGE, CAPTION_PROMPT, GROUND_PROMPT, read_box
 
@@ -43,15 +44,25 @@ def caption(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help=f"Pictures: {FORMAT_NAMES}.")],
     prompt: Annotated[str, typer.Option(help="What is asked of the model.")] = CAPTION_PROMPT,
     model: Model = "storyworld",
+    batch_size: BatchSize = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     *,
     flags: Flags,
-):
-    """Describe pictures, one line each."""
+) -> int:
+    """Describe pictures, one line each. One that cannot be read fails alone, and the command ends with 7."""
     documents = [_question(path, prompt) for path in images]
-    for path, answer in zip(images, _answers(documents, model, device, dtype, flags), strict=True):
-        say(f"{path}: {answer}" if len(images) > 1 else answer)
+    answers = _answers(documents, model, device, dtype, flags, batch_size)
+    num_failed = 0
+    for path, answer in zip(images, answers, strict=True):
+        if isinstance(answer, MMInterleavedError):
+            if len(images) == 1:
+                raise answer
+            num_failed += 1
+            say_error(str(answer))
+        else:
+            say(f"{path}: {answer}" if len(images) > 1 else answer)
+    return SOME_FAILED if num_failed else 0
 
 
 def vqa(
@@ -64,7 +75,7 @@ def vqa(
     flags: Flags,
 ):
     """Answer a question about a picture."""
-    [answer] = _answers([_question(image, question)], model, device, dtype, flags)
+    answer = _answer(_question(image, question), model, device, dtype, flags)
     say(answer)
 
 
@@ -84,7 +95,7 @@ def ground(
 ) -> int:
     """Find a thing in a picture: left, top, right, bottom in pixels."""
     document = _question(image, prompt.replace("{phrase}", phrase))
-    [answer] = _answers([document], model, device, dtype, flags)
+    answer = _answer(document, model, device, dtype, flags)
     picture = document.images[0].load()
     box = box_in_pixels(answer, picture.size)
     if box is None:
@@ -167,25 +178,72 @@ def _question(path: Path, question: str) -> Document:
     return Document(id=str(path), parts=(picture, Text(question, role="user")), layout="T")
 
 
+def _answer(document: Document, model: str, device: str, dtype: str, flags: Mapping[str, Any]) -> str:
+    """The answer to the only question. Raises what was wrong with it."""
+    [answer] = _answers([document], model, device, dtype, flags)
+    if isinstance(answer, MMInterleavedError):
+        raise answer
+    return answer
+
+
 def _answers(
-    documents: list[Document], model: str, device: str, dtype: str, flags: Mapping[str, Any]
-) -> list[str]:
+    documents: list[Document],
+    model: str,
+    device: str,
+    dtype: str,
+    flags: Mapping[str, Any],
+    batch_size: int | None = None,
+) -> Iterator[str | MMInterleavedError]:
+    """The answer to each question, in order, as batches of them are done; or what was wrong with it."""
+    from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.generation.settings import settings_for
-    from mm_interleaved.generation_run import complete
-    from mm_interleaved.model_source import find_model, generation_defaults, load_generator, read_config
+    from mm_interleaved.generation_run import continue_in_batches
+    from mm_interleaved.model_source import find_model, generation_defaults, read_config
 
     folder = find_model(model)
     defaults = generation_defaults(read_config(folder))
     settings = [settings_for(document, defaults, flags) for document in documents]
-    for document in documents:
-        document.images[0].load()
-    generator = load_generator(folder, device=device, dtype=dtype)
-    answers = []
-    for document, chosen in zip(documents, settings, strict=True):
-        completed = complete(generator, document, chosen, lambda event: None)
-        said = [part.text for part in completed.parts[len(document.parts) :] if isinstance(part, Text)]
-        answers.append(" ".join(said).strip())
-    return answers
+    # Before a model is read for them.
+    answers: dict[int, str | MMInterleavedError] = _unreadable(documents)
+    asked = [place for place in range(len(documents)) if place not in answers]
+    num_told = 0
+    if asked:
+        generator = load_quietly(folder, device=device, dtype=dtype)
+        questions = [documents[place] for place in asked]
+        events = continue_in_batches(generator, questions, [settings[place] for place in asked], batch_size)
+        for number, event in events:
+            answer = _said(event, len(questions[number].parts))
+            if answer is not None:
+                answers[asked[number]] = answer
+            while num_told in answers:
+                yield answers[num_told]
+                num_told += 1
+    yield from (answers[place] for place in range(num_told, len(documents)))
+
+
+def _unreadable(documents: list[Document]) -> dict[int, Any]:
+    """What is wrong with those that have an image which cannot be read, by place."""
+    errors = {}
+    for place, document in enumerate(documents):
+        try:
+            for image in document.images:
+                image.load()
+        except InputError as error:
+            errors[place] = error
+    return errors
+
+
+def _said(event: Any, num_given: int) -> str | MMInterleavedError | None:
+    """The words of a document that is finished, behind those given, or its error; None before its end."""
+    from mm_interleaved.generation.events import Failed, Finished
+
+    match event:
+        case Finished(document=completed):
+            said = [part.text for part in completed.parts[num_given:] if isinstance(part, Text)]
+            return " ".join(said).strip()
+        case Failed(error=error):
+            return error
+    return None
 
 
 def _storyworld_opening(seed: int) -> list[Part]:

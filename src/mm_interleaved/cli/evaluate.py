@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mm_interleaved.cli.command import Flags, command
-from mm_interleaved.cli.generate import SOME_FAILED, Device, Dtype, Model, NewRun, event_words
+from mm_interleaved.cli.generate import SOME_FAILED, BatchSize, Device, Dtype, Model, NewRun, event_words
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.document import Document
 from mm_interleaved.errors import UsageError
@@ -40,6 +40,7 @@ def evaluate(
     ] = None,
     model: Model = "storyworld",
     new_run: NewRun = False,
+    batch_size: BatchSize = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     *,
@@ -71,7 +72,14 @@ def evaluate(
             scores = evaluate_predictions(task, data, predictions, out)
         else:
             chosen = ModelChoice(name=model, device=device, dtype=dtype)
-            request = RunRequest(documents=(), output=out, model=chosen, flags=flags, new_run=new_run)
+            request = RunRequest(
+                documents=(),
+                output=out,
+                model=chosen,
+                flags=flags,
+                new_run=new_run,
+                batch_size=batch_size,
+            )
             with progress(len(task.read_gold(data)), "reading the model") as bar:
 
                 def on_event(document: Document, event: Event | str, bar=bar):

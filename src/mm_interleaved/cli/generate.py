@@ -34,6 +34,14 @@ Texts = Annotated[list[str] | None, typer.Option("--text", help="A text part; pa
 Pictures = Annotated[
     list[Path] | None, typer.Option("--image", help="An image part; parts keep the order typed.")
 ]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        help="Documents continued at once (default: by device; as the run in DIR began).",
+    ),
+]
 NewRun = Annotated[bool, typer.Option("--new-run", help="Move an earlier run in DIR aside and begin anew.")]
 RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Make the documents that failed again.")]
 
@@ -63,6 +71,7 @@ def generate(
     ] = False,
     retry_errors: RetryErrors = False,
     new_run: NewRun = False,
+    batch_size: BatchSize = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     channels_last: Annotated[
@@ -109,6 +118,7 @@ def generate(
         flags,
         new_run=new_run,
         retry_errors=retry_errors,
+        batch_size=batch_size,
         acceleration=Acceleration(
             channels_last=channels_last, compile=compile, adapter=adapter, quantization=quantization
         ),
@@ -157,6 +167,8 @@ def replay(
             wanted["dtype"],
             wanted["flags"],
             is_quiet=True,
+            # Runs of before there were batches do not tell.
+            batch_size=wanted.get("batch_size", 1),
             acceleration=Acceleration.of_record(wanted.get("acceleration", {})),
         )
         found = read_manifest(folder / "manifest.json")
@@ -201,6 +213,7 @@ def run_and_report(
     *,
     new_run: bool = False,
     retry_errors: bool = False,
+    batch_size: int | None = None,
     is_quiet: bool = False,
     acceleration: Acceleration = AS_IT_IS,
 ) -> int:
@@ -215,6 +228,7 @@ def run_and_report(
         flags=flags,
         new_run=new_run,
         retry_errors=retry_errors,
+        batch_size=batch_size,
     )
     with progress(len(documents), "reading the model") as bar:
 

@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from mm_interleaved.models.image_decoder import EarlierImages, ImageDecoder
-from mm_interleaved.models.losses import PREDICTION_TYPES
+from mm_interleaved.models.prediction_types import PREDICTION_TYPES
 from mm_interleaved.models.unet import DeepFeatures
 
 SCHEDULERS = {
