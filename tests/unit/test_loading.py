@@ -19,6 +19,7 @@ from mm_interleaved.errors import ModelFileError
 from mm_interleaved.models.build import build_vision_tower
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.transformers_versions import checkpointing_enable
 from mm_interleaved.processing import MMInterleavedProcessor
 from tiny import BOS, image_ids, tiny_config, tiny_model
 
@@ -142,8 +143,9 @@ def gradients(model):
 def test_gradient_checkpointing_changes_no_gradient():
     model = tiny_model().train()
     expected = gradients(model)
-    model.gradient_checkpointing_enable()
-    assert model.is_gradient_checkpointing
+    checkpointing_enable(model)({"use_reentrant": False})
+    name = "is_activation_checkpointing"
+    assert getattr(model, name if hasattr(type(model), name) else "is_gradient_checkpointing")
     found = gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -154,7 +156,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_gradient_checkpointing_runs_the_layers_again():
     model = tiny_model().train()
-    model.gradient_checkpointing_enable()
+    checkpointing_enable(model)({"use_reentrant": False})
     layer, calls = model.language_model.layers[0], []
     layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
     gradients(model)
