@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
+from mm_interleaved.checkpoint.resolve import HUB_ARGUMENTS, SMALL_FILES, find_folder
+
 CONTEXT_RULES = ("previous", "all")
 
 
@@ -141,6 +143,13 @@ class MMInterleavedConfig(PreTrainedConfig):
             raise ValueError(f"context_images must be one of {CONTEXT_RULES}, found {self.context_images!r}")
         if self.compat not in (None, "released"):
             raise ValueError(f"compat must be None or 'released', found {self.compat!r}")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **settings: Any) -> Any:
+        """As transformers', where "storyworld" is a name too. Raises ModelFileError if there is no model."""
+        hub = {name: settings[name] for name in HUB_ARGUMENTS if settings.get(name) is not None}
+        folder = find_folder(pretrained_model_name_or_path, files=SMALL_FILES, hub=hub)
+        return super().from_pretrained(folder, **settings)
 
     def part(self, name: str) -> Any:
         """The dataclass of one of our own parts, or None where the model lacks it."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_interleaved.devices import torch_device
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, NumericalError, UsageError
 from mm_interleaved.generation.events import Event, Failed, Finished
@@ -24,7 +25,6 @@ from mm_interleaved.model_source import (
     hash_model,
     load_generator,
     read_config,
-    torch_device,
 )
 from mm_interleaved.run_folder import RunFolder, RunIdentity, open_run
 from mm_interleaved.story_page import render_page, title_of

@@ -1,30 +1,31 @@
-"""A model's name in, its folder out; what its files tell unread; the loaded generator.
+"""What a model's files tell unread; the loaded generator.
 
-A name is `storyworld` (the shipped model), a folder, or an id on the Hugging Face hub.
+Which folder a name means, see `checkpoint.resolve`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_interleaved.checkpoint.headers import saved_format
+from mm_interleaved.checkpoint.resolve import CONFIG, SHIPPED, find_model
+from mm_interleaved.devices import FORMATS, slowness, torch_device, weight_format
 from mm_interleaved.errors import ModelFileError, UsageError, escape
 
 if TYPE_CHECKING:
+    import torch
+
     from mm_interleaved.generation import InterleavedGenerator
 
-SHIPPED = ("storyworld",)
-CONFIG = "config.json"
+logger = logging.getLogger(__name__)
+
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,21 +73,16 @@ class Acceleration:
 
 AS_IT_IS = Acceleration()
 
-
-def find_model(name: str) -> Path:
-    """The folder of a model. Raises ModelFileError, which tells where it was looked for."""
-    if name in SHIPPED:
-        folder = Path(str(files("mm_interleaved") / "assets" / name))
-        where = f"the shipped model {name!r}"
-    elif os.path.exists(name):
-        folder, where = Path(name), f"model {escape(name)!r}"
-    else:
-        folder, where = _from_hub(name), f"model {escape(name)!r}"
-    if not os.path.isfile(folder / CONFIG):
-        raise ModelFileError(
-            f"{where}: no {CONFIG} in {folder}, expected a folder that save_pretrained wrote"
-        )
-    return folder
+__all__ = [
+    "AS_IT_IS",
+    "SHIPPED",
+    "Acceleration",
+    "find_model",
+    "generation_defaults",
+    "hash_model",
+    "load_generator",
+    "read_config",
+]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -123,13 +119,15 @@ def hash_model(folder: Path) -> str:
 
 
 def load_generator(
-    folder: Path, *, device: str = "auto", dtype: str = "auto", acceleration: Acceleration = AS_IT_IS
+    model: str | Path, *, device: str = "auto", dtype: str = "auto", acceleration: Acceleration = AS_IT_IS
 ) -> InterleavedGenerator:
-    """The model of a folder, ready to continue documents.
+    """A model that is ready to continue documents.
 
     Args:
+        model: its name, see `checkpoint.resolve`: "storyworld", a folder, or a hub id.
         device: a torch device, or "auto": a GPU where there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": as saved on a GPU, float32 on a CPU.
+        dtype: "float32", "bfloat16", "float16", or "auto": as saved where the device is fast in that, else
+            float32 (see `devices`).
 
     Raises:
         ModelFileError: no model of ours, or an adapter that does not fit it.
@@ -141,7 +139,8 @@ def load_generator(
     from mm_interleaved.models.quantization import weight_only
 
     place = torch_device(device)
-    kind = "float32" if dtype == "auto" and place.type == "cpu" else dtype
+    folder = find_model(model)
+    kind = _number_format(dtype, folder, place)
     if acceleration.quantization is None:
         # nn.Module's stub has no device among the types that `to` takes.
         loaded: Any = load_model(folder, dtype=kind)
@@ -154,6 +153,19 @@ def load_generator(
         processor = MMInterleavedProcessor.from_pretrained(folder)
     adapter = _accelerate(model, acceleration)
     return InterleavedGenerator(model, processor, adapter=adapter)
+
+
+def _number_format(dtype: str, folder: Path, place: torch.device) -> str:
+    """The format of the weights: the one that was asked for by name, else what suits the device."""
+    if dtype == "auto":
+        return weight_format(saved_format(folder), place).name
+    if dtype not in FORMATS:
+        raise UsageError(
+            f"dtype: expected auto, {', '.join(FORMATS)}, found {escape(dtype)!r}", field="dtype"
+        )
+    if remark := slowness(dtype, place):
+        logger.warning("%s", remark)
+    return dtype
 
 
 def _accelerate(model: Any, acceleration: Acceleration) -> Any:
@@ -169,42 +181,3 @@ def _accelerate(model: Any, acceleration: Acceleration) -> Any:
     if acceleration.compile:
         ways.compile_painter(model.image_decoder)
     return adapter
-
-
-def torch_device(name: str):
-    """The torch device of that name; "auto" is a GPU where there is one. Raises UsageError."""
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        sentence = escape(str(error).splitlines()[0])
-        raise UsageError(
-            f"device {escape(name)!r}: cannot be used here ({sentence})", field="device"
-        ) from error
-    return device
-
-
-def _from_hub(name: str) -> Path:
-    nearest = get_close_matches(name, SHIPPED, n=1)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    looked = f"model {escape(name)!r}: no such folder{hint}"
-    if not _HUB_ID.fullmatch(name) or name.startswith((".", "/")):
-        raise ModelFileError(f"{looked}, and not a hub id (owner/name); shipped is {', '.join(SHIPPED)}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    for is_local in (True, False):
-        try:
-            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=is_local))
-        except Exception as error:  # the hub client raises a dozen kinds; all mean that it is not to be had
-            reason = error
-    raise ModelFileError(
-        f"{looked}, not in the hub cache {HF_HUB_CACHE}, and huggingface.co gave {type(reason).__name__}"
-    )

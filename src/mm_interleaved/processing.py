@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.batch import Batch, collate
+from mm_interleaved.checkpoint.resolve import HUB_ARGUMENTS, SMALL_FILES, find_folder
 from mm_interleaved.document import Document
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.images import SquareCrop
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG_NAME = "processor_config.json"
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class MMInterleavedProcessor:
@@ -129,7 +128,7 @@ class MMInterleavedProcessor:
         """The processor that `save_pretrained` wrote.
 
         Args:
-            folder: a folder, or the id of a model on the Hugging Face hub.
+            folder: a model's name, see `checkpoint.resolve`: "storyworld", a folder, or a hub id.
             of_transformers: what `AutoProcessor` hands to every processor. What says where files of the hub
                 come from (`revision`, `cache_dir`, `token`, ...) is used; the rest does not matter here.
 
@@ -138,8 +137,8 @@ class MMInterleavedProcessor:
         """
         from transformers import AutoTokenizer
 
-        hub = {name: of_transformers[name] for name in _HUB_ARGUMENTS if name in of_transformers}
-        folder = Path(folder) if os.path.isdir(folder) else _folder_of_hub(str(folder), hub)
+        hub = {name: of_transformers[name] for name in HUB_ARGUMENTS if of_transformers.get(name) is not None}
+        folder = find_folder(folder, files=SMALL_FILES, hub=hub)
         path = folder / CONFIG_NAME
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -161,15 +160,3 @@ class MMInterleavedProcessor:
             return cls(tokenizer, **{name: settings[name] for name in known})
         except (TypeError, ValueError) as error:
             raise ModelFileError(f"{path}: {error}") from error
-
-
-def _folder_of_hub(name: str, hub: Mapping[str, Any]) -> Path:
-    """The small files of a model on the hub, fetched unless the cache has them; no weights."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt"], **hub))
-    except Exception as error:  # the hub client raises a dozen kinds; all mean that it is not to be had
-        raise ModelFileError(
-            f"{name}: there is no such folder, and the hub gives no {CONFIG_NAME} ({type(error).__name__})"
-        ) from error

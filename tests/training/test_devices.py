@@ -4,9 +4,10 @@ import pytest
 import torch
 from elsewhere import ELSEWHERE, TwoDevicesError, elsewhere
 
+from mm_interleaved.devices import rank_device
 from mm_interleaved.errors import UsageError
 from mm_interleaved.training.data import DocumentBatches, Mixture, storyworld_pixels
-from mm_interleaved.training.devices import chosen_device, device_of
+from mm_interleaved.training.devices import device_of
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.painter import PainterStage
@@ -85,10 +86,10 @@ def test_latents_are_normalised_where_the_vae_lies(model, monkeypatch):
 
 
 def test_a_device_that_is_not_there_is_refused():
-    assert chosen_device("cpu").type == "cpu"
-    with pytest.raises(UsageError, match="expected auto, cpu or cuda, found 'banana'"):
-        chosen_device("banana")
+    assert rank_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match="expected auto, cpu, cuda or mps, found 'banana'"):
+        rank_device("banana")
     if not torch.cuda.is_available():
-        assert chosen_device("auto").type == "cpu"
+        assert rank_device("auto").type == "cpu"
         with pytest.raises(UsageError, match="PyTorch finds no GPU here"):
-            chosen_device("cuda")
+            rank_device("cuda")

@@ -155,7 +155,7 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(folder, tmp_path):
         (["parts.languages.train=true"], r"did you mean parts\.language\.train"),
         (["lora.quantize=nf4"], r"set lora\.rank above 0"),
         (["parallel.strategy=zero"], "strategy must be ddp or fsdp"),
-        (["training.use_float16=true"], "exclude each other"),
+        (["training.use_float16=true", "training.use_bfloat16=true"], "exclude each other"),
     ):
         with pytest.raises(UsageError, match=message):
             run(*assignments)
@@ -253,11 +253,12 @@ def test_weights_that_are_no_numbers_are_refused_by_name(make_model, processor, 
 @pytest.mark.quantize
 def test_four_bits_are_refused_clearly_where_bitsandbytes_is_missing(monkeypatch):
     config = LoraConfig(rank=4, quantize="nf4")
-    settings = quantization_settings(config)["quantization_config"]
+    settings = quantization_settings(config, torch.float32)["quantization_config"]
+    assert settings.bnb_4bit_compute_dtype is torch.float32
     assert settings.load_in_4bit and "image_decoder" in settings.llm_int8_skip_modules
     monkeypatch.setattr("mm_interleaved.models.quantization.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs bitsandbytes, which is not installed"):
-        quantization_settings(config)
+        quantization_settings(config, torch.float32)
 
 
 @pytest.mark.quantize

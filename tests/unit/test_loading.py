@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from mm_interleaved import register
+from mm_interleaved import devices, register
 from mm_interleaved.checkpoint.headers import tensor_headers
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.config import MMInterleavedConfig
-from mm_interleaved.errors import ModelFileError
+from mm_interleaved.errors import ModelFileError, UsageError
+from mm_interleaved.model_source import find_model, load_generator
 from mm_interleaved.models.build import build_vision_tower
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
@@ -129,6 +131,101 @@ def test_a_pass_leaves_its_inputs_alone(model):
     model(**batch).loss.backward()
     model.zero_grad()
     assert all(torch.equal(batch[name], value) for name, value in before.items())
+
+
+# ---- Number formats and names ----
+
+
+@pytest.fixture
+def half(model, tmp_path):
+    """A folder of the model in float16, as shipped models are."""
+    deepcopy(model).half().save_pretrained(tmp_path / "half")
+    return tmp_path / "half"
+
+
+def has_units(monkeypatch, *names):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(devices, "cpu_capabilities", lambda: dict.fromkeys(names, True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is fast in float16")
+@pytest.mark.parametrize("asked", [{}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"device_map": "cpu"}])
+@pytest.mark.parametrize("load", [MMInterleavedForConditionalGeneration, AutoModel])
+def test_from_pretrained_takes_what_the_device_is_fast_in_and_says_so(half, asked, load, monkeypatch, caplog):
+    has_units(monkeypatch)
+    assert load.from_pretrained(half, **asked).dtype == torch.float32
+    [record] = [r for r in caplog.records if r.name.startswith("mm_interleaved")]
+    assert "weights saved in float16 are kept in float32" in record.message
+    caplog.clear()
+    has_units(monkeypatch, "avx512_fp16")
+    assert load.from_pretrained(half, **asked).dtype == torch.float16
+    assert not [r for r in caplog.records if r.name.startswith("mm_interleaved")]
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, "bfloat16", torch.float32, "float64"])
+def test_a_dtype_that_is_named_is_used_with_a_word_where_it_is_slow(half, dtype, monkeypatch, caplog):
+    has_units(monkeypatch)
+    name = str(dtype).removeprefix("torch.")
+    loaded = MMInterleavedForConditionalGeneration.from_pretrained(half, dtype=dtype, device_map="cpu")
+    assert loaded.dtype == getattr(torch, name)
+    slow = [r.message for r in caplog.records if "is slow here" in r.message]
+    assert len(slow) == (name in ("float16", "bfloat16"))
+
+
+def test_what_is_no_dtype_is_refused(half):
+    for wrong in ("float17", "Tensor", 7):
+        with pytest.raises(UsageError, match="dtype: expected a floating-point type of torch"):
+            MMInterleavedForConditionalGeneration.from_pretrained(half, dtype=wrong)
+    with pytest.raises(UsageError, match="dtype: expected auto, float32, bfloat16, float16, found 'fp16'"):
+        load_generator("storyworld", dtype="fp16")
+
+
+def test_a_shipped_model_has_a_name_wherever_a_folder_is_taken(tmp_path, monkeypatch):
+    shipped = find_model("storyworld")
+    monkeypatch.chdir(tmp_path)
+    loaded = MMInterleavedForConditionalGeneration.from_pretrained("storyworld", device_map="cpu")
+    assert same_tensors(loaded.state_dict(), load_model(shipped, dtype=loaded.dtype).state_dict())
+    processor = MMInterleavedProcessor.from_pretrained("storyworld")
+    assert processor.to_dict() == MMInterleavedProcessor.from_pretrained(shipped).to_dict()
+    config = MMInterleavedConfig.from_pretrained("storyworld")
+    assert config.to_dict() == MMInterleavedConfig.from_pretrained(shipped).to_dict()
+    assert load_generator("storyworld").model.num_parameters() == loaded.num_parameters()
+    # A path is a path, also where it is spelt like a name.
+    for load in (load_generator, MMInterleavedForConditionalGeneration.from_pretrained):
+        with pytest.raises(ModelFileError, match=r"model 'storyworld': no config\.json"):
+            load(Path("storyworld"))
+
+
+def offline(*arguments, **settings):
+    raise ConnectionError("no network")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        MMInterleavedForConditionalGeneration.from_pretrained,
+        MMInterleavedProcessor.from_pretrained,
+        MMInterleavedConfig.from_pretrained,
+        load_generator,
+        find_model,
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("storyworl", "no such folder.*did you mean 'storyworld'.*not a hub id"),
+        ("somebody/something", "not in the hub cache .*, and huggingface.co gave ConnectionError"),
+        ("", "not a hub id"),
+        ("a\0b", "not a hub id"),
+        ("x" * 5000, "not a hub id"),
+    ],
+)
+def test_a_name_of_nothing_is_refused_at_once(load, name, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
+    begun = time.monotonic()
+    with pytest.raises(ModelFileError, match=message) as raised:
+        load(name)
+    assert "\n" not in str(raised.value) and time.monotonic() - begun < 5
 
 
 # ---- Training aids of the libraries ----

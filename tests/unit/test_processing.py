@@ -28,5 +28,8 @@ def test_a_hub_id_gives_the_processor_of_its_files(hub_cache):
 
 
 def test_what_is_neither_folder_nor_on_the_hub_is_named(tmp_path):
-    with pytest.raises(ModelFileError, match=r"pip/lamp: there is no such folder, .*processor_config\.json"):
+    with pytest.raises(
+        ModelFileError,
+        match=r"model 'pip/lamp': no such folder, not in the hub cache .*, and only local files are allowed",
+    ):
         MMInterleavedProcessor.from_pretrained("pip/lamp", cache_dir=tmp_path, **OFFLINE)

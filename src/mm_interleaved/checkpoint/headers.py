@@ -19,6 +19,8 @@ INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
+_FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
@@ -54,6 +56,19 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
         headers.update(found)
     check_index(index, placed, {name: header.file for name, header in headers.items()})
     return headers
+
+
+def saved_format(folder: Path) -> str:
+    """The number format in which most of a model's weights are saved, by torch's name; empty if none floats.
+
+    Raises:
+        ModelFileError: see `tensor_headers`.
+    """
+    sizes: dict[str, int] = {}
+    for header in tensor_headers(folder).values():
+        if name := _FLOATING.get(header.dtype):
+            sizes[name] = sizes.get(name, 0) + header.num_bytes
+    return max(sizes, key=lambda name: sizes[name], default="")
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:

@@ -54,7 +54,7 @@ def load_model(
         refuse_unfit(str(folder), _shapes_of(model), found, allow_missing=allow_missing)
 
     with model_file_errors(folder):
-        model = MMInterleavedForConditionalGeneration.from_pretrained(
+        model = MMInterleavedForConditionalGeneration.read_pretrained(
             folder, config=config, dtype=dtype, device_map=device_map, when_built=check, **settings
         )
     return model.eval()

@@ -1,4 +1,4 @@
-"""What the command changes for its whole process, and no library call does: garbage, warnings, bars."""
+"""What the command changes for its whole process, and no library call does: garbage, threads, warnings, bars."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from mm_interleaved.devices import limit_threads
 from mm_interleaved.model_source import load_generator
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ Python does by itself, took a fifth of the start (5.9 to 4.7 s of one core, 2026
 
 def set_up() -> None:
     """Called once, where a process begins."""
+    limit_threads()
     gc.set_threshold(OBJECTS_BETWEEN_SEARCHES, 50, 100)
     # Damaged metadata is no reason to refuse pixels; what is too large is refused in a sentence of ours.
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -8,8 +8,10 @@ Letters: B rows, T tokens, V vocabulary, D hidden channels, N images a row, I im
 order, K earlier images a painted image looks at, H and W pixels.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,11 @@ from transformers import AutoConfig, AutoModel, Cache, GenerationConfig, Generat
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from mm_interleaved.checkpoint.headers import saved_format
+from mm_interleaved.checkpoint.resolve import HUB_ARGUMENTS, find_model
 from mm_interleaved.config import MMInterleavedConfig
+from mm_interleaved.devices import slowness, torch_device, weight_format
+from mm_interleaved.errors import UsageError
 from mm_interleaved.models.build import build_image_decoder, build_language_model, build_vision_tower
 from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.models.image_decoder import DiffusionDraws, EarlierImages
@@ -39,6 +45,8 @@ from mm_interleaved.visibility import (
     relative_image_index,
     visible_images,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -368,10 +376,37 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
     # ---- As users of transformers expect ---------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, *arguments: Any, **named: Any) -> Any:
-        """transformers' `from_pretrained`; says which libraries were never tried."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **settings: Any
+    ) -> "MMInterleavedForConditionalGeneration":
+        """As transformers', where "storyworld" is a name too, and weights are kept in what is fast here.
+
+        Without `dtype`, or with "auto": as saved where the device is fast in that, else float32, said in one
+        line. The device is that of `device_map`; without one, a GPU where there is one. A `dtype` named is
+        used, with a line of warning where it is slow.
+
+        Raises:
+            ModelFileError: there is no such model, or its files are damaged.
+        """
+        is_elsewhere = settings.get("state_dict") is not None or settings.get("subfolder")
+        if pretrained_model_name_or_path is None or is_elsewhere:
+            return cls.read_pretrained(pretrained_model_name_or_path, *model_args, **settings)
+        hub = {name: settings.get(name) for name in HUB_ARGUMENTS if settings.get(name) is not None}
+        folder = find_model(pretrained_model_name_or_path, hub=hub)
+        asked = settings.pop("torch_dtype", None) if settings.get("dtype") is None else settings["dtype"]
+        settings["dtype"] = _chosen_dtype(folder, asked, settings.get("device_map"))
+        return cls.read_pretrained(folder, *model_args, **settings)
+
+    @classmethod
+    def read_pretrained(
+        cls, folder: Path | None, *model_args: Any, **settings: Any
+    ) -> "MMInterleavedForConditionalGeneration":
+        """transformers' `from_pretrained` of a folder, with its meaning of `dtype`: as saved by default.
+
+        Says which libraries were never tried.
+        """
         warn_of_untried()
-        return super().from_pretrained(*arguments, **named)
+        return super().from_pretrained(folder, *model_args, **settings)
 
     @torch.no_grad()
     def generate(
@@ -503,6 +538,35 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
                 f"input_ids hold {int(is_slot.sum())} slot tokens, not all there"
             )
         return row.flatten(), position.flatten()
+
+
+def _chosen_dtype(folder: Path, asked: Any, device_map: Any) -> torch.dtype:
+    """The number format of a model's weights, see `from_pretrained`."""
+    device = _first_device(device_map)
+    if asked in (None, "auto"):
+        chosen = weight_format(saved_format(folder), device)
+        if chosen.remark:
+            logger.warning("%s: %s", folder.name, chosen.remark)
+        return getattr(torch, chosen.name)
+    name = str(asked).removeprefix("torch.")
+    if remark := slowness(name, device):
+        logger.warning("%s", remark)
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise UsageError(f"dtype: expected a floating-point type of torch, found {name!r}", field="dtype")
+    return found
+
+
+def _first_device(device_map: Any) -> torch.device:
+    """The device that a `device_map` of transformers begins with; a CPU only if it names nothing else."""
+    if isinstance(device_map, dict):
+        places = [str(place) for place in device_map.values() if str(place) not in ("cpu", "disk")]
+        device_map = places[0] if places else "cpu"
+    if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch_device("auto")
+    # Numbers are GPUs.
+    place = str(device_map)
+    return torch.device("cuda", int(place)) if place.isdecimal() else torch.device(place)
 
 
 def _longest(prompt: int, config: GenerationConfig, arguments: dict[str, Any]) -> int:

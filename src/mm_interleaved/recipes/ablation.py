@@ -15,6 +15,7 @@ from typing import cast
 import torch
 
 from mm_interleaved.checkpoint.load import load_model
+from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
@@ -26,7 +27,6 @@ from mm_interleaved.recipes.twins import NO_LEVELS, Painter, Reader, Twin, chose
 from mm_interleaved.storage import make_folder, new_folder
 from mm_interleaved.training.cost import average_flops
 from mm_interleaved.training.data import INTERVIEW, DocumentBatches, Mixture
-from mm_interleaved.training.devices import chosen_device
 from mm_interleaved.training.loop import Stage, train_stage
 from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.painter import PainterStage
@@ -57,8 +57,8 @@ PAINTER_MIXTURES = (
 def train(config: AblationConfig, folder: Path, *, show_progress: bool = False) -> Path:
     """Trains the twins of `config` that `folder` lacks; returns the folder that holds one model a twin."""
     twins = chosen_twins(config.twins)
-    device = chosen_device(config.device)
-    torch.set_num_threads(config.num_threads)
+    device = rank_device(config.device)
+    use_threads(config.num_threads)
     workshop = Workshop(config, folder, device, show_progress=show_progress)
     for twin in twins:
         if not twin_folder(folder, twin).exists():

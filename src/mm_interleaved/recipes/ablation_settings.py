@@ -5,7 +5,7 @@ from typing import Annotated
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.recipes.twins import chosen_twins
-from mm_interleaved.training.settings import FACTOR, RATE, SEED, SIZE, THREADS, StageConfig, check_ranges
+from mm_interleaved.training.settings import FACTOR, PROCESSES, RATE, SEED, SIZE, StageConfig, check_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +41,9 @@ class AblationConfig:
     """Which twins, by name, e.g. both-1,neither-1. Empty: all."""
     seed: Annotated[int, SEED] = 1
     """Seed of the slots' stage, which twins with the same number of slots share."""
-    num_threads: Annotated[int, THREADS] = 2
-    """Threads of PyTorch; the same number gives the same bits."""
+    num_threads: Annotated[int, PROCESSES] = 0
+    """Threads of PyTorch; the same number gives the same bits. 0 = OMP_NUM_THREADS, else one for each core
+    that affinity and quota leave."""
     device: str = "cpu"
     """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
     sizes: TwinSizes = field(default_factory=TwinSizes)
@@ -60,20 +61,20 @@ class AblationConfig:
     """Readers: learning rate of the synchronizers; Muon's rate for matrices is too high for them."""
     slots: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=250, learning_rate=4e-3, optimizer="muon", warmup_steps=30, use_bfloat16=True
+            steps=250, learning_rate=4e-3, optimizer="muon", warmup_steps=30, use_bfloat16=None
         )
     )
     """First stage, once for each number of slots: they learn to tell all that a picture shows."""
     text: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=1000, learning_rate=3e-3, optimizer="muon", warmup_steps=50, ema_decay=0.99,
-            use_bfloat16=True,
+            use_bfloat16=None,
         )
     )  # fmt: skip
     """Second stage, once for each reader: the language model learns to read pictures and to write."""
     painter: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=300, learning_rate=5e-4, warmup_steps=30, ema_decay=0.99, use_bfloat16=True
+            steps=300, learning_rate=5e-4, warmup_steps=30, ema_decay=0.99, use_bfloat16=None
         )
     )
     """Third stage, once for each painter: the U-Net learns to paint what earlier pictures show."""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from mm_interleaved.checkpoint.load import DTYPES, load_model
 from mm_interleaved.checkpoint.store import newest_checkpoint
 from mm_interleaved.data.loader import state_counts
+from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError
 from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
@@ -64,8 +65,7 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         InputError, ModelFileError, NumericalError, StorageError, StoppedBySignal: see `loop.train_stage`.
     """
     _check(config)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    use_threads(config.num_threads)
     with joined_ranks(config.parallel, config.device) as ranks:
         # 1. The model, and what of it trains; before it is loaded, which may take long, files that are not
         # there.
@@ -74,8 +74,9 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
         check_data(mixture, place, ranks, model=find_model(config.start_from))
         model, processor, low_rank = _build(config)
         rules = choose_trained(model, config.parts)
-        if config.frozen_type != "float32":
-            keep_frozen_as(model, DTYPES[config.frozen_type])
+        frozen_type = _frozen_type(config, ranks.device)
+        if frozen_type != "float32":
+            keep_frozen_as(model, DTYPES[frozen_type])
         model.train()
         if config.parallel.strategy != "fsdp":
             # FSDP moves one unit after the other, so that no GPU has to hold all of it even once.
@@ -171,7 +172,8 @@ def _check(config: TrainConfig) -> None:
         raise UsageError(
             "start_from: empty; give a model folder, e.g. one that `mm-interleaved compose` or `convert` made"
         )
-    if config.frozen_type != "float32" and not (config.training.use_bfloat16 or config.training.use_float16):
+    computed = config.training.number_format(rank_device(config.device)).name
+    if config.frozen_type not in ("auto", "float32") and computed == "float32":
         raise UsageError(
             f"frozen_type={config.frozen_type} needs training.use_bfloat16 or training.use_float16"
         )
@@ -180,7 +182,8 @@ def _check(config: TrainConfig) -> None:
 def _build(config: TrainConfig) -> _Built:
     """The model as it stands before the first step; new weights depend on the seed alone."""
     source = find_model(config.start_from)
-    quantization = quantization_settings(config.lora)
+    computed = config.training.number_format(rank_device(config.device)).name
+    quantization = quantization_settings(config.lora, DTYPES[computed])
     processor = MMInterleavedProcessor.from_pretrained(source)
     model = load_model(source, dtype="float32", **quantization)
     _check_weights(model, config)
@@ -189,6 +192,11 @@ def _build(config: TrainConfig) -> _Built:
         torch.manual_seed(config.seed)
         low_rank = add_low_rank(model, config.lora)
     return _Built(model, processor, low_rank)
+
+
+def _frozen_type(config: TrainConfig, device: torch.device) -> str:
+    """The format that frozen weights are kept in."""
+    return config.training.number_format(device).name if config.frozen_type == "auto" else config.frozen_type
 
 
 def _check_weights(model: MMInterleavedForConditionalGeneration, config: TrainConfig) -> None:
@@ -252,9 +260,8 @@ def _communication_type(config: TrainConfig, ranks: Ranks) -> str:
     # On a CPU, norms do not take weights of another type than their input.
     if ranks.device.type == "cpu":
         return ""
-    if config.training.use_float16:
-        return "float16"
-    return "bfloat16" if config.training.use_bfloat16 else ""
+    computed = config.training.number_format(ranks.device).name
+    return "" if computed == "float32" else computed
 
 
 def _writers(config: TrainConfig, folder: Path) -> Sequence[LogWriter]:

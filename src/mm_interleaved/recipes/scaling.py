@@ -6,19 +6,17 @@ Documents are made on the fly and none is seen twice, so the training loss is wh
 
 from pathlib import Path
 
-import torch
-
+from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.recipes.ablation import Workshop
 from mm_interleaved.recipes.ablation_settings import AblationConfig, TwinSizes
 from mm_interleaved.recipes.scaling_settings import ScalingConfig, num_heads
 from mm_interleaved.recipes.twins import Reader
-from mm_interleaved.training.devices import chosen_device
 
 
 def train(config: ScalingConfig, folder: Path, *, show_progress: bool = False) -> Path:
     """Trains a reader of each size, each in a folder of its own; returns `folder`."""
-    device = chosen_device(config.device)
-    torch.set_num_threads(config.num_threads)
+    device = rank_device(config.device)
+    use_threads(config.num_threads)
     for width, layers in zip(config.widths, config.layers, strict=True):
         settings = AblationConfig(
             start_from=config.start_from,

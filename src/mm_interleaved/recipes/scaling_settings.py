@@ -5,7 +5,7 @@ from typing import Annotated
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.recipes.ablation_settings import AblationConfig
-from mm_interleaved.training.settings import RATE, SEED, SIZE, THREADS, StageConfig, check_ranges
+from mm_interleaved.training.settings import PROCESSES, RATE, SEED, SIZE, StageConfig, check_ranges
 
 _HEAD_DIM = 32
 
@@ -19,8 +19,9 @@ class ScalingConfig:
 
     start_from: str = "storyworld"
     """A finished model ("storyworld", a folder), whose vision tower all sizes share."""
-    num_threads: Annotated[int, THREADS] = 2
-    """Threads of PyTorch; the same number gives the same bits."""
+    num_threads: Annotated[int, PROCESSES] = 0
+    """Threads of PyTorch; the same number gives the same bits. 0 = OMP_NUM_THREADS, else one for each core
+    that affinity and quota leave."""
     device: str = "cpu"
     """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
     seed: Annotated[int, SEED] = 1

@@ -21,6 +21,7 @@ from mm_interleaved.config import (
     ResamplerConfig,
     SynchronizerConfig,
 )
+from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.document import Text
 from mm_interleaved.errors import UsageError, escape
 from mm_interleaved.model_source import find_model
@@ -37,7 +38,6 @@ from mm_interleaved.training.data import (
     storyworld_pixels,
     training_document,
 )
-from mm_interleaved.training.devices import chosen_device
 from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
 from mm_interleaved.training.image_side import ImageSideStage
 from mm_interleaved.training.initialisation import open_to_images, open_to_learning
@@ -201,8 +201,8 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     """Runs all stages in `folder`, each from its newest checkpoint, and returns the finished model's
     folder.
     """
-    torch.set_num_threads(config.num_threads)
-    device = chosen_device(config.device)
+    use_threads(config.num_threads)
+    device = rank_device(config.device)
     run = partial(train_stage, seed=config.seed, settings=to_record(config), show_progress=show_progress)
 
     # 1. What sees: made from nothing, or taken from a finished model.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from mm_interleaved.training.settings import FACTOR, RATE, SEED, SIZE, THREADS, StageConfig, check_ranges
+from mm_interleaved.training.settings import FACTOR, PROCESSES, RATE, SEED, SIZE, StageConfig, check_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,9 @@ class StoryWorldConfig:
 
     seed: Annotated[int, SEED] = 1
     """Seed of weights, data and noise."""
-    num_threads: Annotated[int, THREADS] = 2
-    """Threads of PyTorch; the same number gives the same bits."""
+    num_threads: Annotated[int, PROCESSES] = 0
+    """Threads of PyTorch; the same number gives the same bits. 0 = OMP_NUM_THREADS, else one for each core
+    that affinity and quota leave."""
     device: str = "cpu"
     """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
     start_from: str = ""
@@ -66,19 +67,19 @@ class StoryWorldConfig:
     sizes: SizesConfig = field(default_factory=SizesConfig)
     vae: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=2450, learning_rate=1e-3, warmup_steps=50, ema_decay=0.995, use_bfloat16=True
+            steps=2450, learning_rate=1e-3, warmup_steps=50, ema_decay=0.995, use_bfloat16=None
         )
     )
     """First stage: pixels to latents and back."""
     vision: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=700, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
+            steps=700, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=None
         )
     )
     """Second stage: the vision tower learns to name what it sees."""
     text: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=6000, learning_rate=2.5e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=True
+            steps=6000, learning_rate=2.5e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=None
         )
     )
     """Third stage: the language model learns to read pictures and to write."""
@@ -88,13 +89,13 @@ class StoryWorldConfig:
             learning_rate=1e-3,
             ema_decay=0.998,
             decay_fraction=0.0,
-            use_bfloat16=True,
+            use_bfloat16=None,
         )
     )
     """Fourth stage: the U-Net learns to paint from codes of scenes, without language model."""
     image: StageConfig = field(
         default_factory=lambda: StageConfig(
-            steps=400, learning_rate=4e-4, ema_decay=0.99, decay_fraction=0.6, use_bfloat16=True
+            steps=400, learning_rate=4e-4, ema_decay=0.99, decay_fraction=0.6, use_bfloat16=None
         )
     )
     """Fifth stage: it learns to paint from documents, and to keep what earlier pictures show."""

@@ -50,7 +50,7 @@ def pretraining() -> TrainConfig:
             weight_decay=0.05,
             beta_2=0.995,
             epsilon=1e-6,
-            use_bfloat16=True,
+            use_bfloat16=None,
             save_every=500,
         ),
         parts=PartsConfig(
@@ -59,7 +59,7 @@ def pretraining() -> TrainConfig:
             unet=PartConfig(train=True, learning_rate=1e-5),
         ),
         objective=ObjectiveConfig(image_loss_weight=10.0, condition_dropout=0.1),
-        frozen_type="bfloat16",
+        frozen_type="auto",
         checkpoint_activations=True,
     )
 
@@ -127,7 +127,7 @@ def storytelling() -> TrainConfig:
             decay_fraction=0.95,
             weight_decay=0.05,
             beta_2=0.98,
-            use_bfloat16=True,
+            use_bfloat16=None,
             save_every=1_000,
         ),
         parts=PartsConfig(
@@ -136,7 +136,7 @@ def storytelling() -> TrainConfig:
             unet=PartConfig(train=True, learning_rate=1e-4),
         ),
         objective=ObjectiveConfig(image_loss_weight=10.0, condition_dropout=0.1),
-        frozen_type="bfloat16",
+        frozen_type="auto",
         checkpoint_activations=True,
     )
 
@@ -184,7 +184,7 @@ def _fine_tuning(
             decay_fraction=1 - warmup_steps / steps,
             weight_decay=0.05,
             beta_2=0.999,
-            use_bfloat16=True,
+            use_bfloat16=None,
             save_every=500,
         ),
         parts=PartsConfig(
@@ -247,7 +247,6 @@ def _twin(name: str) -> TrainConfig:
         full,
         start_from="storyworld",
         seed=1,
-        num_threads=2,
         corpora=_TWIN_CORPORA[name],
         max_length=384,
         global_batch_size=8,

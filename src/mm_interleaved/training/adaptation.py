@@ -46,8 +46,11 @@ def add_low_rank(model: MMInterleavedForConditionalGeneration, config: LoraConfi
     return get_peft_model(model, settings)
 
 
-def quantization_settings(config: LoraConfig) -> dict[str, Any]:
+def quantization_settings(config: LoraConfig, number_type: torch.dtype) -> dict[str, Any]:
     """Arguments of `from_pretrained` that keep the language model's own layers in few bits.
+
+    Args:
+        number_type: products with them are computed in it.
 
     Raises:
         UsageError: bitsandbytes is not installed.
@@ -63,7 +66,7 @@ def quantization_settings(config: LoraConfig) -> dict[str, Any]:
             load_in_8bit=config.quantize == "int8",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=number_type,
             llm_int8_skip_modules=AS_THEY_ARE,
         )
     }

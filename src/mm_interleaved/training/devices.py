@@ -1,6 +1,8 @@
-"""Where a stage computes: the device of its model, to which batches go as soon as they are made."""
+"""Where a stage computes: the device of its model, to which batches go as soon as they are made.
 
-import os
+Which device that is, and in which number format it computes, is chosen in `mm_interleaved.devices`.
+"""
+
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,32 +10,18 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mm_interleaved.errors import UsageError
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device of a name; `auto` takes this process's GPU where there is one, else the CPU.
-
-    Raises:
-        UsageError: no such device, or none here.
-    """
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"device: expected auto, cpu or cuda, found {name!r}") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"device {name}: PyTorch finds no GPU here; use device=cpu or auto")
-        torch.cuda.set_device(device)
-    return device
-
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's first parameter lies."""
     parameters: Iterator[nn.Parameter] = module.parameters()
     return next(parameters).device
+
+
+def autocast(number_format: str, device: torch.device) -> torch.autocast:
+    """Within, convolutions and matrix products run in a number format; weights stay as they are."""
+    # Of float32 nothing has to be said, and autocast knows no such type.
+    number_type = getattr(torch, number_format) if number_format != "float32" else torch.bfloat16
+    return torch.autocast(device.type, dtype=number_type, enabled=number_format != "float32")
 
 
 def fast_attention(device: torch.device) -> AbstractContextManager[object]:

@@ -30,6 +30,7 @@ from mm_interleaved.checkpoint.store import (
 )
 from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError, escape
 from mm_interleaved.storage import remove_temporary_files
+from mm_interleaved.training.devices import autocast
 from mm_interleaved.training.metrics import LinesFile, Log, LogWriter, Meter, count_flops
 from mm_interleaved.training.optimizer import (
     AveragedWeights,
@@ -163,7 +164,7 @@ def train_stage(
                 torch.manual_seed(step_seed(seed, run.step, ranks.rank))
                 batch = stage.make_batch(run.step)
                 if measure_flops and not run.meter.flops_a_token:
-                    _measure_flops(stage, config, run, batch)
+                    _measure_flops(stage, run, batch)
                     torch.manual_seed(step_seed(seed, run.step, ranks.rank))
                 is_stopping = _update(stage, config, run, batch, bool(stop))
                 is_stopping = is_stopping or (ranks.size == 1 and bool(stop))
@@ -172,7 +173,7 @@ def train_stage(
                     run.save()
                 for observer in observers:
                     if observer.every and run.step % observer.every == 0:
-                        _look_on(observer, config, run)
+                        _look_on(observer, run)
                 if is_stopping:
                     name = stop[0] if stop else "a signal to another rank"
                     raise StoppedBySignal(
@@ -202,7 +203,7 @@ def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any, wan
     """One optimizer step. True if some rank wants to stop after it."""
     # 1. Gradients of all micro-batches.
     run.optimizer.zero_grad()
-    losses = _backward(stage, config, run, batch)
+    losses = _backward(stage, run, batch)
     run.scale.undo(run.parameters.values())
     highest = config.max_grad_norm or math.inf
     norm = float(whole(nn.utils.clip_grad_norm_(run.parameters.values(), highest)))
@@ -237,25 +238,18 @@ def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any, wan
     return bool(sums[1])
 
 
-def _backward(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any) -> list[Losses]:
+def _backward(stage: Stage, run: "_StageRun", batch: Any) -> list[Losses]:
     """Adds up the gradients of a batch's pieces; returns their losses without their graphs."""
     pieces = batch.pieces if isinstance(batch, MicroBatches) else (batch,)
     results = []
     for index, piece in enumerate(pieces):
         with _summing(stage, is_last=index == len(pieces) - 1):
-            with _number_type(config, run.device):
+            with run.number_type():
                 losses = stage.compute_losses(piece)
             (losses.total if run.scale.factor == 1.0 else losses.total * run.scale.factor).backward()
         named = {name: value.detach() for name, value in losses.named.items()}
         results.append(Losses(losses.total.detach(), named, losses.counts, losses.document_ids))
     return results
-
-
-def _number_type(config: StageConfig, device: torch.device) -> torch.autocast:
-    """The number type that convolutions and matrix products run in."""
-    number_type = torch.float16 if config.use_float16 else torch.bfloat16
-    is_mixed = config.use_float16 or config.use_bfloat16
-    return torch.autocast(device.type, dtype=number_type, enabled=is_mixed)
 
 
 def _summing(stage: Stage, *, is_last: bool) -> AbstractContextManager[None]:
@@ -276,9 +270,9 @@ def _refuse(stage: Stage, run: "_StageRun", losses: Sequence[Losses], norm: floa
     )
 
 
-def _look_on(observer: Observer, config: StageConfig, run: "_StageRun") -> None:
+def _look_on(observer: Observer, run: "_StageRun") -> None:
     """Lets an observer look; what it fails at is no reason to end the run."""
-    with run.averaged_weights(), _number_type(config, run.device):
+    with run.averaged_weights(), run.number_type():
         try:
             observer(run.step)
         except Exception as error:
@@ -286,10 +280,10 @@ def _look_on(observer: Observer, config: StageConfig, run: "_StageRun") -> None:
             logger.warning("%s failed after step %d (%s: %s)", name, run.step, type(error).__name__, error)
 
 
-def _measure_flops(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any) -> None:
+def _measure_flops(stage: Stage, run: "_StageRun", batch: Any) -> None:
     """Counts what one batch costs a token, so that the log can tell the share of the device that is used."""
     losses: list[Losses] = []
-    flops = count_flops(lambda: losses.extend(_backward(stage, config, run, batch)))
+    flops = count_flops(lambda: losses.extend(_backward(stage, run, batch)))
     run.optimizer.zero_grad()
     tokens = sum(piece.counts.get("tokens", 0) for piece in losses)
     run.meter.flops_a_token = flops / tokens if tokens else 0.0
@@ -316,10 +310,15 @@ class _StageRun:
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = build_optimizer(self.parameters, stage.trained_parts(), config, rules)
         self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
-        self.scale = LossScale(config.use_float16)
+        self.number_format = config.number_format(self.device).name
+        self.scale = LossScale(self.number_format == "float16")
         self.meter = Meter(self.device, ranks.size)
         self._file = LinesFile(folder / LOG_NAME)
         self.lines = Log((self._file, *writers))
+
+    def number_type(self) -> torch.autocast:
+        """Within, convolutions and matrix products run in the stage's number format."""
+        return autocast(self.number_format, self.device)
 
     def resume(self) -> None:
         checkpoint = newest_checkpoint(self.folder, self.ranks, accept=self._accept)
@@ -362,7 +361,8 @@ class _StageRun:
             if "loss_scale" in state:
                 if not 0 < state["loss_scale"]["factor"] < math.inf:
                     raise ValueError(f"loss_scale: found {state['loss_scale']['factor']}")
-                self.scale.restore(state["loss_scale"])
+                if self.scale.is_used:
+                    self.scale.restore(state["loss_scale"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             found = f"{type(error).__name__}: {escape(str(error))}"
             raise StorageError(
@@ -381,6 +381,7 @@ class _StageRun:
             "settings": dict(self.settings),
             "ranks": self.ranks.size,
             "threads": torch.get_num_threads(),
+            "number_format": self.number_format,
         }
         if self.scale.is_used:
             state["loss_scale"] = self.scale.record()
@@ -432,12 +433,16 @@ class _StageRun:
         progress.set_postfix(numbers)
 
     def _warn_of_differences(self, state: Mapping[str, Any]) -> None:
-        for what, now in (("threads", torch.get_num_threads()), ("ranks", self.ranks.size)):
+        for what, now in (
+            ("threads", torch.get_num_threads()),
+            ("ranks", self.ranks.size),
+            ("number_format", self.number_format),
+        ):
             before = state.get(what, now)
             if before != now:
                 logger.warning(
-                    "%s were %d, are now %d: sums are rounded otherwise, so bits will differ",
-                    what,
+                    "%s: was %s, is now %s: sums are rounded otherwise, so bits will differ",
+                    what.replace("_", " "),
                     before,
                     now,
                 )

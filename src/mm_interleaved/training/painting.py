@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mm_interleaved.devices import training_format
 from mm_interleaved.document import Document
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.losses import denoising_target
 from mm_interleaved.training.data import DocumentBatch
-from mm_interleaved.training.devices import device_of, fast_attention
+from mm_interleaved.training.devices import autocast, device_of, fast_attention
 from mm_interleaved.training.image_codec import detail
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.naming import badge_cells
@@ -112,7 +113,7 @@ class PaintingStage(ABC):
         batch = documents.batch
         assert batch.target_pixel_values is not None, "documents come with target pixels"
         device = batch.pixel_values.device
-        with torch.autocast(device.type, torch.bfloat16), fast_attention(device):
+        with autocast(training_format(None, device).name, device), fast_attention(device):
             contexts = self.read_contexts(documents)
             latents = self.model.image_decoder.encode(batch.target_pixel_values)
             weight_I1yx = self._weights(batch.target_pixel_values, documents.documents)

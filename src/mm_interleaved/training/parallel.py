@@ -20,9 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mm_interleaved.devices import rank_device
 from mm_interleaved.errors import StorageError, UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.training.devices import chosen_device
 from mm_interleaved.training.train_config import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def joined_ranks(config: ParallelConfig, device: str = "auto") -> Iterator[Ranks
         UsageError: no such device, or the processes do not find each other.
         StorageError: another process ended, or did not answer in time.
     """
-    place = chosen_device(device)
+    place = rank_device(device)
     if "RANK" not in os.environ or dist.is_initialized():
         size = dist.get_world_size() if dist.is_initialized() else 1
         yield Ranks(dist.get_rank() if size > 1 else 0, size, place)

@@ -14,12 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mm_interleaved.devices import rank_device
 from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
 from mm_interleaved.recipes import ablation_settings, scaling_settings
 from mm_interleaved.recipes.storyworld_settings import StoryWorldConfig
 from mm_interleaved.recipes.tasks import task_recipes
 from mm_interleaved.storage import locked_folder, make_folder, remove_temporary_files, write_file
-from mm_interleaved.training.settings import LOG_NAME, flat_record, from_record, override, to_record
+from mm_interleaved.training.settings import LOG_NAME, flat_record, from_record, override, stages, to_record
 from mm_interleaved.training.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ def run_recipe(
         _refuse_changes(out, begun, settings, RECIPES[name].may_change)
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
+        _tell_number_formats(settings)
         make_folder(out)
     with (
         locked_folder(out) if is_first else nullcontext(),
@@ -123,6 +125,14 @@ def run_recipe(
         if is_first:
             remove_temporary_files(out)
         return RECIPES[name].train(settings, out, show_progress=show_progress)
+
+
+def _tell_number_formats(settings: Any) -> None:
+    """One line where stages compute in another format than usual, or in a slow one."""
+    device = rank_device(settings.device)
+    formats = [stage.number_format(device) for stage in stages(settings).values()]
+    for remark in dict.fromkeys(found.remark for found in formats if found.remark):
+        logger.warning("%s", remark)
 
 
 def export(run: Path, out: Path) -> int:

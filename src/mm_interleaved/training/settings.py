@@ -12,9 +12,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from mm_interleaved.devices import NumberFormat, training_format
 from mm_interleaved.errors import UsageError, escape
+
+if TYPE_CHECKING:
+    import torch
 
 Settings = TypeVar("Settings")
 
@@ -55,7 +59,6 @@ COUNT = Range(1, 2**31 - 1)
 NUMBER = Range(0, 2**31 - 1)
 """A count that may be none."""
 SEED = Range(0, 2**63 - 1)
-THREADS = Range(1, 1024)
 PROCESSES = Range(0, 1024)
 SIZE = Range(1, 2**20)
 """Rows, tokens, channels: what takes memory."""
@@ -93,8 +96,9 @@ class StageConfig:
     """Gradients are scaled down to this norm; 0 = they are left as they are."""
     ema_decay: Annotated[float, DECAY] = 0.0
     """Decay a step of the averaged weights, which are the ones that a stage hands on; 0 keeps no average."""
-    use_bfloat16: bool = False
-    """Run convolutions and matrix products in bfloat16 (autocast), weights staying in float32."""
+    use_bfloat16: bool | None = False
+    """Run convolutions and matrix products in bfloat16 (autocast), weights staying in float32. `none`: where
+    the device has units for it; a GPU without them runs in float16, a CPU in float32."""
     use_float16: bool = False
     """The same in float16, with a loss scale that adapts itself; for GPUs without bfloat16."""
     save_every: Annotated[int, COUNT] = 200
@@ -110,6 +114,11 @@ class StageConfig:
             raise UsageError("use_bfloat16 and use_float16 exclude each other, found both true")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
+
+    def number_format(self, device: "torch.device") -> NumberFormat:
+        """The format that convolutions and matrix products run in on a device."""
+        named = {True: "bfloat16", False: "float32", None: None}[self.use_bfloat16]
+        return training_format("float16" if self.use_float16 else named, device)
 
 
 def check_ranges(settings: Any) -> None:
@@ -206,6 +215,17 @@ def _type_of(settings: Any, path: Sequence[str], full_name: str) -> Any:
         suggestion = _suggestion(settings, full_name, path)
         raise UsageError(f"--set {escape(full_name)}: no such setting{suggestion}")
     return _type_of(children[name], rest, full_name) if rest else typing.get_type_hints(type(settings))[name]
+
+
+def stages(settings: Any, prefix: str = "") -> dict[str, StageConfig]:
+    """Every stage among the settings, by its name."""
+    found: dict[str, StageConfig] = {}
+    for name, value in _children(settings).items():
+        if isinstance(value, StageConfig):
+            found[prefix + name] = value
+        elif _is_group(value):
+            found |= stages(value, f"{prefix}{name}.")
+    return found
 
 
 def _changed(settings: Any, changes: Mapping[tuple[str, ...], Any]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from mm_interleaved.devices import FORMATS
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.prediction_types import PREDICTION_TYPES
 from mm_interleaved.training.settings import (
@@ -24,7 +25,6 @@ from mm_interleaved.training.settings import (
     check_ranges,
 )
 
-NUMBER_TYPES = ("float32", "bfloat16", "float16")
 LORA_PARTS = ("language", "unet")
 QUANTIZATIONS = ("", "nf4", "int8")
 STRATEGIES = ("ddp", "fsdp")
@@ -233,7 +233,8 @@ class TrainConfig:
     seed: Annotated[int, SEED] = 0
     """Seed of data order, noise and new weights."""
     num_threads: Annotated[int, PROCESSES] = 0
-    """Threads of PyTorch; the same number gives the same bits. 0 = as PyTorch chooses."""
+    """Threads of PyTorch; the same number gives the same bits. 0 = OMP_NUM_THREADS, else one for each core
+    that affinity and quota leave."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: this rank's GPU where there is one."""
     corpora: Mapping[str, CorpusConfig] = field(default_factory=dict)
@@ -265,7 +266,8 @@ class TrainConfig:
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass instead of keeping them (gradient checkpointing)."""
     frozen_type: str = "float32"
-    """Number type in which frozen weights are kept; what trains is kept in float32."""
+    """Number type in which frozen weights are kept, `auto`: the one that the run computes in; what trains is
+    kept in float32."""
     compile_backend: str = ""
     """Compile layers with torch.compile, e.g. `inductor`; empty = do not."""
     measure_mfu: bool = False
@@ -281,10 +283,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for name in ("frozen_type", "model_type"):
-            if getattr(self, name) not in NUMBER_TYPES:
-                raise UsageError(
-                    f"{name} must be one of {', '.join(NUMBER_TYPES)}, found {getattr(self, name)!r}"
-                )
+        for name, types in (("frozen_type", ("auto", *FORMATS)), ("model_type", FORMATS)):
+            if getattr(self, name) not in types:
+                raise UsageError(f"{name} must be one of {', '.join(types)}, found {getattr(self, name)!r}")
         if self.training.optimizer == "muon" and self.parallel.strategy == "fsdp":
             raise UsageError("training.optimizer=muon needs whole matrices; use adamw with strategy=fsdp")
