@@ -3,14 +3,25 @@
 Nothing here builds anything: `models/build.py` reads these and hands plain dimensions to the parts.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
+from inspect import get_annotations, signature
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
 from mm_interleaved.checkpoint.resolve import HUB_ARGUMENTS, SMALL_FILES, find_folder
+from mm_interleaved.checkpoint.values import check_object
+from mm_interleaved.strict_json import FieldError
 
 CONTEXT_RULES = ("previous", "all")
+
+
+_OUR_HINTS: Mapping[str, Mapping[str, Any]] = {
+    # CLIP's class takes rectangles too.
+    "vision_config": {"image_size": int, "patch_size": int},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,16 +139,17 @@ class MMInterleavedConfig(PreTrainedConfig):
     }
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, kind in self._PARTS.items():
+            value = getattr(self, name)
+            if isinstance(value, kind):
+                setattr(self, name, asdict(value))
+        self._check_values()
         if isinstance(self.text_config, dict):
             settings = dict(self.text_config)
             self.text_config = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
         if isinstance(self.vision_config, dict):
             settings = {k: v for k, v in self.vision_config.items() if k != "model_type"}
             self.vision_config = CLIPVisionConfig(**settings)
-        for name, kind in self._PARTS.items():
-            value = getattr(self, name)
-            if isinstance(value, kind):
-                setattr(self, name, asdict(value))
         super().__post_init__(**kwargs)
         if self.context_images not in CONTEXT_RULES:
             raise ValueError(f"context_images must be one of {CONTEXT_RULES}, found {self.context_images!r}")
@@ -150,6 +162,44 @@ class MMInterleavedConfig(PreTrainedConfig):
         hub = {name: settings[name] for name in HUB_ARGUMENTS if settings.get(name) is not None}
         folder = find_folder(pretrained_model_name_or_path, files=SMALL_FILES, hub=hub)
         return super().from_pretrained(folder, **settings)
+
+    def _check_values(self) -> None:
+        """Refuses, as a ValueError that names the field, values that no model of any size has."""
+        check_object(
+            {name: getattr(self, name) for name in get_annotations(MMInterleavedConfig)},
+            get_annotations(MMInterleavedConfig),
+            "",
+        )
+        for name, kind in self._PARTS.items():
+            if getattr(self, name) is not None:
+                _check_part(getattr(self, name), kind, name)
+        for name, kind in _stock_classes(self.text_config).items():
+            value = getattr(self, name)
+            # A configuration that is one already has been checked by its own class.
+            if value is not None and not isinstance(value, PreTrainedConfig):
+                check_object(value, _hints(kind) | _OUR_HINTS.get(name, {}), name)
+
+    def check_complete(self) -> None:
+        """Refuses a configuration that lacks what every model needs, or with ids beyond its vocabulary.
+
+        Not asked at once, because transformers makes empty configurations to compare others with.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        needed = ["text_config", "vision_config", "adapter", "slot_resampler"]
+        if self.has_image_decoder:
+            needed += ["vae_config", "scheduler_config", "conditioning_resampler"]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise FieldError(name, "found nothing, expected an object")
+        size = self.text_config.vocab_size
+        for name in ("bos", "eos", "pad", "image_start", "image"):
+            value = getattr(self, f"{name}_token_id")
+            if not 0 <= value < size:
+                raise FieldError(
+                    f"{name}_token_id", f"found {value}, expected less than text_config.vocab_size {size}"
+                )
 
     def part(self, name: str) -> Any:
         """The dataclass of one of our own parts, or None where the model lacks it."""
@@ -167,3 +217,46 @@ class MMInterleavedConfig(PreTrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         return self.text_config
+
+
+def _check_part(value: Any, kind: Any, path: str) -> None:
+    """Refuses settings that are not those of one of our parts. Raises ValueError, naming the field."""
+    check_object(value, _hints(kind), path)
+    known = {field.name: field.default is MISSING for field in fields(kind)}
+    unknown = [name for name in value if name not in known]
+    missing = [name for name, is_needed in known.items() if is_needed and name not in value]
+    if unknown:
+        raise FieldError(f"{path}.{unknown[0]}", f"no such field, expected some of {', '.join(known)}")
+    if missing:
+        raise FieldError(f"{path}.{missing[0]}", "missing")
+    try:
+        kind(**value)
+    except ValueError as error:
+        raise FieldError(path, str(error)) from error
+
+
+def _stock_classes(text_config: Any) -> dict[str, Any]:
+    """The class that each stock part's values are for."""
+    # Late: who only wants a configuration need not wait for all of diffusers.
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    classes = {
+        "vision_config": CLIPVisionConfig,
+        "unet_config": UNet2DConditionModel,
+        "vae_config": AutoencoderKL,
+        "scheduler_config": DDPMScheduler,
+    }
+    family = text_config.get("model_type", "llama") if isinstance(text_config, Mapping) else None
+    if isinstance(family, str) and family in CONFIG_MAPPING:
+        return {"text_config": CONFIG_MAPPING[family], **classes}
+    return {"text_config": None, **classes}
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Name and type of each field that a class takes, as its dataclass or its constructor says."""
+    if kind is None:
+        return {}
+    if is_dataclass(kind):
+        return {field.name: field.type for field in fields(kind)}
+    return {name: taken.annotation for name, taken in signature(kind.__init__).parameters.items()}

@@ -53,8 +53,11 @@ class TooLongError(InputError):
     code = "too_long"
 
 
-class ModelFileError(MMInterleavedError):
-    """Model files that are missing, damaged, unsafe or of the wrong shape."""
+class ModelFileError(MMInterleavedError, ValueError):
+    """Model files that are missing, damaged, unsafe, of the wrong shape, or of different models.
+
+    A ValueError too, as users of transformers' `from_pretrained` expect.
+    """
 
     exit_code = 4
     code = "model"

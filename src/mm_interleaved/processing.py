@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.batch import Batch, collate
-from mm_interleaved.checkpoint.resolve import HUB_ARGUMENTS, SMALL_FILES, find_folder
+from mm_interleaved.checkpoint.headers import read_json
+from mm_interleaved.checkpoint.model_card import publish
+from mm_interleaved.checkpoint.processor_settings import (
+    PROCESSOR_CONFIG,
+    load_tokenizer,
+    read_processor_settings,
+    refuse_other_model,
+)
+from mm_interleaved.checkpoint.resolve import CONFIG, HUB_ARGUMENTS, SMALL_FILES, find_folder
 from mm_interleaved.document import Document
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.images import SquareCrop
@@ -19,8 +27,6 @@ from mm_interleaved.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CONFIG_NAME = "processor_config.json"
 
 
 class MMInterleavedProcessor:
@@ -117,11 +123,17 @@ class MMInterleavedProcessor:
         with tempfile.TemporaryDirectory(prefix="processor-") as temporary:
             self.tokenizer.save_pretrained(temporary)
             settings = json.dumps(self.to_dict(), indent=2) + "\n"
-            Path(temporary, CONFIG_NAME).write_text(settings, encoding="utf-8")
+            Path(temporary, PROCESSOR_CONFIG).write_text(settings, encoding="utf-8")
             for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
                 target = folder / file.relative_to(temporary)
                 make_folder(target.parent)
                 write_file(target, file.read_bytes())
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
+        """Uploads what `save_pretrained` writes, see `checkpoint.model_card.publish`."""
+        with tempfile.TemporaryDirectory(prefix="processor-") as temporary:
+            self.save_pretrained(temporary)
+            return publish(Path(temporary), repo_id, **settings)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **of_transformers: Any) -> MMInterleavedProcessor:
@@ -135,28 +147,26 @@ class MMInterleavedProcessor:
         Raises:
             ModelFileError: there is no (valid) `processor_config.json` or no tokenizer that fits it.
         """
-        from transformers import AutoTokenizer
-
         hub = {name: of_transformers[name] for name in HUB_ARGUMENTS if of_transformers.get(name) is not None}
         folder = find_folder(folder, files=SMALL_FILES, hub=hub)
-        path = folder / CONFIG_NAME
+        settings = read_processor_settings(folder)
+        tokenizer = load_tokenizer(folder)
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ModelFileError(f"{path}: there is no such file, expected a processor's settings") from error
-        except (OSError, ValueError) as error:
-            raise ModelFileError(f"{path}: cannot be read ({error})") from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:
-            raise ModelFileError(f"{folder}: cannot load the tokenizer ({error})") from error
-        known = ("image_size", "target_size", "num_slots", "resize", "special_ids")
-        missing = [name for name in known if name not in settings]
-        if missing:
-            raise ModelFileError(
-                f"{path}: expected the fields {', '.join(known)}, found no {', '.join(missing)}"
-            )
-        try:
-            return cls(tokenizer, **{name: settings[name] for name in known})
+            processor = cls(tokenizer, **settings)
         except (TypeError, ValueError) as error:
-            raise ModelFileError(f"{path}: {error}") from error
+            raise ModelFileError(f"{folder / PROCESSOR_CONFIG}: {error}") from error
+        if (folder / CONFIG).is_file():
+            processor.check_model(read_json(folder / CONFIG), str(folder / PROCESSOR_CONFIG))
+        return processor
+
+    def check_model(self, config: Mapping[str, Any], place: str = "processor") -> None:
+        """Refuses to work for another model than the one it was made for.
+
+        Args:
+            config: of the model, as JSON.
+            place: how messages call the processor.
+
+        Raises:
+            ModelFileError: names the first field that differs.
+        """
+        refuse_other_model(self.to_dict(), len(self.vocabulary), config, place)

@@ -149,7 +149,7 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(folder, tmp_path):
         ([], "start_from: empty"),
         # Found out before the model is loaded.
         (["start_from=nowhere", *QUICK], r"corpora\.refcoco\.paths: empty.*corpora\.refcoco\.weight=0"),
-        (["start_from=nowhere", "device=banana"], "device: expected auto, cpu or cuda, found 'banana'"),
+        (["start_from=nowhere", "device=banana"], "device: expected auto, cpu, cuda or mps, found 'banana'"),
         (["start_from=nowhere", *(f"corpora.{name}.weight=0" for name in CORPORA)], "are all 0"),
         (["corpora.refcocoo.paths=x"], r"did you mean corpora\.refcoco"),
         (["parts.languages.train=true"], r"did you mean parts\.language\.train"),

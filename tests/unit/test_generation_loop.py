@@ -9,7 +9,7 @@ import torch
 from PIL import Image as PILImage
 
 from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.errors import InputError, NumericalError, TooLongError, UsageError
+from mm_interleaved.errors import InputError, ModelFileError, NumericalError, TooLongError, UsageError
 from mm_interleaved.generation.engine import InterleavedGenerator, part_seed
 from mm_interleaved.generation.events import Finished, ImageDone, ImagePreview, ImageStarted, TextDelta
 from mm_interleaved.generation.settings import SCHEDULERS, GenerationSettings, settings_for
@@ -343,7 +343,9 @@ def test_numbers_that_are_none_are_reported(generator, document, says):
 
 def test_a_processor_of_another_model_is_refused(generator):
     other = tiny_model(vocab_size=310)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(
+        ModelFileError, match=r"another model's: special_ids\.image_start: found 298, expected 308"
+    ):
         InterleavedGenerator(other, generator.processor)
 
 

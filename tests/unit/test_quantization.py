@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mm_interleaved.checkpoint.load import load_model
-from mm_interleaved.errors import UsageError
+from mm_interleaved.errors import ModelFileError, UsageError
 from mm_interleaved.models.quantization import QUANTIZATIONS, weight_only
 from tiny import BOS, tiny_config, tiny_model
 
@@ -51,3 +51,17 @@ def test_few_bits_change_the_words_little_and_the_rest_not_at_all(kind, tmp_path
         ids, pixel_values=images["pixel_values"], cache_implementation="static", **options
     )
     assert torch.equal(plain, static)
+
+
+@pytest.mark.quantize
+@pytest.mark.parametrize("kind", MOST_OFF)
+def test_weights_in_few_bits_are_not_saved(kind, tmp_path):
+    text = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "num_hidden_layers": 2}
+    tiny_model(text_config=tiny_config().text_config.to_dict() | text).save_pretrained(tmp_path / "whole")
+    small = load_model(tmp_path / "whole", quantization_config=weight_only(kind))
+    for save in (small.save_pretrained, lambda folder: small.save_pretrained(folder, push_to_hub=True)):
+        with pytest.raises(ModelFileError, match=f"in few bits by {QUANTIZATIONS[kind]}"):
+            save(tmp_path / "small")
+    with pytest.raises(ModelFileError, match="would not come back"):
+        small.push_to_hub("pip/small", api=None)
+    assert not (tmp_path / "small").exists()

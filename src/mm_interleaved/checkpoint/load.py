@@ -6,7 +6,8 @@ transformers' `from_pretrained` works too; it fills gaps with fresh weights, whe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -17,9 +18,11 @@ import torch
 from safetensors import SafetensorError
 
 from mm_interleaved.checkpoint.headers import read_json, tensor_headers
+from mm_interleaved.checkpoint.resolve import CONFIG
 from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.errors import MMInterleavedError, ModelFileError, StorageError, escape, memory_wanted
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.strict_json import FieldError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_NAMED = 10
@@ -49,11 +52,16 @@ def load_model(
     headers = tensor_headers(folder)
     found = {name: header.shape for name, header in headers.items()}
 
-    def check(model: torch.nn.Module) -> None:
-        # Between building and reading, so that the model is built once.
-        refuse_unfit(str(folder), _shapes_of(model), found, allow_missing=allow_missing)
+    built: list[torch.nn.Module] = []
 
-    with model_file_errors(folder):
+    def check(model: Any) -> None:
+        # Between building and reading, so that the model is built once.
+        built.append(model)
+        if model.image_decoder is not None:
+            _check_scheduler(folder / CONFIG, model)
+        refuse_unfit(str(folder / CONFIG), _shapes_of(model), found, allow_missing=allow_missing)
+
+    with model_file_errors(folder), _building_errors(folder / CONFIG, built):
         model = MMInterleavedForConditionalGeneration.read_pretrained(
             folder, config=config, dtype=dtype, device_map=device_map, when_built=check, **settings
         )
@@ -62,7 +70,7 @@ def load_model(
 
 def read_model_config(folder: Path) -> MMInterleavedConfig:
     """The configuration of a model folder. Raises ModelFileError."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     settings = read_json(path)
     found = settings.get("model_type") if isinstance(settings, dict) else None
     if found != MMInterleavedConfig.model_type:
@@ -130,6 +138,56 @@ def refuse_names(place: str, **names_by_kind: Iterable[str]) -> None:
         raise ModelFileError(f"{place}: does not fit the model; {'; '.join(problems)}")
 
 
+def _check_scheduler(path: Path, model: Any) -> None:
+    """Refuses a noise schedule that cannot be made, which would be found out after a whole picture's text."""
+    try:
+        steps = model.training_scheduler
+    except Exception as error:  # diffusers checks little by itself: what is raised differs by the value
+        raise ModelFileError(f"{path}: scheduler_config: no noise schedule ({one_line(error)})") from error
+    if not bool(torch.isfinite(steps.alphas_cumprod).all()):
+        raise ModelFileError(f"{path}: scheduler_config: its noise schedule holds no finite numbers")
+
+
+@contextmanager
+def _building_errors(path: Path, built: Sequence[Any]):
+    """What is raised before a model is built is the fault of its configuration, whatever its kind."""
+    try:
+        yield
+    except (MMInterleavedError, MemoryError):
+        raise
+    except Exception as error:
+        if built:
+            raise
+        field = _blamed_field(read_json(path), str(error))
+        what = f"{path}: {field}" if field else f"{path}"
+        raise ModelFileError(f"{what}: no model can be built so ({one_line(error)})", field=field) from error
+
+
+def _blamed_field(settings: Any, sentence: str) -> str | None:
+    """The field that a library's sentence speaks of: by its name, else by its value."""
+    by_path = dict(_fields_of(settings, ""))
+    words = set(re.findall(r"\w+", sentence))
+    for path in by_path:
+        if path.rsplit(".", 1)[-1] in words:
+            return path
+    for path, value in by_path.items():
+        if isinstance(value, str) and value and value in sentence:
+            return path
+    return None
+
+
+def _fields_of(settings: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        place = f"{path}.{name}" if path else name
+        yield place, value
+        yield from _fields_of(value, place)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line that is safe to show."""
+    return escape(" ".join(str(error).split()) or type(error).__name__, limit=400)
+
+
 @contextmanager
 def model_file_errors(place: Path | str):
     """Turn what libraries raise over model files into one sentence; a memory that is full is no fault of
@@ -139,8 +197,9 @@ def model_file_errors(place: Path | str):
         yield
     except MMInterleavedError:
         raise
+    except FieldError as error:
+        raise ModelFileError(f"{place}: {error}", field=error.path) from error
     except (MemoryError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if (wanted := memory_wanted(error)) is not None:
             raise StorageError(f"{place}: the model cannot be loaded: {wanted}") from error
-        sentence = escape(" ".join(str(error).split()), limit=400)
-        raise ModelFileError(f"{place}: the model cannot be loaded ({sentence})") from error
+        raise ModelFileError(f"{place}: the model cannot be loaded ({one_line(error)})") from error

@@ -93,14 +93,8 @@ class InterleavedGenerator:
     ):
         self.model, self.processor, self.adapter = model.eval(), processor, adapter
         self.assistant_model = None if assistant_model is None else _own_assistant(assistant_model)
-        config, vocabulary = model.config, processor.vocabulary
-        wanted = {
-            "image_start": config.image_start_token_id, "image": config.image_token_id,
-            "bos": config.bos_token_id, "eos": config.eos_token_id, "num_slots": config.num_slots,
-        }  # fmt: skip
-        found = {name: getattr(vocabulary, name) for name in wanted}
-        if found != wanted:
-            raise ValueError(f"the processor does not fit the model: it has {found}, the model {wanted}")
+        config = model.config
+        processor.check_model(config.to_dict(), "the processor is another model's")
         if assistant_model is not None:
             own = config.text_config.vocab_size
             others = assistant_model.config.get_text_config().vocab_size

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from mm_interleaved.checkpoint.headers import saved_format
+from mm_interleaved.checkpoint.model_card import PUBLISH_ARGUMENTS, publish, write_model_card
 from mm_interleaved.checkpoint.resolve import HUB_ARGUMENTS, find_model
 from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.devices import slowness, torch_device, weight_format
@@ -33,6 +35,7 @@ from mm_interleaved.models.initialisation import OwnInitialisation, is_own
 from mm_interleaved.models.language import ImageView, TextHead
 from mm_interleaved.models.losses import denoising_target, image_loss, text_loss
 from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.models.quantization import refuse_to_save
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.transformers_versions import CACHE, one_cache
 from mm_interleaved.models.vision import ImageFeatures, select_levels
@@ -96,6 +99,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
 
     def __init__(self, config: MMInterleavedConfig, *, when_built: Callable[[nn.Module], None] | None = None):
+        config.check_complete()
         super().__init__(config)
         dim = config.text_config.hidden_size
         self.vision = build_vision_tower(config)
@@ -407,6 +411,55 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         """
         warn_of_untried()
         return super().from_pretrained(folder, *model_args, **settings)
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        *arguments: Any,
+        license: str | None = None,
+        push_to_hub: bool = False,
+        **settings: Any,
+    ) -> None:
+        """As transformers', with a model card beside it where there is none yet.
+
+        Args:
+            license: of the weights, for the card; default: of the model that this one was loaded from.
+            push_to_hub: upload the folder afterwards, with those of `settings` that `push_to_hub` takes.
+
+        Raises:
+            ModelFileError: weights in few bits, before anything is written.
+        """
+        refuse_to_save(self)
+        hub = {name: settings.pop(name) for name in PUBLISH_ARGUMENTS if name in settings}
+        super().save_pretrained(save_directory, is_main_process, *arguments, **settings)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        name, tags = hub.pop("repo_id", None), hub.pop("tags", None) or ()
+        source = self.config.name_or_path
+        write_model_card(folder, self.config.to_dict(), name=name, license=license, tags=tags, source=source)
+        if push_to_hub:
+            publish(folder, name or folder.name, **hub)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **settings: Any) -> Any:
+        """Uploads model and card; the processor has a method of the same name.
+
+        Args:
+            settings: `license`, `tags`, `private`, `token`, `commit_message`, `commit_description`,
+                `revision`, `create_pr`, `api` (a `huggingface_hub.HfApi`).
+
+        Raises:
+            ModelFileError: weights in few bits.
+        """
+        refuse_to_save(self)
+        license, tags = settings.pop("license", None), settings.pop("tags", None) or ()
+        with TemporaryDirectory(prefix="model-") as temporary:
+            folder = Path(temporary) / repo_id.rsplit("/", 1)[-1]
+            self.save_pretrained(
+                folder, max_shard_size=max_shard_size, license=license, tags=tags, repo_id=repo_id
+            )
+            return publish(folder, repo_id, **settings)
 
     @torch.no_grad()
     def generate(

@@ -4,10 +4,15 @@ Only the language model's own attention and feed-forward layers are kept so, nea
 exact: what it costs is measured in `tests/unit/test_quantization.py` and told in docs/performance.md.
 """
 
-from importlib.util import find_spec
-from typing import Any
+from __future__ import annotations
 
-from mm_interleaved.errors import UsageError
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from mm_interleaved.errors import ModelFileError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 QUANTIZATIONS = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Kinds of weights and the library each needs. `int8`: one scale a row. `nf4`: four bits, 16 levels spread as
@@ -26,6 +31,21 @@ def check_installed(library: str, asked: str, field: str) -> None:
         raise UsageError(
             f"{asked} needs {library}, which is not installed; install mm-interleaved[quantize]", field=field
         )
+
+
+def refuse_to_save(model: torch.nn.Module) -> None:
+    """Refuses to write weights in few bits: neither library reads back what it writes of a model like ours.
+
+    Raises:
+        ModelFileError: names the library.
+    """
+    for parameter in model.parameters():
+        library = type(parameter).__module__.split(".")[0]
+        if library in QUANTIZATIONS.values():
+            raise ModelFileError(
+                f"this model's weights are kept in few bits by {library} and would not come back: copy the "
+                "model that it was loaded from, and name the quantization whenever it is loaded"
+            )
 
 
 def weight_only(kind: str) -> Any:
