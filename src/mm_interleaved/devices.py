@@ -26,6 +26,8 @@ FORMATS = ("float32", "bfloat16", "float16")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables by which a user names a number of threads; PyTorch obeys them by itself."""
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
 # The flag of any of these units, as `torch.cpu.get_capabilities` calls them (x86, then ARM).
 _CPU_UNITS = {
     "bfloat16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
@@ -184,11 +186,11 @@ def describe(device: torch.device) -> str:
 # ---- Threads -------------------------------------------------------------------------------------------
 
 
-def usable_cores(control_groups: Path = Path("/sys/fs/cgroup")) -> int:
+def usable_cores() -> int:
     """Cores that this process may use: the affinity mask, and within it the quota of its control group."""
     mask = getattr(os, "sched_getaffinity", None)
     cores = len(mask(0)) if mask is not None else os.cpu_count() or 1
-    quota = cpu_quota(control_groups)
+    quota = cpu_quota(CONTROL_GROUPS)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
@@ -221,6 +223,16 @@ def limit_threads(environment: Any = os.environ) -> None:
     """
     if not threads_by_name(environment):
         environment["OMP_NUM_THREADS"] = str(usable_cores())
+
+
+def describe_threads(number: int) -> str:
+    """Why a program computes on so many threads, in a few words."""
+    if number != usable_cores() and threads_by_name(os.environ):
+        named = next(name for name in THREAD_VARIABLES if os.environ.get(name, "").strip())
+        return f"{named} is {os.environ[named]}"
+    quota = cpu_quota(CONTROL_GROUPS)
+    limit = "" if quota is None else f", whose control group grants {quota:g}"
+    return f"{usable_cores()} of {os.cpu_count()} cores are usable by this process{limit}"
 
 
 def use_threads(number: int) -> int:

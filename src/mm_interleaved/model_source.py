@@ -6,17 +6,19 @@ Which folder a name means, see `checkpoint.resolve`.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_interleaved.checkpoint.headers import saved_format
+from mm_interleaved.checkpoint.headers import read_json, saved_format
 from mm_interleaved.checkpoint.resolve import CONFIG, SHIPPED, find_model
+from mm_interleaved.checkpoint.values import check_object
 from mm_interleaved.devices import FORMATS, slowness, torch_device, weight_format
 from mm_interleaved.errors import ModelFileError, UsageError, escape
+from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.strict_json import FieldError
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What commands read of a configuration without building anything of it.
+_PARTS = ("unet_config", "vae_config", "scheduler_config", "text_synchronizer", "image_synchronizer")
+_KINDS = {name: dict | None for name in (*_PARTS, "conditioning_resampler", "generation_settings")}
+_NEEDED = {
+    "text_config": (
+        "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size",
+    ),
+    "vision_config": ("hidden_size", "image_size", "patch_size"),
+    "slot_resampler": ("num_queries",),
+}  # fmt: skip
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 
 
@@ -87,13 +99,21 @@ __all__ = [
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A model's configuration as JSON. Raises ModelFileError."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{folder / CONFIG}: cannot be read as JSON ({error})") from error
+    config = read_json(folder / CONFIG)
     found = config.get("model_type") if isinstance(config, dict) else None
     if found != "mm_interleaved":
-        raise ModelFileError(f"{folder / CONFIG}: model_type {found!r}, expected 'mm_interleaved'")
+        raise ModelFileError(
+            f"{folder / CONFIG}: model_type {escape(repr(found))}, expected 'mm_interleaved'"
+        )
+    try:
+        check_object(config, _KINDS, "")
+        for part, needed in _NEEDED.items():
+            check_object(config.get(part), dict.fromkeys(needed, int), part)
+            missing = [name for name in needed if name not in config[part]]
+            if missing:
+                raise FieldError(f"{part}.{missing[0]}", "missing")
+    except FieldError as error:
+        raise ModelFileError(f"{folder / CONFIG}: {error}", field=error.path) from error
     return config
 
 
@@ -104,6 +124,10 @@ def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelFileError(
             f"{CONFIG}: generation_settings: found {escape(repr(found))}, expected an object"
         )
+    try:
+        GenerationSettings.combine(found)
+    except UsageError as error:
+        raise ModelFileError(f"{CONFIG}: generation_settings: {error}", field=error.field) from error
     return dict(found)
 
 

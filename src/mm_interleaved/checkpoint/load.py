@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -59,7 +60,9 @@ def load_model(
         built.append(model)
         if model.image_decoder is not None:
             _check_scheduler(folder / CONFIG, model)
-        refuse_unfit(str(folder / CONFIG), _shapes_of(model), found, allow_missing=allow_missing)
+        expected = _shapes_of(model)
+        part = _part_that_differs(expected, found)
+        refuse_unfit(f"{folder} (config.json: {part})", expected, found, allow_missing=allow_missing)
 
     with model_file_errors(folder), _building_errors(folder / CONFIG, built):
         model = MMInterleavedForConditionalGeneration.read_pretrained(
@@ -136,6 +139,29 @@ def refuse_names(place: str, **names_by_kind: Iterable[str]) -> None:
             problems.append(f"{len(names)} {kind} tensors: {', '.join(names[:_MAX_NAMED])}{more}")
     if problems:
         raise ModelFileError(f"{place}: does not fit the model; {'; '.join(problems)}")
+
+
+# Which part of a configuration says what size tensors have, by the beginning of their names.
+_PARTS_BY_NAME = {
+    "vision.clip": "vision_config",
+    "vision.adapter": "adapter",
+    "vision.resampler": "slot_resampler",
+    "image_decoder.resampler": "conditioning_resampler",
+    "image_decoder.synchronizers": "image_synchronizer",
+    "image_decoder.unet": "unet_config",
+    "image_decoder.vae": "vae_config",
+}
+
+
+def _part_that_differs(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """The part of a configuration that most tensors disagree with."""
+    parts: Counter[str] = Counter()
+    for name in expected.keys() | found.keys():
+        if expected.get(name) != found.get(name):
+            by_name = [part for start, part in _PARTS_BY_NAME.items() if name.startswith(start)]
+            text = "text_synchronizer" if ".synchronizer." in name else "text_config"
+            parts[by_name[0] if by_name else text] += 1
+    return parts.most_common(1)[0][0] if parts else "text_config"
 
 
 def _check_scheduler(path: Path, model: Any) -> None:

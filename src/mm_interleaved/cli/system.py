@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +17,18 @@ from mm_interleaved.cli.estimate import BYTES, DEVICES, needs_of
 from mm_interleaved.cli.models import describe_model
 from mm_interleaved.cli.output import say
 from mm_interleaved.cli.training_plan import GPUS, plan_lines, training_needs
+from mm_interleaved.devices import (
+    FORMATS,
+    describe,
+    describe_threads,
+    fast_formats,
+    rank_device,
+    torch_device,
+    training_format,
+    weight_format,
+)
 from mm_interleaved.errors import MMInterleavedError
-from mm_interleaved.versions import installed_version, untried
+from mm_interleaved.versions import installed_version, requirements, untried
 
 _CORE = ("torch", "transformers", "diffusers", "accelerate", "safetensors", "tokenizers", "pillow", "numpy")
 _EXTRAS = {
@@ -38,17 +47,15 @@ def add_to(app: typer.Typer):
 
 def doctor():
     """What works on this machine."""
-    import torch
-
     say(f"python        {platform.python_version()} on {platform.platform()}")
-    for package in _CORE:
-        say(f"{package:<13} {installed_version(package) or 'missing'}")
+    tried = {requirement.name: str(requirement.specifier) for requirement in requirements()}
+    for package in tried or _CORE:
+        bounds = f"  (tried: {tried[package]})" if package in tried else ""
+        say(f"{package:<13} {installed_version(package) or 'missing'}{bounds}")
     for sentence in untried():
         say(f"{'untried':<13} {sentence}")
-    devices = [f"{torch.cuda.get_device_name(k)} (cuda:{k})" for k in range(torch.cuda.device_count())]
-    devices += ["Apple GPU (mps)"] if torch.backends.mps.is_available() else []
-    devices.append(f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    say(f"devices       {', '.join(devices)}")
+    for line in _device_lines():
+        say(line)
     for extra, modules in _EXTRAS.items():
         missing = [module for module in modules if find_spec(module) is None]
         state = f"not installed: {', '.join(missing)}" if missing else "installed"
@@ -59,6 +66,28 @@ def doctor():
         say(f"storyworld    {total['parameters']:,} parameters, {total['bytes'] / 1e6:.0f} MB, files whole")
     except MMInterleavedError as error:
         say(f"storyworld    {error}")
+
+
+def _device_lines() -> Iterator[str]:
+    """Each device, what is fast on it, and what is chosen by default on the one that is."""
+    import torch
+
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    gpus += [torch.device("mps")] if torch.backends.mps.is_available() else []
+    for device in (*gpus, torch.device("cpu")):
+        fast = [name for name in FORMATS if name in fast_formats(device)]
+        slow = [name for name in FORMATS if name not in fast]
+        speeds = f"fast in {', '.join(fast)}" + (f"; slow in {', '.join(slow)}" if slow else "")
+        yield f"{'device':<13} {device}: {describe(device)}, {speeds}"
+    device = torch_device("auto")
+    yield f"{'chosen':<13} {device}"
+    for saved in FORMATS:
+        kept = weight_format(saved, device)
+        yield f"{'weights':<13} saved in {saved}: kept in {kept.name}"
+    training = training_format(None, rank_device("auto"))
+    yield f"{'training':<13} {training.remark or f'in {training.name}'}"
+    threads = torch.get_num_threads()
+    yield f"{'threads':<13} {threads}: {describe_threads(threads)}"
 
 
 def plan(
