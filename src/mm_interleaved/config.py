@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from inspect import get_annotations, signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PreTrainedConfig
 
 from mm_interleaved.checkpoint.resolve import HUB_ARGUMENTS, SMALL_FILES, find_folder
 from mm_interleaved.checkpoint.values import check_object
-from mm_interleaved.strict_json import FieldError
+from mm_interleaved.strict_json import FieldError, describe
 
 CONTEXT_RULES = ("previous", "all")
 
@@ -21,6 +21,16 @@ CONTEXT_RULES = ("previous", "all")
 _OUR_HINTS: Mapping[str, Mapping[str, Any]] = {
     # CLIP's class takes rectangles too.
     "vision_config": {"image_size": int, "patch_size": int},
+}
+# What transformers' own base class of configurations takes; it annotates with texts.
+BASE_HINTS: Mapping[str, Any] = {
+    "architectures": list[str] | None,
+    "dtype": Literal["float64", "float32", "bfloat16", "float16"] | None,
+    "id2label": dict | None,
+    "label2id": dict | None,
+    "output_attentions": bool | None,
+    "output_hidden_states": bool | None,
+    "return_dict": bool | None,
 }
 
 
@@ -173,6 +183,7 @@ class MMInterleavedConfig(PreTrainedConfig):
         for name, kind in self._PARTS.items():
             if getattr(self, name) is not None:
                 _check_part(getattr(self, name), kind, name)
+        _check_family(self.text_config)
         for name, kind in _stock_classes(self.text_config).items():
             value = getattr(self, name)
             # A configuration that is one already has been checked by its own class.
@@ -235,6 +246,15 @@ def _check_part(value: Any, kind: Any, path: str) -> None:
         raise FieldError(path, str(error)) from error
 
 
+def _check_family(text_config: Any) -> None:
+    if isinstance(text_config, Mapping) and "model_type" in text_config:
+        family = text_config["model_type"]
+        if not isinstance(family, str) or family not in CONFIG_MAPPING:
+            raise FieldError(
+                "text_config.model_type", f"found {describe(family)}, expected a type that transformers knows"
+            )
+
+
 def _stock_classes(text_config: Any) -> dict[str, Any]:
     """The class that each stock part's values are for."""
     # Late: who only wants a configuration need not wait for all of diffusers.
@@ -258,5 +278,5 @@ def _hints(kind: Any) -> dict[str, Any]:
     if kind is None:
         return {}
     if is_dataclass(kind):
-        return {field.name: field.type for field in fields(kind)}
+        return {field.name: field.type for field in fields(kind)} | BASE_HINTS
     return {name: taken.annotation for name, taken in signature(kind.__init__).parameters.items()}

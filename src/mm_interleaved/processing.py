@@ -16,6 +16,7 @@ from mm_interleaved.checkpoint.processor_settings import (
     load_tokenizer,
     read_processor_settings,
     refuse_other_model,
+    refuse_other_tokenizer,
 )
 from mm_interleaved.checkpoint.resolve import CONFIG, HUB_ARGUMENTS, SMALL_FILES, find_folder
 from mm_interleaved.document import Document
@@ -151,6 +152,7 @@ class MMInterleavedProcessor:
         folder = find_folder(folder, files=SMALL_FILES, hub=hub)
         settings = read_processor_settings(folder)
         tokenizer = load_tokenizer(folder)
+        refuse_other_tokenizer(tokenizer, settings["special_ids"], str(folder))
         try:
             processor = cls(tokenizer, **settings)
         except (TypeError, ValueError) as error:

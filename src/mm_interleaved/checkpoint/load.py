@@ -6,9 +6,8 @@ transformers' `from_pretrained` works too; it fills gaps with fresh weights, whe
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -17,16 +16,29 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from mm_interleaved.checkpoint.headers import read_json, tensor_headers
 from mm_interleaved.checkpoint.resolve import CONFIG
-from mm_interleaved.config import MMInterleavedConfig
+from mm_interleaved.checkpoint.values import check_kinds, check_object
+from mm_interleaved.config import BASE_HINTS, MMInterleavedConfig
 from mm_interleaved.errors import MMInterleavedError, ModelFileError, StorageError, escape, memory_wanted
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.strict_json import FieldError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GENERATION_CONFIG = "generation_config.json"
 _MAX_NAMED = 10
+_NUMBER = int | float | None
+_ID = int | list[int] | None
+_GENERATION_HINTS: Mapping[str, Any] = {
+    **dict.fromkeys(("do_sample", "output_attentions", "output_hidden_states", "use_cache"), bool | None),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"), _ID),
+    **dict.fromkeys(("temperature", "top_p", "repetition_penalty", "length_penalty"), _NUMBER),
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_new_tokens", "num_beams", "top_k"), int | None),
+    **dict.fromkeys(("cache_implementation", "transformers_version"), str | None),
+    "_from_model_config": bool,
+}
 
 
 def load_model(
@@ -50,21 +62,19 @@ def load_model(
     """
     folder = Path(folder)
     config = read_model_config(folder)
+    _check_generation_config(folder)
     headers = tensor_headers(folder)
     found = {name: header.shape for name, header in headers.items()}
 
-    built: list[torch.nn.Module] = []
-
     def check(model: Any) -> None:
         # Between building and reading, so that the model is built once.
-        built.append(model)
         if model.image_decoder is not None:
             _check_scheduler(folder / CONFIG, model)
         expected = _shapes_of(model)
         part = _part_that_differs(expected, found)
         refuse_unfit(f"{folder} (config.json: {part})", expected, found, allow_missing=allow_missing)
 
-    with model_file_errors(folder), _building_errors(folder / CONFIG, built):
+    with model_file_errors(folder), _building_errors(folder / CONFIG):
         model = MMInterleavedForConditionalGeneration.read_pretrained(
             folder, config=config, dtype=dtype, device_map=device_map, when_built=check, **settings
         )
@@ -82,8 +92,16 @@ def read_model_config(folder: Path) -> MMInterleavedConfig:
         )
     if "auto_map" in settings:
         raise ModelFileError(f"{path}: asks for code of its own (auto_map), which is never run")
-    with model_file_errors(path):
+    try:
+        check_object(settings, BASE_HINTS, "")
         return MMInterleavedConfig.from_dict(settings)
+    except FieldError as error:
+        raise ModelFileError(f"{path}: {error}", field=error.path) from error
+    except Exception as error:  # the libraries' own checks raise by a dozen kinds
+        field = _culprit(settings, MMInterleavedConfig.from_dict)
+        raise ModelFileError(
+            f"{path}: {field}: not a valid value ({one_line(error)})", field=field
+        ) from error
 
 
 def model_shapes(config: MMInterleavedConfig) -> dict[str, tuple[int, ...]]:
@@ -175,38 +193,60 @@ def _check_scheduler(path: Path, model: Any) -> None:
 
 
 @contextmanager
-def _building_errors(path: Path, built: Sequence[Any]):
-    """What is raised before a model is built is the fault of its configuration, whatever its kind."""
+def _building_errors(path: Path):
+    """What does not fit together is the fault of the configuration."""
     try:
         yield
-    except (MMInterleavedError, MemoryError):
-        raise
-    except Exception as error:
-        if built:
-            raise
-        field = _blamed_field(read_json(path), str(error))
-        what = f"{path}: {field}" if field else f"{path}"
-        raise ModelFileError(f"{what}: no model can be built so ({one_line(error)})", field=field) from error
+    except FieldError as error:
+        raise ModelFileError(f"{path}: {error}", field=error.path) from error
 
 
-def _blamed_field(settings: Any, sentence: str) -> str | None:
-    """The field that a library's sentence speaks of: by its name, else by its value."""
-    by_path = dict(_fields_of(settings, ""))
-    words = set(re.findall(r"\w+", sentence))
-    for path in by_path:
-        if path.rsplit(".", 1)[-1] in words:
-            return path
-    for path, value in by_path.items():
-        if isinstance(value, str) and value and value in sentence:
-            return path
-    return None
+def _culprit(settings: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]) -> str:
+    """The field without which something can be made of settings; the whole, if it is none alone."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            for inner in value:
+                if _is_made(make, {**settings, name: {k: v for k, v in value.items() if k != inner}}):
+                    return f"{name}.{inner}"
+        if _is_made(make, {k: v for k, v in settings.items() if k != name}):
+            return name
+    return "its fields together"
 
 
-def _fields_of(settings: Any, path: str) -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items() if isinstance(settings, dict) else ():
-        place = f"{path}.{name}" if path else name
-        yield place, value
-        yield from _fields_of(value, place)
+def _is_made(make: Callable[[dict[str, Any]], Any], settings: dict[str, Any]) -> bool:
+    try:
+        make(settings)
+    except Exception:  # as above; that it fails is the answer
+        return False
+    return True
+
+
+def _check_generation_config(folder: Path) -> None:
+    """Refuses a `generation_config.json` of which transformers makes nothing, or something that fails later.
+
+    Raises:
+        ModelFileError: names the field.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return
+    settings = read_json(path)
+    try:
+        check_kinds(settings, _GENERATION_HINTS, "")
+        _made_generation_config(settings)
+    except FieldError as error:
+        raise ModelFileError(f"{path}: {error}", field=error.path) from error
+    except Exception as error:  # transformers checks these by a dozen kinds
+        field = _culprit(settings, _made_generation_config)
+        raise ModelFileError(
+            f"{path}: {field}: not a valid value ({one_line(error)})", field=field
+        ) from error
+
+
+def _made_generation_config(settings: dict[str, Any]) -> None:
+    made = GenerationConfig.from_dict(dict(settings))
+    made.validate()
+    made.to_json_string()
 
 
 def one_line(error: Exception) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm_interleaved.checkpoint.headers import read_json
-from mm_interleaved.checkpoint.values import check_object
+from mm_interleaved.checkpoint.values import check_kinds, check_object
 from mm_interleaved.errors import ModelFileError, escape
 from mm_interleaved.strict_json import FieldError
+from mm_interleaved.vocabulary import IMAGE_START_TOKEN, IMAGE_TOKEN
 
 PROCESSOR_CONFIG = "processor_config.json"
 SPECIAL_IDS = ("image_start", "image", "bos", "eos", "pad")
@@ -20,6 +21,15 @@ FIELDS: Mapping[str, Any] = {
     "num_slots": int,
     "resize": Literal["released", "clip"],
     "special_ids": dict,
+}
+
+_TOKEN = str | dict | None
+_TOKENIZER_HINTS: Mapping[str, Any] = {
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
+    **dict.fromkeys(("tokenizer_class", "backend", "padding_side", "truncation_side"), str | None),
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"), bool | None),
+    "extra_special_tokens": list | dict | None,
+    "model_max_length": int | float | None,
 }
 
 
@@ -53,8 +63,11 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     for name in TOKENIZER_FILES:
-        if (folder / name).is_file() and not isinstance(read_json(folder / name), Mapping):
-            raise ModelFileError(f"{folder / name}: expected an object")
+        if (folder / name).is_file():
+            try:
+                check_kinds(read_json(folder / name), _TOKENIZER_HINTS, "")
+            except FieldError as error:
+                raise ModelFileError(f"{folder / name}: {error}", field=error.path) from error
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except MemoryError:
@@ -110,6 +123,29 @@ def refuse_other_model(
             f"is {size}",
             field="special_ids",
         )
+
+
+def refuse_other_tokenizer(tokenizer: Any, ids: Mapping[str, int], place: str) -> None:
+    """Refuses a tokenizer that knows the special tokens by other ids than a processor.
+
+    Raises:
+        ModelFileError: names the first token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    own = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "image_start": vocabulary.get(IMAGE_START_TOKEN),
+        "image": vocabulary.get(IMAGE_TOKEN),
+    }
+    for name, found in own.items():
+        if found is not None and found != ids[name]:
+            raise ModelFileError(
+                f"{place}: the tokenizer of another model: its {name}_token in tokenizer_config.json is "
+                f"{found}, "
+                f"special_ids.{name} of {PROCESSOR_CONFIG} is {ids[name]}",
+                field=f"special_ids.{name}",
+            )
 
 
 def _num_slots(config: Mapping[str, Any]) -> Any:

@@ -65,13 +65,18 @@ def check_object(value: Any, hints: Mapping[str, Any], path: str) -> None:
     Raises:
         FieldError: a ValueError that names the first of them.
     """
+    check_kinds(value, hints, path)
+    for name, item in value.items():
+        check_numbers(name, item, f"{path}.{name}" if path else str(name))
+
+
+def check_kinds(value: Any, hints: Mapping[str, Any], path: str) -> None:
+    """The same, without a look at how large numbers are."""
     if not isinstance(value, Mapping):
         _refuse(path, value, "an object")
     for name, item in value.items():
-        place = f"{path}.{name}" if path else str(name)
         if name in hints and not fits(item, hints[name]):
-            _refuse(place, item, _words(hints[name]))
-        check_numbers(name, item, place)
+            _refuse(f"{path}.{name}" if path else str(name), item, _words(hints[name]))
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -112,7 +117,7 @@ def check_numbers(name: str, value: Any, path: str) -> None:
         if isinstance(value, str) and len(value) > _LONGEST_TEXT:
             _refuse(path, value, f"at most {_LONGEST_TEXT} characters")
     elif isinstance(value, (int, float)):
-        if not math.isfinite(value) or abs(value) > _LARGEST:
+        if value != value or abs(value) > _LARGEST:
             _refuse(path, value, f"a finite number of at most {_LARGEST}")
         low, high, words = _range_of(name)
         if not low <= value <= high:

@@ -3,6 +3,8 @@
 Parts never see the configuration; what does not fit together is refused here, in one sentence.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -15,30 +17,39 @@ from mm_interleaved.models.resampler import Resampler
 from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
 from mm_interleaved.models.unet import MapSynchronizer, UNetSynchronizers, check_unet, skip_channels
 from mm_interleaved.models.vision import ClipBackbone, VisionTower
+from mm_interleaved.strict_json import FieldError
+
+# Not RuntimeError, which is also what a lack of memory is.
+_BUILDING_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, NotImplementedError,
+)  # fmt: skip
 
 
 def build_vision_tower(config: MMInterleavedConfig) -> VisionTower:
     """CLIP, its adapter and the resampler to the slots."""
     vision, adapter = config.vision_config, config.part("adapter")
     if vision.num_hidden_layers % adapter.num_interactions:
-        raise ValueError(
+        raise FieldError(
+            "",
             f"vision_config.num_hidden_layers {vision.num_hidden_layers} must be a multiple of "
-            f"adapter.num_interactions {adapter.num_interactions}"
+            f"adapter.num_interactions {adapter.num_interactions}",
         )
     if adapter.num_interactions < 4:
-        raise ValueError(f"adapter.num_interactions must be at least 4, found {adapter.num_interactions}")
+        raise FieldError("", f"adapter.num_interactions must be at least 4, found {adapter.num_interactions}")
     if vision.image_size % (2 * vision.patch_size):
-        raise ValueError(
+        raise FieldError(
+            "",
             f"vision_config.image_size {vision.image_size} must be a multiple of two patches "
-            f"of {vision.patch_size}"
+            f"of {vision.patch_size}",
         )
     if vision._attn_implementation is None:
         # Only sub-models that are PreTrainedModels get one by themselves; these layers stand alone.
         vision._attn_implementation = "sdpa"
     dim = vision.hidden_size
-    return VisionTower(
-        ClipBackbone(vision),
-        VisionAdapter(
+    with _out_of("vision_config"):
+        clip = ClipBackbone(vision)
+    with _out_of("adapter"):
+        built = VisionAdapter(
             dim,
             num_heads=vision.num_attention_heads,
             stem_dim=adapter.stem_dim,
@@ -47,11 +58,10 @@ def build_vision_tower(config: MMInterleavedConfig) -> VisionTower:
             feed_forward_ratio=adapter.feed_forward_ratio,
             num_interactions=adapter.num_interactions,
             num_extra_extractors=adapter.num_extra_extractors,
-        ),
-        _build_resampler(config.part("slot_resampler"), token_dim=dim),
-        dim=dim,
-        slot_dim=config.text_config.hidden_size,
-    )
+        )
+    with _out_of("slot_resampler"):
+        resampler = _build_resampler(config.part("slot_resampler"), token_dim=dim)
+    return VisionTower(clip, built, resampler, dim=dim, slot_dim=config.text_config.hidden_size)
 
 
 def build_language_model(config: MMInterleavedConfig) -> Any:
@@ -61,13 +71,14 @@ def build_language_model(config: MMInterleavedConfig) -> Any:
         ValueError: the family does not fit.
     """
     text, synchronizer = config.text_config, config.part("text_synchronizer")
-    family = language_family(text.model_type)
+    with _out_of("text_config.model_type"):
+        family = language_family(text.model_type)
     if synchronizer is None:
-        return family(text)
+        with _out_of("text_config"):
+            return family(text)
     feature_dim = config.vision_config.hidden_size
-    return family(
-        text,
-        {
+    with _out_of("text_synchronizer"):
+        synchronizers = {
             index: GatedSynchronizer(
                 _build_synchronizer(synchronizer, text.hidden_size, feature_dim),
                 text.hidden_size,
@@ -75,8 +86,9 @@ def build_language_model(config: MMInterleavedConfig) -> Any:
                 norm_eps=text.rms_norm_eps,
             )
             for index in range(0, text.num_hidden_layers, synchronizer.every)
-        },
-    )
+        }
+    with _out_of("text_config"):
+        return family(text, synchronizers)
 
 
 def build_image_decoder(config: MMInterleavedConfig) -> ImageDecoder | None:
@@ -87,26 +99,44 @@ def build_image_decoder(config: MMInterleavedConfig) -> ImageDecoder | None:
     """
     if not config.has_image_decoder:
         return None
-    unet: Any = UNet2DConditionModel.from_config(config.unet_config)
-    vae: Any = AutoencoderKL.from_config(config.vae_config)
-    check_unet(unet)
+    with _out_of("unet_config"):
+        unet: Any = UNet2DConditionModel.from_config(config.unet_config)
+        check_unet(unet)
+    with _out_of("vae_config"):
+        vae: Any = AutoencoderKL.from_config(config.vae_config)
     resampler = config.part("conditioning_resampler")
     if unet.config.cross_attention_dim != resampler.dim:
-        raise ValueError(
+        raise FieldError(
+            "",
             f"unet_config.cross_attention_dim {unet.config.cross_attention_dim} must equal "
-            f"conditioning_resampler.dim {resampler.dim}"
+            f"conditioning_resampler.dim {resampler.dim}",
         )
     if unet.config.in_channels != vae.config.latent_channels:
-        raise ValueError(
+        raise FieldError(
+            "",
             f"unet_config.in_channels {unet.config.in_channels} must equal vae_config.latent_channels "
-            f"{vae.config.latent_channels}"
+            f"{vae.config.latent_channels}",
         )
-    return ImageDecoder(
-        _build_resampler(resampler, token_dim=config.text_config.hidden_size),
-        unet,
-        vae,
-        _build_unet_synchronizers(config, unet),
-    )
+    with _out_of("conditioning_resampler"):
+        built = _build_resampler(resampler, token_dim=config.text_config.hidden_size)
+    with _out_of("image_synchronizer"):
+        synchronizers = _build_unet_synchronizers(config, unet)
+    return ImageDecoder(built, unet, vae, synchronizers)
+
+
+@contextmanager
+def _out_of(part: str) -> Iterator[None]:
+    """What is raised while something is built out of a part of the configuration names that part.
+
+    Stock classes meet a value that they cannot work with by all kinds of errors.
+    """
+    try:
+        yield
+    except FieldError:
+        raise
+    except _BUILDING_ERRORS as error:
+        sentence = " ".join(str(error).split()) or type(error).__name__
+        raise FieldError(part, f"no model can be built so ({sentence[:300]})") from error
 
 
 def _build_unet_synchronizers(
