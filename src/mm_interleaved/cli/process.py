@@ -1,4 +1,4 @@
-"""What the command changes for its whole process, as no library call does: garbage, threads, warnings, bars."""
+"""What the command changes for its whole process, and no library call does: memory, threads, bars."""
 
 from __future__ import annotations
 
