@@ -285,7 +285,7 @@ def _check_indices(slots: Sequence[Slot], num_images: int):
         )
 
 
-def _part(item: Field, folder: ImageStore, role: str | None) -> list[Piece]:
+def _part(item: Field, folder: ImageStore, role: str | None) -> Sequence[Piece]:
     if isinstance(item.value, str):
         return [Text(item.text(), role=role)]
     own_role = item.get("role")
@@ -296,8 +296,9 @@ def _part(item: Field, folder: ImageStore, role: str | None) -> list[Piece]:
         found = _pair(item, folder, role)
     elif kind == "image" and _reference(item) is None and "base64" not in item:
         index = item.get("index")
-        found = "found null, expected a string" if "image" in item else "missing"
-        return [Slot(role, None if index is None else index.integer(0, MAX_IMAGES), item.path, found)]
+        number = None if index is None else index.integer(0, MAX_IMAGES)
+        instead = "found null, expected a string" if "image" in item else "missing"
+        return [Slot(role, number, item.path, instead)]
     elif kind in ("text", "input_text", "output_text"):
         found = [Text(item["text"].text(), role=role)]
     elif kind in ("image", "image_url", "input_image"):

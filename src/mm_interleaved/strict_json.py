@@ -228,7 +228,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
+def _opened(path: Path) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
     """The file's bytes, decompressed, and whether they are one JSON value."""
     if str(path) == STANDARD_INPUT:
         data = standard_input()

@@ -23,6 +23,7 @@ from mm_interleaved.data.preparation import Preparation, Prepared, Skip
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, in_epoch, items_of
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, StorageError, escape
+from mm_interleaved.record_rules import AS_TEXT
 from mm_interleaved.sequence import Sequence as TokenSequence
 from mm_interleaved.sequence import slice_sequence
 from mm_interleaved.storyworld.dice import Dice
@@ -272,6 +273,8 @@ class _SourceStream:
                 break
             if isinstance(item, Document):
                 documents.append(item)
+                if is_new and AS_TEXT in item.remarks:
+                    self.counts["markup_as_text"] += 1
             elif is_new and isinstance(item, BrokenItem):
                 self._note(Prepared(skips=(Skip(self.entry.name, item.place, "broken", _reason(item)),)))
             elif is_new and isinstance(item, FilteredItem):

@@ -240,7 +240,7 @@ def _unpacked(stack: ExitStack, file: IO[bytes], path: str) -> Any:
 class _Unpacked:
     """A gzip file that is read no further than an honest one goes; nothing in it says how far that is."""
 
-    def __init__(self, file: IO[bytes], limit: int, path: str):
+    def __init__(self, file: gzip.GzipFile, limit: int, path: str):
         self.file, self.limit, self.path = file, limit, path
 
     def read(self, size: int) -> bytes:
