@@ -259,14 +259,26 @@ def _joined(record: Field, pieces: list[Piece], folder: ImageStore) -> list[Part
     slots = [piece for piece in pieces if isinstance(piece, Slot)]
     if given is None:
         return _without_slots(pieces)
+    if _are_named_in(pieces, images):
+        return _without_slots(pieces)
     _check_indices(slots, len(images))
     placed = with_slots(pieces, len(images))
     if placed is not None:
         return filled(placed, images)
-    if not slots:
+    if not slots and not any(isinstance(piece, Image) for piece in pieces):
         return images_first(pieces, images)
+    if not slots:
+        raise FieldError(
+            given.path, f"found {len(images)} images beside others in the texts, expected a place of each"
+        )
     path = slots[-1].path
     raise FieldError(path, f"found {len(slots)} parts for images, expected {len(images)} as in {given.path}")
+
+
+def _are_named_in(pieces: Sequence[Piece], images: Sequence[Image | None]) -> bool:
+    """Whether the images beside the texts are those that the texts name themselves, told again."""
+    named = [piece.source for piece in pieces if isinstance(piece, Image)]
+    return bool(named) and named == [image.source for image in images if image is not None]
 
 
 def _without_slots(pieces: Sequence[Piece]) -> list[Part]:
@@ -285,6 +297,9 @@ def _check_indices(slots: Sequence[Slot], num_images: int):
         )
 
 
+_IMAGE_KINDS = ("image", "image_url", "input_image")
+
+
 def _part(item: Field, folder: ImageStore, role: str | None) -> Sequence[Piece]:
     if isinstance(item.value, str):
         return [Text(item.text(), role=role)]
@@ -294,14 +309,14 @@ def _part(item: Field, folder: ImageStore, role: str | None) -> Sequence[Piece]:
     found: list[Part]
     if kind is None:
         found = _pair(item, folder, role)
-    elif kind == "image" and _reference(item) is None and "base64" not in item:
+    elif kind in _IMAGE_KINDS and _reference(item) is None and item.get("base64") is None:
         index = item.get("index")
         number = None if index is None else index.integer(0, MAX_IMAGES)
         instead = "found null, expected a string" if "image" in item else "missing"
         return [Slot(role, number, item.path, instead)]
     elif kind in ("text", "input_text", "output_text"):
         found = [Text(item["text"].text(), role=role)]
-    elif kind in ("image", "image_url", "input_image"):
+    elif kind in _IMAGE_KINDS:
         image = _image(item, folder, role)
         found = [] if image is None else [image]
     else:

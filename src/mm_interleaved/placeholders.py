@@ -15,7 +15,7 @@ from mm_interleaved.document import Image, Part, Text
 # Each spelling is looked for by itself: of a text that holds two of them, one may be prose. The numbered ones
 # say which image they mean.
 _SPELLINGS = (
-    r"<image>",
+    r"<image>(?:</image>)?",
     r"<image[ _-]?(?P<a>\d{1,4})>",
     r"<\|image[ _-]?(?P<b>\d{1,4})\|>",
     r"\[image[ _-]?(?P<c>\d{1,4})\]",
@@ -25,6 +25,7 @@ _SPELLINGS = (
     r"<image[ _-]?(?:placeholder|here|token|pad)>",
     r"<(?:__)?(?:start_of_image|image_soft_token|image_placeholder|media)(?:__)?>",
     r"<img(?: ?/)?>(?:</img>)?",
+    r"<image ?/>",
     r"\[img\]",
     r"\[image\]",
     r"\{\{? ?image ?\}?\}",

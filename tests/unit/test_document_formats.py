@@ -313,6 +313,7 @@ def asked(content, answer="A"):
             ["S", "<a.png>", "Q", "A"],
         ),
         ({"images": None, "messages": asked("Q")}, ["Q", "A"]),
+        ({"images": ["a.png"], "messages": asked([A, Q])}, ["<a.png>", "Q", "A"]),
         ({"images": ["a.png"], "content": [Q, ASK]}, ["Q", "<a.png>"]),
         ({"file_name": "a.png", "text": "A dog."}, ["<a.png>", "A dog."]),
         ({"file_name": "a.png", "caption": "A dog."}, ["<a.png>", "A dog."]),
@@ -364,6 +365,8 @@ def test_images_that_are_named_beside_the_texts(folder, record, parts):
         ),
         ({"text": "Q", "images": ["a.png"]}, "images: found a list, which has no place"),
         ({"content": [Q], "answers": ["A"]}, "answers: found a list"),
+        ({"images": ["b.png"], "messages": asked([A, Q])}, "images: found 1 images beside others"),
+        ({"content": [Q, {"type": "image_url", "image_url": None}]}, "content[1].image: missing"),
         ({"image": "a.png", "question": "Q", "answer": "A"}, "question: found the string 'Q'"),
         ({"text_list": ["a"], "image_info": [], "videos": ["v.mp4"]}, "videos: found a list"),
         ({"text": "Q", "input_file_name": "a.png"}, "input_file_name: found the string"),
@@ -375,7 +378,7 @@ def test_no_image_and_no_answer_is_lost(folder, record, message):
 
 
 SPELLINGS = (
-    "<image>", "<IMAGE>", "<img>", "<img/>", "[IMG]", "[image]", "<|image|>", "<|image_pad|>", "<ImageHere>",
+    "<image>", "<IMAGE>", "<image></image>", "<image/>", "<img>", "<img/>", "[IMG]", "[image]", "<|image|>", "<|image_pad|>", "<ImageHere>",
     "<image-placeholder>", "<image_placeholder>", "{image}", "{{image}}", "<start_of_image>", "<__media__>",
     "<|vision_start|><|image_pad|><|vision_end|>",
 )  # fmt: skip

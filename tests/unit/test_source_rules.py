@@ -337,6 +337,12 @@ def test_a_reader_that_fails_breaks_one_item_and_failing_storage_is_told():
         attempt("a", fails(StorageError("gone")))
 
 
+@pytest.mark.parametrize("name", ["refcoco", "flickr30k-entities"])
+def test_no_blank_phrase_is_looked_for(tmp_path, name):
+    [item] = read(name, tmp_path, said=" ")
+    assert "found nothing but blanks, expected a question or a phrase" in str(item)
+
+
 @dataclass(frozen=True)
 class FailingSource:
     """A source with a fault of its own, in `shards` or behind the first item of `read`."""

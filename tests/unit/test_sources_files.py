@@ -401,6 +401,8 @@ def test_zips_are_bounded_and_checked(tmp_path):
     good = json.dumps(GOOD)
     assert [one.id for one in zipped(("a.jsonl", good))] == ["a"]
     assert [one.id for one in zipped(("a.json", f"[{good}]"))] == ["a"]
+    mac = ("__MACOSX/._a.jsonl", b"x"), (".DS_Store", b"x")
+    assert [one.id for one in zipped(("a.jsonl", good), *mac)] == ["a"]
     assert "found 2 files" in str(zipped(("a.jsonl", good), ("b.jsonl", good))[0])
     assert "times as many" in str(zipped(("a.jsonl", b" " * (100 << 20)))[0])
     zipped(("a.jsonl", good * 3), method=zipfile.ZIP_STORED)

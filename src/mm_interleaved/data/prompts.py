@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from mm_interleaved.document import Image, Part, Text
 from mm_interleaved.storyworld.prompts import CAPTION_PROMPT, GROUND_PROMPT, PARAGRAPH_PROMPT
+from mm_interleaved.strict_json import FieldError
 
 _IMAGE = "{image}"
 _TEXT = "{text}"
@@ -33,7 +34,12 @@ class TaskPrompt:
             raise ValueError(f"prompt: found {self.words!r}, expected {_IMAGE} in it once")
 
     def parts(self, image: Image, text: str = "") -> tuple[Part, ...]:
-        """The prompt's parts; `image` should have `role` as its role."""
+        """The prompt's parts; `image` should have `role` as its role.
+
+        Raises FieldError: blanks, where the item's own words are asked for.
+        """
+        if _TEXT in self.words and not text.strip():
+            raise FieldError("", "found nothing but blanks, expected a question or a phrase")
         before, after = (side.replace(_TEXT, text).strip() for side in self.words.split(_IMAGE))
         said = [Text(words, role=self.role) if words else None for words in (before, after)]
         return tuple(part for part in (said[0], image, said[1]) if part is not None)
