@@ -378,9 +378,9 @@ def test_no_image_and_no_answer_is_lost(folder, record, message):
 
 
 SPELLINGS = (
-    "<image>", "<IMAGE>", "<image></image>", "<image/>", "<img>", "<img/>", "[IMG]", "[image]", "<|image|>", "<|image_pad|>", "<ImageHere>",
-    "<image-placeholder>", "<image_placeholder>", "{image}", "{{image}}", "<start_of_image>", "<__media__>",
-    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<image>", "<IMAGE>", "<image></image>", "<image/>", "<img>", "<img/>", "[IMG]", "[image]", "<|image|>",
+    "<|image_pad|>", "<ImageHere>", "<image-placeholder>", "<image_placeholder>", "{image}", "{{image}}",
+    "<start_of_image>", "<__media__>", "<|vision_start|><|image_pad|><|vision_end|>",
 )  # fmt: skip
 
 
