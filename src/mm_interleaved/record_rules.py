@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.placeholders import first_placeholder
@@ -90,7 +91,8 @@ def finished(
         FieldError: content that was not used.
     """
     others = [field for record in records for field in record.unused() if _name(field) not in known]
-    _refuse_content(others)
+    told = _told(document)
+    _refuse_content(field for field in others if not _is_told(field.value, told))
     remarks = [f"unused field {name!r}" for name in dict.fromkeys(map(_shape, others))]
     parts = (*document.parts, *document.target)
     if not is_plain_text and any(first_placeholder(text) for text in _texts(parts)):
@@ -111,6 +113,18 @@ def _refuse_content(unused: Iterable[Field]):
             lost.path,
             f"found {describe(lost.value)}, which has no place in this form of record and would be lost",
         )
+
+
+def _told(document: Document) -> set[str]:
+    """The texts of a document and the names of its images: a field that says them again loses nothing."""
+    parts = (*document.parts, *document.target)
+    return {(part.text if isinstance(part, Text) else part.name or "").strip().casefold() for part in parts}
+
+
+def _is_told(value: Any, told: Collection[str]) -> bool:
+    if isinstance(value, list):
+        return all(_is_told(item, told) for item in value)
+    return isinstance(value, str) and value.strip().casefold() in told
 
 
 def reason_to_leave_out(document: Document) -> str | None:

@@ -316,6 +316,10 @@ def asked(content, answer="A"):
         ({"images": ["a.png"], "messages": asked([A, Q])}, ["<a.png>", "Q", "A"]),
         ({"images": ["a.png"], "content": [Q, ASK]}, ["Q", "<a.png>"]),
         ({"file_name": "a.png", "text": "A dog."}, ["<a.png>", "A dog."]),
+        (
+            {"images": ["a.png", "b.png"], "messages": asked([A, Q, A | {"image": "b.png"}])},
+            ["<a.png>", "Q", "<b.png>", "A"],
+        ),
         ({"file_name": "a.png", "caption": "A dog."}, ["<a.png>", "A dog."]),
     ],
 )
@@ -421,6 +425,14 @@ def test_what_is_doubtful_is_told_once_for_a_file_with_its_first_place(folder, c
     read_documents(folder / "in.jsonl")
     [message] = [record.getMessage() for record in caplog.records]
     assert f"{folder / 'in.jsonl'}:1: document 'line1-" in message and "(2 of 2 documents)" in message
+
+
+def test_a_field_that_says_again_what_others_say_loses_nothing(folder):
+    record = {"prompt": " q ", "messages": asked([A, Q]), "image_path": "a.png", "answers": ["A", "a"]}
+    document = read(folder, record)
+    assert document.remarks == tuple(f"unused field {name!r}" for name in ("prompt", "image_path", "answers"))
+    for name, value in (("prompt", "Q?"), ("answers", ["A", "B"]), ("image_path", "b.png")):
+        assert f"{name}: found" in refusal(folder, json.dumps({**record, name: value}))
 
 
 def test_fields_that_are_carried_along_are_told_by_name(folder):

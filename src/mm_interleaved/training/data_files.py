@@ -25,7 +25,7 @@ from mm_interleaved.data.sources.files import (
     open_file,
     reading,
 )
-from mm_interleaved.data.sources.source import Shard, Source
+from mm_interleaved.data.sources.source import Shard, Source, items_of
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, MMInterleavedError, escape
 from mm_interleaved.storage import make_folder, put_aside, write_file
@@ -152,7 +152,7 @@ def _files_of(source: Source, shards: Sequence[Shard]) -> Iterator[str]:
             yield from _named_files([value] if isinstance(value, str) else value)
     for shard in shards[:NUM_DOCUMENTS]:
         per_shard = max(1, NUM_DOCUMENTS // len(shards))
-        for _, item in islice(source.read(shard), per_shard):
+        for _, item in islice(items_of(source, shard), per_shard):
             if isinstance(item, Document):
                 yield from _image_files(item)
 
