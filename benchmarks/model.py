@@ -4,9 +4,11 @@ Least times are the greater of operations and bytes at assumed rates; nothing is
 on the meta device. Prints Markdown, as docs/performance.md has it.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from benchmarks.cost import (
     Cost,
@@ -18,9 +20,9 @@ from benchmarks.cost import (
 )
 from benchmarks.decode_token import token_cost
 from benchmarks.machine import Rates
-from benchmarks.models import writer_config
+from benchmarks.models import unet_settings, writer_config
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, causal_visibility, unet_map
-from benchmarks.unet_step import published_counts
+from benchmarks.unet_step import PUBLISHED, published_counts
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 
 ASSUMED = Rates(bytes_a_second=4.3e12, flops_a_second=790e12)
@@ -30,6 +32,8 @@ HALF, SINGLE = 2, 4
 TOKENS, IMAGES = 2048, 8
 CONTEXT = 1024
 PICTURE_STEPS = 30
+AT_ONCE = 8
+"""Documents continued at once."""
 FORWARD, BACKWARD = 1, 2
 """Backward computes twice what forward does: for the inputs and for the weights."""
 
@@ -44,7 +48,7 @@ def told() -> str:
         "| --- | --- | --- | --- |",
     ]
     [word] = _word()
-    lines += [_row(*row) for row in (*_layer(), word, *_sampling(), *_picture())]
+    lines += [_row(*row) for row in (*_layer(), word, *_sampling(), *_picture(), *_batch())]
     a_second = 1 / word[-1].seconds(ASSUMED.flops_a_second, ASSUMED.bytes_a_second)
     lines += [
         "",
@@ -74,6 +78,32 @@ def _layer() -> list[Row]:
 
 
 def _word() -> list[Row]:
+    none, some = (_word_cost(images) for images in (0, IMAGES))
+    looking = _times(textbook_cost(LANGUAGE, 1, IMAGES, 1, HALF), _synchronized_layers())
+    # Its synchronizers in the place of a constant, which is nothing beside them.
+    theirs = Cost(none.flops + looking.flops, none.bytes + looking.bytes)
+    return [(f"a word of 13 B behind {CONTEXT} tokens, {IMAGES} images", theirs, some)]
+
+
+def _batch() -> list[Row]:
+    """Several documents one after another (the other side), and at once: weights are read once for all."""
+    word, weights = _word_cost(IMAGES), _word_cost(0, context=0)
+    words = Cost(AT_ONCE * word.flops, AT_ONCE * word.bytes - (AT_ONCE - 1) * weights.bytes)
+    step = _picture()[0][-1]
+    channels, sample_size, value_dim = PUBLISHED
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**unet_settings(channels, sample_size, value_dim))
+    unet_bytes = HALF * sum(weight.numel() for weight in unet.parameters())
+    alone = Cost(step.flops, step.bytes + unet_bytes)
+    steps = Cost(AT_ONCE * alone.flops, AT_ONCE * alone.bytes - (AT_ONCE - 1) * unet_bytes)
+    return [
+        (f"a word of each of {AT_ONCE} documents: one by one; at once", _times(word, AT_ONCE), words),
+        (f"a guided U-Net step of {AT_ONCE} pictures: one by one; at once", _times(alone, AT_ONCE), steps),
+    ]
+
+
+@cache
+def _writer() -> Any:
     config = writer_config(
         hidden=5120,
         layers=40,
@@ -85,13 +115,15 @@ def _word() -> list[Row]:
     )
     with torch.device("meta"):
         model: Any = MMInterleavedForConditionalGeneration(config)
-    model = model.to(torch.bfloat16)
-    layers = len(model.language_model.synchronized_layers)
-    none, some = (token_cost(model, LANGUAGE, CONTEXT, images) for images in (0, IMAGES))
-    looking = _times(textbook_cost(LANGUAGE, 1, IMAGES, 1, HALF), layers)
-    # Its synchronizers in the place of a constant, which is nothing beside them.
-    theirs = Cost(none.flops + looking.flops, none.bytes + looking.bytes)
-    return [(f"a word of 13 B behind {CONTEXT} tokens, {IMAGES} images", theirs, some)]
+    return model.to(torch.bfloat16)
+
+
+def _synchronized_layers() -> int:
+    return len(_writer().language_model.synchronized_layers)
+
+
+def _word_cost(images: int, context: int = CONTEXT) -> Cost:
+    return token_cost(_writer(), LANGUAGE, context, images)
 
 
 def _sampling() -> list[Row]:

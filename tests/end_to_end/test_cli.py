@@ -324,6 +324,39 @@ def test_questions_are_answered_on_stdout(capsys, tiny_folder, picture):
     assert run(["ground", str(picture), "the lamp", *model]) in (0, 7)  # 7: no box in the answer
 
 
+def test_a_picture_that_cannot_be_read_fails_alone(capsys, tmp_path, tiny_folder, picture):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    pictures = [str(path) for path in (picture, broken, picture)]
+    for size in ("1", "2", "8"):
+        assert run(["caption", *pictures, "--model", str(tiny_folder), "--batch-size", size]) == 7
+        told = capsys.readouterr()
+        assert [line.partition(": ")[0] for line in told.out.splitlines()] == [str(picture)] * 2
+        assert "broken.png" in told.err
+
+
+def test_batches_of_any_size_say_the_same_and_are_replayed_to_the_bit(
+    capsys, tmp_path, tiny_folder, documents
+):
+    command = ["generate", str(documents), "--model", str(tiny_folder), "--layout", "T I", "--seed", "5"]
+    said = []
+    for size in ("1", "2", "3"):
+        out = tmp_path / size
+        assert run([*command, "-o", str(out), "--batch-size", size]) == 7
+        assert json.loads((out / "manifest.json").read_text())["batch_size"] == int(size)
+        said.append([part.get("text") for record in records(out) for part in record.get("content", ())])
+        capsys.readouterr()
+        assert run(["replay", str(out)]) == 0
+        assert "3 of 3 records and 3 of 3 images are the same" in capsys.readouterr().out
+    assert said[0] == said[1] == said[2]
+    # A run goes on as it began, however many are asked for now.
+    assert run([*command, "-o", str(tmp_path / "2")]) == 7
+    capsys.readouterr()
+    assert "batch_size was 2, is now 4" in fails(
+        capsys, 2, *command, "-o", tmp_path / "2", "--batch-size", "4"
+    )
+
+
 def test_story_opens_with_storyworld_where_nothing_is_given(tmp_path, tiny_folder):
     out = tmp_path / "out"
     assert run(["story", "--panels", "2", "-o", str(out), "--model", str(tiny_folder)]) == 0

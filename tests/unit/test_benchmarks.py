@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
+    batch,
     decode_mmfs,
     decode_token,
     model,
@@ -39,11 +40,12 @@ from benchmarks.sizes import (
     random_module,
 )
 from benchmarks.textbook import TextbookGate, TextbookMap, textbook_between, textbook_layers
+from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.unet import MapSynchronizer
 from mm_interleaved.visibility import relative_image_index
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model, tiny_processor
 
 EXACT = 1e-12
 CPU = torch.device("cpu")
@@ -359,6 +361,21 @@ def test_options_are_scored_on_a_prefix_that_is_read_once(setting, writer):
     assert case["equal"] and case["images_encoded"] == {"each alone": 12, "shared": 1}
     read = sum(5 + number % 9 for number in range(12))
     assert case["tokens_read"]["shared"] == case["context_tokens"] + read
+
+
+def test_documents_at_once_are_compared_letter_by_letter_and_pixel_by_pixel(setting):
+    longer = tiny_config().text_config.to_dict() | {"max_position_embeddings": 1024}
+    small = tiny_model(text_config=longer)
+    generator = InterleavedGenerator(small, tiny_processor(small.config))
+    small.config.generation_settings = {"max_new_tokens": 4, "num_inference_steps": 1}
+    case = batch.batch_case(setting, generator, "draw", "T I")
+    assert case["equal"] and case["documents"] == 8 and case["ratio"] > 0
+    words = [batch._bits(text) for text in ("a word", "a ward", "a wor", "")]
+    assert all((one - words[0]).abs().max() == 1 for one in words[1:])
+    at_once = {row[0]: row[-1] for row in model._batch()}
+    one_by_one = {row[0]: row[1] for row in model._batch()}
+    for what, cost in at_once.items():
+        assert cost.flops == one_by_one[what].flops and cost.bytes < one_by_one[what].bytes / 3
 
 
 def test_a_word_of_a_whole_model_is_the_same_with_textbook_layers(setting, writer):

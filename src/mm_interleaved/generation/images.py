@@ -67,6 +67,7 @@ class _Noise(NamedTuple):
     seed: int
 
 
+@torch.no_grad()
 def denoise_together(
     requests: Mapping[int, ImageRequest],
 ) -> Iterator[tuple[int, Pictures | NumericalError | ImagePreview]]:
