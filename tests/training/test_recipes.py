@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from mm_interleaved.checkpoint.load import load_model
-from mm_interleaved.errors import ModelFileError, StorageError, UsageError
+from mm_interleaved.checkpoint.store import newest_checkpoint
+from mm_interleaved.errors import InputError, ModelFileError, StorageError, UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.documents import train_documents
 from mm_interleaved.recipes.tasks import task_recipes
@@ -24,7 +25,7 @@ from mm_interleaved.training.documents import build_loader, build_mixture
 from mm_interleaved.training.objectives import Objective
 from mm_interleaved.training.run import RECIPES, export, run_recipe
 from mm_interleaved.training.settings import from_record, override, to_record
-from mm_interleaved.training.train_config import LoraConfig, TrainConfig
+from mm_interleaved.training.train_config import CorpusConfig, LoraConfig, TrainConfig
 from tiny import tiny_model
 
 FULL_SIZE = sorted(name for name in task_recipes() if not name.endswith(("-lora", "-storyworld")))
@@ -331,3 +332,26 @@ def test_low_rank_additions_start_as_nothing_and_merge_into_a_stock_model(make_m
 def test_a_config_without_corpora_is_refused(folder, tmp_path):
     with pytest.raises(UsageError, match="mixture is empty"):
         train_documents(TrainConfig(start_from=str(folder), num_threads=1), tmp_path)
+
+
+def test_a_run_does_not_go_on_with_data_that_was_edited(folder, tmp_path):
+    content = [{"type": "text", "text": "Pip finds a lamp. " * 9}]
+    lines = [{"id": str(number), "content": content} for number in range(4)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = override(
+        replace(
+            task_recipes()["instructions-storyworld"](),
+            start_from=str(folder),
+            corpora={"ours": CorpusConfig(kind="documents", paths=(str(corpus),))},
+        ),
+        [*QUICK, "training.steps=1"],
+    )
+    train_documents(config, tmp_path / "run")
+    longer = override(config, ["training.steps=2"])
+    corpus.write_text(corpus.read_text().replace("lamp", "lump", 1))
+    with pytest.raises(InputError, match=r"corpus\.jsonl: changed since the run began: found sha256"):
+        train_documents(longer, tmp_path / "run")
+    corpus.write_text(corpus.read_text().replace("lump", "lamp", 1))
+    train_documents(longer, tmp_path / "run")
+    assert newest_checkpoint(tmp_path / "run" / "documents").step == 2

@@ -352,9 +352,10 @@ def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object out of a file. Raises StorageError where it is something else."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"{path}: cannot be read as JSON ({reason})") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path}: found {type(value).__name__}, expected an object")
     return value
