@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ from mm_interleaved.training.train_config import ParallelConfig
 logger = logging.getLogger(__name__)
 
 _STORAGE_TYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# From torch 2.13 on the first.
+_SENDS_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel.__init__).parameters
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +142,9 @@ def spread(
     return DistributedDataParallel(
         model,
         device_ids=device_ids,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=has_unused,
+        **{_SENDS_BUFFERS: False},
     )
 
 
