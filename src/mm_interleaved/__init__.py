@@ -20,14 +20,21 @@ _PUBLIC = {
     "register": "mm_interleaved.registration",
 }
 
+_REGISTERED_BY = {
+    "MMInterleavedConfig": "register",
+    "MMInterleavedForConditionalGeneration": "register",
+    "InterleavedGenerator": "register",
+    "MMInterleavedProcessor": "register_processor",
+}
+
 __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str):
     if name in _PUBLIC:
-        if name == "MMInterleavedForConditionalGeneration":
-            # Who has the model at hand may load any part of it through transformers' Auto classes.
-            import_module("mm_interleaved.registration").register()
+        if name in _REGISTERED_BY:
+            # Who has one of these at hand may load the others through transformers' Auto classes.
+            getattr(import_module("mm_interleaved.registration"), _REGISTERED_BY[name])()
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -6,9 +6,9 @@ row 0, then all of row 1, ...), C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -24,8 +24,8 @@ from mm_interleaved.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """What the model is given."""
+class Batch(Mapping[str, "Tensor | None"]):
+    """What the model is given; also a mapping, for `model(**batch)` and `model.generate(**batch)`."""
 
     input_ids: Tensor
     """(B, T) int64."""
@@ -45,6 +45,17 @@ class Batch:
     """(B, T) bool: this token counts in the text loss, as the one to be predicted."""
     image_target: Tensor
     """(I,) bool: this image counts in the image loss."""
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        if name not in iter(self):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
 
     @property
     def num_images(self) -> int:

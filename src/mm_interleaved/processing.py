@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import BatchFeature, ProcessorMixin
+
 from mm_interleaved.batch import Batch, collate
 from mm_interleaved.checkpoint.headers import read_json
 from mm_interleaved.checkpoint.model_card import publish
@@ -19,19 +21,36 @@ from mm_interleaved.checkpoint.processor_settings import (
     refuse_other_tokenizer,
 )
 from mm_interleaved.checkpoint.resolve import CONFIG, HUB_ARGUMENTS, SMALL_FILES, find_folder
+from mm_interleaved.conversation import (
+    RenderedPrompt,
+    is_conversation,
+    read_messages,
+    rendered,
+    text_pieces,
+    with_images,
+)
 from mm_interleaved.document import Document
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.images import SquareCrop
-from mm_interleaved.sequence import Sequence, encode_document
+from mm_interleaved.prompts import Piece, chat_pieces
+from mm_interleaved.sequence import Sequence, encode_document, encode_pieces
 from mm_interleaved.storage import make_folder, write_file
-from mm_interleaved.vocabulary import Vocabulary
+from mm_interleaved.vocabulary import IMAGE_TOKEN, Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class MMInterleavedProcessor:
-    """Makes documents ready for a model.
+class MMInterleavedProcessor(ProcessorMixin):
+    """Makes documents ready for a model; also a processor as users of transformers know it.
+
+        processor(documents)                            -> Batch, for training and scoring
+        processor(text=..., images=...)                 -> BatchFeature, for `model.generate(**inputs)`
+        processor.apply_chat_template(conversation)     -> a prompt as text, ids or BatchFeature
+        processor.batch_decode(ids)                     -> texts
+
+    It is transformers' `ProcessorMixin` because pipelines ask for one; how it computes, saves and loads is
+    its own.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -42,6 +61,9 @@ class MMInterleavedProcessor:
         special_ids: ids of `image_start`, `image`, `bos`, `eos`, `pad`; by default those that the tokenizer
             defines.
     """
+
+    # Conversations are written by `prompts`, so that no text in them can become markup.
+    chat_template = None
 
     def __init__(
         self,
@@ -66,28 +88,59 @@ class MMInterleavedProcessor:
 
     def __call__(
         self,
-        documents: Document | Iterable[Document],
+        documents: Document | Iterable[Document] | str | Iterable[str] | None = None,
         *,
         eos: bool = False,
         include_target: bool = False,
         target_pixels: bool = False,
-        padding_side: str = "right",
-    ) -> Batch:
-        """A batch with one document a row.
+        padding_side: str | None = None,
+        text: str | Iterable[str] | None = None,
+        images: Any = None,
+        videos: None = None,
+        audio: None = None,
+        add_special_tokens: bool = True,
+        return_tensors: Any = None,
+        padding: Any = True,
+        truncation: Any = False,
+    ) -> Batch | BatchFeature:
+        """A batch with one document, or one text with its images, a row.
 
         Args:
+            documents: documents; texts are taken as `text`.
             eos: end each document.
             include_target: append the documents' gold targets.
             target_pixels: also make the pixels that the decoder has to learn.
-            padding_side: "left" for generating text in a batch.
+            padding_side: default "right" for documents, "left" for texts, which are prompts.
+            text: one text or several. `image_token` marks the places of a text's images; without one they
+                stand at its beginning. Whatever else a text spells is text.
+            images: see `conversation.text_pieces`.
+            add_special_tokens: begin each text with bos.
+            return_tensors: of texts: "pt", "np", or None for lists.
+            padding, truncation: rows are always padded, and never cut.
+
+        Returns:
+            of documents a `Batch`; of texts `input_ids` and `attention_mask` (B, T) and, if there are images,
+            `pixel_values` (I, 3, H, W) and `image_start` (B, N), all that `model.generate` needs.
 
         Raises:
             InputError: text that cannot be encoded, an image that cannot be read.
+            ValueError: images and their places do not agree, or videos, audio or truncation are asked for.
         """
         if isinstance(documents, Document):
             documents = (documents,)
-        sequences = [self.encode(document, eos=eos, include_target=include_target) for document in documents]
-        return self.collate(sequences, target_pixels=target_pixels, padding_side=padding_side)
+        if documents is not None and text is None:
+            documents = [documents] if isinstance(documents, str) else list(documents)
+            if documents and all(isinstance(each, str) for each in documents):
+                documents, text = None, documents
+        if (documents is None) == (text is None):
+            raise ValueError("expected either documents or text=, with images= or without")
+        if documents is not None:
+            rows = [self.encode(each, eos=eos, include_target=include_target) for each in documents]
+            return self.collate(rows, target_pixels=target_pixels, padding_side=padding_side or "right")
+        _refuse(videos=videos, audio=audio, truncation=truncation)
+        texts = [text] if isinstance(text, str) else list(text)
+        prompts = text_pieces(texts, images, self.image_token)
+        return self._prompt_batch(prompts, padding_side, return_tensors, bos=add_special_tokens)
 
     def encode(self, document: Document, *, eos: bool = False, include_target: bool = False) -> Sequence:
         """The tokens of one document, see `sequence.encode_document`."""
@@ -105,6 +158,159 @@ class MMInterleavedProcessor:
             raise ValueError("target_pixels: this processor has no target_size")
         target = self.target_pixels if target_pixels else None
         return collate(rows, self.vocabulary, self.encoder_pixels, target, padding_side=padding_side)
+
+    # ---- As users of transformers expect -------------------------------------------------------------
+
+    @property
+    def image_token(self) -> str:
+        """What stands for an image in prompts that are shown or given as text."""
+        return self.vocabulary.spelling(self.vocabulary.image) or IMAGE_TOKEN
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of a slot."""
+        return self.vocabulary.image
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a prompt is made of."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_start"]
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: None = None,
+        tools: None = None,
+        documents: None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: Any = None,
+        return_dict: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        *,
+        images: Any = None,
+        image_root: str | Path = ".",
+        padding_side: str | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Conversations as prompts, in the one form that our models know (see `prompts`).
+
+        What a message spells never becomes markup: `</s>` or an image token typed by a user are text.
+
+        Args:
+            conversation: messages, or a list of conversations; see `conversation.read_messages`.
+            add_generation_prompt: end with the assistant's marker.
+            continue_final_message: leave the assistant's last message open.
+            tokenize: ids instead of text.
+            return_dict: with `tokenize`, all that `model.generate` needs, as `__call__` returns it.
+            return_tensors: as `__call__`.
+            return_assistant_tokens_mask: also `assistant_masks` (B, T), 1 where the assistant speaks.
+            processor_kwargs: `images`, `padding_side`, `return_tensors`, as arguments.
+            images: for the parts of type image that name none, in their order; of several conversations a
+                list each.
+            image_root: folder that bounds paths in messages.
+
+        Returns:
+            with `tokenize=False` a `RenderedPrompt` (or a list of them), which the processor reads back as
+            what it is.
+
+        Raises:
+            ValueError: a message is wrong, or what is asked for does not exist here (templates, tools).
+        """
+        given = dict(processor_kwargs or {}) | {name: v for name, v in settings.items() if v is not None}
+        images, padding_side = given.pop("images", images), given.pop("padding_side", padding_side)
+        return_tensors = given.pop("return_tensors", return_tensors)
+        _refuse(chat_template=chat_template, tools=tools, documents=documents)
+        _refuse(**{name: value for name, value in given.items() if name not in _WITHOUT_EFFECT})
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("expected add_generation_prompt or continue_final_message, found both")
+        is_one = is_conversation(conversation)
+        conversations = [conversation] if is_one else list(conversation)
+        texts = [
+            self._rendered(
+                chat_pieces(
+                    read_messages(messages, image_root),
+                    asks=add_generation_prompt,
+                    goes_on=continue_final_message,
+                )
+            )
+            for messages in conversations
+        ]
+        if not tokenize:
+            return texts[0] if is_one else texts
+        prompts = text_pieces(texts, images, self.image_token)
+        found = self._prompt_batch(prompts, padding_side, return_tensors, masks=return_assistant_tokens_mask)
+        return found if return_dict else found["input_ids"]
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **settings: Any) -> Any:
+        """The text of ids; of several rows, a list. Special tokens are left out, or spelled out: an image as
+        one token.
+        """
+        _refuse(**{name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT})
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        if any(isinstance(each, Iterable) for each in ids):
+            return self.batch_decode(ids, skip_special_tokens)
+        ids = [int(i) for i in ids]
+        return self.vocabulary.decode(ids) if skip_special_tokens else self._spelled(ids)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **settings: Any) -> list[str]:
+        """The texts of rows of ids, see `decode`."""
+        return [self.decode(row, skip_special_tokens, **settings) for row in sequences]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **settings: Any
+    ) -> list[str]:
+        """The texts of what `model.generate` returned."""
+        rows = generated_outputs if getattr(generated_outputs, "ndim", 2) > 1 else [generated_outputs]
+        return self.batch_decode(rows, skip_special_tokens, **settings)
+
+    def _rendered(self, pieces: list[Piece]) -> RenderedPrompt:
+        spell = self.vocabulary.spelling
+        return rendered(
+            pieces, bos=spell(self.vocabulary.bos), eos=spell(self.vocabulary.eos), image=self.image_token
+        )
+
+    def _spelled(self, ids: list[int]) -> str:
+        """Text with special tokens spelled out; of an image its slots alone, as one."""
+        vocabulary, text, run = self.vocabulary, "", []
+        for before, token in zip([None, *ids], [*ids, None], strict=True):
+            if token is not None and token not in vocabulary.reserved_ids:
+                run.append(token)
+                continue
+            text, run = text + vocabulary.decode(run), []
+            is_further_slot = token == vocabulary.image == before
+            if token is not None and token != vocabulary.image_start and not is_further_slot:
+                text += self.image_token if token == vocabulary.image else vocabulary.spelling(token)
+        return text
+
+    def _prompt_batch(
+        self,
+        prompts: list[list[Piece]],
+        padding_side: str | None,
+        return_tensors: Any,
+        *,
+        bos: bool = True,
+        masks: bool = False,
+    ) -> BatchFeature:
+        """Rows of pieces as `model.generate` takes them."""
+        rows = [encode_pieces(with_images(pieces, None), self.vocabulary, bos=bos) for pieces in prompts]
+        batch = self.collate(rows, padding_side=padding_side or "left")
+        data = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
+        if batch.num_images:
+            data |= {"pixel_values": batch.pixel_values, "image_start": batch.image_start}
+        if masks:
+            data["assistant_masks"] = batch.text_target.long()
+        kind = getattr(return_tensors, "value", return_tensors)
+        if kind not in ("pt", "np", "auto", None):
+            raise ValueError(f"return_tensors: expected 'pt', 'np' or None, found {return_tensors!r}")
+        if kind != "pt":
+            data = {name: tensor.numpy() for name, tensor in data.items()}
+        if kind not in ("pt", "np"):
+            data = {name: value if name == "pixel_values" else value.tolist() for name, value in data.items()}
+        return BatchFeature(data)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that `processor_config.json` holds."""
@@ -172,3 +378,14 @@ class MMInterleavedProcessor:
             ModelFileError: names the first field that differs.
         """
         refuse_other_model(self.to_dict(), len(self.vocabulary), config, place)
+
+
+_WITHOUT_EFFECT = ("padding", "clean_up_tokenization_spaces", "add_special_tokens", "load_audio_from_video")
+"""What callers in transformers say without being asked: rows are padded, texts are as they are."""
+
+
+def _refuse(**asked: Any) -> None:
+    """Refuses arguments of transformers that mean nothing here, unless they ask for nothing."""
+    for name, value in asked.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name}: found {value!r}, expected none: this processor has no such thing")

@@ -35,6 +35,29 @@ def conversation_pieces(parts: Sequence[Part], target: Sequence[Part] = ()) -> l
     """
     said = [(part, part.role or "", not target) for part in parts]
     said += [(part, part.role or ANSWERING_ROLE, True) for part in target]
+    pieces, last_role = _pieces_of_turns(said)
+    if last_role != ANSWERING_ROLE:
+        _append_text(pieces, _MARKERS[ANSWERING_ROLE])
+    return pieces
+
+
+def chat_pieces(parts: Sequence[Part], *, asks: bool, goes_on: bool) -> list[Piece]:
+    """The pieces of a conversation as transformers' chat templates end it.
+
+    Args:
+        asks: the assistant's marker ends them.
+        goes_on: the last answer stays open; else it is ended, as all others are.
+    """
+    pieces, last_role = _pieces_of_turns([(part, part.role or "", True) for part in parts])
+    if last_role == ANSWERING_ROLE and not goes_on:
+        pieces[-1] = replace(pieces[-1], ends_turn=True)
+    if asks:
+        _append_text(pieces, _MARKERS[ANSWERING_ROLE])
+    return pieces
+
+
+def _pieces_of_turns(said: Sequence[tuple[Part, str, bool]]) -> tuple[list[Piece], str]:
+    """Pieces of (part, role, whether it may count), and who spoke last."""
     pieces: list[Piece] = []
     role = ""
     for next_role, turn in groupby(said, key=lambda item: item[1]):
@@ -47,9 +70,7 @@ def conversation_pieces(parts: Sequence[Part], target: Sequence[Part] = ()) -> l
                 _append_text(pieces, part.text)
             else:
                 pieces.append(Piece(part, is_target=is_answer and may_be_target))
-    if role != ANSWERING_ROLE:
-        _append_text(pieces, _MARKERS[ANSWERING_ROLE])
-    return pieces
+    return pieces, role
 
 
 def _append_text(pieces: list[Piece], text: str):

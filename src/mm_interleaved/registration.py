@@ -5,11 +5,21 @@ Importing the model registers the first two by itself; `register()` is for who s
 
 
 def register() -> None:
-    """Register `mm_interleaved` with AutoConfig, AutoModel and AutoProcessor; any number of times."""
-    from transformers import AutoProcessor
-
+    """Register `mm_interleaved` with AutoConfig, AutoModel, AutoModelForMultimodalLM,
+    AutoModelForImageTextToText and AutoProcessor; any number of times.
+    """
     # The import registers configuration and model.
-    from mm_interleaved.models.interleaved import MMInterleavedConfig
+    import mm_interleaved.models.interleaved  # noqa: F401
+
+    register_processor()
+
+
+def register_processor() -> None:
+    """The same for AutoConfig and AutoProcessor alone; loads no model code."""
+    from transformers import AutoConfig, AutoProcessor
+
+    from mm_interleaved.config import MMInterleavedConfig
     from mm_interleaved.processing import MMInterleavedProcessor
 
+    AutoConfig.register(MMInterleavedConfig.model_type, MMInterleavedConfig, exist_ok=True)
     AutoProcessor.register(MMInterleavedConfig, MMInterleavedProcessor, exist_ok=True)

@@ -141,20 +141,24 @@ def encode_document(
     if bos:
         builder.add([vocabulary.bos], is_target=False)
     pieces = _pieces(document, include_target)
-    for piece in pieces:
-        builder.begin_part()
-        if isinstance(piece.part, Image):
-            # Nothing stands before an image that begins the document: it cannot be predicted.
-            begins = len(builder.input_ids) == int(bos)
-            builder.add_image(piece.part, is_target=piece.is_target and not begins)
-        else:
-            builder.add_text(piece.part.text, piece.is_target)
-        if piece.ends_turn:
-            builder.add([vocabulary.eos], piece.is_target)
+    builder.add_pieces(pieces)
     if eos:
         # After a question that nobody answers there is nothing to end.
         is_answered = not _is_conversation(document) or pieces[-1].is_target
         builder.add([vocabulary.eos], is_target=is_answered and (not document.target or include_target))
+    return builder.build()
+
+
+def encode_pieces(pieces: SequenceABC[Piece], vocabulary: Vocabulary, *, bos: bool = True) -> Sequence:
+    """The tokens of a prompt's pieces.
+
+    Raises:
+        InputError: text that cannot be encoded.
+    """
+    builder = _Builder(vocabulary, LearningRule())
+    if bos:
+        builder.add([vocabulary.bos], is_target=False)
+    builder.add_pieces(pieces)
     return builder.build()
 
 
@@ -251,6 +255,19 @@ class _Builder:
         # A part without tokens is none.
         if len(self.input_ids) not in self.part_starts[-1:]:
             self.part_starts.append(len(self.input_ids))
+
+    def add_pieces(self, pieces: SequenceABC[Piece]):
+        num_before = len(self.input_ids)
+        for piece in pieces:
+            self.begin_part()
+            if isinstance(piece.part, Image):
+                # Nothing stands before an image that begins the document: it cannot be predicted.
+                begins = len(self.input_ids) == num_before
+                self.add_image(piece.part, is_target=piece.is_target and not begins)
+            else:
+                self.add_text(piece.part.text, piece.is_target)
+            if piece.ends_turn:
+                self.add([self.vocabulary.eos], piece.is_target)
 
     def add(self, ids: list[int], is_target: bool):
         self.input_ids += ids

@@ -64,14 +64,14 @@ class Vocabulary:
             raise ValueError(f"special ids must be different and not negative, found {ids}")
         # The released checkpoint pads with 31999, which is also a piece of text: then it is not reserved.
         reserved = frozenset((image_start, image, bos, eos))
-        self._reserved = reserved if pad in self._ids(self._spelling(pad)) else reserved | {pad}
+        self._reserved = reserved if pad in self._ids(self.spelling(pad)) else reserved | {pad}
         unknown = tokenizer.unk_token_id
         self._unknown = unknown if isinstance(unknown, int) else None
         # A SentencePiece tokenizer of transformers marks the beginning of a piece of text by a space, unless
         # the text begins with one: that space would be lost, where SentencePiece itself keeps both.
         self._swallows_space = self._ids(" a") == self._ids("a")
         for special in sorted(self._reserved):
-            self.encode_text(self._spelling(special))
+            self.encode_text(self.spelling(special))
 
     @classmethod
     def from_tokenizer(
@@ -133,7 +133,7 @@ class Vocabulary:
         all that stand there, since it makes text of a run of them only if the whole run is UTF-8.
         """
         kept = self._kept(ids)
-        while kept and _BYTE_PIECE.fullmatch(self._spelling(kept[-1])):
+        while kept and _BYTE_PIECE.fullmatch(self.spelling(kept[-1])):
             kept.pop()
         return self._text(kept).rstrip(INCOMPLETE)
 
@@ -168,7 +168,8 @@ class Vocabulary:
         # split_special_tokens: the spelling of a special token is cut into ordinary pieces.
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def _spelling(self, special: int) -> str:
+    def spelling(self, special: int) -> str:
+        """How the tokenizer spells a special id; empty where it has no word for it."""
         if special >= len(self.tokenizer):
             return ""
         token: str | Sequence[str] | None = self.tokenizer.convert_ids_to_tokens(special)

@@ -42,7 +42,7 @@ STOREYS = (
         "checkpoint.resolve",
         "checkpoint.values",
     ),
-    ("batch", "processing", "data"),
+    ("batch", "conversation", "processing", "data"),
     ("config", "ops"),
     ("models",),
     ("checkpoint", "generation", "training", "registration"),
