@@ -5,7 +5,7 @@ import torch
 from test_model import batch_of, pixels, row
 
 from mm_interleaved.models.transformers_versions import PENALTY_SPARES_PADDING
-from tiny import tiny_model
+from tiny import tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,54 @@ def test_a_repetition_penalty_spares_padding_where_the_library_does(model, promp
     named = {"attention_mask": mask, "repetition_penalty": 1e4, **options}
     found = model.generate(padded, pixel_values=row["pixel_values"], **named)[:, -1:]
     assert bool(found == favourite) is PENALTY_SPARES_PADDING
+
+
+def test_stop_strings_end_the_text_where_they_stand(model):
+    tokenizer = tiny_processor(model.config).tokenizer
+    prompt = torch.tensor([[0, 5, 6, 7]])
+    options = {"max_new_tokens": 24, "eos_token_id": None, "suppress_tokens": [298, 299], "do_sample": True}
+    torch.manual_seed(2)
+    whole = model.generate(prompt, **options)
+    words = [tokenizer.decode(whole[0, i : i + 1]) for i in range(4, 28)]
+    stop = next(word for word in words[8:] if word.isascii() and word.isprintable())
+    torch.manual_seed(2)
+    stopped = model.generate(prompt, **options, stop_strings=[stop], tokenizer=tokenizer)
+    assert torch.equal(stopped, whole[:, : 4 + words.index(stop) + 1])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_hidden_states_and_attentions_come_as_stock_models_return_them(options):
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    output = model.generate(
+        torch.tensor([[0, 5, 6, 7]]),
+        max_new_tokens=3,
+        min_new_tokens=3,
+        output_hidden_states=True,
+        output_attentions=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    assert len(output.hidden_states) == len(output.attentions) == 3
+    layers = model.config.text_config.num_hidden_layers
+    for step, (hidden, attention) in enumerate(zip(output.hidden_states, output.attentions, strict=True)):
+        assert len(hidden) == layers + 1 and len(attention) == layers
+        assert hidden[0].shape[1] == attention[0].shape[2] == (4 if step == 0 else 1)
+
+
+@torch.no_grad()
+def test_forward_returns_hidden_states_attentions_and_tuples():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[0, 5, 6, 7]])
+    plain = model(input_ids=ids)
+    assert plain.hidden_states is None and plain.attentions is None
+    output = model(input_ids=ids, output_hidden_states=True, output_attentions=True)
+    assert torch.equal(output.hidden_states[-1], output.hidden)
+    torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(1, 4, 4))
+    found = model(input_ids=ids, output_hidden_states=True, return_dict=False, use_cache=True)
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], plain.logits) and torch.equal(found[1], plain.hidden)
+    model.config.output_hidden_states, model.config.return_dict = True, False
+    logits, _, hidden_states = model(input_ids=ids)
+    assert torch.equal(logits, plain.logits) and len(hidden_states) == 4

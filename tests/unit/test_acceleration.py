@@ -151,6 +151,9 @@ def test_guidance_that_does_not_change_may_be_used_again(painter):
     class Still:
         negative_conditioning = model.image_decoder.negative_conditioning
 
+        def learned_negative(self, like):
+            return self.negative_conditioning
+
         def predict(self, latents, timestep, conditioning, earlier, **_):
             outputs.append(len(latents))
             is_negative = (conditioning == self.negative_conditioning).all(-1).all(-1)

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image as PILImage
 from torch import Tensor
 
+from mm_interleaved.generation.default_dtype import single_precision
 from mm_interleaved.models.image_decoder import EarlierImages, ImageDecoder
 from mm_interleaved.models.prediction_types import PREDICTION_TYPES
 from mm_interleaved.models.unet import DeepFeatures
@@ -92,7 +93,7 @@ def denoise(
         ValueError: the scheduler cannot do that many steps, see `scheduler_for`.
     """
     if negative_conditioning is None:
-        negative_conditioning = decoder.negative_conditioning
+        negative_conditioning = decoder.learned_negative(conditioning)
     alone = _Half(conditioning, earlier)
     is_guided = guidance_scale > 1
     both = alone.with_unguided(negative_conditioning) if is_guided else alone
@@ -102,15 +103,16 @@ def denoise(
     # The loop adds small differences up: single precision or better, whatever the network computes in.
     latents = latents.to(torch.promote_types(conditioning.dtype, torch.float32)) * scheduler.init_noise_sigma
     deep = DeepFeatures() if step_cache > 1 else None
-    guidance = torch.zeros(())
+    guidance = latents.new_zeros(())
 
     for index, timestep in enumerate(scheduler.timesteps):
         # 1. Expand.
         has_unguided = is_guided and index % guidance_cache == 0
         reading = both if has_unguided else alone
-        model_input = scheduler.scale_model_input(
-            torch.cat([latents, latents]) if has_unguided else latents, timestep
-        )
+        with single_precision():
+            model_input = scheduler.scale_model_input(
+                torch.cat([latents, latents]) if has_unguided else latents, timestep
+            )
         if deep is not None:
             deep.keep_for(len(model_input), is_fresh=index % step_cache != 0)
         # 2. Predict.
@@ -131,7 +133,8 @@ def denoise(
         elif is_guided:
             guided = guided + (guidance_scale - 1) * guidance
         # 4. Step.
-        result = scheduler.step(guided, timestep, latents, **noise)
+        with single_precision():
+            result = scheduler.step(guided, timestep, latents, **noise)
         latents = result.prev_sample
         yield DenoisingStep(index + 1, latents, _clean_latents(result), prediction)
 
@@ -170,7 +173,8 @@ def build_scheduler(name: str, scheduler_config: Mapping[str, Any]) -> Scheduler
         )
     kind = getattr(diffusers, SCHEDULERS[name])
     known = inspect.signature(kind.__init__).parameters
-    return kind(**{key: value for key, value in scheduler_config.items() if key in known})
+    with single_precision():
+        return kind(**{key: value for key, value in scheduler_config.items() if key in known})
 
 
 def scheduler_for(
@@ -210,7 +214,8 @@ def _set_time_steps(scheduler: Any, count: int, device: torch.device | None = No
     if count > trained:
         raise ValueError(f"{kind} cannot do {count} of {trained} steps")
     try:
-        scheduler.set_timesteps(count, device=device)
+        with single_precision():
+            scheduler.set_timesteps(count, device=device)
     except (ValueError, IndexError, ZeroDivisionError, AssertionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{kind} cannot do {count} of {trained} steps ({reason})") from error
@@ -254,7 +259,8 @@ def initial_latents(
         ValueError: the size does not fit the autoencoder.
     """
     shape = (len(generators), *latent_shape(decoder, height, width))
-    return randn_tensor(shape, generator=list(generators), device=decoder.negative_conditioning.device)
+    # Single precision, whatever torch's default is, so that the numbers are the same.
+    return randn_tensor(shape, generator=list(generators), device=decoder.device, dtype=torch.float32)
 
 
 def default_size(decoder: ImageDecoder) -> tuple[int, int]:

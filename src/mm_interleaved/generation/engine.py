@@ -55,6 +55,7 @@ from mm_interleaved.generation.text import (
     score_options,
 )
 from mm_interleaved.generation.together import Request, Steps, failing_alone, stream_together
+from mm_interleaved.models.evaluation_mode import evaluation_mode, steps_in_evaluation_mode
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import static_room
@@ -127,7 +128,8 @@ class InterleavedGenerator:
             NumericalError: the model computed something that is not finite.
         """
         steps = self._continuation(document, settings, overrides, preview_every).steps()
-        return (event for _, event in stream_together([steps], self.assistant_model))
+        events = stream_together([steps], self.assistant_model)
+        return (event for _, event in steps_in_evaluation_mode(self.model, events))
 
     def _continuation(
         self,
@@ -178,7 +180,7 @@ class InterleavedGenerator:
             yield from self._continuation(documents[place], own, overrides).steps()
 
         together = [failing_alone(document, steps(place)) for place, document in enumerate(documents)]
-        return stream_together(together, self.assistant_model)
+        return steps_in_evaluation_mode(self.model, stream_together(together, self.assistant_model))
 
     def generate_batch(
         self,
@@ -220,6 +222,10 @@ class InterleavedGenerator:
             InputError: the document or an option cannot be encoded or does not fit into the context.
             NumericalError: a log-probability is not finite.
         """
+        with evaluation_mode(self.model):
+            return self._scores_of(document, options)
+
+    def _scores_of(self, document: Document, options: Sequence[str]) -> list[float]:
         continuation = _Continuation(self, document, GenerationSettings(layout="T"))
         vocabulary = self.processor.vocabulary
         ids = [[*vocabulary.encode_text(option), vocabulary.eos] for option in options]
@@ -554,7 +560,7 @@ class _Continuation:
     def given_pixels(self) -> Tensor:
         """The given document's images as the vision tower takes them: (I, 3, H, W)."""
         pixels = [self._pixels(image.load()) for image in self.sequence.images]
-        return torch.cat(pixels) if pixels else torch.empty(0)
+        return torch.cat(pixels) if pixels else torch.empty(0, dtype=torch.float32)
 
     def open_session(self, seen: Sequence[SeenImage]) -> InterleavedSession:
         """The given document, ready to be continued.

@@ -132,7 +132,7 @@ def _denoise(
 def _negative(request: ImageRequest) -> Tensor:
     if request.negative_conditioning is not None:
         return request.negative_conditioning
-    return request.decoder.negative_conditioning.expand_as(request.conditioning)
+    return request.decoder.learned_negative(request.conditioning).expand_as(request.conditioning)
 
 
 def side_by_side(earlier: Sequence[EarlierImages | None]) -> EarlierImages | None:

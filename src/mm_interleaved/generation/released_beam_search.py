@@ -50,7 +50,7 @@ def released_beam_search(
     num_beams, stop_ids = generation_config.num_beams, generation_config.eos_token_id
     num_candidates = max(2, 1 + len(stop_ids)) * num_beams
     rows = [_Row(num_beams, generation_config.length_penalty) for _ in range(len(input_ids) // num_beams)]
-    scores_BK = torch.full((len(rows), num_beams), NEVER, device=input_ids.device)
+    scores_BK = torch.full((len(rows), num_beams), NEVER, dtype=torch.float32, device=input_ids.device)
     scores_BK[:, 0] = 0
     cache: PrefixCache = model_kwargs[CACHE]
     attention_mask, position_ids = model_kwargs["attention_mask"], model_kwargs["position_ids"]
@@ -79,7 +79,7 @@ def released_beam_search(
             scores.append([score for score, _, _ in live])
             chosen += [first_beam + beam for _, beam, _ in live]
             tokens += [token for _, _, token in live]
-        scores_BK = torch.tensor(scores, device=scores_BK.device)
+        scores_BK = torch.tensor(scores, dtype=torch.float32, device=scores_BK.device)
         chosen_beams = torch.tensor(chosen, device=input_ids.device)
         new_ids = torch.tensor(tokens, device=input_ids.device)[:, None]
         input_ids = torch.cat([input_ids[chosen_beams], new_ids], dim=1)
@@ -141,6 +141,8 @@ def _collect(rows: list[_Row], config: GenerationConfig, device: torch.device) -
             line[len(ids)] = config.eos_token_id[0]
     return ReleasedBeams(
         sequences=sequences,
-        sequences_scores=torch.tensor([score for score, _ in returned]),
-        hypothesis_scores=torch.tensor([[score for score, _ in row.kept] for row in rows]),
+        sequences_scores=torch.tensor([score for score, _ in returned], dtype=torch.float32),
+        hypothesis_scores=torch.tensor(
+            [[score for score, _ in row.kept] for row in rows], dtype=torch.float32
+        ),
     )

@@ -438,8 +438,8 @@ def score_options(session: InterleavedSession, options: Sequence[Sequence[int]])
     model = session.model
     first_V = model.predict_text(session.read()[:, -1])[0].float().log_softmax(-1)
     scores = [_score_group(session, group, first_V) for group in _option_groups(model, options)]
-    found_O = torch.cat(scores) if scores else torch.empty(0, device=model.device)
-    return check_finite(found_O, "the log-probabilities of texts")
+    none = torch.empty(0, dtype=torch.float32, device=model.device)
+    return check_finite(torch.cat(scores) if scores else none, "the log-probabilities of texts")
 
 
 def _option_groups(

@@ -6,7 +6,7 @@ Letters: I images, G cells along one side of the patch grid, C channels, T patch
 the pyramid's three lower levels (sizes 2G, G, G/2), H heads, P points.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ class Interaction(nn.Module):
         self,
         token_I1TC: Tensor,
         cells_ISC: Tensor,
-        layers: Sequence[nn.Module],
+        layers: Sequence[Callable[..., Tensor]],
         level_sizes: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """Tokens (class token first, then patches) and cells before and after: (I, 1 + T, C), (I, S, C)."""
@@ -255,7 +255,7 @@ class VisionAdapter(nn.Module):
         init.normal_(self.level_embedding)
 
     def forward(
-        self, token_I1TC: Tensor, pixels_I3yx: Tensor, layers: Sequence[nn.Module]
+        self, token_I1TC: Tensor, pixels_I3yx: Tensor, layers: Sequence[Callable[..., Tensor]]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the transformer's layers beside the pyramid.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from mm_interleaved.models.finite import check_finite
+from mm_interleaved.models.offloading import execution_device, value_of
 from mm_interleaved.models.resampler import Resampler
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.unet import DeepFeatures, UNetSynchronizers, unet_forward
@@ -133,6 +134,15 @@ class ImageDecoder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         init.zeros_(self.negative_conditioning)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return execution_device(self) or self.negative_conditioning.device
+
+    def learned_negative(self, like: Tensor) -> Tensor:
+        """The learned conditioning of nothing said, on the device of `like`: (1, R, D)."""
+        return value_of(self, "negative_conditioning").to(like.device)
 
     def condition(self, context_ITD: Tensor, mask_IT: Tensor) -> Tensor:
         """Read contexts (see `context.gather_contexts`) into conditioning: (I, R, D)."""

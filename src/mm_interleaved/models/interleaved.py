@@ -18,9 +18,16 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from mm_interleaved.checkpoint.headers import saved_format
 from mm_interleaved.checkpoint.model_card import PUBLISH_ARGUMENTS, publish, write_model_card
@@ -31,14 +38,29 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.models.build import build_image_decoder, build_language_model, build_vision_tower
 from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.models.image_decoder import DiffusionDraws, EarlierImages
+from mm_interleaved.models.image_placement import (
+    ImageTokens,
+    check_number,
+    check_one_document,
+    check_pixels,
+    check_targets,
+    count_images,
+    no_images,
+    placed_images,
+    shifted,
+    slot_places,
+)
 from mm_interleaved.models.initialisation import OwnInitialisation, is_own
-from mm_interleaved.models.language import ImageView, TextHead
+from mm_interleaved.models.language import LANGUAGE_FAMILIES, ImageView, TextHead
 from mm_interleaved.models.losses import denoising_target, image_loss, text_loss
+from mm_interleaved.models.offloading import execution_device, value_of
 from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.models.prompt_generation import PromptGenerationMixin
 from mm_interleaved.models.quantization import refuse_to_save
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.transformers_versions import CACHE, one_cache
 from mm_interleaved.models.vision import ImageFeatures, select_levels
+from mm_interleaved.models.vocabulary_size import check_resizable, check_vocabulary_size, rounded_up
 from mm_interleaved.versions import warn_of_untried
 from mm_interleaved.visibility import (
     NO_IMAGE,
@@ -74,8 +96,11 @@ class MMInterleavedOutput(ModelOutput):
         def cache(self) -> Any:
             return self.past_key_values
 
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
-class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, GenerationMixin):
+
+class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, PromptGenerationMixin):
     """MM-Interleaved (arXiv 2401.10208): reads and writes documents of text and images.
 
     For documents in, documents out, see `InterleavedGenerator`. `forward` is the tensor level: with
@@ -95,7 +120,11 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["CLIPEncoderLayer", "MapSynchronizer", "BasicTransformerBlock", "ResnetBlock2D"]  # noqa: RUF012
+    # Those, too, that join what their parts say, or read weights of their own between calls of their parts.
+    _no_split_modules = [  # noqa: RUF012
+        "VisionTower", "Resampler", "GatedSynchronizer", "MapSynchronizer", "BasicTransformerBlock",
+        "ResnetBlock2D", *(family.layer_class.__name__ for family in LANGUAGE_FAMILIES.values()),
+    ]  # fmt: skip
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
 
     def __init__(self, config: MMInterleavedConfig, *, when_built: Callable[[nn.Module], None] | None = None):
@@ -121,10 +150,20 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         elif not is_own(module) and hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong: where it is computed, also if weights are kept elsewhere (accelerate)."""
+        return execution_device(self) or super().device
+
     # ---- What generation and training are made of ------------------------------------------------
 
     def encode_images(self, pixel_values: Tensor) -> ImageFeatures:
-        """Slots and pyramid of images: RGB in [0, 1], (I, 3, H, W), square."""
+        """Slots and pyramid of images: RGB in [0, 1], (I, 3, H, W), square.
+
+        Raises:
+            ValueError: these are no such pixels.
+        """
+        check_pixels(pixel_values)
         return self.vision(pixel_values.to(self.dtype))
 
     def project_images(self, pyramid: tuple[Tensor, ...]) -> dict[int, ImageValues]:
@@ -145,6 +184,18 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         projected = self.project_images(pyramid)
         return {layer: values._replace(image_BN=index) for layer, values in projected.items()}
 
+    @property
+    def image_tokens(self) -> ImageTokens:
+        """What an image is made of in token ids."""
+        config = self.config
+        return ImageTokens(config.image_start_token_id, config.image_token_id, config.num_slots)
+
+    def embed_words(self, input_ids: Tensor) -> Tensor:
+        """Embeddings (B, T, D) of tokens none of which is a slot of an image, whatever its id."""
+        hidden = self.language_model.embed_tokens(input_ids)
+        is_start = (input_ids == self.config.image_start_token_id).to(hidden.device, hidden.dtype)
+        return hidden + is_start[..., None] * value_of(self, "image_start_embedding").to(hidden.device)
+
     def embed(
         self, input_ids: Tensor, image_start: Tensor | None = None, slots: Tensor | None = None
     ) -> Tensor:
@@ -152,19 +203,14 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
 
         Args:
             image_start: (B, N) index of each image's start token; its slots follow. `NO_IMAGE` where there is
-                none.
+                none. Default: read off the ids.
             slots: (I, num_slots, D), in row-major order of the images.
 
         Raises:
-            ValueError: the table of images and the token ids do not agree.
+            ValueError: token ids, table of images and slots do not agree.
         """
-        hidden = self.language_model.embed_tokens(input_ids)
-        is_start = input_ids == self.config.image_start_token_id
-        hidden = hidden + is_start[..., None].to(hidden.dtype) * self.image_start_embedding
-        if slots is None or image_start is None or len(slots) == 0:
-            return hidden
-        row, position = self._slot_places(input_ids, image_start, slots.shape[1])
-        return hidden.index_put((row, position), slots.flatten(0, 1).to(hidden.dtype))
+        image_start = placed_images(input_ids, image_start, slots, self.image_tokens, "slots")
+        return self._embed(input_ids, image_start, slots)
 
     def image_view(
         self,
@@ -196,7 +242,9 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             hidden: (B, T, D) final hidden states.
             row, start, end: (I,) int64: row of the image, first token of its document, its image-start token.
         """
-        context, mask = gather_contexts(hidden, row, start, end)
+        # A model that is spread over devices ends on another one than it begins on.
+        places = (place.to(hidden.device) for place in (row, start, end))
+        context, mask = gather_contexts(hidden, *places)
         context = add_distances(self.context_projection(context))
         return self.image_decoder.condition(context, mask), mask.sum(1)
 
@@ -209,6 +257,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
 
     # ---- One pass --------------------------------------------------------------------------------
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -227,7 +276,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         image_weight: Tensor | None = None,
         hide_earlier: Tensor | None = None,
         logits_to_keep: int = 0,
-        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         past_key_values: PrefixCache | None = None,
     ) -> MMInterleavedOutput:
         """Logits, and losses where there are targets.
@@ -238,8 +288,11 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             position_ids: (B, T); default: counted on from the cache.
             cache: what is remembered of the tokens before (generation); also as `past_key_values`, the name
                 that transformers had for it before 5.24.
-            pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order.
-            image_start: (B, N) int64, index of each image's start token, `NO_IMAGE` where there is none.
+            use_cache: make a cache where none is given, and return it.
+            pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order. With a cache, those
+                of the tokens given now; it remembers them.
+            image_start: (B, N) int64, index of each image's start token among the tokens given now,
+                `NO_IMAGE` where there is none; default: read off the ids.
             document_start: (B, T) int64, first token of each token's document; default: one document a row.
                 Documents of a row do not see each other and count their positions from zero, unless the
                 model's `compat` is "released".
@@ -251,14 +304,23 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             hide_earlier: (I,) bool, images to be painted without a look at earlier ones (synchronizer
                 dropout); default none.
             logits_to_keep: only the last so many logits; 0 = all.
+            output_attentions, output_hidden_states: also return those of the language model, as its library
+                does; default: as the configuration says.
+
+        Raises:
+            ValueError: token ids, table of images, pixels, targets and cache do not agree.
         """
-        cache = one_cache(cache, past_key_values)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        cache = self._cache_of_pass(one_cache(cache, past_key_values), use_cache, tokens)
         # 1. See the images, embed the tokens, keep packed documents apart.
-        features = None if pixel_values is None else self.encode_images(pixel_values)
+        image_start = self._placed(input_ids, inputs_embeds, image_start, pixel_values)
+        check_targets(input_ids, image_start, pixel_values, text_target, target_pixel_values)
+        if cache is not None:
+            self._check_continuation(cache, pixel_values, target_pixel_values, document_start, attention_mask)
+        has_images = pixel_values is not None and len(pixel_values) > 0
+        features = self.encode_images(pixel_values) if has_images else None
         if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("forward needs input_ids or inputs_embeds, found neither")
-            inputs_embeds = self.embed(input_ids, image_start, None if features is None else features.slots)
+            inputs_embeds = self._embed(input_ids, image_start, None if features is None else features.slots)
         rows, num_tokens = inputs_embeds.shape[:2]
         if document_start is None:
             document_start = torch.zeros(rows, num_tokens, dtype=torch.int64, device=inputs_embeds.device)
@@ -266,29 +328,37 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             attention_mask = isolated_causal_mask(document_start, attention_mask)
             if position_ids is None:
                 position_ids = torch.arange(num_tokens, device=document_start.device) - document_start
-        if image_start is None:
-            image_start = torch.empty(rows, 0, dtype=torch.int64, device=inputs_embeds.device)
 
         # 2. Read, looking into the images.
         values = {} if features is None else self.values_by_row(features.pyramid, image_start)
+        if features is not None and isinstance(cache, PrefixCache):
+            cache.append_images(shifted(image_start, cache.num_tokens), values)
         view = self.image_view(document_start, image_start, values, cache)
-        hidden = self.language_model(
+        read = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=cache is not None,
             image_view=view,
+            **self._captured(output_attentions, output_hidden_states),
             **{CACHE: cache},
-        ).last_hidden_state
+        )
+        hidden = read.last_hidden_state
         if isinstance(cache, PrefixCache):
             cache.append_hidden(hidden)
         logits = self.predict_text(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
 
         # 3. Losses.
-        output = MMInterleavedOutput(logits=logits, hidden=hidden, **{CACHE: cache})
+        output = MMInterleavedOutput(
+            logits=logits,
+            hidden=hidden,
+            hidden_states=read.hidden_states,
+            attentions=read.attentions,
+            **{CACHE: cache},
+        )
         if text_target is not None and input_ids is not None:
-            output.text_loss = text_loss(logits, input_ids, text_target)
-        if target_pixel_values is not None and len(target_pixel_values) and features is not None:
+            output.text_loss = text_loss(logits, input_ids.to(logits.device), text_target.to(logits.device))
+        if target_pixel_values is not None and len(target_pixel_values):
             output.image_loss = self.painting_loss(
                 hidden,
                 features,
@@ -337,7 +407,8 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         with torch.no_grad():
             latents = decoder.encode(target_pixel_values, draws.latent_noise).to(self.dtype)
         noisy = scheduler.add_noise(latents, draws.noise, draws.timestep)
-        conditioning = torch.where(draws.drop[:, None, None], decoder.negative_conditioning, conditioning)
+        negative = decoder.learned_negative(conditioning)
+        conditioning = torch.where(draws.drop[:, None, None], negative, conditioning)
 
         # 3. Predict.
         prediction = decoder.predict(noisy, draws.timestep, conditioning, earlier)
@@ -356,14 +427,16 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         device = target_pixel_values.device
 
         def normal() -> Tensor:
-            return torch.randn(shape, generator=generator, device=device).to(self.dtype)
+            # Drawn in single precision whatever torch's default is, so that the numbers are the same.
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(self.dtype)
 
         steps = self.training_scheduler.config.num_train_timesteps
         return DiffusionDraws(
             timestep=torch.randint(0, steps, (images,), generator=generator, device=device),
             noise=normal(),
             latent_noise=normal(),
-            drop=torch.rand(images, generator=generator, device=device) < self.config.condition_dropout,
+            drop=torch.rand(images, generator=generator, device=device, dtype=torch.float32)
+            < self.config.condition_dropout,
         )
 
     @property
@@ -461,107 +534,6 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             )
             return publish(folder, repo_id, **settings)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        pixel_values: Tensor | None = None,
-        image_start: Tensor | None = None,
-        cache: Cache | None = None,
-        past_key_values: Cache | None = None,
-        **arguments: Any,
-    ) -> Any:
-        """transformers' `generate`, with images in the prompt: text only, any of its arguments.
-
-        For documents, with images also in what is generated, see `InterleavedGenerator`.
-
-        Args:
-            inputs: (B, T) prompt ids (also as `input_ids`), images as their start token and slots.
-            pixel_values: (I, 3, H, W) RGB in [0, 1], all rows' images in row-major order; encoded once.
-            image_start: (B, N), see `forward`; default: wherever the image-start token stands.
-            cache: what is remembered already; default: a new one. Also as `past_key_values`.
-
-        Raises:
-            ValueError: no prompt ids, or a `cache_implementation` other than "dynamic" and "static".
-        """
-        config = arguments.get("generation_config") or self.generation_config
-        named = arguments.pop("cache_implementation", None) or config.cache_implementation
-        if named is not None or self.generation_config.cache_implementation is not None:
-            # transformers takes either a cache or the name of one.
-            arguments["cache_implementation"] = None
-        given_cache = one_cache(cache, past_key_values)
-        if given_cache is not None:
-            return super().generate(inputs, **{CACHE: given_cache}, **arguments)
-        if named not in (None, "dynamic", "static"):
-            raise ValueError(f"cache_implementation: expected 'dynamic' or 'static', found {named!r}")
-        input_ids = arguments.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None or "inputs_embeds" in arguments:
-            found = "inputs_embeds" if "inputs_embeds" in arguments else "nothing"
-            raise ValueError(f"generate needs prompt ids of shape (rows, tokens) as input_ids, found {found}")
-        new_cache = PrefixCache(
-            self.config.text_config,
-            batch_size=len(input_ids),
-            device=input_ids.device,
-            max_cache_len=None if named != "static" else _longest(input_ids.shape[1], config, arguments),
-        )
-        slots = None
-        if pixel_values is not None:
-            if image_start is None:
-                starts = [(row == self.config.image_start_token_id).nonzero()[:, 0] for row in input_ids]
-                image_start = nn.utils.rnn.pad_sequence(starts, batch_first=True, padding_value=NO_IMAGE)
-            features = self.encode_images(pixel_values)
-            slots = features.slots
-            new_cache.append_images(image_start, self.values_by_row(features.pyramid, image_start))
-        # `generate` repeats its tensors for beams and samples, but leaves a given cache to whoever gave it.
-        repeats = [
-            arguments.get(name) or getattr(config, name, None) or 1
-            for name in ("num_beams", "num_return_sequences")
-        ]
-        if max(repeats) > 1:
-            new_cache.batch_repeat_interleave(max(repeats))
-        embeddings = self.embed(input_ids, image_start, slots)
-        return super().generate(input_ids, inputs_embeds=embeddings, **{CACHE: new_cache}, **arguments)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        cache: Any = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        past_key_values: Any = None,
-        **kwargs: Any,  # by this name transformers knows that what `forward` takes is welcome
-    ) -> dict[str, Any]:
-        """As transformers does. Also for the first pass of assisted decoding, which asks neither what the
-        cache holds already nor how the words that it has guessed are embedded.
-        """
-        cache = one_cache(cache, past_key_values)
-        if is_first_iteration and next_sequence_length is None and isinstance(cache, PrefixCache):
-            if inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
-                guessed = self.embed(input_ids[:, inputs_embeds.shape[1] :]).to(inputs_embeds.dtype)
-                inputs_embeds = torch.cat([inputs_embeds, guessed], dim=1)
-            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            # Of a prompt that is read in pieces, only what is new is given.
-            unread = length - cache.num_tokens
-            next_sequence_length = unread if unread > 0 else None
-        if isinstance(cache, PrefixCache) and cache.is_static:
-            cache.keep_addresses()
-        given = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **{CACHE: cache},
-            **kwargs,
-        )
-        if given.get("position_ids") is not None:
-            # A part of a longer tensor has other strides, for which compiled code would be made once more.
-            given["position_ids"] = given["position_ids"].clone(memory_format=torch.contiguous_format)
-        return given
-
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
@@ -571,6 +543,40 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
     def get_output_embeddings(self) -> nn.Module:
         return self.text_head.base
 
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """The old half of the text head; a vocabulary of another size changes the new half with it."""
+        self.text_head.set_base(value)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As transformers does: tokens are added or removed at the end of the vocabulary.
+
+        Added ones are new tokens of the text head: the model says none before it has learned to.
+
+        Raises:
+            ValueError: special tokens would be lost, or the weights cannot be resized where they are
+                (offloaded, sharded, quantised, with adapters). Nothing is changed.
+        """
+        embeddings, head = self.get_input_embeddings(), self.text_head
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embeddings
+        size = rounded_up(new_num_tokens or head.base.out_features, pad_to_multiple_of)
+        check_vocabulary_size(self.config, size)
+        check_resizable(embeddings, head)
+        is_tied = head.base.weight is embeddings.weight
+        if is_tied:
+            # Else the head would be found as long as the embeddings, which grow first.
+            head.base.weight = nn.Parameter(embeddings.weight.detach().clone())
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if is_tied:
+            head.base.weight = embeddings.weight
+        self.language_model.vocab_size, self.config.num_new_tokens = size, head.num_new
+        return embeddings
+
     def _no_images(self, rows: int) -> dict[int, ImageValues]:
         """Values of no image at all: layers then add the constant that "look nowhere" means."""
         settings = self.config.part("text_synchronizer")
@@ -578,19 +584,68 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         empty = ImageValues(torch.empty(shape, dtype=self.dtype, device=self.device), ())
         return dict.fromkeys(self.language_model.synchronized_layers, empty)
 
-    def _slot_places(self, input_ids: Tensor, image_start: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-        """Row and position of each slot, image-major; the table is checked against the ids."""
-        row, column = (image_start != NO_IMAGE).nonzero(as_tuple=True)
-        position = image_start[row, column][:, None] + 1 + torch.arange(num_slots, device=input_ids.device)
-        row = row[:, None].expand_as(position)
-        is_slot = input_ids == self.config.image_token_id
-        if position.numel() != int(is_slot.sum()) or not bool(is_slot[row, position].all()):
+    def _placed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        image_start: Tensor | None,
+        pixel_values: Tensor | None,
+    ) -> Tensor:
+        """Where the images of a pass stand: (B, N)."""
+        if input_ids is not None and (inputs_embeds is None or pixel_values is not None):
+            return placed_images(input_ids, image_start, pixel_values, self.image_tokens)
+        if inputs_embeds is None:
+            raise ValueError("forward needs input_ids or inputs_embeds, found neither")
+        if image_start is None:
+            image_start = no_images(inputs_embeds)
+        if pixel_values is not None:
+            # Embeddings do not tell where images are.
+            check_number(pixel_values, count_images(image_start), "image_start")
+        return image_start
+
+    def _cache_of_pass(self, cache: Any, use_cache: bool | None, tokens: Tensor | None) -> Any:
+        """The given cache, or a new one where it is asked for."""
+        if cache is None and use_cache and tokens is not None:
+            rows, device = len(tokens), tokens.device
+            cache = PrefixCache(self.config.text_config, batch_size=rows, device=device)
+        if cache is None:
+            return None
+        layers = self.language_model.layers
+        if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers):
             raise ValueError(
-                f"{position.shape[0]} images need {position.numel()} slot tokens "
-                "at the places of image_start; "
-                f"input_ids hold {int(is_slot.sum())} slot tokens, not all there"
+                "a cache stays empty in training mode with gradient checkpointing: call model.eval() before"
             )
-        return row.flatten(), position.flatten()
+        return cache
+
+    def _check_continuation(
+        self,
+        cache: Any,
+        pixel_values: Tensor | None,
+        target_pixel_values: Tensor | None,
+        document_start: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> None:
+        """What stands behind a cache can be read, and nothing can be learned from it."""
+        if target_pixel_values is not None and len(target_pixel_values):
+            raise ValueError("target_pixel_values needs whole rows, found a cache: give none")
+        if pixel_values is not None and len(pixel_values) and not isinstance(cache, PrefixCache):
+            raise ValueError(f"cache: images need a PrefixCache, found {type(cache).__name__}")
+        if document_start is not None:
+            check_one_document(document_start, attention_mask)
+
+    def _captured(self, attentions: bool | None, hidden_states: bool | None) -> dict[str, bool]:
+        """What the language model shall return besides; nothing is said of what nobody asked for."""
+        asked = {"output_attentions": attentions, "output_hidden_states": hidden_states}
+        asked = {name: getattr(self.config, name, None) if v is None else v for name, v in asked.items()}
+        return {name: value for name, value in asked.items() if value}
+
+    def _embed(self, input_ids: Tensor, image_start: Tensor, slots: Tensor | None) -> Tensor:
+        """`embed` of what was checked."""
+        hidden = self.embed_words(input_ids)
+        if slots is None or len(slots) == 0:
+            return hidden
+        row, position = slot_places(image_start.to(hidden.device), slots.shape[1])
+        return hidden.index_put((row, position), slots.flatten(0, 1).to(hidden.device, hidden.dtype))
 
 
 def _chosen_dtype(folder: Path, asked: Any, device_map: Any) -> torch.dtype:
@@ -622,13 +677,7 @@ def _first_device(device_map: Any) -> torch.device:
     return torch.device("cuda", int(place)) if place.isdecimal() else torch.device(place)
 
 
-def _longest(prompt: int, config: GenerationConfig, arguments: dict[str, Any]) -> int:
-    """Tokens that one call of `generate` can reach, by its arguments or its configuration."""
-    new_tokens = arguments.get("max_new_tokens") or config.max_new_tokens
-    longest = arguments.get("max_length") or config.max_length or prompt
-    return max(prompt + new_tokens if new_tokens else longest, config.max_cache_len or 0)
-
-
 # transformers' registries are filled by whoever defines a model; `registration` adds the processor.
 AutoConfig.register(MMInterleavedConfig.model_type, MMInterleavedConfig, exist_ok=True)
-AutoModel.register(MMInterleavedConfig, MMInterleavedForConditionalGeneration, exist_ok=True)
+for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto.register(MMInterleavedConfig, MMInterleavedForConditionalGeneration, exist_ok=True)

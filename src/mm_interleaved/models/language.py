@@ -136,6 +136,10 @@ def language_family(model_type: str) -> type[_InterleavedModel]:
     return LANGUAGE_FAMILIES[model_type]
 
 
+OLD_HEAD_BIAS, NEW_HEAD_BIAS = -100.0, 95.0
+"""Where the two heads of a new token start (released code)."""
+
+
 class TextHead(nn.Module):
     """Next-word logits in two parts: a frozen head for the old vocabulary, a small one for the new tokens.
 
@@ -154,15 +158,32 @@ class TextHead(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
+    def set_base(self, base: nn.Linear) -> None:
+        """Take another old head, whose vocabulary ends later or earlier: tokens added are new ones, and start
+        as those do.
+        """
+        added, old = base.out_features - self.base.out_features, self.new
+        self.base, self.num_new = base, self.num_new + added
+        self.new = nn.Linear(
+            old.in_features, self.num_new, device=old.weight.device, dtype=old.weight.dtype
+        ).train(old.training)
+        self.new.requires_grad_(old.weight.requires_grad)
+        first_added, kept = base.out_features - max(added, 0), min(self.num_new, old.out_features)
+        for linear, first, bias in ((base, first_added, OLD_HEAD_BIAS), (self.new, kept, NEW_HEAD_BIAS)):
+            linear.weight[first:] = 0
+            linear.bias[first:] = bias
+        self.new.weight[:kept], self.new.bias[:kept] = old.weight[:kept], old.bias[:kept]
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         init.normal_(self.base.weight, std=0.02)
         init.zeros_(self.base.bias)
         if not is_loaded(self.base.weight):
             self.base.weight[-self.num_new :] = 0
         if not is_loaded(self.base.bias):
-            self.base.bias[-self.num_new :] = -100
+            self.base.bias[-self.num_new :] = OLD_HEAD_BIAS
         init.zeros_(self.new.weight)
-        init.constant_(self.new.bias, 95.0)
+        init.constant_(self.new.bias, NEW_HEAD_BIAS)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (B, T, V)."""

@@ -92,7 +92,12 @@ class PrefixCache(Cache):
         self._hidden.append(hidden_BTD)
 
     def append_images(self, image_start_RN: Tensor, values: Mapping[int, ImageValues]) -> None:
-        """Remember further images of each source row, in the order in which they stand."""
+        """Remember further images, in the order in which they stand: of each source row, or of each row.
+
+        Raises:
+            ValueError: a table of another number of rows.
+        """
+        self._give_rows_their_own(len(image_start_RN))
         self.image_start = torch.cat([self.image_start, image_start_RN], dim=1)
         if values:
             self.image_index = torch.cat([self.image_index, self._index_of(values)], dim=1)
@@ -109,6 +114,18 @@ class PrefixCache(Cache):
             folded = self.image_values[layer].folded if layer in self.image_values else new.folded
             self.image_values[layer] = new._replace(value=value, folded=folded)
         self._by_row = None
+
+    def _give_rows_their_own(self, num_rows: int) -> None:
+        """Where rows of one source are to differ in their images, each gets a table of its own."""
+        if num_rows == len(self.image_start):
+            return
+        if self.source_row is None or num_rows != self.num_rows:
+            raise ValueError(f"cache: it has {self.num_rows} rows, found images of {num_rows} rows")
+        self.image_start, self.image_index = (
+            table[self.source_row] if table.shape[1] else table.new_empty(num_rows, 0)
+            for table in (self.image_start, self.image_index)
+        )
+        self.source_row = None
 
     def _index_of(self, values: Mapping[int, ImageValues]) -> Tensor:
         """Which of the images kept, these included, stand where: (R, n) for the n new ones of a row."""
@@ -159,7 +176,7 @@ class PrefixCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        rows = torch.arange(self._num_rows, device=self.image_start.device)
+        rows = torch.arange(self.num_rows, device=self.image_start.device)
         self._select_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -167,7 +184,8 @@ class PrefixCache(Cache):
         self._select_rows(indices)
 
     @property
-    def _num_rows(self) -> int:
+    def num_rows(self) -> int:
+        """B, beams counted one by one."""
         return self.image_start.shape[0] if self.source_row is None else len(self.source_row)
 
     def _select_rows(self, index: Tensor) -> None:

@@ -19,6 +19,7 @@ from transformers import initialization as init
 
 from mm_interleaved.models.folding import FoldedOnce, FoldedTerms, fold_terms, weights_at_hand
 from mm_interleaved.models.norms import normalize
+from mm_interleaved.models.offloading import value_of
 from mm_interleaved.ops import SamplingPlan, multi_image_deformable_attention, sampling_plan
 from mm_interleaved.visibility import relative_image_index
 
@@ -253,7 +254,7 @@ class FeatureSynchronizer(nn.Module):
         Args:
             sampled_weights_HdC: what projects sampled features, see `sampled_weights`; only with those.
         """
-        ignore_HD = self.ignore_value.view(self.num_heads, -1)
+        ignore_HD = value_of(self, "ignore_value").view(self.num_heads, -1)
         if not values.is_projected:
             last_channel = torch.arange(values.value.shape[-1], device=values.value.device)
             nowhere_D = (last_channel == last_channel[-1]).to(values.value.dtype)
@@ -277,7 +278,8 @@ class FeatureSynchronizer(nn.Module):
 
     def nothing_seen(self) -> Tensor:
         """What a query without any image gets: (D,)."""
-        return self.output_projection(self.ignore_value.to(self.output_projection.weight.dtype))
+        ignore_V = value_of(self, "ignore_value")
+        return self.output_projection(ignore_V.to(self.output_projection.weight.dtype))
 
     def sampled_weights(self, norm: nn.RMSNorm | nn.LayerNorm | None = None) -> Tensor:
         """What projects sampled features: of each head its rows of the value projection, its bias, and the
@@ -491,7 +493,8 @@ class GatedSynchronizer(nn.Module):
         """What is added to the residual stream: (B, T, D)."""
         core = self.synchronizer
         if relative_index_BTN.shape[-1] == 0:
-            return (self.gate.tanh() * core.nothing_seen()).expand_as(hidden_BTD)
+            # Called, so that weights which are only there during a call are there.
+            return self.gate.tanh() * core(hidden_BTD, values, relative_index_BTN)
         tables = self._tables(values)
         if tables is None:
             weights = None if values.is_projected else core.sampled_weights(self.feature_norm)

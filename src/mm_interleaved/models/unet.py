@@ -18,6 +18,7 @@ from transformers import initialization as init
 
 from mm_interleaved.models.folding import FoldedTerms, fold_linear, weights_at_hand
 from mm_interleaved.models.norms import normalize
+from mm_interleaved.models.offloading import value_of
 from mm_interleaved.models.positions import resize_grid_table, sincos_2d_table
 from mm_interleaved.models.synchronizer import (
     FeatureSynchronizer,
@@ -232,7 +233,7 @@ class MapSynchronizer(nn.Module):
         """Where pixels look, row by row; arguments as `forward`."""
         height, width = map_IXyx.shape[-2:]
         query_IQX = self.query_norm(map_IXyx.flatten(2).transpose(1, 2))
-        query_IQX = query_IQX + resize_grid_table(self.position_table, (height, width))
+        query_IQX = query_IQX + resize_grid_table(value_of(self, "position_table"), (height, width))
         index_IQK = relative_index_IK[:, None].expand(-1, height * width, -1)
         return self.synchronizer.plan(query_IQX, index_IQK, _pixel_centres(height, width, map_IXyx))
 
@@ -302,7 +303,9 @@ class UNetSynchronizers(nn.Module):
                 return block(to, values, relative_index_IK)
             image_BN = values.image_BN[seeing_I]
             seen = block(to[seeing_I], values._replace(image_BN=image_BN), relative_index_IK[seeing_I])
-            return block.nothing_seen().to(seen.dtype).expand_as(to).index_put((seeing_I,), seen)
+            # Seen through a call too, so that weights which are only there during a call are there.
+            nothing = block(to, values, relative_index_IK[:, :0])
+            return nothing.to(seen.dtype).index_put((seeing_I,), seen)
 
         def between(
             middle: Tensor | None, skips: tuple[Tensor, ...]
@@ -311,7 +314,8 @@ class UNetSynchronizers(nn.Module):
             blocks = zip(self.skips, skips, values[:-1], strict=middle is not None)
             seen = [added(block, block_values, skip) for block, skip, block_values in blocks]
             if middle is not None:
-                middle = middle + strength * added(self.middle, values[-1], middle)
-            return middle, tuple(skip + strength * delta for skip, delta in zip(skips, seen, strict=True))
+                middle = middle + strength * added(self.middle, values[-1], middle).to(middle.device)
+            pairs = zip(skips, seen, strict=True)
+            return middle, tuple(skip + strength * delta.to(skip.device) for skip, delta in pairs)
 
         return between

@@ -7,7 +7,7 @@ Letters: I images, G cells along one side of the patch grid, T patches (G * G), 
 D channels of the language model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from mm_interleaved.models.adapter import VisionAdapter
+from mm_interleaved.models.offloading import value_of
 from mm_interleaved.models.positions import resize_grid_table, sincos_2d_table
 from mm_interleaved.models.resampler import Resampler
 
@@ -59,6 +60,12 @@ class ClipBackbone(nn.Module):
         # A buffer that no checkpoint holds: transformers leaves its memory unset when it loads a model.
         init.copy_(self.embeddings.position_ids, torch.arange(self.embeddings.num_positions)[None])
 
+    def calls(self) -> list[Callable[..., Tensor]]:
+        """The layers to be called by others. Their calls, not they: accelerate would move modules that are
+        arguments from one device to another.
+        """
+        return [layer.__call__ for layer in self.layers]
+
     def embed(self, pixels_I3yx: Tensor) -> Tensor:
         """Tokens before the first layer, class token first: (I, 1 + T, C)."""
         resized = pixels_I3yx.shape[-1] != self.image_size
@@ -97,11 +104,11 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        init.copy_(self.mean, torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
-        init.copy_(self.std, torch.tensor(CLIP_STD).view(1, 3, 1, 1))
+        init.copy_(self.mean, torch.tensor(CLIP_MEAN, dtype=torch.float32).view(1, 3, 1, 1))
+        init.copy_(self.std, torch.tensor(CLIP_STD, dtype=torch.float32).view(1, 3, 1, 1))
         grid_size = round((self.position_table.shape[0] - 1) ** 0.5)
         table = sincos_2d_table(grid_size, self.position_table.shape[1])
-        init.copy_(self.position_table, torch.cat([torch.zeros(1, table.shape[1]), table]))
+        init.copy_(self.position_table, torch.cat([table.new_zeros(1, table.shape[1]), table]))
         # Small, so that untrained slots do not disturb a pretrained language model.
         init.normal_(self.slot_projection.weight, std=1e-3)
         init.zeros_(self.slot_projection.bias)
@@ -116,7 +123,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: the images do not fit the patch grid.
         """
-        token_I1TC, maps = self.adapter(*self._embed(pixels_I3yx), list(self.clip.layers))
+        token_I1TC, maps = self.adapter(*self._embed(pixels_I3yx), self.clip.calls())
         grid_size = maps[2].shape[-1]
         table = torch.cat(
             [self.position_table[:1], resize_grid_table(self.position_table[1:], (grid_size, grid_size))]
@@ -133,7 +140,8 @@ class VisionTower(nn.Module):
         """The pyramid of no image at all: four maps (0, C, s, s)."""
         grid_size = self.clip.image_size // self.clip.patch_size
         sizes = (4 * grid_size, 2 * grid_size, grid_size, grid_size // 2)
-        return tuple(self.mean.new_empty(0, self.position_table.shape[1], size, size) for size in sizes)
+        mean = value_of(self, "mean")
+        return tuple(mean.new_empty(0, self.position_table.shape[1], size, size) for size in sizes)
 
     def _embed(self, pixels_I3yx: Tensor) -> tuple[Tensor, Tensor]:
         height, width = pixels_I3yx.shape[-2:]

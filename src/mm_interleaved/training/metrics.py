@@ -210,7 +210,7 @@ def peak_flops(device: torch.device) -> float:
         if known is not None:
             return known
     side = 768
-    left = torch.ones(side, side, device=device)
+    left = torch.ones(side, side, device=device, dtype=torch.float32)
     fastest = float("inf")
     for _ in range(3):
         started = time.monotonic()

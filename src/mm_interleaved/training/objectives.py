@@ -142,7 +142,7 @@ class Objective:
         for number, pixels in zip(row_numbers, targets.split(images_a_row), strict=True):
             generator.manual_seed((self.seed * _ROW_FACTOR + number + 1) % _SEED_LIMIT)
             draws.append(self.model.draw(pixels, generator))
-            chance = torch.rand(len(pixels), generator=generator, device=targets.device)
+            chance = torch.rand(len(pixels), generator=generator, device=targets.device, dtype=torch.float32)
             hidden.append(chance < self.config.synchronizer_dropout)
         return DiffusionDraws(*(torch.cat(values) for values in zip(*draws, strict=True))), torch.cat(hidden)
 

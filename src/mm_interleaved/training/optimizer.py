@@ -124,7 +124,11 @@ class MuonWithAdamW:
             owner, _, key = name.rpartition(":")
             if owner in parameters:
                 parameter = parameters[owner]
-                room = torch.tensor(0.0) if key == "step" else torch.zeros_like(parameter.detach())
+                room = (
+                    torch.tensor(0.0, dtype=torch.float32)
+                    if key == "step"
+                    else torch.zeros_like(parameter.detach())
+                )
                 owners[parameter].state[parameter][key] = room
 
 

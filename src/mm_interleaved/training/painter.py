@@ -45,5 +45,5 @@ class PainterStage(PaintingStage):
     def condition(self, contexts: list[Tensor]) -> Tensor:
         labels_IN = torch.cat(contexts).long()
         device = labels_IN.device
-        is_silent_I1 = torch.rand(len(labels_IN), 1, device=device) < _SILENT
+        is_silent_I1 = torch.rand(len(labels_IN), 1, device=device, dtype=torch.float32) < _SILENT
         return self._code.encode(labels_IN.masked_fill(is_silent_I1 & IS_ONLY_SEEN.to(device), NOT_THERE))

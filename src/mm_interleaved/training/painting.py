@@ -157,7 +157,7 @@ class PaintingStage(ABC):
             timestep = torch.randint(0, num_steps, (len(batch),), device=device)
             noise = torch.randn_like(latents)
             noisy = scheduler.add_noise(latents, noise, timestep)
-            chance_I = torch.rand(len(batch), device=device)
+            chance_I = torch.rand(len(batch), device=device, dtype=torch.float32)
             drop_I11 = (chance_I < model.config.condition_dropout)[:, None, None]
             conditioning = torch.where(drop_I11, decoder.negative_conditioning, conditioning)
 

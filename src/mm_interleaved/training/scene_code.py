@@ -33,7 +33,9 @@ class SceneCode:
         # Row 0 says "not told". Each row has mean 0 and deviation 1, as what a LayerNorm puts out.
         # They are drawn on the CPU, so that they are the same everywhere.
         self.tables = [
-            F.layer_norm(torch.randn(size + 1, dim // 2, generator=generator), (dim // 2,)).to(device)
+            F.layer_norm(
+                torch.randn(size + 1, dim // 2, generator=generator, dtype=torch.float32), (dim // 2,)
+            ).to(device)
             for size in sizes
         ]
 

@@ -138,7 +138,7 @@ class TextSideStage:
     def _read_words(self, inputs: Batch) -> Tensor:
         model, config = self.model, self.model.config
         shape = inputs.num_images, config.num_slots, config.text_config.hidden_size
-        slots_ISD = torch.zeros(shape, device=inputs.input_ids.device)
+        slots_ISD = torch.zeros(shape, dtype=torch.float32, device=inputs.input_ids.device)
         return model(
             inputs_embeds=model.embed(inputs.input_ids, inputs.image_start, slots_ISD),
             attention_mask=inputs.attention_mask,
