@@ -20,7 +20,7 @@ from mm_interleaved.errors import InputError, StorageError, UsageError
 from mm_interleaved.strict_json import STANDARD_INPUT, is_lines, standard_input
 
 if TYPE_CHECKING:
-    from mm_interleaved.data.check import CountTokens, Look
+    from mm_interleaved.data.check import CountTokens, Look, Report
     from mm_interleaved.data.sources.source import Shard, Source
     from mm_interleaved.processing import MMInterleavedProcessor
 
@@ -77,48 +77,43 @@ def check(
     equal faults once with their number; fields that nothing uses and markup for images that matches none
     are counted by name. FILE may be - for what is piped in.
     """
-    from mm_interleaved.data.check import Look, Report
+    from mm_interleaved.data.check import Look
     from mm_interleaved.data.check_page import render_contact_sheet
-    from mm_interleaved.data.sources.source import shards_of
     from mm_interleaved.storage import make_folder, write_file
 
     count_tokens = None if model == "none" else _token_counter(model)
-    reports: list[Report] = []
-    num_wrong = num_broken_images = 0
-    has_failed = False
-    for path in paths:
-        look = Look(path, count_tokens=count_tokens, opens_images=opens_images, max_items=limit)
+    looks = [
+        Look(path, count_tokens=count_tokens, opens_images=opens_images, max_items=limit) for path in paths
+    ]
+    endings: set[int] = set()
+    for look in looks:
         try:
-            source = _source(path, form, image_root, settings)
-            shards = shards_of(source)
-            _look_through(look, source, shards)
-        except InputError as error:
+            shards = _look_through(look, form, image_root, settings)
+        except (InputError, StorageError) as error:
             say_error(str(error))
-            num_wrong += 1
+            endings.add(error.exit_code)
             continue
-        except StorageError as error:
-            say_error(str(error))
-            has_failed = True
-            continue
-        report = look.report
-        reports.append(report)
-        num_wrong += report.num_broken
-        num_broken_images += report.num_broken_images
-        if writes_manifest and not report.broken:
+        if writes_manifest and not look.report.broken:
             _write_manifests([shard.name for shard in shards])
-        if not (report.num_documents or report.num_broken or report.filtered):
-            say_error(f"{path}: found no document, expected at least one")
-            num_wrong += 1
-        say(json.dumps(report.to_json(), ensure_ascii=False) if as_json else _told(report))
-    if page is not None and reports:
+        endings.add(_ending(look.report))
+        say(json.dumps(look.report.to_json(), ensure_ascii=False) if as_json else _told(look.report))
+    seen = [look.report for look in looks if look.is_finished]
+    if page is not None and seen:
         make_folder(page.parent)
-        write_file(page, render_contact_sheet(reports))
+        write_file(page, render_contact_sheet(seen))
         say(f"{page}: contact sheet")
-    if has_failed:
-        return StorageError.exit_code
-    if num_wrong:
+    worst_first = (StorageError.exit_code, InputError.exit_code, SOME_FAILED, 0)
+    return next(code for code in worst_first if code in endings)
+
+
+def _ending(report: Report) -> int:
+    """The exit code for one FILE."""
+    if not (report.num_documents or report.num_broken or report.filtered):
+        say_error(f"{report.name}: found no document, expected at least one")
         return InputError.exit_code
-    return SOME_FAILED if num_broken_images else 0
+    if report.num_broken:
+        return InputError.exit_code
+    return SOME_FAILED if report.num_broken_images else 0
 
 
 def convert(
@@ -246,8 +241,14 @@ def _value(text: str) -> Any:
         return text
 
 
-def _look_through(look: Look, source: Source, shards: list[Shard]):
-    """All items; then what is broken is named, equal faults once."""
+def _look_through(
+    look: Look, form: str | None, image_root: str | None, settings: list[str] | None
+) -> list[Shard]:
+    """All items of a FILE; then what is broken is named, equal faults once. Returns its shards."""
+    from mm_interleaved.data.sources.source import shards_of
+
+    source = _source(look.report.name, form, image_root, settings)
+    shards = shards_of(source)
     try:
         with progress(_num_items(shards, look.max_items), look.report.name) as bar:
             for _ in look.through(source, shards):
@@ -255,6 +256,7 @@ def _look_through(look: Look, source: Source, shards: list[Shard]):
     finally:
         for fault in look.report.faults:
             say_error(str(fault))
+    return shards
 
 
 def _num_items(shards: list[Shard], limit: int | None) -> int | None:
@@ -283,7 +285,7 @@ def _token_counter(model: str) -> CountTokens:
     return lambda document: len(processor().encode(document, eos=True, include_target=True))
 
 
-def _told(report) -> str:
+def _told(report: Report) -> str:
     from mm_interleaved.data.check import summary
 
     told = (f"{report.num_documents} documents", f"{report.num_texts} texts", f"{report.num_images} images")

@@ -187,6 +187,8 @@ class Look:
         num_samples: int = NUM_SAMPLES,
     ):
         self.report = Report(name)
+        self.is_finished = False
+        """Whether it came to the end."""
         self.count_tokens, self.opens_images, self.max_items = count_tokens, opens_images, max_items
         self.num_samples = num_samples
         self._dice = Dice(_SAMPLE_DOMAIN)
@@ -198,6 +200,7 @@ class Look:
             for _, item in islice(items_of(source, shard), self.max_items):
                 self._count(item)
                 yield item
+        self.is_finished = True
 
     def _count(self, item: Item):
         if isinstance(item, BrokenItem):
