@@ -28,15 +28,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What commands read of a configuration without building anything of it.
-_PARTS = ("unet_config", "vae_config", "scheduler_config", "text_synchronizer", "image_synchronizer")
-_KINDS = {name: dict | None for name in (*_PARTS, "conditioning_resampler", "generation_settings")}
-_NEEDED = {
-    "text_config": (
-        "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size",
+_SYNCHRONIZER = dict.fromkeys(("every", "max_images", "num_heads", "value_dim"), int) | {"levels": list[int]}
+_NEEDED: Mapping[str, Mapping[str, Any]] = {
+    "text_config": dict.fromkeys(
+        ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+         "num_hidden_layers", "vocab_size"),
+        int,
     ),
-    "vision_config": ("hidden_size", "image_size", "patch_size"),
-    "slot_resampler": ("num_queries",),
+    "vision_config": dict.fromkeys(("hidden_size", "image_size", "num_hidden_layers", "patch_size"), int),
+    "slot_resampler": {"num_queries": int},
 }  # fmt: skip
+_WHERE_THERE: Mapping[str, Mapping[str, Any]] = {
+    "text_synchronizer": _SYNCHRONIZER,
+    "image_synchronizer": _SYNCHRONIZER,
+    "conditioning_resampler": {"num_queries": int},
+    "unet_config": {"block_out_channels": list[int]},
+    "vae_config": {"block_out_channels": list[int]},
+    "scheduler_config": {},
+    "generation_settings": {},
+}
 _HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 
 
@@ -106,15 +116,21 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG}: model_type {escape(repr(found))}, expected 'mm_interleaved'"
         )
     try:
-        check_object(config, _KINDS, "")
-        for part, needed in _NEEDED.items():
-            check_object(config.get(part), dict.fromkeys(needed, int), part)
-            missing = [name for name in needed if name not in config[part]]
-            if missing:
-                raise FieldError(f"{part}.{missing[0]}", "missing")
+        check_object(config, {}, "")
+        for part, needed in (_NEEDED | _WHERE_THERE).items():
+            if part in _NEEDED or config.get(part) is not None:
+                _check_fields(config.get(part), needed, part)
     except FieldError as error:
         raise ModelFileError(f"{folder / CONFIG}: {error}", field=error.path) from error
     return config
+
+
+def _check_fields(part: Any, needed: Mapping[str, Any], name: str) -> None:
+    """Refuses a part of a configuration that lacks what is needed of it. Raises FieldError."""
+    check_object(part, needed, name)
+    missing = [field for field in needed if field not in part]
+    if missing:
+        raise FieldError(f"{name}.{missing[0]}", "missing")
 
 
 def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mm_interleaved import Document, Text
 from mm_interleaved.checkpoint.load import load_model, read_model_config
 from mm_interleaved.checkpoint.resolve import shipped_folder
 from mm_interleaved.checkpoint.values import COUNTS, SIZES, check_object, fits
+from mm_interleaved.cli.main import run
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.model_source import generation_defaults, load_generator, read_config
@@ -115,6 +116,7 @@ WRONG = [
     ("image_synchronizer.levels", [9]), ("image_synchronizer.levels", "0"), ("image_token_id", 300),
     ("image_start_token_id", -1), ("eos_token_id", [1]), ("pad_token_id", None), ("num_new_tokens", -2),
     ("condition_dropout", 1.5), ("context_images", "none"), ("compat", "other"), ("image_loss_weight", -1),
+    ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
 ]  # fmt: skip
 
 
@@ -130,6 +132,24 @@ def test_what_is_no_model_is_refused_before_a_weight_is_read(field, value, folde
         load_model(folder)
     assert is_one_sentence_about(raised.value, "config.json")
     assert path[-1] in str(raised.value) or path[0] in str(raised.value)
+
+
+@pytest.mark.parametrize("command", ["info", "plan"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("unet_config.block_out_channels", 5), ("vae_config.block_out_channels", ["x"]), ("vae_config", 3),
+        ("image_synchronizer", {}), ("image_synchronizer.levels", [4]), ("text_synchronizer.levels", "x"),
+        ("generation_settings", {"num_inference_steps": "x"}), ("text_config.hidden_size", MISSING),
+        ("vision_config.patch_size", 0), ("conditioning_resampler.num_queries", None),
+    ],
+)  # fmt: skip
+def test_a_command_that_only_reads_a_configuration_names_the_field(command, field, value, tmp_path, capsys):
+    folder = Path(shutil.copytree(shipped_folder("storyworld"), tmp_path / "model"))
+    path = tuple(field.split("."))
+    write(folder, "config.json", damaged(shipped_config(), path, value))
+    assert run([command, str(folder)]) == 4
+    assert is_one_sentence_about(capsys.readouterr().err.strip(), "config.json: " + path[0])
 
 
 @pytest.mark.parametrize("text", ["", "[", "[]", "null", '"x"', "{", '{"a": NaN}', "\ud800", "[" * 100_000])

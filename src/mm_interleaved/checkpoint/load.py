@@ -92,6 +92,12 @@ def read_model_config(folder: Path) -> MMInterleavedConfig:
         )
     if "auto_map" in settings:
         raise ModelFileError(f"{path}: asks for code of its own (auto_map), which is never run")
+    if settings.get("quantization_config") is not None:
+        raise ModelFileError(
+            f"{path}: quantization_config: weights saved in few bits are not read; name the quantization "
+            "when whole weights are loaded",
+            field="quantization_config",
+        )
     try:
         check_object(settings, BASE_HINTS, "")
         return MMInterleavedConfig.from_dict(settings)

@@ -141,10 +141,13 @@ def _numbers_of(model: str) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, 
         released = released_config(**RELEASED)
         return json.loads(released.to_json_string(use_diff=False)), model_shapes(released)
     from mm_interleaved.checkpoint.headers import tensor_headers
-    from mm_interleaved.model_source import find_model, read_config
+    from mm_interleaved.model_source import find_model, generation_defaults, read_config
 
     folder = find_model(model)
-    return read_config(folder), {name: header.shape for name, header in tensor_headers(folder).items()}
+    config = read_config(folder)
+    # How many steps a picture takes is one of them.
+    generation_defaults(config)
+    return config, {name: header.shape for name, header in tensor_headers(folder).items()}
 
 
 def _say_training_plan(
