@@ -23,7 +23,7 @@ from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.transformers_versions import checkpointing_enable
 from mm_interleaved.processing import MMInterleavedProcessor
-from tiny import BOS, image_ids, tiny_config, tiny_model
+from tiny import BOS, image_ids, tiny_config, tiny_model, tiny_processor
 
 PARTLY_ON_DISK = {
     "vision": "cpu", "language_model": "disk", "text_head": "cpu", "image_start_embedding": "cpu",
@@ -115,10 +115,10 @@ def test_a_configuration_is_the_same_after_loading(model, saved):
     assert loaded.to_json_string() == model.config.to_json_string()
 
 
-def test_the_auto_classes_know_the_model(saved, byte_level_tokenizer, tmp_path):
+def test_the_auto_classes_know_the_model(model, saved, tmp_path):
     register()
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
-    MMInterleavedProcessor(byte_level_tokenizer, 32, 32, 3).save_pretrained(folder)
+    tiny_processor(model.config).save_pretrained(folder)
     assert isinstance(AutoConfig.from_pretrained(folder), MMInterleavedConfig)
     assert isinstance(AutoModel.from_pretrained(folder), MMInterleavedForConditionalGeneration)
     assert isinstance(AutoProcessor.from_pretrained(folder), MMInterleavedProcessor)
