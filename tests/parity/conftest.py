@@ -1,13 +1,23 @@
-"""`pytest tests/parity --golden DIR`: which golden folder is compared, and the line that sums it up."""
+"""`pytest tests/parity --golden DIR`: which golden folder is compared."""
 
 from pathlib import Path
 
 import pytest
 from golden import Golden
+from summary import Summary
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "reference" / "golden-a"
 CARRIED = HERE / "data" / "golden-subset"
+GOLDEN = pytest.StashKey[Golden]()
+
+
+def pytest_configure(config):
+    golden = Golden(golden_folder(config))
+    if golden.missing_files:
+        raise pytest.UsageError(f"--golden {golden.folder}: found no {', '.join(golden.missing_files)}")
+    config.stash[GOLDEN] = golden
+    config.pluginmanager.register(Summary(golden))
 
 
 def golden_folder(config) -> Path:
@@ -22,25 +32,13 @@ def golden(request) -> Golden:
     return request.config.stash[GOLDEN]
 
 
-GOLDEN = pytest.StashKey[Golden]()
-
-
-def pytest_configure(config):
-    config.stash[GOLDEN] = Golden(golden_folder(config))
-
-
 def pytest_generate_tests(metafunc):
+    """One test an output. Outputs that are made from one another go to one process."""
     if "output_key" in metafunc.fixturenames:
-        metafunc.parametrize("output_key", metafunc.config.stash[GOLDEN].output_keys)
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    golden = config.stash[GOLDEN]
-    if not golden.asked:
-        return
-    missing = [key for key in golden.output_keys if key not in golden.compared]
-    for key in missing:
-        terminalreporter.write_line(f"golden: not compared: {key}")
-    terminalreporter.write_line(
-        f"golden: compared {len(golden.compared)} of {len(golden.output_keys)} outputs"
-    )
+        metafunc.parametrize(
+            "output_key",
+            [
+                pytest.param(key, marks=pytest.mark.xdist_group(f"golden {key.split('.')[0]}"))
+                for key in metafunc.config.stash[GOLDEN].output_keys
+            ],
+        )

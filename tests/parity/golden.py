@@ -1,14 +1,17 @@
-"""A golden folder: the official code's inputs, weights and outputs at a tiny size, and ours beside them.
+"""A golden folder: the official code's inputs, weights and outputs at a tiny size, and our model beside them.
 
-What each tensor is stands in the reference sheet `GOLDEN.md`; producers of our side are in `producers.py`.
+What each tensor is stands in the reference sheet `GOLDEN.md`; `producers/` makes our side of the outputs.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,31 +19,73 @@ from mm_interleaved.checkpoint.key_map import from_official
 from mm_interleaved.checkpoint.released_config import released_config
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 
+FILES = ("config.json", "inputs.safetensors", "model.safetensors", "outputs.safetensors", "tolerances.json")
+GREY = 128 / 255
+"""The official placeholder of an image that is still to come."""
+
+
+class Tensors(dict):
+    """The tensors of one file by name; a missing one is reported with the file's name."""
+
+    def __init__(self, path: Path):
+        super().__init__(load_file(path))
+        self.file = path.name
+
+    def __missing__(self, name: str) -> Tensor:
+        raise LookupError(f"{self.file}: no tensor {name!r}")
+
+
+class StepFailed(Exception):
+    """A step that others need has failed before; the first output that needed it tells how."""
+
+
+def shared(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that several outputs are made from: `compute(golden, *arguments)`.
+
+    It is computed once a folder, whether it works or fails.
+    """
+
+    @functools.wraps(compute)
+    def step(golden: "Golden", *arguments: Any) -> Any:
+        name = (compute, *arguments)
+        if name in golden.failures:
+            error = golden.failures[name]
+            raise StepFailed(f"{compute.__name__} has failed before: {type(error).__name__}: {error}")
+        if name not in golden.results:
+            try:
+                with torch.no_grad():
+                    golden.results[name] = compute(golden, *arguments)
+            except Exception as error:
+                golden.failures[name] = error
+                raise
+        return golden.results[name]
+
+    return step
+
 
 class Golden:
-    """One folder; everything is read and built on first use, and each group of outputs is computed once."""
+    """One folder; each file is read, and the model built, when it is first needed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.compared: set[str] = set()
-        self.asked = False
-        self._computed: dict[str, dict[str, Tensor]] = {}
+        self.results: dict[tuple, Any] = {}
+        self.failures: dict[tuple, Exception] = {}
+
+    @property
+    def missing_files(self) -> list[str]:
+        return [name for name in FILES if not (self.folder / name).is_file()]
 
     @cached_property
     def config(self) -> dict:
         return json.loads((self.folder / "config.json").read_text())
 
     @cached_property
-    def meta(self) -> dict:
-        return self.config["meta"]
+    def inputs(self) -> Tensors:
+        return Tensors(self.folder / "inputs.safetensors")
 
     @cached_property
-    def inputs(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "inputs.safetensors")
-
-    @cached_property
-    def outputs(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "outputs.safetensors")
+    def outputs(self) -> Tensors:
+        return Tensors(self.folder / "outputs.safetensors")
 
     @cached_property
     def tolerances(self) -> dict:
@@ -48,33 +93,49 @@ class Golden:
 
     @cached_property
     def output_keys(self) -> list[str]:
-        return sorted(self.outputs)
+        with safe_open(self.folder / "outputs.safetensors", "pt") as file:
+            return sorted(file.keys())
 
-    @cached_property
-    def model(self) -> MMInterleavedForConditionalGeneration:
-        """Our model with the folder's weights, loaded through the same key map as `convert`.
+    # ---- Arguments -------------------------------------------------------------------------------
 
-        A folder may hold the weights of some parts only; then only their outputs can be asked for.
-        """
-        config = released_config(
-            llm=self.config["llm"],
-            clip=self.config["clip"],
-            unet=self.config["unet"],
-            vae=self.config["vae"],
-            scheduler=self.config["effective"]["scheduler"],
-            model=self.config["model"],
-        )
-        model = MMInterleavedForConditionalGeneration(config).eval()
-        official = load_file(self.folder / "model.safetensors")
-        ours = dict(pair for key, tensor in official.items() if (pair := from_official(key, tensor)))
-        unexpected = model.load_state_dict(ours, strict=False).unexpected_keys
-        assert not unexpected, unexpected
-        self.unfilled = tuple(key for key in model.state_dict() if key not in ours)
-        return model
+    def arguments(self, case: str) -> dict[str, Any]:
+        """What the official functions were called with in a case, such as `gen_text.greedy`."""
+        return self._named("meta", case)
 
-    @cached_property
+    def variant_arguments(self, variant: str) -> dict[str, Any]:
+        """Arguments of one variant of the training pass, by their official names; empty if it has none."""
+        return self._named("meta", "forward", "variant_arguments").get(variant, {})
+
+    def _named(self, *path: str) -> dict[str, Any]:
+        found = self.config
+        for depth, name in enumerate(path):
+            if name not in found:
+                raise LookupError(f"config.json: no field {'.'.join(path[: depth + 1])}")
+            found = found[name]
+        return found
+
+    @property
     def tokens(self) -> dict[str, int]:
+        """Special ids by their official names, such as `bos_token_id`."""
         return self.config["model"]["special_token_dict"]
+
+    # ---- The model -------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> MMInterleavedForConditionalGeneration:
+        """Ours with the folder's weights, in float32."""
+        return _build(self)[0]
+
+    @property
+    def missing_weights(self) -> list[str]:
+        """Names, ours, of weights that the folder lacks or has in another shape.
+
+        Such a weight is not a number here, so that whatever is made from it cannot equal the official output.
+        (A folder may hold the weights, and outputs, of some parts only.)
+        """
+        return _build(self)[1]
+
+    # ---- Inputs ----------------------------------------------------------------------------------
 
     def image_start(self, input_ids: Tensor) -> Tensor:
         """(B, N) index of each image's start token, padded with -1."""
@@ -82,39 +143,26 @@ class Golden:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
     def pixels(self, image_index: Tensor) -> Tensor:
-        """Images by index into the forward images; -1 is a grey placeholder."""
+        """RGB in [0, 1] of images, by their numbers among those of the training pass; -1 is a placeholder."""
         images = self.inputs["forward.image_tensors_u8"].float() / 255
-        grey = torch.full_like(images[:1], 128 / 255)
-        return torch.cat([images, grey])[image_index]
+        return torch.cat([images, torch.full_like(images[:1], GREY)])[image_index]
 
-    def cases(self, prefix: str) -> list[str]:
-        """Names between `prefix.` and the next dot, among the outputs."""
-        names = {key[len(prefix) + 1 :].split(".")[0] for key in self.outputs if key.startswith(prefix + ".")}
-        return sorted(names)
 
-    def has(self, prefix: str) -> bool:
-        return any(key.startswith(prefix) for key in self.outputs)
-
-    def ours(self, key: str, producers: dict[str, Callable[["Golden"], dict[str, Tensor]]]) -> Tensor | None:
-        """Our tensor for an output key; None if no producer makes it."""
-        self.asked = True
-        for prefix, produce in producers.items():
-            if key.startswith(prefix):
-                if prefix not in self._computed:
-                    with torch.no_grad():
-                        self._computed[prefix] = produce(self)
-                return self._computed[prefix].get(key)
-        return None
-
-    def valid(self, key: str) -> Tensor | None:
-        """Which positions of (B, L, ...) outputs are no padding; None if the output has no such axes."""
-        by_position = (
-            "mm_embeds",
-            "cross_attention_mask",
-            "llm_hidden_states",
-            "mm_hidden_state",
-            "text_logits",
-        )
-        if key.startswith("forward.") and key.split(".")[1] in by_position:
-            return self.inputs["forward.attention_mask"].bool()
-        return None
+@shared
+def _build(golden: Golden) -> tuple[MMInterleavedForConditionalGeneration, list[str]]:
+    """Our model with the folder's weights, through the same key map as `convert`, and which are missing."""
+    config = released_config(
+        **{part: golden.config[part] for part in ("llm", "clip", "unet", "vae", "model")},
+        scheduler=golden.config["effective"]["scheduler"],
+    )
+    model = MMInterleavedForConditionalGeneration(config).eval()
+    official = load_file(golden.folder / "model.safetensors")
+    given = dict(pair for key, tensor in official.items() if (pair := from_official(key, tensor)))
+    expected = model.state_dict()
+    unknown = sorted(given.keys() - expected.keys())
+    if unknown:
+        raise LookupError(f"model.safetensors: the model has no place for {', '.join(unknown)}")
+    missing = [key for key in expected if key not in given or given[key].shape != expected[key].shape]
+    nothing = {key: torch.full_like(expected[key], torch.nan) for key in missing}
+    model.load_state_dict(given | nothing)
+    return model, missing
