@@ -35,7 +35,7 @@ class Tensors(dict):
         raise LookupError(f"{self.file}: no tensor {name!r}")
 
 
-class StepFailed(Exception):
+class StepFailedError(Exception):
     """A step that others need has failed before; the first output that needed it tells how."""
 
 
@@ -50,7 +50,7 @@ def shared(compute: Callable[..., Any]) -> Callable[..., Any]:
         name = (compute, *arguments)
         if name in golden.failures:
             error = golden.failures[name]
-            raise StepFailed(f"{compute.__name__} has failed before: {type(error).__name__}: {error}")
+            raise StepFailedError(f"{compute.__name__} has failed before: {type(error).__name__}: {error}")
         if name not in golden.results:
             try:
                 with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from by_ids import document_starts, text_targets
+from by_ids import document_starts, targets_after_an_image, text_targets
 from mm_interleaved.visibility import (
     IGNORED,
     NO_IMAGE,
@@ -135,6 +135,32 @@ def test_targets_by_ids_are_text_eos_and_announced_image_starts():
     assert counted == [4, 5, 8, 10]
     later = text_targets(ids, attention, bos=BOS, pad=PAD, image_start=START, image=SLOT, first_target=6)
     assert [i for i, counts in enumerate(later[0].tolist()) if counts] == [8, 10]
+
+
+def test_each_row_may_count_from_a_place_of_its_own():
+    ids = torch.full((2, 4), WORD)
+    first = torch.tensor([[1], [3]])
+    targets = text_targets(
+        ids, torch.ones_like(ids), bos=BOS, pad=PAD, image_start=START, image=SLOT, first_target=first
+    )
+    assert targets.sum(1).tolist() == [3, 1]
+
+
+@given(batch=batches())
+def test_text_counts_after_an_image_if_its_document_has_begun_one(batch):
+    ids, _ = batch
+    counted = targets_after_an_image(ids, BOS, START)
+    for row, row_counted in zip(ids.tolist(), counted.tolist(), strict=True):
+        for i, counts in enumerate(row_counted):
+            document = row[max(last_bos(row, i), 0) : i + 1]
+            assert counts == (START in document)
+
+
+def test_the_end_of_a_document_without_any_image_does_not_count_after_an_image():
+    eos = 2
+    ids = torch.tensor([[BOS, WORD, *IMAGE, WORD, eos, BOS, WORD, eos, BOS, WORD, START]])
+    counted = targets_after_an_image(ids, BOS, START)[0].tolist()
+    assert [i for i, counts in enumerate(counted) if counts] == [2, 3, 4, 5, 6, 12]
 
 
 def test_an_image_is_announced_by_more_than_the_documents_start():

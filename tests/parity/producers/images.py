@@ -11,6 +11,7 @@ from golden import Golden, shared
 from torch import Tensor
 
 from mm_interleaved.generation.diffusion import build_scheduler, denoise
+from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.visibility import NO_IMAGE, context_images
 
 from .contexts import gathered
@@ -70,6 +71,20 @@ def all_conditioning(golden: Golden) -> Tensor:
 
 
 @shared
+def earlier_images(golden: Golden) -> Tensor:
+    """(I, K) numbers of the images that the U-Net looks at, -1 for none."""
+    read = prompt(golden)
+    limit = golden.model.max_context_images
+    return context_images(read["document_start"], read["image_start"], "previous", limit)
+
+
+@shared
+def seen_by_all(golden: Golden) -> EarlierImages:
+    """What the U-Net sees of them: every image projected once."""
+    return golden.model.look_at(prompt(golden)["pyramid"], earlier_images(golden))
+
+
+@shared
 def samples(golden: Golden, case: str) -> list[Sample]:
     """The images of a case, as many times as it asks for."""
     first_seed = golden.config["model"]["image_decoder_config"]["sd_base_seed"]
@@ -106,7 +121,7 @@ def _denoised(
             build_scheduler(arguments["scheduler"], model.config.scheduler_config),
             noise,
             all_conditioning(golden)[images],
-            model.look_at(prompt(golden)["pyramid"], _earlier_images(golden)[images]),
+            _seen_by(golden, images),
             num_inference_steps=arguments["num_inference_steps"],
             guidance_scale=arguments["guidance_scale"],
             generator=generator,
@@ -115,11 +130,11 @@ def _denoised(
     return [noise, *(step.latents for step in steps)], [step.prediction for step in steps]
 
 
-def _earlier_images(golden: Golden) -> Tensor:
-    """(I, K) numbers of the images that the U-Net looks at, -1 for none."""
-    read = prompt(golden)
-    limit = golden.model.max_context_images
-    return context_images(read["document_start"], read["image_start"], "previous", limit)
+def _seen_by(golden: Golden, images: Tensor) -> EarlierImages:
+    """What some images see."""
+    seen = seen_by_all(golden)
+    values = tuple(value._replace(image_BN=value.image_BN[images]) for value in seen.values)
+    return EarlierImages(values, seen.relative_index_IK[images])
 
 
 def targets(golden: Golden, case: str) -> Tensor:
@@ -152,7 +167,7 @@ def conditioning(golden: Golden, case: str) -> Tensor:
 
 def has_seen(golden: Golden, case: str) -> Tensor:
     """Both halves of guidance look at the same images."""
-    seen = (_earlier_images(golden)[targets(golden, case)] != NO_IMAGE).long()
+    seen = (earlier_images(golden)[targets(golden, case)] != NO_IMAGE).long()
     is_guided = golden.arguments(f"gen_image.{case}")["guidance_scale"] > 1
     return torch.cat([seen, seen]) if is_guided else seen
 

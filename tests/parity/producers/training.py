@@ -1,4 +1,4 @@
-"""`forward.*`: one training pass over packed rows, read by the language model, then painted; and its variants.
+"""`forward.*`: one training pass over packed rows, read by the language model, then painted; its variants.
 
 A variant differs from the main pass in its arguments (config.json, `meta.forward.variant_arguments`), in
 masks among the inputs, or, under the name `ignore_noimage`, in coming from a dataset of the ignore list. It
