@@ -45,7 +45,9 @@ ROWS = (
     ("T.", "TI"),
     ("TITT.",),
 )
-PROMPTS = ("TIT", "ITITIT", "TI", "TITI", "TIT", "IT", "TITIT", "TITITITIT")
+PROMPTS = ("TIT", "ITITIT", "T", "TI", "T", "IT", "T", "TIT")
+STORIES = ("TIT", "TITITIT", "T", "T", "TIT", "T", "T", "T")
+"""What stands before a picture that is to be made."""
 TOLERANCE = 6e-5
 """Of an output's largest value."""
 
@@ -133,7 +135,7 @@ def _cases(rows: int) -> dict[str, Any]:
         },
         "mmfs_sd.first": {"block": 0},
         "mmfs_sd.middle": {"block": "mid"},
-        "gen_text.greedy": {"num_beams": 1, "max_length": 12, "min_length": 2},
+        "gen_text.greedy": {"num_beams": 1, "max_length": 8, "min_length": 2, "repetition_penalty": 2.0},
         "gen_text.beams": {"num_beams": 3, "max_length": 6, "min_length": 3, "repetition_penalty": 1.2},
         "gen_text.captions": {"num_beams": 2, "max_length": 5, "num_captions": 2, "length_penalty": 2.0},
         "gen_text.sampled": {"use_nucleus_sampling": True, "max_length": 5, "torch_manual_seed": 3},
@@ -240,17 +242,18 @@ def _prompt_inputs(draw: Draws, rows: int, num_images: int) -> dict[str, Tensor]
 
 
 def _picture_inputs(draw: Draws, rows: int, num_images: int) -> dict[str, Tensor]:
-    """The same documents, each with a further image at its end that is to be made, so far a placeholder."""
-    prompts = _cycled(PROMPTS, rows)
-    table, mask = _padded([draw.document(parts + "I") for parts in prompts], [False] * rows)
+    """Documents that each end in an image that is to be made, so far a placeholder."""
+    stories = _cycled(STORIES, rows)
+    table, mask = _padded([draw.document(parts + "I") for parts in stories], [False] * rows)
     index = draw.integers(0, num_images - 1, int((table == START).sum()))
-    last = torch.tensor([parts.count("I") + 1 for parts in prompts]).cumsum(0) - 1
+    last = torch.tensor([parts.count("I") + 1 for parts in stories]).cumsum(0) - 1
     index[last] = -1
     return {
         "gen_image.text_ids": table,
         "gen_image.attention_mask": mask,
         "gen_image.image_index": index,
         "gen_image.two_of_one.target_image_idxs": last[-1:],
+        "gen_image.unguided.target_image_idxs": last[:2],
     }
 
 
@@ -347,7 +350,7 @@ def output_keys() -> Iterator[str]:
     yield from ("vae_decode.image_raw", "schedule.betas")
 
 
-def make(folder: Path, rows: int, seed: int = 0) -> Golden:
+def make(folder: Path, rows: int, seed: int = 1) -> Golden:
     """Write the five files of a folder; what comes back has computed it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = configuration(rows)
@@ -372,6 +375,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     make(given.out, given.rows, given.seed)
