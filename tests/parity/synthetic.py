@@ -252,8 +252,8 @@ def _picture_inputs(draw: Draws, rows: int, num_images: int) -> dict[str, Tensor
         "gen_image.text_ids": table,
         "gen_image.attention_mask": mask,
         "gen_image.image_index": index,
-        "gen_image.two_of_one.target_image_idxs": last[-1:],
-        "gen_image.unguided.target_image_idxs": last[:2],
+        "gen_image.two_of_one.target_image_idxs": last[-1:].clone(),
+        "gen_image.unguided.target_image_idxs": last[:2].clone(),
     }
 
 

@@ -599,17 +599,17 @@ def test_a_file_that_is_no_utf8_or_empty_is_refused(folder, content, message):
     ["[" * 100_000, '{"content": ' * 100_000, '{"meta": ' + "[" * 100 + "]" * 100 + ', "content": "a"}'],
 )
 def test_deep_nesting_is_refused_at_once(folder, content):
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert "nested more than 64 levels deep" in refusal(folder, content)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 def test_very_long_numbers_and_texts_are_refused_at_once(folder):
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert "a number of 50000 digits" in refusal(folder, '{"id": ' + "1" * 50_000 + "}")
     long = json.dumps({"content": [{"type": "text", "text": "a" * 10_000_000}]})
     assert "content[0].text: found 10000000 characters, expected at most" in refusal(folder, long)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize(

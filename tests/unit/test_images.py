@@ -168,10 +168,10 @@ def test_damaged_bytes_raise_one_kind_of_error_only(data):
 @pytest.mark.parametrize("size", [(30_000, 30_000), (13_000, 13_000), (9_000, 9_000), (6_400, 6_400)])
 def test_a_bomb_is_refused_from_its_header(size):
     data = png_of(*size, data=bytes(1000))
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(ImageError, match="40000000"):
         open_image(data, name="bomb.png")
-    assert time.perf_counter() - begin < 0.5
+    assert time.process_time() - begin < 0.5
 
 
 def test_a_text_chunk_that_unpacks_to_much_is_refused_or_skipped():
