@@ -1,5 +1,8 @@
-"""Shared by all tests: `import tiny` works, and `--golden` names a folder for tests/parity."""
+"""Shared by all tests: `import tiny` works, `--golden` names a folder for tests/parity, and how many
+processes share the work.
+"""
 
+import gc
 import logging
 import os
 import sys
@@ -19,6 +22,31 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=None, help="golden folder to compare with (parity)")
+
+
+MAX_PROCESSES = 8
+"""Each loads the libraries and keeps models of its own."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """A process a core; none beside this one for a single file, whose tests stay together."""
+    files = {argument.split("::")[0] for argument in config.args}
+    num_files = len(files) if all(map(os.path.isfile, files)) else MAX_PROCESSES
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_processes = min(num_files, num_cores, MAX_PROCESSES)
+    return num_processes if num_processes > 1 else 0
+
+
+def pytest_collection_finish():
+    """What has been loaded stays: else each search for garbage would go through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Compiled libraries report what is still there when the process ends."""
+    gc.unfreeze()
 
 
 # transformers' assisted decoding says this of its own call of the assistant.

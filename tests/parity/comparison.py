@@ -32,7 +32,7 @@ def assert_equal(golden: Golden, key: str, ours: Tensor) -> None:
     worst = difference.max() if difference.numel() else torch.tensor(0.0)
     assert worst <= allowed, (
         f"largest difference {worst:.3g} (allowed {allowed:.3g}) at {_place(difference)}; "
-        f"golden's largest value {official.abs().max():.3g}"
+        f"golden's largest value {official.abs().max():.3g}{_what_is_missing(golden)}"
     )
 
 

@@ -183,9 +183,9 @@ class Draws:
         return self.integers(-96, 96, *shape).to(torch.int8)
 
     def mask(self, *shape: int) -> Tensor:
-        """Ones and zeros, the first element one."""
+        """Ones and zeros, the last element one."""
         mask = self.integers(0, 1, *shape)
-        mask.view(-1)[0] = 1
+        mask.view(-1)[-1] = 1
         return mask
 
     def words(self) -> list[int]:
