@@ -130,7 +130,7 @@ def _cases(rows: int) -> dict[str, Any]:
             "variant_arguments": {
                 "offset_of_all": {"ignore_prompt_token_offset": 5},
                 "offset_of_each": {"ignore_prompt_token_offset": [3 + 2 * row for row in range(rows)]},
-                "other_weights": {"loss_img_weight": 0.5, "loss_txt_weight": 4.0},
+                "other_weights": {"loss_img_weight": 5.0, "loss_txt_weight": 0.4},
             },
         },
         "mmfs_sd.first": {"block": 0},
