@@ -139,12 +139,13 @@ def spread(
         return model
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     # The model has no buffers that training changes; without this they would be sent round before each pass.
+    buffers: dict[str, Any] = {_SENDS_BUFFERS: False}
     return DistributedDataParallel(
         model,
         device_ids=device_ids,
         gradient_as_bucket_view=True,
         find_unused_parameters=has_unused,
-        **{_SENDS_BUFFERS: False},
+        **buffers,
     )
 
 
