@@ -214,7 +214,7 @@ def default_batch_size(device: torch.device) -> int:
     """Documents to be continued at once on a device.
 
     Eight on a CPU, where one core makes eight captions of the shipped model in a quarter of the time that
-    they take one by one, and eight stories of two pictures in 0.6 of it (2026-11, `python -m benchmarks
+    they take one by one, and eight stories of two pictures in half of it (2026-11, `python -m benchmarks
     batch`). On a GPU, which reads its weights once for all of them, as many as its memory holds of the
     published size.
     """
