@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.document import Document, Image, ImagePath, Part, Text, document_to_record
-from mm_interleaved.errors import InputError, escape
+from mm_interleaved.errors import InputError, UsageError, escape
 from mm_interleaved.image_references import ImageFolder, ImageStore
 from mm_interleaved.images import to_png
+from mm_interleaved.layout import EXPECTED, canonical_layout
 from mm_interleaved.placeholders import Piece, Slot, filled, images_first, with_slots
 from mm_interleaved.record_rules import finished
 from mm_interleaved.storage import make_folder, write_file
@@ -33,7 +33,6 @@ MAX_ID = 200
 MAX_IMAGES = 100_000
 """Of one record."""
 _COMMON = ("id", "layout", "generation", "meta", "target")
-_LAYOUT = re.compile(r"\s*(auto|[TI](\s+[TI])*)\s*")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -170,7 +169,7 @@ def _read(line: Record, folder: ImageStore) -> Document:
         generation=_mapping(record, "generation"),
         meta={**_other_fields(record), **body.meta, **_mapping(record, "meta")},
     )
-    if not any(isinstance(part, Image) or part.text for part in document.parts):
+    if not any(isinstance(part, Image) or part.text.strip() for part in document.parts):
         raise FieldError(record.path, "found an empty document, expected at least one text or image")
     is_plain_text = found.is_plain_text and not any(name in record for name in _IMAGES_BESIDE)
     return finished(document, line.place, [record], known=found.known, is_plain_text=is_plain_text)
@@ -191,9 +190,12 @@ def _id(record: Field, number: int) -> str:
 
 def _layout(record: Field) -> str | None:
     given = record.get("layout")
-    if given is not None and not _LAYOUT.fullmatch(given.text()):
-        given.wrong('"auto", or T and I separated by spaces, such as "T I T"')
-    return None if given is None else given.text()
+    if given is None:
+        return None
+    try:
+        return canonical_layout(given.text())
+    except UsageError:
+        given.wrong(EXPECTED.removeprefix("expected "))
 
 
 def _mapping(record: Field, name: str) -> dict[str, Any]:

@@ -92,6 +92,8 @@ class RunOutcome:
     num_failed: int
     num_already_finished: int
     records: Sequence[Mapping[str, Any]]
+    made: Sequence[Mapping[str, Any]]
+    """Those of the records that this request made; the others were finished before."""
     is_lossy: bool = False
     """Whether pictures were drawn with something left out, or with an adapter."""
 
@@ -162,6 +164,7 @@ def run_documents(
             num_failed=len(run.failed),
             num_already_finished=len(request.documents) - len(pending),
             records=list(run.finished.values()),
+            made=[run.finished[document.id] for document in pending],
             is_lossy=request.model.acceleration.adapter is not None
             or any(chosen.is_lossy for chosen in settings.values()),
         )

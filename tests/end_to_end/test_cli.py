@@ -90,7 +90,8 @@ def test_every_setting_is_a_flag_with_its_help(capsys, monkeypatch):
     told = capsys.readouterr().out
     for field in fields(GenerationSettings):
         assert f"--{field.name.replace('_', '-')}" in told
-    assert "Denoising steps an image (default: 30)." in told
+    assert "Denoising steps an image (the model's own, else 30)." in told
+    assert "what is not given is the document's own, then the model's" in told
 
 
 def test_module_can_be_run():
@@ -113,6 +114,21 @@ def test_module_can_be_run():
         (["generate", "--text", "a", "--top-p", "2"], "top_p: found 2.0, expected 0 to 1"),
         (["generate", "--text", "a", "--top-p", "much"], "--top-p"),
         (["generate", "--text", "a", "--scheduler", "ddjm"], "did you mean"),
+        (["generate", "--text", "a", "--scheduler", "dpm++"], "did you mean 'dpm-solver++'"),
+        (["draw", "a", "--steps", "5"], "did you mean '--num-inference-steps'"),
+        (["draw", "--prompt", "a"], "PROMPT is typed without a name"),
+        (["paint", "a"], "did you mean 'draw'"),
+        (["data", "chek", "a"], "did you mean 'check'"),
+        (["train", "pretain"], "did you mean 'pretrain'"),
+        (["draw", ""], "PROMPT: found an empty text"),
+        (["draw", " \n"], "PROMPT: found an empty text"),
+        (["story", ""], "OPENING: found an empty text"),
+        (["generate", "--text", ""], "--text: found an empty text"),
+        (["draw", "a", "-o", "cat.png"], "expected a folder"),
+        (["curves", "-o", "page.html"], "expected a folder"),
+        (["gallery", "-o", "sheet"], "expected a file NAME.png"),
+        (["data", "storyworld"], "expected OUT"),
+        (["data", "storyworld", "a", "-o", "b"], "found both"),
         (["generate", "--text"], "--text"),
         (["evaluate", "storyword", "--data", ".", "-o", "x"], "storyword"),
         (["data", "storyworld", "x", "--format", "pdf"], "pdf"),
@@ -355,6 +371,41 @@ def test_batches_of_any_size_say_the_same_and_are_replayed_to_the_bit(
     assert "batch_size was 2, is now 4" in fails(
         capsys, 2, *command, "-o", tmp_path / "2", "--batch-size", "4"
     )
+
+
+def test_one_bad_picture_fails_alone(capsys, tmp_path, tiny_folder, picture):
+    bad = tmp_path / "bad.gif"
+    bad.write_text("no picture")
+    model = ["--model", str(tiny_folder)]
+    assert run(["caption", str(picture), str(bad), str(picture), *model]) == 7
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2 and "bad.gif" in told.err and told.err.count("\n") == 1
+    for command in (["caption", bad], ["vqa", bad, "What?"], ["ground", bad, "lamp"]):
+        assert "bad.gif" in fails(capsys, 3, *command, *model)
+    for command in (["caption", picture, "--prompt", " "], ["vqa", picture, ""], ["ground", picture, ""]):
+        assert "found an empty text" in fails(capsys, 2, *command, *model)
+
+
+def test_a_second_run_says_that_nothing_was_left(capsys, tmp_path, tiny_folder):
+    command = ["draw", "a lamp", "-o", str(tmp_path / "deep" / "er"), "--model", str(tiny_folder)]
+    assert run(command) == 0
+    assert "1 document, 1 picture drawn" in capsys.readouterr().out
+    assert run(command) == 0
+    told = capsys.readouterr().out
+    assert "nothing was left to do, 1 document finished before" in told and "drawn" not in told
+
+
+def test_every_output_takes_the_spelling_of_earlier_versions(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for index, spelling in enumerate(("-o", "--output", "--out")):
+        out = tmp_path / "a" / str(index)
+        assert run(["data", "storyworld", spelling, str(out), "--documents", "2"]) == 0
+        assert (out / "documents.jsonl").exists()
+    assert run(["curves", "--no-cost"]) == 0
+    assert "out/curves" in capsys.readouterr().out and not (tmp_path / "docs").exists()
+    assert run(["train", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--output" in told and "--out " not in told
 
 
 def test_story_opens_with_storyworld_where_nothing_is_given(tmp_path, tiny_folder):

@@ -95,7 +95,7 @@ def test_every_setting_is_listed():
 
 
 def test_an_unknown_recipe_and_a_folder_in_use_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="did you mean storyworld"):
+    with pytest.raises(UsageError, match="did you mean 'storyworld'"):
         run_recipe("storyword", out=tmp_path)
     with pytest.raises(UsageError, match="holds no run"):
         run_recipe("storyworld", out=tmp_path, resume=True)

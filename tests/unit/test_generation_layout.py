@@ -3,21 +3,30 @@
 import pytest
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.generation.layout import parse_layout, text_share
+from mm_interleaved.generation.layout import text_share
 from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.layout import canonical_layout, parse_layout
 
 
-def test_auto_leaves_the_choice_to_the_model():
-    assert parse_layout("auto") is None
+@pytest.mark.parametrize("layout", ["auto", "AUTO", " auto "])
+def test_auto_leaves_the_choice_to_the_model(layout):
+    assert parse_layout(layout) is None and canonical_layout(layout) == "auto"
 
 
-def test_parts_are_read_in_order():
-    assert parse_layout(" T I  T ") == ("T", "I", "T")
+@pytest.mark.parametrize("layout", [" T I  T ", "TIT", "tit", "t,i,t", "T, I, T", "text image text", "T It"])
+def test_parts_are_read_in_order_however_they_are_spelt(layout):
+    assert parse_layout(layout) == ("T", "I", "T")
+    assert GenerationSettings(layout=layout).layout == canonical_layout(layout) == "T I T"
 
 
 @pytest.mark.parametrize(
     ("layout", "named"),
-    [("T X I", "'X' as part 2"), ("TI", "'TI' as part 1"), ("t", "'t'"), (" ", "no part")],
+    [
+        ("T X I", "'X' as part 2"),
+        ("TIP", "'TIP' as part 1"),
+        ("T I texts", "'texts' as part 3"),
+        (" ", "no part"),
+    ],
 )
 def test_a_wrong_layout_is_refused_and_the_word_named(layout, named):
     with pytest.raises(UsageError, match=named):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +28,13 @@ from mm_interleaved.generation.settings import GenerationSettings, settings_for
         ({"layout": "T X"}, "layout: found 'X' as part 2, expected"),
         ({"layout": " "}, "layout: found no part, expected"),
         ({"scheduler": "dimm"}, "did you mean 'ddim'"),
+        ({"scheduler": "dpm++"}, "did you mean 'dpm-solver++'"),
+        ({"num_steps": 3}, "did you mean 'num_inference_steps'"),
+        ({"steps": 3}, "did you mean 'num_inference_steps'"),
+        ({"context_images": [0, "1"]}, "context_images: found [0, '1'], expected str or null"),
+        ({"context_images": []}, "context_images: found [], expected str or null"),
+        ({"context_images": [-1]}, "context_images: found '-1'"),
+        ({"context_images": True}, "context_images: found True"),
         ({"num_inference_step": 3}, "unknown generation setting 'num_inference_step': did you mean"),
         ({"num_beams": 2, "do_sample": True}, "num_beams: found 2, expected 1 together with do_sample"),
         ({"context_images": "first"}, "context_images: found 'first'"),
@@ -47,6 +57,56 @@ def test_settings_survive_json():
     assert GenerationSettings.combine(json.loads(json.dumps(settings.to_dict()))) == settings
     assert settings.context_image_indices() == (0, 2)
     assert GenerationSettings(context_images="all").context_image_indices() is None
+
+
+@pytest.mark.parametrize(
+    ("indices", "text"),
+    [([0], "0"), ((0, 2), "0,2"), (1, "1"), ("0, 2", "0, 2"), ("all", "all"), (None, None)],
+)
+def test_context_images_may_be_a_list_of_indices(indices, text):
+    assert GenerationSettings(context_images=indices).context_images == text
+    document = Document(id="a", parts=(Text("x"),), generation={"context_images": indices})
+    assert settings_for(document, {}, {}).context_images == text
+
+
+# ---- What is not given is the document's own, then the model's ----
+
+MODEL = {"num_inference_steps": 8, "scheduler": "unipc", "guidance_scale": 3.0, "max_new_tokens": 500}
+
+
+def test_only_what_is_given_counts():
+    given = GenerationSettings(seed=3, layout="it")
+    assert given.given() == {"seed": 3, "layout": "I T"} and not given.is_complete
+    assert GenerationSettings().given() == {}
+    # What is given stays given where it is as it would be by default.
+    assert GenerationSettings(num_inference_steps=30).given() == {"num_inference_steps": 30}
+
+
+def test_copies_know_what_was_given():
+    given = GenerationSettings(seed=3, layout="it")
+    for copied in (copy.copy(given), copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        assert copied == given and copied.given() == given.given()
+    assert replace(given, top_p=0.5).given() == {**given.given(), "top_p": 0.5}
+    complete = GenerationSettings.combine({"seed": 1})
+    assert complete.is_complete and copy.deepcopy(complete).is_complete
+    assert complete.given() == complete.to_dict()
+
+
+@pytest.mark.parametrize("given", [{}, {"seed": 3}, {"num_inference_steps": 30}, {"layout": "I"}])
+def test_the_rest_is_the_documents_then_the_models(given):
+    document = Document(id="a", parts=(Text("x"),), layout="T I", generation={"guidance_scale": 5.0})
+    settings = settings_for(document, MODEL, GenerationSettings(**given).given())
+    expected = {**MODEL, "guidance_scale": 5.0, "layout": "T I", **given}
+    expected.pop("seed", None)  # each document draws its own from it
+    assert expected.items() <= settings.to_dict().items()
+
+
+def test_what_the_model_allows_is_not_refused_by_general_limits():
+    document = Document(id="a", parts=(Text("x"),))
+    given = GenerationSettings(min_new_tokens=300)  # more than the general max_new_tokens
+    assert settings_for(document, MODEL, given.given()).min_new_tokens == 300
+    with pytest.raises(UsageError, match="expected at most max_new_tokens = 256"):
+        settings_for(document, {}, given.given())
 
 
 def test_flags_outrank_documents_and_documents_outrank_models():

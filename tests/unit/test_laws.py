@@ -18,6 +18,8 @@ STOREYS = (
     (
         "__init__",
         "errors",
+        "spelling",
+        "layout",
         "versions",
         "devices",
         "storage",

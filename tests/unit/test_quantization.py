@@ -20,7 +20,7 @@ def test_a_missing_library_is_named_with_what_to_install(kind, monkeypatch):
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match="int8 or nf4"):
+    with pytest.raises(UsageError, match="expected one of int8, nf4"):
         weight_only("int3")
 
 

@@ -33,6 +33,7 @@ from mm_interleaved.models.interleaved import MMInterleavedForConditionalGenerat
 from mm_interleaved.models.language import language_family
 from mm_interleaved.models.unet import check_unet
 from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.spelling import hint
 from mm_interleaved.storage import new_folder
 
 logger = logging.getLogger(__name__)
@@ -84,9 +85,7 @@ def compose(
         StorageError: the disk failed or is full.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(
-            f"dtype: found {escape(dtype)!r}, expected one of {', '.join(DTYPES)}", field="dtype"
-        )
+        raise UsageError(f"dtype: found {escape(dtype)!r}, {hint(dtype, DTYPES)}", field="dtype")
     joints = joints or JointSettings(num_slots=num_slots)
 
     # 1. What the parts are, and whether they fit: only small files are read.

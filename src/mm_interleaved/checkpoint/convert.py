@@ -34,6 +34,7 @@ from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError, escape
 from mm_interleaved.models.positions import resize_grid_table
 from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.spelling import hint
 from mm_interleaved.storage import new_folder, write_file
 
 logger = logging.getLogger(__name__)
@@ -97,9 +98,7 @@ def convert_checkpoint(
         StorageError: the disk failed or is full.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(
-            f"dtype: found {escape(dtype)!r}, expected one of {', '.join(DTYPES)}", field="dtype"
-        )
+        raise UsageError(f"dtype: found {escape(dtype)!r}, {hint(dtype, DTYPES)}", field="dtype")
     parts = _find(components)
     config = _official_config(official if official.is_dir() else official.parent, parts)
     shards = open_checkpoint(official)

@@ -10,11 +10,11 @@ import importlib.resources
 import os
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from mm_interleaved.errors import ModelFileError, escape
+from mm_interleaved.spelling import nearest
 
 SHIPPED = ("storyworld",)
 CONFIG = "config.json"
@@ -71,8 +71,8 @@ def _is_shipped(name: str | os.PathLike[str]) -> bool:
 
 
 def _from_hub(name: str, patterns: tuple[str, ...], hub: Mapping[str, Any]) -> Path:
-    nearest = get_close_matches(name, SHIPPED, n=1)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    right = nearest(name, SHIPPED)
+    hint = "" if right is None else f" (did you mean {right!r}?)"
     looked = f"model {escape(name)!r}: no such folder{hint}"
     if not _HUB_ID.fullmatch(name) or name.startswith((".", "/")):
         raise ModelFileError(f"{looked}, and not a hub id (owner/name); shipped is {', '.join(SHIPPED)}")

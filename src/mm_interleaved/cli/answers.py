@@ -20,12 +20,14 @@ from mm_interleaved.cli.generate import (
     Pictures,
     Texts,
     checked_file,
+    checked_text,
     default_output,
     run_and_report,
     typed_document,
     typed_parts,
 )
 from mm_interleaved.cli.output import say, say_error
+from mm_interleaved.cli.places import picture_to_write
 from mm_interleaved.document import Document, Image, Part, Text
 from mm_interleaved.errors import InputError, MMInterleavedError, UsageError
 from mm_interleaved.images import FORMAT_NAMES
@@ -51,7 +53,7 @@ def caption(
     flags: Flags,
 ) -> int:
     """Describe pictures, one line each. One that cannot be read fails alone, and the command ends with 7."""
-    documents = [_question(path, prompt) for path in images]
+    documents = [_question(path, prompt, "--prompt") for path in images]
     answers = _answers(documents, model, device, dtype, flags, batch_size)
     num_failed = 0
     for path, answer in zip(images, answers, strict=True):
@@ -75,7 +77,7 @@ def vqa(
     flags: Flags,
 ):
     """Answer a question about a picture."""
-    answer = _answer(_question(image, question), model, device, dtype, flags)
+    answer = _answer(_question(image, question, "QUESTION"), model, device, dtype, flags)
     say(answer)
 
 
@@ -85,7 +87,13 @@ def ground(
     prompt: Annotated[str, typer.Option(help="The question; {phrase} stands for PHRASE.")] = GROUND_PROMPT,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Write the picture with the box drawn.", metavar="PNG"),
+        typer.Option(
+            "-o",
+            "--output",
+            help="File for the picture with the box drawn.",
+            metavar="PNG",
+            callback=picture_to_write,
+        ),
     ] = None,
     model: Model = "storyworld",
     device: Device = "auto",
@@ -94,7 +102,8 @@ def ground(
     flags: Flags,
 ) -> int:
     """Find a thing in a picture: left, top, right, bottom in pixels."""
-    document = _question(image, prompt.replace("{phrase}", phrase))
+    question = prompt.replace("{phrase}", checked_text(phrase, "PHRASE"))
+    document = _question(image, question, "--prompt")
     answer = _answer(document, model, device, dtype, flags)
     picture = document.images[0].load()
     box = box_in_pixels(answer, picture.size)
@@ -118,7 +127,7 @@ def draw(
     flags: Flags,
 ) -> int:
     """Draw a picture of a text."""
-    documents = [typed_document("picture", [Text(prompt)], layout="I")]
+    documents = [typed_document("picture", [Text(checked_text(prompt, "PROMPT"))], layout="I")]
     output = output or default_output("picture", documents, model, flags)
     return run_and_report(documents, output, model, device, dtype, flags, new_run=new_run)
 
@@ -140,7 +149,7 @@ def story(
     flags: Flags,
 ) -> int:
     """Tell and draw a story from its opening; without one, StoryWorld gives the first panel (by --seed)."""
-    parts: list[Part] = [Text(opening)] if opening else []
+    parts: list[Part] = [] if opening is None else [Text(checked_text(opening, "OPENING"))]
     parts += typed_parts(context, text, image)
     parts = parts or _storyworld_opening(int(flags.get("seed", 0)))
     documents = [typed_document("story", parts, layout=story_layout(parts, panels))]
@@ -173,9 +182,11 @@ def box_in_pixels(answer: str, size: tuple[int, int]) -> tuple[int, int, int, in
     return left + x0, top + y0, left + x1, top + y1
 
 
-def _question(path: Path, question: str) -> Document:
+def _question(path: Path, question: str, name: str) -> Document:
+    """A picture and what is asked about it; `name` is the argument that asks."""
     picture = Image(checked_file(path), role="user", name=str(path))
-    return Document(id=str(path), parts=(picture, Text(question, role="user")), layout="T")
+    asked = Text(checked_text(question, name), role="user")
+    return Document(id=str(path), parts=(picture, asked), layout="T")
 
 
 def _answer(document: Document, model: str, device: str, dtype: str, flags: Mapping[str, Any]) -> str:
@@ -256,8 +267,9 @@ def _draw_box(picture: Any, box: tuple[int, int, int, int], path: Path):
     from PIL import ImageDraw
 
     from mm_interleaved.images import to_png
-    from mm_interleaved.storage import write_file
+    from mm_interleaved.storage import make_folder, write_file
 
+    make_folder(path.parent)
     marked = picture.copy()
     ImageDraw.Draw(marked).rectangle(box, outline=(255, 60, 40), width=max(1, min(marked.size) // 100))
     write_file(path, to_png(marked))

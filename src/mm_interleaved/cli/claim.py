@@ -10,6 +10,7 @@ import typer
 from mm_interleaved.cli.command import command
 from mm_interleaved.cli.generate import Device, Dtype, Model
 from mm_interleaved.cli.output import progress, say
+from mm_interleaved.cli.places import folder_to_write, picture_to_write
 from mm_interleaved.document import Document
 from mm_interleaved.generation.events import Event
 
@@ -18,7 +19,10 @@ _PANEL = "Claims"
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting; may be repeated.")
 ]
-Docs = Annotated[Path, typer.Option(help="Folder for page, plots and raw results.", metavar="DIR")]
+Docs = Annotated[
+    Path | None,
+    typer.Option(help="Folder for page, plots and raw results. Default: RUN/page.", metavar="DIR"),
+]
 
 
 def add_to(app: typer.Typer):
@@ -28,10 +32,15 @@ def add_to(app: typer.Typer):
 
 
 def ablation(
-    run: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("runs/ablation"),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder of the run, RUN.", metavar="DIR", callback=folder_to_write
+        ),
+    ] = Path("runs/ablation"),
     assignments: Settings = None,
     documents: Annotated[int, typer.Option(help="Test documents that each twin answers.", min=20)] = 400,
-    docs: Docs = Path("docs"),
+    docs: Docs = None,
 ):
     """Train the twins that are missing, score them, and write the page about all that are there.
 
@@ -45,33 +54,39 @@ def ablation(
 
     names = override(AblationConfig(), assignments or ()).twins
     wanted = chosen_twins(names)
-    check_documents(run, documents)
+    check_documents(output, documents)
     # A run that is resumed keeps its settings; which twins are wanted is told anew each time.
     overrides = [*(assignments or ()), f"twins={','.join(names)}"]
-    is_begun = (run / SETTINGS_NAME).exists()
-    run_recipe("ablation", overrides, resume=is_begun, out=run, show_progress=True)
+    is_begun = (output / SETTINGS_NAME).exists()
+    run_recipe("ablation", overrides, resume=is_begun, out=output, show_progress=True)
     with progress(documents * len(wanted), "reading the models") as bar:
 
         def on_event(document: Document, event: Event | str):
             if event in ("finished", "failed"):
                 bar.advance("")
 
-        score_twins(run, wanted, documents, on_event)
-    say(f"page: {write_page(run, chosen_twins(()), docs)}")
+        score_twins(output, wanted, documents, on_event)
+    say(f"page: {write_page(output, chosen_twins(()), docs or output / 'page')}")
 
 
 def scaling(
-    run: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("runs/scaling"),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder of the run, RUN.", metavar="DIR", callback=folder_to_write
+        ),
+    ] = Path("runs/scaling"),
     assignments: Settings = None,
-    docs: Docs = Path("docs"),
+    docs: Docs = None,
 ):
     """Train three sizes of the same reader, and draw what more compute should give."""
     from mm_interleaved.evaluation.scaling import write_scaling
     from mm_interleaved.training.run import SETTINGS_NAME, run_recipe
 
-    is_begun = (run / SETTINGS_NAME).exists()
-    run_recipe("scaling", assignments or (), resume=is_begun, out=run, show_progress=True)
-    results = write_scaling(run, docs)
+    is_begun = (output / SETTINGS_NAME).exists()
+    run_recipe("scaling", assignments or (), resume=is_begun, out=output, show_progress=True)
+    docs = docs or output / "page"
+    results = write_scaling(output, docs)
     if results["law"]:
         law = results["law"]
         say(f"loss = {law['factor']:.3g} * FLOPs ** -{law['exponent']:.3f}")
@@ -85,7 +100,12 @@ def curves(
         list[Path] | None,
         typer.Argument(metavar="[LOG]...", help="log.jsonl of stages. Default: the shipped model's."),
     ] = None,
-    docs: Docs = Path("docs"),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder for page and plots.", metavar="DIR", callback=folder_to_write
+        ),
+    ] = Path("out/curves"),
     cost: Annotated[
         bool, typer.Option(help="Count what a step of each stage of `train storyworld` takes.")
     ] = True,
@@ -100,7 +120,7 @@ def curves(
         took = f", {part.flops_a_step:.2e} FLOPs a step, {part.flops:.2e} in all" if part.flops else ""
         hours = "" if part.hours is None else f", {part.hours:.2f} hours"
         say(f"{part.stage}, {part.run}: {part.steps} steps{took}{hours}")
-    say(f"page: {write_curves(lines, flops, docs, is_shipped=not logs)}")
+    say(f"page: {write_curves(lines, flops, output, is_shipped=not logs)}")
 
 
 def census(
@@ -126,7 +146,12 @@ def census(
 
 
 def sight(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the pictures.", metavar="DIR")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder for the pictures.", metavar="DIR", callback=folder_to_write
+        ),
+    ],
     story: Annotated[int, typer.Option(help="Which story of StoryWorld's test split.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the stories.", min=0)] = 0,
     model: Model = "storyworld",
@@ -149,7 +174,10 @@ def sight(
 
 
 def gallery(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The sheet, a PNG.", metavar="FILE")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="File for the sheet.", metavar="PNG", callback=picture_to_write),
+    ],
     count: Annotated[
         int, typer.Option(help="How many prompts of the test split, the first ones.", min=1)
     ] = 50,

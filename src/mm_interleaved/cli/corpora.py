@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mm_interleaved.cli.command import command
+from mm_interleaved.cli.command import CommandGroup, command
 from mm_interleaved.cli.generate import SOME_FAILED
 from mm_interleaved.cli.output import progress, say, say_error
-from mm_interleaved.errors import InputError, StorageError, UsageError
+from mm_interleaved.errors import InputError, StorageError, UsageError, escape
+from mm_interleaved.spelling import hint
 from mm_interleaved.strict_json import STANDARD_INPUT, is_lines, standard_input
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ Settings = Annotated[
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    data = typer.Typer(help="Look at, convert and make documents.", no_args_is_help=True)
+    data = typer.Typer(cls=CommandGroup, help="Look at, convert and make documents.", no_args_is_help=True)
     for name, function in (("check", check), ("convert", convert), ("storyworld", storyworld)):
         command(data, name)(function)
     app.add_typer(data, name="data", rich_help_panel="Data, training, evaluation")
@@ -188,9 +189,9 @@ def storyworld(
     from mm_interleaved.storyworld.world import SPLITS
 
     if form not in EXPORTS:
-        raise UsageError(f"--format: found {form!r}, expected one of {', '.join(EXPORTS)}", field="format")
+        raise UsageError(f"--format: found {escape(form)!r}, {hint(form, EXPORTS)}", field="format")
     if split not in SPLITS:
-        raise UsageError(f"--split: found {split!r}, expected one of {', '.join(SPLITS)}", field="split")
+        raise UsageError(f"--split: found {escape(split)!r}, {hint(split, SPLITS)}", field="split")
     path = write_storyworld(out, documents, seed, split, form)
     say(f"{path}: {documents} documents of the {split} split")
 

@@ -10,9 +10,11 @@ import typer
 from mm_interleaved.cli.command import Flags, command
 from mm_interleaved.cli.generate import SOME_FAILED, BatchSize, Device, Dtype, Model, NewRun, event_words
 from mm_interleaved.cli.output import progress, say, say_error
+from mm_interleaved.cli.places import folder_to_write
 from mm_interleaved.document import Document
-from mm_interleaved.errors import UsageError
+from mm_interleaved.errors import UsageError, escape
 from mm_interleaved.generation.events import Event
+from mm_interleaved.spelling import hint, unknown_name
 
 TASK_NAMES = ("storyworld",)
 """Kept here too, so that the help does not import what scores."""
@@ -28,7 +30,12 @@ def add_to(app: typer.Typer):
 def evaluate(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help=f"Out of: {', '.join(TASK_NAMES)}.")],
     data: Annotated[Path, typer.Option(help="Folder of the task's documents.", metavar="DIR")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.", metavar="DIR")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder for the results.", metavar="DIR", callback=folder_to_write
+        ),
+    ],
     predictions: Annotated[
         Path | None, typer.Option(help="Score these answers; no model runs.", metavar="FILE")
     ] = None,
@@ -49,9 +56,9 @@ def evaluate(
     """Answer a task's documents and score the answers: predictions.jsonl, scores.json, report.html."""
     for task in tasks:
         if task not in TASK_NAMES:
-            raise UsageError(f"unknown task {task!r}: known are {', '.join(TASK_NAMES)}")
+            raise UsageError(unknown_name("task", task, TASK_NAMES))
     if predictor is not None and predictor not in PREDICTOR_NAMES:
-        raise UsageError(f"--predictor: found {predictor!r}, expected one of {', '.join(PREDICTOR_NAMES)}")
+        raise UsageError(f"--predictor: found {escape(predictor)!r}, {hint(predictor, PREDICTOR_NAMES)}")
     if predictor is not None and predictions is not None:
         raise UsageError("give either --predictor or --predictions, found both")
     from mm_interleaved.cli.process import load_quietly

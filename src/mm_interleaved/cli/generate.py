@@ -14,6 +14,7 @@ import typer
 
 from mm_interleaved.cli.command import Flags, command, typed_in_order
 from mm_interleaved.cli.output import progress, say, say_error
+from mm_interleaved.cli.places import folder_to_write
 from mm_interleaved.document import Document, Image, Part, Text, part_records
 from mm_interleaved.document_formats import read_documents
 from mm_interleaved.errors import InputError, ModelFileError, SomeFailedError, UsageError
@@ -29,7 +30,16 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results.", metavar="DIR")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        help="Folder for the results. Default: out/NAME-HASH.",
+        metavar="DIR",
+        callback=folder_to_write,
+    ),
+]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="A text part; parts keep the order typed.")]
 Pictures = Annotated[
     list[Path] | None, typer.Option("--image", help="An image part; parts keep the order typed.")
@@ -128,7 +138,14 @@ def generate(
 def replay(
     manifest: Annotated[Path, typer.Argument(help="manifest.json of a finished run, in its folder.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Keep the second run here.", metavar="DIR")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder to keep the second run in.",
+            metavar="DIR",
+            callback=folder_to_write,
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Where the model is now, if its place has changed.", metavar="MODEL")
@@ -182,17 +199,14 @@ def typed_parts(context: typer.Context, text: list[str] | None, image: list[Path
     parts: list[Part] = []
     for name, value in typed_in_order(context, text=text or [], image=image or []):
         if name == "text":
-            parts.append(Text(value))
+            parts.append(Text(checked_text(value, "--text")))
         else:
             parts.append(Image(checked_file(value), name=str(value)))
     return parts
 
 
 def typed_document(name: str, parts: Sequence[Part], layout: str | None = None) -> Document:
-    """A document made of what was typed. Raises InputError where that is no Unicode."""
-    for part in parts:
-        if isinstance(part, Text):
-            _check_typed(part.text)
+    """A document made of what was typed."""
     return Document(id=name, parts=tuple(parts), layout=layout, meta={"title": f"A {name}"})
 
 
@@ -266,22 +280,29 @@ def event_words(event: Event | str) -> str:
 
 
 def _summary(outcome: Any) -> str:
-    parts = [part for record in outcome.records for part in part_records(record)]
+    page = outcome.output / "index.html"
+    if not outcome.made:
+        finished = _counted(outcome.num_already_finished, "document")
+        return f"nothing was left to do, {finished} finished before: {page}"
+    parts = [part for record in outcome.made for part in part_records(record)]
     drawn = sum(1 for part in parts if part["type"] == "image" and part.get("generated"))
-    documents, pictures = _counted(outcome.num_documents, "document"), _counted(drawn, "picture")
-    lines = [f"{documents}, {pictures} drawn: {outcome.output / 'index.html'}"]
+    documents, pictures = _counted(len(outcome.made), "document"), _counted(drawn, "picture")
+    lines = [f"{documents}, {pictures} drawn: {page}"]
+    if outcome.num_already_finished:
+        lines.append(f"{_counted(outcome.num_already_finished, 'document')} finished before")
+    return "\n".join([*lines, *_exactness(parts, outcome.is_lossy)])
+
+
+def _exactness(parts: Sequence[Any], is_lossy: bool) -> list[str]:
+    """What to say of pictures that were drawn by a shorter way."""
     errors = [part["pixel_error"] for part in parts if "pixel_error" in part]
     if errors:
         mean, most = sum(errors) / len(errors), max(errors)
-        lines.append(
+        return [
             f"mean difference from what is drawn with nothing left out: {mean:.2f} of 255 levels, at most "
             f"{most:.2f} in a picture"
-        )
-    elif outcome.is_lossy:
-        lines.append("drawn by a shorter way, not exactly; --report-error tells how far off it is")
-    if outcome.num_already_finished:
-        lines.append(f"{outcome.num_already_finished} of them were finished before")
-    return "\n".join(lines)
+        ]
+    return ["drawn by a shorter way, not exactly; --report-error tells how far off it is"] if is_lossy else []
 
 
 def _counted(number: int, noun: str) -> str:
@@ -321,11 +342,15 @@ def _use_threads(number: int):
     torch.set_num_threads(number)
 
 
-def _check_typed(text: str):
+def checked_text(text: str, name: str) -> str:
+    """A text as typed. Raises UsageError where it says nothing, InputError where it is no Unicode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(f"text as typed: character {error.start} is not UTF-8", field="text") from error
+    if not text.strip():
+        raise UsageError(f"{name}: found an empty text, expected words", field=name.lstrip("-").lower())
+    return text
 
 
 def checked_file(path: Path) -> Path:

@@ -28,6 +28,7 @@ from mm_interleaved.cli import (
     system,
     train,
 )
+from mm_interleaved.cli.command import CommandGroup, TyperUsageError
 from mm_interleaved.cli.output import say_error
 from mm_interleaved.errors import MMInterleavedError, memory_wanted
 from mm_interleaved.storage import disk_failure
@@ -39,8 +40,6 @@ _LESS_MEMORY = (
     "use --dtype bfloat16, fewer --num-candidates or --num-beams, a smaller --height and --width, or another "
     "--device; `plan` estimates what a model needs"
 )
-# click's UsageError; some versions of typer import click, others carry a copy of it.
-_TyperUsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class Stopped(BaseException):
@@ -51,6 +50,7 @@ def create_app() -> typer.Typer:
     """All commands."""
     app = typer.Typer(
         name=PROGRAM,
+        cls=CommandGroup,
         help="A document of text and images goes in, a longer document of text and images comes out.",
         add_completion=False,
         no_args_is_help=True,
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except MMInterleavedError as error:
         return _fail(str(error), error.exit_code, debug)
-    except _TyperUsageError as error:
+    except TyperUsageError as error:
         sentence = getattr(error, "format_message", error.__str__)()
         return _fail(sentence or "expected a command, found none", USAGE, debug)
     except (KeyboardInterrupt, typer.Abort):

@@ -10,6 +10,7 @@ import typer
 
 from mm_interleaved.cli.command import command
 from mm_interleaved.cli.output import say
+from mm_interleaved.cli.places import folder_to_write
 
 
 def add_to(app: typer.Typer):
@@ -30,8 +31,15 @@ def train(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting; may be repeated.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder of the run. Default: runs/RECIPE.")
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder of the run. Default: runs/RECIPE.",
+            metavar="DIR",
+            callback=folder_to_write,
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
 ):
@@ -43,7 +51,7 @@ def train(
 
     name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
     folder = run_recipe(
-        recipe, assignments or (), resume=resume, out=out or Path("runs", name), show_progress=True
+        recipe, assignments or (), resume=resume, out=output or Path("runs", name), show_progress=True
     )
     if os.environ.get("RANK", "0") == "0":
         say(f"the model is in {folder}")

@@ -38,7 +38,7 @@ from mm_interleaved.generation.events import (
     TextDelta,
 )
 from mm_interleaved.generation.images import ImageRequest, Pictures
-from mm_interleaved.generation.layout import IMAGE, parse_layout, text_share
+from mm_interleaved.generation.layout import text_share
 from mm_interleaved.generation.session import (
     EncodeRequest,
     InterleavedSession,
@@ -55,6 +55,7 @@ from mm_interleaved.generation.text import (
     score_options,
 )
 from mm_interleaved.generation.together import Request, Steps, failing_alone, stream_together
+from mm_interleaved.layout import IMAGE, parse_layout
 from mm_interleaved.models.evaluation_mode import evaluation_mode, steps_in_evaluation_mode
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
@@ -116,10 +117,10 @@ class InterleavedGenerator:
 
         Args:
             document: at most as long as the model's context; text alone, images alone, or nothing will do.
-            settings: taken as they are. Without them: the model's own defaults, overridden by the document's
-                `layout` and `generation`, overridden by `overrides`.
+            settings: what is not given in them is the document's own (`layout`, `generation`), then the
+                model's. Complete ones, which `settings_for` makes, are taken as they are.
             preview_every: show an image after so many denoising steps each; 0 is never.
-            overrides: settings by name, see `GenerationSettings`.
+            overrides: the same by name, in place of `settings`; see `GenerationSettings`.
 
         Raises:
             UsageError: settings that cannot be, or that this model cannot follow.
@@ -142,8 +143,9 @@ class InterleavedGenerator:
             raise UsageError(
                 f"give either settings or single ones by name, found both ({', '.join(overrides)})"
             )
-        if settings is None:
-            settings = settings_for(document, own_settings(self.model), overrides)
+        if settings is None or not settings.is_complete:
+            given = overrides if settings is None else settings.given()
+            settings = settings_for(document, own_settings(self.model), given)
         return _Continuation(self, document, settings, preview_every)
 
     def generate(

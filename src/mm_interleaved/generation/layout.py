@@ -1,34 +1,10 @@
-"""Which parts are wanted, in which order: `"auto"`, or `"T I T I"` (T text, I image)."""
+"""How the parts of a layout share the tokens that there are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm_interleaved.errors import UsageError, escape
-
-AUTO = "auto"
-TEXT = "T"
-IMAGE = "I"
-
-
-def parse_layout(layout: str) -> tuple[str, ...] | None:
-    """The parts wanted in order, or None where the model decides.
-
-    Raises:
-        UsageError: naming the word that is neither T nor I.
-    """
-    if layout == AUTO:
-        return None
-    words = tuple(layout.split())
-    expected = 'expected "auto", or T (text) and I (image) separated by spaces, such as "T I T I"'
-    if not words:
-        raise UsageError(f"layout: found no part, {expected}", field="layout")
-    for position, word in enumerate(words, start=1):
-        if word not in (TEXT, IMAGE):
-            raise UsageError(
-                f"layout: found {escape(repr(word))} as part {position}, {expected}", field="layout"
-            )
-    return words
+from mm_interleaved.layout import IMAGE, TEXT
 
 
 def text_share(parts_left: Sequence[str], budget: int, room: int, image_tokens: int) -> int:

@@ -1,7 +1,8 @@
 """Every argument of generation, once: the flags of the command line, the fields of a document and the keyword
 arguments of Python are all made from this class.
 
-Names are those of transformers for text and of diffusers for images.
+Names are those of transformers for text and of diffusers for images. What is not given is the document's own,
+then the model's (`generation_settings` of its configuration), then what stands here.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import hashlib
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mm_interleaved.document import Document
 from mm_interleaved.errors import InputError, UsageError, escape
-from mm_interleaved.generation.layout import TEXT, parse_layout
+from mm_interleaved.layout import TEXT, canonical_layout, parse_layout
+from mm_interleaved.spelling import hint, unknown_name
 
 SCHEDULERS = ("ddpm", "ddim", "dpm-solver++", "unipc", "euler", "lcm", "tcd")
 DISTILLED = ("lcm", "tcd")
@@ -27,9 +28,26 @@ CACHES = ("dynamic", "static")
 MAX_SEED = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationSettings:
-    """How a document is continued. Impossible values are refused when it is built."""
+class _KnowsWhatWasGiven:
+    """Remembers which of a dataclass' fields were given when it was made; no field itself."""
+
+    _given: frozenset[str]
+
+    def __new__(cls, **values: Any):
+        self = super().__new__(cls)
+        # `dataclasses.replace` passes everything: then what is not as it would be by default was given.
+        names = values if len(values) < len(_DEFAULTS) else (n for n in values if values[n] != _DEFAULTS[n])
+        object.__setattr__(self, "_given", frozenset(names))
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings(_KnowsWhatWasGiven):
+    """How a document is continued. Impossible values are refused when it is built.
+
+    Only what is given counts against the document and the model: `GenerationSettings(seed=3)` leaves steps,
+    scheduler and guidance to the model, and the layout to the document.
+    """
 
     layout: str = "auto"
     """Parts to generate in order, such as "T I T I" (T text, I image); "auto" lets the model decide."""
@@ -78,7 +96,9 @@ class GenerationSettings:
     num_candidates: int = 1
     """Draw this many pictures for each image and keep the best by the model's own ranking."""
     context_images: str | None = None
-    """Earlier images the painter sees: previous, all, or indices such as 0,2; by default the model's rule."""
+    """Earlier images the painter sees: previous, all, or indices such as 0,2; the model's rule where not
+    given. In Python and JSON also a list of indices.
+    """
     context_strength: float = 1.0
     """How strongly the painter looks at earlier images; 0 ignores them."""
     seed: int = 0
@@ -87,27 +107,17 @@ class GenerationSettings:
     """`released` reproduces the published code where ours differs (see docs/porting.md)."""
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
+        object.__setattr__(self, "context_images", _joined(self.context_images))
+        for name, value in self.to_dict().items():
             _check_type(name, value, _ANNOTATIONS[name])
-        layout = parse_layout(self.layout)
+        object.__setattr__(self, "layout", canonical_layout(self.layout))
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             _check(value is None or low <= value <= high, name, value, _range_text(low, high))
         for name in _ABOVE_ZERO:
             _check(getattr(self, name) > 0, name, getattr(self, name), "expected more than 0")
-        _check(
-            self.min_new_tokens <= self.max_new_tokens,
-            "min_new_tokens",
-            self.min_new_tokens,
-            f"expected at most max_new_tokens = {self.max_new_tokens}",
-        )
-        num_texts = 0 if layout is None else layout.count(TEXT)
-        _check(
-            num_texts <= self.max_new_tokens,
-            "layout",
-            self.layout,
-            f"expected at most max_new_tokens = {self.max_new_tokens} texts, each of which takes a token",
-        )
+        if "max_new_tokens" in self._given:
+            self._check_room_for_texts()
         _check(
             not (self.do_sample and self.num_beams > 1),
             "num_beams",
@@ -135,6 +145,20 @@ class GenerationSettings:
         if self.context_images is not None and self.context_images not in CONTEXT_RULES:
             self.context_image_indices()
 
+    def _check_room_for_texts(self):
+        _check(
+            self.min_new_tokens <= self.max_new_tokens,
+            "min_new_tokens",
+            self.min_new_tokens,
+            f"expected at most max_new_tokens = {self.max_new_tokens}",
+        )
+        _check(
+            (parse_layout(self.layout) or ()).count(TEXT) <= self.max_new_tokens,
+            "layout",
+            self.layout,
+            f"expected at most max_new_tokens = {self.max_new_tokens} texts, each of which takes a token",
+        )
+
     @property
     def is_lossy(self) -> bool:
         """Whether a switch is on that leaves out part of what the painter computes."""
@@ -152,7 +176,7 @@ class GenerationSettings:
 
     @classmethod
     def combine(cls, *layers: Mapping[str, Any]) -> GenerationSettings:
-        """Settings out of several mappings, later ones first: defaults < model < document < command line.
+        """Complete settings out of several mappings, later ones first: model < document < command line.
 
         Raises UsageError for a name that is no setting (with the nearest one) and for a value that cannot be.
         """
@@ -162,11 +186,23 @@ class GenerationSettings:
                 if name not in _ANNOTATIONS:
                     raise UsageError(unknown_name("generation setting", name, _ANNOTATIONS), field=name)
                 chosen[name] = value
-        return cls(**chosen)
+        complete = cls(**chosen)
+        object.__setattr__(complete, "_given", frozenset(_DEFAULTS))
+        complete._check_room_for_texts()
+        return complete
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to the document or the model."""
+        return len(self._given) == len(_DEFAULTS)
+
+    def given(self) -> dict[str, Any]:
+        """What was given, by name; the rest is left to the document and the model."""
+        return {name: getattr(self, name) for name in _DEFAULTS if name in self._given}
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, as JSON values."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in _DEFAULTS}
 
 
 def settings_for(
@@ -199,7 +235,8 @@ def settings_for(
     if "seed" in own and "seed" not in flags:
         return settings
     digest = hashlib.sha256(f"{run.seed}:{document.id}".encode("utf-8", "backslashreplace")).digest()
-    return replace(settings, seed=int.from_bytes(digest[:6], "big"))
+    seed = int.from_bytes(digest[:6], "big")
+    return GenerationSettings.combine(settings.to_dict(), {"seed": seed})
 
 
 def fails_alone(document: Document, error: InputError | UsageError) -> bool:
@@ -211,14 +248,9 @@ def fails_alone(document: Document, error: InputError | UsageError) -> bool:
     return error.field in document.generation or (error.field == "layout" and document.layout is not None)
 
 
-def unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> str:
-    """The sentence for a name that does not exist, with the nearest one that does."""
-    nearest = get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
-    return f"unknown {kind} {escape(name)!r}: {hint}"
-
-
-_ANNOTATIONS = get_type_hints(GenerationSettings)
+_DEFAULTS = {field.name: field.default for field in fields(GenerationSettings)}
+_HINTS = get_type_hints(GenerationSettings)
+_ANNOTATIONS = {name: _HINTS[name] for name in _DEFAULTS}
 _COUNT_LIMIT = 2**31 - 1
 _RANGES = {
     "max_images": (0, _COUNT_LIMIT),
@@ -241,15 +273,20 @@ _RANGES = {
 _ABOVE_ZERO = ("temperature", "top_p", "repetition_penalty")
 
 
+def _joined(indices: Any) -> Any:
+    """A list of indices, or one index, as it is written: "0,2". Anything else as it is."""
+    items = list(indices) if isinstance(indices, list | tuple) else [indices]
+    is_list = bool(items) and all(type(item) is int for item in items)
+    return ",".join(map(str, items)) if is_list else indices
+
+
 def _check(is_right: bool, name: str, value: Any, expected: str):
     if not is_right:
         raise UsageError(f"{name}: found {escape(repr(value))}, {expected}", field=name)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]):
-    nearest = get_close_matches(value, choices, n=1)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    _check(value in choices, name, value, f"expected {' or '.join(choices)}{hint}")
+    _check(value in choices, name, value, hint(value, choices))
 
 
 def _check_type(name: str, value: Any, annotation: Any):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from mm_interleaved.errors import ModelFileError, UsageError
+from mm_interleaved.errors import ModelFileError, UsageError, escape
+from mm_interleaved.spelling import hint
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def weight_only(kind: str) -> Any:
     """
     if kind not in QUANTIZATIONS:
         raise UsageError(
-            f"quantization: found {kind!r}, expected {' or '.join(QUANTIZATIONS)}", field="quantization"
+            f"quantization: found {escape(kind)!r}, {hint(kind, QUANTIZATIONS)}", field="quantization"
         )
     check_installed(QUANTIZATIONS[kind], f"quantization {kind}", "quantization")
     if kind == "nf4":

@@ -7,7 +7,6 @@ teaches more about it per second than one question does.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from mm_interleaved.data.sources.source import Item, Shard
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.errors import UsageError
 from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.spelling import hint
 from mm_interleaved.storyworld.dice import Dice
 from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, RELATIONS, ask_several
 from mm_interleaved.storyworld.renderer import render_batch
@@ -184,9 +184,7 @@ class StoryWorldSource:
         known = (*TASKS, INTERVIEW)
         for task in self.tasks:
             if task not in known:
-                close = get_close_matches(task, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(known)}"
-                raise UsageError(f"storyworld has no task {task!r}; {hint}")
+                raise UsageError(f"storyworld has no task {task!r}: {hint(task, known)}")
         if not self.tasks:
             raise UsageError("storyworld: no tasks, expected at least one")
 

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +18,7 @@ from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
 from mm_interleaved.recipes import ablation_settings, scaling_settings
 from mm_interleaved.recipes.storyworld_settings import StoryWorldConfig
 from mm_interleaved.recipes.tasks import task_recipes
+from mm_interleaved.spelling import unknown_name
 from mm_interleaved.storage import locked_folder, make_folder, remove_temporary_files, write_file
 from mm_interleaved.training.settings import LOG_NAME, flat_record, from_record, override, stages, to_record
 from mm_interleaved.training.train_config import TrainConfig
@@ -172,9 +172,7 @@ def _settings_of(name: str) -> tuple[str, Any]:
             raise UsageError(f"{name}: expected the settings of a run, with its recipe; found {recipe!r}")
         return recipe, from_record(type(RECIPES[recipe].settings()), record.get("settings"), name)
     if name not in RECIPES:
-        close = get_close_matches(name, RECIPES, n=1)
-        suggestion = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}{suggestion}")
+        raise UsageError(unknown_name("recipe", name, RECIPES), field="recipe")
     return name, RECIPES[name].settings()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -28,6 +27,7 @@ from mm_interleaved.data.sources.vist import VisualStories
 from mm_interleaved.data.sources.vqa import VisualQuestions
 from mm_interleaved.data.sources.webdataset import PairTars
 from mm_interleaved.errors import InputError, UsageError, escape
+from mm_interleaved.spelling import hint
 
 # LLaVA's and OBELICS' lines are two of the many forms of record that documents have.
 SOURCES: Mapping[str, type[Any]] = MappingProxyType(
@@ -98,9 +98,7 @@ def _kinds(hint: Any) -> tuple[type, ...]:
 
 
 def _unknown(name: str, known: Mapping[str, Any]) -> str:
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
-    return f"found {escape(name, 60)!r}, {hint}"
+    return f"found {escape(name, 60)!r}, {hint(name, known)}"
 
 
 def source_name_of(path: str) -> str:
