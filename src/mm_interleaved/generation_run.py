@@ -154,6 +154,7 @@ def run_documents(
                 dtype=request.model.dtype,
                 acceleration=request.model.acceleration,
             )
+            generator.tell_of_unknown_words(pending)
             for start in range(0, len(request.documents), batch_size):
                 batch = request.documents[start : start + batch_size]
                 _continue(run, generator, batch, [settings[document.id] for document in batch], on_event)

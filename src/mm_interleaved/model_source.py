@@ -18,6 +18,7 @@ from mm_interleaved.checkpoint.values import check_object
 from mm_interleaved.devices import FORMATS, slowness, torch_device, weight_format
 from mm_interleaved.errors import ModelFileError, UsageError, escape
 from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.known_words import FILE_NAME
 from mm_interleaved.strict_json import FieldError
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ def hash_model(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's files: the same hash, the same output."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in _HASHED_SUFFIXES and path.is_file():
+        # The list of words makes a warning, and no output.
+        if path.suffix in _HASHED_SUFFIXES and path.name != FILE_NAME and path.is_file():
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())

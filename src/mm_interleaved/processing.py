@@ -32,6 +32,7 @@ from mm_interleaved.conversation import (
 from mm_interleaved.document import Document
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.images import SquareCrop
+from mm_interleaved.known_words import KnownWords
 from mm_interleaved.prompts import Piece, chat_pieces
 from mm_interleaved.sequence import Sequence, encode_document, encode_pieces
 from mm_interleaved.storage import make_folder, write_file
@@ -60,6 +61,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         resize: `released` or `clip`, see `images.SquareCrop`.
         special_ids: ids of `image_start`, `image`, `bos`, `eos`, `pad`; by default those that the tokenizer
             defines.
+        known_words: the words of a model whose language is closed; None where any word may be known.
     """
 
     # Conversations are written by `prompts`, so that no text in them can become markup.
@@ -74,7 +76,9 @@ class MMInterleavedProcessor(ProcessorMixin):
         resize: str = "released",
         *,
         special_ids: Mapping[str, int] | None = None,
+        known_words: KnownWords | None = None,
     ):
+        self.known_words = known_words
         if special_ids is None:
             self.vocabulary = Vocabulary.from_tokenizer(tokenizer, num_slots)
         else:
@@ -331,6 +335,8 @@ class MMInterleavedProcessor(ProcessorMixin):
             self.tokenizer.save_pretrained(temporary)
             settings = json.dumps(self.to_dict(), indent=2) + "\n"
             Path(temporary, PROCESSOR_CONFIG).write_text(settings, encoding="utf-8")
+            if self.known_words is not None:
+                self.known_words.save(Path(temporary))
             for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
                 target = folder / file.relative_to(temporary)
                 make_folder(target.parent)
@@ -360,7 +366,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         tokenizer = load_tokenizer(folder)
         refuse_other_tokenizer(tokenizer, settings["special_ids"], str(folder))
         try:
-            processor = cls(tokenizer, **settings)
+            processor = cls(tokenizer, known_words=KnownWords.of_folder(folder), **settings)
         except (TypeError, ValueError) as error:
             raise ModelFileError(f"{folder / PROCESSOR_CONFIG}: {error}") from error
         if (folder / CONFIG).is_file():

@@ -44,7 +44,7 @@ STOREYS = (
         "checkpoint.resolve",
         "checkpoint.values",
     ),
-    ("batch", "conversation", "processing", "data"),
+    ("known_words", "batch", "conversation", "processing", "data"),
     ("config", "ops"),
     ("models",),
     ("checkpoint", "generation", "training", "registration"),

@@ -39,6 +39,7 @@ from mm_interleaved.generation.events import (
 )
 from mm_interleaved.generation.images import ImageRequest, Pictures
 from mm_interleaved.generation.layout import text_share
+from mm_interleaved.generation.notices import Notices
 from mm_interleaved.generation.session import (
     EncodeRequest,
     InterleavedSession,
@@ -95,6 +96,7 @@ class InterleavedGenerator:
     ):
         self.model, self.processor, self.adapter = model.eval(), processor, adapter
         self.assistant_model = None if assistant_model is None else _own_assistant(assistant_model)
+        self.notices = Notices(processor.known_words)
         config = model.config
         processor.check_model(config.to_dict(), "the processor is another model's")
         if assistant_model is not None:
@@ -213,6 +215,11 @@ class InterleavedGenerator:
             raise SomeFailedError(completed, errors)
         return [completed[place] for place in range(len(documents))]
 
+    def tell_of_unknown_words(self, documents: Iterable[Document]) -> None:
+        """Warns of the words that the model was not trained on, of each of them once."""
+        parts = (part for document in documents for part in document.parts)
+        self.notices.tell_of_words(part.text for part in parts if isinstance(part, Text))
+
     @torch.no_grad()
     def score_options(self, document: Document, options: Sequence[str]) -> list[float]:
         """How likely each text is as the document's end: its log-probability, the end of text included.
@@ -287,7 +294,9 @@ class _Continuation:
         self.role = ANSWERING_ROLE if any(part.role is not None for part in document.parts) else None
         self.tokens_left = settings.max_new_tokens
         self.num_painted = 0
-        self.height, self.width = self._picture_size()
+        self.height, self.width = self._picture_size(generator.notices)
+        generator.tell_of_unknown_words([document])
+        generator.notices.tell_of_words([settings.negative_prompt or ""])
         self._check_sampler()
         self.sequence = processor.encode(document)
         check_fits(self.sequence, model.config.text_config.max_position_embeddings, max_images(model))
@@ -520,7 +529,7 @@ class _Continuation:
         session.start_image()
         return session.conditioning()
 
-    def _picture_size(self) -> tuple[int, int]:
+    def _picture_size(self, notices: Notices) -> tuple[int, int]:
         """Height and width of generated images; refuses settings that this model cannot follow."""
         settings, decoder = self.settings, self.model.image_decoder
         if decoder is None:
@@ -529,12 +538,13 @@ class _Continuation:
                     f"layout: found {settings.layout!r}, but this model does not paint", field="layout"
                 )
             return 0, 0
-        height, width = diffusion.default_size(decoder)
-        height, width = settings.height or height, settings.width or width
+        trained = diffusion.default_size(decoder)
+        height, width = settings.height or trained[0], settings.width or trained[1]
         try:
             diffusion.latent_shape(decoder, height, width)
         except ValueError as error:
             raise UsageError(str(error), field="height" if settings.height else "width") from error
+        notices.tell_of_size((height, width), trained)
         return height, width
 
     def _check_sampler(self) -> None:

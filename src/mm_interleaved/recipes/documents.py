@@ -185,6 +185,8 @@ def _build(config: TrainConfig) -> _Built:
     computed = config.training.number_format(rank_device(config.device)).name
     quantization = quantization_settings(config.lora, DTYPES[computed])
     processor = MMInterleavedProcessor.from_pretrained(source)
+    # It learns the words of other documents too, and nobody counts them.
+    processor.known_words = None
     model = load_model(source, dtype="float32", **quantization)
     _check_weights(model, config)
     low_rank = None

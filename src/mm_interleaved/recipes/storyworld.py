@@ -24,6 +24,7 @@ from mm_interleaved.config import (
 from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.document import Text
 from mm_interleaved.errors import UsageError, escape
+from mm_interleaved.known_words import KnownWords
 from mm_interleaved.model_source import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
@@ -73,8 +74,8 @@ IMAGE_MIXTURES = (
 """What the image side learns from: pictures that follow from text and earlier pictures."""
 
 
-def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
-    """The tokenizer, trained on two thousand documents of the world."""
+def tokenizer_texts(seed: int) -> list[str]:
+    """The texts of two thousand documents of the world, which hold all of its words."""
     mixture = {**TASK_WEIGHTS, INTERVIEW: 10}
     texts = []
     for index in range(2000):
@@ -82,13 +83,23 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
         if any(part.role for part in parts):
             parts = tuple(piece.part for piece in conversation_pieces(parts))
         texts += [part.text for part in parts if isinstance(part, Text)]
-    return train_tokenizer(texts, vocabulary_size=1024)
+    return texts
+
+
+def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
+    """The tokenizer, trained on documents of the world."""
+    return train_tokenizer(tokenizer_texts(seed), vocabulary_size=1024)
 
 
 def build_processor(config: StoryWorldConfig) -> MMInterleavedProcessor:
-    """Tokenizer and image rule of the model."""
+    """Tokenizer, image rule and known words of the model."""
+    texts = tokenizer_texts(config.seed)
     return MMInterleavedProcessor(
-        build_tokenizer(config.seed), PICTURE_SIZE, PICTURE_SIZE, config.sizes.num_slots
+        train_tokenizer(texts, vocabulary_size=1024),
+        PICTURE_SIZE,
+        PICTURE_SIZE,
+        config.sizes.num_slots,
+        known_words=KnownWords.of_texts(texts),
     )
 
 
