@@ -6,7 +6,7 @@ the one guard of `images.py`, when its pixels are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -68,8 +68,9 @@ Part: TypeAlias = Text | Image
 class Document:
     """Parts in reading order, and what is asked about them."""
 
-    id: str
-    parts: tuple[Part, ...]
+    id: str = "document"
+    parts: tuple[Part, ...] = ()
+    """In Python a string stands for a text, a picture or a path for an image; a list for a tuple."""
     target: tuple[Part, ...] = ()
     """The gold continuation, where one is known."""
     layout: str | None = None
@@ -85,12 +86,7 @@ class Document:
 
     def __post_init__(self):
         for name in ("parts", "target"):
-            parts = getattr(self, name)
-            # A list is what callers have at hand; a tuple is what a frozen document holds.
-            object.__setattr__(self, name, tuple(parts))
-            for index, part in enumerate(parts):
-                if not isinstance(part, Text | Image):
-                    raise TypeError(f"{name}[{index}]: expected Text or Image, found {type(part).__name__}")
+            object.__setattr__(self, name, _parts(name, getattr(self, name)))
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -105,6 +101,25 @@ class Document:
     def extended(self, *parts: Part) -> Document:
         """The same document with more parts at its end."""
         return replace(self, parts=(*self.parts, *parts))
+
+
+def _parts(name: str, given: Any) -> tuple[Part, ...]:
+    """What callers have at hand as the parts of a document."""
+    items = (given,) if isinstance(given, str | Path | PILImage.Image | Text | Image) else given
+    if not isinstance(items, Iterable):
+        raise TypeError(f"{name}: expected a list of Text and Image, found {type(items).__name__}")
+    return tuple(_part(f"{name}[{index}]", item) for index, item in enumerate(items))
+
+
+def _part(place: str, item: Any) -> Part:
+    match item:
+        case Text() | Image():
+            return item
+        case str():
+            return Text(item)
+        case Path() | PILImage.Image():
+            return Image(item)
+    raise TypeError(f"{place}: expected Text or Image, found {type(item).__name__}")
 
 
 ImagePath: TypeAlias = Callable[[Image, int], str]

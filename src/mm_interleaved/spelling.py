@@ -67,6 +67,10 @@ _OTHERS_SAY = {
     "convert": "import port",
     "export": "save",
     "check": "validate inspect lint verify",
+    # commands of a conversation
+    "quit": "exit bye q end stop close",
+    "new": "reset clear forget restart",
+    "help": "commands h",
     # schedulers
     "dpm-solver++": "dpm++ dpmpp dpm dpmsolver dpm_solver dpmsolver_multistep dpm++_2m dpmpp_2m",
     "euler": "k_euler euler_discrete euler_a euler_ancestral",

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image as PILImage
 from skimage import data as skimage_data
 
+from mm_interleaved.cli.chat import split_path
 from mm_interleaved.cli.main import run, stop
 from mm_interleaved.generation.settings import GenerationSettings
 
@@ -427,6 +428,65 @@ def test_chat_answers_each_line_and_saves_the_conversation(
     assert "absent.png" in captured.err
     [conversation] = [json.loads(line) for line in (tmp_path / "chat" / "conversation.jsonl").open()]
     assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"] * 2
+
+
+def chat(monkeypatch, folder, model, said: str, *more: str) -> int:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    return run(["chat", "-o", str(folder), "--model", str(model), "--layout", "T", *more])
+
+
+def test_commands_of_a_conversation_never_go_to_the_model(capsys, tmp_path, tiny_folder, monkeypatch):
+    said = "/help\n/imge x.png\n/exit\n/image\n/draw\n/new\n/ hello\n/quit now\n/quit\nnever read\n"
+    assert chat(monkeypatch, tmp_path / "chat", tiny_folder, said) == 0
+    told = capsys.readouterr()
+    assert "/image PATH" in told.out and "/quit" in told.out
+    assert "did you mean '/image'" in told.err and "did you mean '/quit'" in told.err
+    assert not (tmp_path / "chat").exists()
+
+
+def test_a_conversation_shows_asks_and_draws(capsys, tmp_path, tiny_folder, picture, monkeypatch):
+    odd = tmp_path / "it's a photo.png"
+    odd.write_bytes(picture.read_bytes())
+    folder = tmp_path / "chat"
+    said = (
+        f'/image {odd} What is this?\n/image "{odd}" And this?\n/new\n/draw a lamp\nwhat?\n'
+        f"/image {picture}\n/draw the same at night\n"
+    )
+    assert chat(monkeypatch, folder, tiny_folder, said) == 0
+    lines = [json.loads(line) for line in (folder / "conversation.jsonl").open(encoding="utf-8")]
+    kinds = {
+        line["id"]: "".join(part["type"][0] for m in line.get("messages", [line]) for part in m["content"])
+        for line in lines
+    }
+    # Each picture, its question and the answer; the drawn one is what the next question is about.
+    assert kinds == {"chat": "ittitt", "chat-2": "itt", "drawing-1": "ti", "drawing-2": "iti"}
+    before = (folder / "conversation.jsonl").read_bytes()
+    assert chat(monkeypatch, folder, tiny_folder, "hello\n") == 0
+    assert (folder / "conversation.jsonl").read_bytes() == before
+    assert (folder / "conversation-2.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("rest", "name", "words"),
+    [
+        ("a.png", "a.png", ""),
+        ("a.png What is it?", "a.png", "What is it?"),
+        ("my photo.png What is it?", "my photo.png", "What is it?"),
+        ("my\\ photo.png What?", "my photo.png", "What?"),
+        ("'my photo.png' What?", "my photo.png", "What?"),
+        ('"a.png"', "a.png", ""),
+        ("absent.png What?", "absent.png", "What?"),
+        ("absent photo.JPG What?", "absent photo.JPG", "What?"),
+        ("nothing at all", "nothing", "at all"),
+    ],
+)
+def test_a_path_and_the_words_after_it_are_told_apart(tmp_path, monkeypatch, rest, name, words):
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.png", "my photo.png"):
+        (tmp_path / file).touch()
+    assert split_path(rest) == (Path(name), words)
 
 
 def test_info_counts_what_the_files_hold(capsys, tiny_folder):

@@ -68,5 +68,5 @@ def test_names_of_others_are_of_things_that_exist():
     parts = {each.name for command in APP.commands.values() for each in command.params}
     data = set(APP.commands["data"].commands)
     real = {*parts, *SETTINGS, *COMMANDS, *data, *SCHEDULERS, *NUMBERS, *SOURCES, *EXPORTS}
-    real |= {"cuda", "mps", "nf4", "int8", "test", "validation", "set"}
+    real |= {"cuda", "mps", "nf4", "int8", "test", "validation", "set", "quit", "new", "help"}
     assert sorted(set(_OTHERS_SAY) - real) == []

@@ -184,7 +184,7 @@ def box_in_pixels(answer: str, size: tuple[int, int]) -> tuple[int, int, int, in
 
 def _question(path: Path, question: str, name: str) -> Document:
     """A picture and what is asked about it; `name` is the argument that asks."""
-    picture = Image(checked_file(path), role="user", name=str(path))
+    picture = Image(checked_file(path, "IMAGE"), role="user", name=str(path))
     asked = Text(checked_text(question, name), role="user")
     return Document(id=str(path), parts=(picture, asked), layout="T")
 

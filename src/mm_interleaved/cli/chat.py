@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mm_interleaved.cli.command import Flags, command
 from mm_interleaved.cli.generate import Device, Dtype, Model, checked_file
 from mm_interleaved.cli.output import say, say_error
-from mm_interleaved.document import Document, Image, Part, Text
-from mm_interleaved.errors import InputError
+from mm_interleaved.cli.places import folder_to_write
+from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.errors import InputError, UsageError
 from mm_interleaved.generation.events import Event, ImageDone, TextDelta
+from mm_interleaved.spelling import unknown_name
 
-_HELP = "/image PATH shows the model a picture, /new forgets the conversation, /quit ends."
+if TYPE_CHECKING:
+    from mm_interleaved.generation import InterleavedGenerator
+    from mm_interleaved.generation.settings import GenerationSettings
+
+_COMMANDS = {
+    "/image": "/image PATH shows the model a picture; /image PATH QUESTION asks about it at once.",
+    "/draw": "/draw TEXT draws a picture of a text; after /image PATH, it changes that picture.",
+    "/new": "/new forgets the conversation.",
+    "/help": "/help lists these commands.",
+    "/quit": "/quit ends, as the end of the input does.",
+}
+_HELP = "Say something, or use a command:\n" + "\n".join(f"  {line}" for line in _COMMANDS.values())
+_PICTURE_NAME = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 
 
 def add_to(app: typer.Typer):
@@ -26,7 +42,8 @@ def add_to(app: typer.Typer):
 
 def chat(
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder for pictures.", metavar="DIR")
+        Path,
+        typer.Option("-o", "--output", help="Folder for pictures.", metavar="DIR", callback=folder_to_write),
     ] = Path("out/chat"),
     model: Model = "storyworld",
     device: Device = "auto",
@@ -34,80 +51,172 @@ def chat(
     *,
     flags: Flags,
 ):
-    """Talk with the model. Pictures and the conversation (conversation.jsonl) are saved in DIR."""
+    """Talk with the model. Pictures and the conversation (conversation.jsonl) are saved in DIR.
+
+    /image PATH shows it a picture, /draw TEXT asks for one; /help lists all commands of the conversation.
+    """
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.generation.settings import settings_for
-    from mm_interleaved.generation_run import complete
     from mm_interleaved.model_source import find_model, generation_defaults, read_config
 
     folder = find_model(model)
-    defaults = generation_defaults(read_config(folder))
-    conversation = Document(id="chat", parts=())
-    settings = settings_for(conversation, defaults, flags)
-    generator = load_quietly(folder, device=device, dtype=dtype)
-    saved = _Pictures(output)
-
-    def show(event: Event):
-        if isinstance(event, TextDelta):
-            say(event.text, end="")
-        elif isinstance(event, ImageDone):
-            say(f"\n[{saved.add(event.image)}]")
-
+    settings = settings_for(Document(id="chat", parts=()), generation_defaults(read_config(folder)), flags)
+    conversation = _Conversation(load_quietly(folder, device=device, dtype=dtype), settings, output)
     if sys.stdin.isatty():
         say(_HELP)
-    pending: list[Part] = []
-    turn = 0
-    while (line := _read_line()) is not None:
+    while (line := _read_line()) is not None and line != "/quit":
         try:
-            if line.startswith("/image "):
-                pending.append(_picture(line.removeprefix("/image ").strip()))
-                continue
-            if line == "/quit":
-                break
-            if line == "/new":
-                conversation, pending = Document(id="chat", parts=()), []
-                continue
-            asked = conversation.extended(*pending, Text(line, role="user"))
-            # Each turn draws from a seed of its own, else the same words would always get the same picture.
-            turn += 1
-            conversation = complete(generator, asked, replace(settings, seed=settings.seed + turn), show)
-        except InputError as error:
+            conversation.take(line)
+        except (InputError, UsageError) as error:
             say_error(str(error))
-            continue
-        pending = []
-        say()
-        saved.write(conversation)
+
+
+class _Conversation:
+    """What was said, shown and drawn so far, and what each line does to it."""
+
+    def __init__(self, generator: InterleavedGenerator, settings: GenerationSettings, folder: Path):
+        self.generator, self.settings, self.saved = generator, settings, _Pictures(folder)
+        self.turn, self.is_line_open = 0, False
+        self.earlier, self.said, self.drawn = (
+            list[Document](),
+            Document(id="chat", parts=()),
+            list[Document](),
+        )
+        self.forget()
+
+    def take(self, line: str):
+        """One line of the user's: a command, or words to the model."""
+        name, _, rest = line.partition(" ")
+        if not line.startswith("/"):
+            self.ask(line)
+        elif (act := self._commands().get(name)) is not None:
+            act(rest.strip())
+        else:
+            raise UsageError(unknown_name("command of a conversation", name, _COMMANDS))
+
+    def _commands(self) -> dict[str, Callable[[str], None]]:
+        return {
+            "/image": self.show,
+            "/draw": self.draw,
+            "/new": lambda rest: self.forget(),
+            "/help": lambda rest: say(_HELP),
+        }
+
+    def forget(self):
+        """Begins a new conversation; the one before stays in the file."""
+        if self.said.parts:
+            self.earlier.append(self.said)
+            self.said = Document(id=f"chat-{len(self.earlier) + 1}", parts=())
+        self.shown, self.newest = list[Image](), list[Image]()
+
+    def show(self, rest: str):
+        """A picture, and what is asked about it, if anything."""
+        path, question = split_path(rest)
+        picture = Image(checked_file(path, "/image"), role="user", name=str(path))
+        picture.load()
+        self.shown.append(picture)
+        if question:
+            self.ask(question)
+
+    def ask(self, text: str):
+        """Words to the model, after the pictures shown since the last ones, or the one drawn; its answer."""
+        asked = self.said.extended(*(self.shown or self.newest), Text(text, role="user"))
+        self.said = self._complete(asked, layout=self.settings.layout)
+        self._save()
+
+    def draw(self, text: str):
+        """A picture of a text, which is a document of its own: models learn to draw what is told."""
+        if not text:
+            raise UsageError("/draw: found no text, expected /draw TEXT")
+        pictures = [Image(picture.source, name=picture.name) for picture in self.shown]
+        document = Document(id=f"drawing-{len(self.drawn) + 1}", parts=(*pictures, Text(text)))
+        self.drawn.append(self._complete(document, layout="I"))
+        self._save()
+        self.newest = [Image(self.drawn[-1].images[-1].source, role="user")]
+
+    def _complete(self, document: Document, layout: str) -> Document:
+        from mm_interleaved.generation.settings import GenerationSettings
+        from mm_interleaved.generation_run import complete
+
+        # Each turn draws from a seed of its own, else the same words would always get the same picture.
+        self.turn += 1
+        own = {"layout": layout, "seed": self.settings.seed + self.turn}
+        settings = GenerationSettings.combine(self.settings.to_dict(), own)
+        completed = complete(self.generator, document, settings, self._tell)
+        if self.is_line_open:
+            self._say("")
+        return completed
+
+    def _tell(self, event: Event):
+        if isinstance(event, TextDelta):
+            say(event.text, end="")
+            self.is_line_open = True
+        elif isinstance(event, ImageDone):
+            self._say(f"[{self.saved.add(event.image)}]")
+
+    def _say(self, line: str):
+        """A line of its own."""
+        say(f"\n{line}" if self.is_line_open and line else line)
+        self.is_line_open = False
+
+    def _save(self):
+        said = [each for each in (*self.earlier, self.said) if each.parts]
+        self.saved.write([*said, *self.drawn])
+        self.shown, self.newest = [], []
 
 
 class _Pictures:
-    """Numbered pictures in a folder, and the conversation beside them."""
+    """Numbered pictures in a folder; conversations and drawings, a document a line, beside them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.file: Path | None = None
 
     def add(self, picture) -> Path:
         from mm_interleaved.images import to_png
         from mm_interleaved.storage import make_folder, write_file
 
         make_folder(self.folder)
-        number = 1
-        while (path := self.folder / f"picture-{number}.png").exists():
-            number += 1
+        path = self._free("picture-{}.png", 1)
         write_file(path, to_png(picture))
         return path
 
-    def write(self, conversation: Document):
+    def write(self, documents: list[Document]):
         from mm_interleaved.document_formats import write_documents
         from mm_interleaved.storage import make_folder
 
         make_folder(self.folder)
-        write_documents(self.folder / "conversation.jsonl", [conversation])
+        if self.file is None:
+            # What an earlier conversation left in the folder stays.
+            first = self.folder / "conversation.jsonl"
+            self.file = self._free("conversation-{}.jsonl", 2) if first.exists() else first
+        write_documents(self.file, documents)
+
+    def _free(self, pattern: str, number: int) -> Path:
+        while (path := self.folder / pattern.format(number)).exists():
+            number += 1
+        return path
 
 
-def _picture(name: str) -> Image:
-    picture = Image(checked_file(Path(name)), role="user", name=name)
-    picture.load()
-    return picture
+def split_path(rest: str) -> tuple[Path, str]:
+    """The path that `rest` begins with, and the words after it.
+
+    A path may stand in quotes. Otherwise it is as long as there is such a file, so that it may hold blanks,
+    escaped or not; where there is none, as far as the name of a picture goes.
+    """
+    if not rest:
+        raise UsageError("/image: found no path, expected /image PATH or /image PATH QUESTION")
+    if quoted := re.match(r"""(["'])(.+?)\1(?:\s+|$)""", rest):
+        return _path(quoted[2]), rest[quoted.end() :].strip()
+    ends = [len(rest), *(match.start() for match in reversed(list(re.finditer(r"\s+", rest))))]
+    of_files = (end for end in ends if os.path.isfile(_path(rest[:end])))
+    of_names = (end for end in ends if _PICTURE_NAME.search(rest[:end]))
+    end = next(of_files, next(of_names, ends[-1]))
+    return _path(rest[:end]), rest[end:].strip()
+
+
+def _path(text: str) -> Path:
+    return Path(re.sub(r"\\(.)", r"\1", text) if os.sep == "/" else text).expanduser()
 
 
 def _read_line() -> str | None:

@@ -353,9 +353,9 @@ def checked_text(text: str, name: str) -> str:
     return text
 
 
-def checked_file(path: Path) -> Path:
+def checked_file(path: Path, argument: str = "--image") -> Path:
     # Not Path.is_file, which raises where a name is too long or a folder is closed to us.
     if not os.path.isfile(path):
         found = "is not a regular file" if os.path.exists(path) else "there is no such file"
-        raise InputError(f"--image {str(path)!r}: {found}", field="image")
+        raise InputError(f"{argument} {str(path)!r}: {found}", field="image")
     return path
