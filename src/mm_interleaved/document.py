@@ -70,7 +70,7 @@ class Document:
 
     id: str = "document"
     parts: tuple[Part, ...] = ()
-    """In Python a string stands for a text, a picture or a path for an image; a list for a tuple."""
+    """Text and Image, in a list or a tuple."""
     target: tuple[Part, ...] = ()
     """The gold continuation, where one is known."""
     layout: str | None = None
@@ -104,22 +104,18 @@ class Document:
 
 
 def _parts(name: str, given: Any) -> tuple[Part, ...]:
-    """What callers have at hand as the parts of a document."""
-    items = (given,) if isinstance(given, str | Path | PILImage.Image | Text | Image) else given
-    if not isinstance(items, Iterable):
-        raise TypeError(f"{name}: expected a list of Text and Image, found {type(items).__name__}")
-    return tuple(_part(f"{name}[{index}]", item) for index, item in enumerate(items))
-
-
-def _part(place: str, item: Any) -> Part:
-    match item:
-        case Text() | Image():
-            return item
-        case str():
-            return Text(item)
-        case Path() | PILImage.Image():
-            return Image(item)
-    raise TypeError(f"{place}: expected Text or Image, found {type(item).__name__}")
+    """The parts of a document out of a list, which callers have at hand, or a tuple. Raises TypeError."""
+    if isinstance(given, str | Mapping | Text | Image) or not isinstance(given, Iterable):
+        raise TypeError(f"{name}: expected a list of Text and Image, found {type(given).__name__}")
+    parts = tuple(given)
+    for index, part in enumerate(parts):
+        if not isinstance(part, Text | Image):
+            kind = "Text" if isinstance(part, str) else "Image"
+            raise TypeError(
+                f"{name}[{index}]: expected Text or Image, found {type(part).__name__}; "
+                f"write {kind}(…) around it"
+            )
+    return parts
 
 
 ImagePath: TypeAlias = Callable[[Image, int], str]

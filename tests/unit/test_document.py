@@ -81,6 +81,27 @@ def test_parts_of_another_type_are_refused():
         Document(id="1", parts=[Text("a"), "b"])
 
 
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (["text"], r"parts\[0\]: expected Text or Image, found str; write Text"),
+        ([PILImage.new("RGB", (1, 1))], r"parts\[0\]: expected Text or Image, found Image; write Image"),
+        ("text", "parts: expected a list of Text and Image, found str"),
+        (Text("a"), "parts: expected a list of Text and Image, found Text"),
+        ({"type": "text"}, "parts: expected a list of Text and Image, found dict"),
+        (7, "parts: expected a list of Text and Image, found int"),
+    ],
+)
+def test_what_is_no_list_of_parts_is_refused_in_a_sentence(parts, sentence):
+    for name in ("parts", "target"):
+        with pytest.raises(TypeError, match=sentence.replace("parts", name)):
+            Document(**{name: parts})
+
+
+def test_a_document_in_python_needs_no_id():
+    assert Document(parts=[Text("a")]) == Document(id="document", parts=(Text("a"),))
+
+
 def test_documents_travel_between_processes():
     document = Document(id="1", parts=[Text("a"), Image(PILImage.new("RGB", (2, 2)))], meta={"k": [1]})
     assert pickle.loads(pickle.dumps(document)) == document

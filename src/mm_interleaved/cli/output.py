@@ -6,9 +6,13 @@ What is said may come from a model or a file: no control sequence of theirs reac
 from __future__ import annotations
 
 import sys
+import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Of a log that tells how far a command is."""
 
 
 def say(text: str = "", *, end: str = "\n"):
@@ -28,28 +32,47 @@ def without_controls(text: str) -> str:
 
 
 class Progress:
-    """A bar on stderr where that is a terminal, nothing elsewhere."""
+    """How far a command is: a bar on stderr where that is a terminal, elsewhere a line now and then."""
 
-    def __init__(self, bar, task):
-        self._bar, self._task = bar, task
+    def __init__(self, show: Callable[[int, str], None]):
+        self._show, self._done = show, 0
 
     def advance(self, text: str):
         """One more is done; `text` says what comes."""
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, what=text)
+        self._done += 1
+        self._show(self._done, text)
 
     def tell(self, text: str):
         """What is going on."""
-        if self._bar is not None:
-            self._bar.update(self._task, what=text)
+        self._show(self._done, text)
 
 
 @contextmanager
 def progress(total: int | None, text: str) -> Iterator[Progress]:
-    """A progress bar over `total` things; None where nobody knows how many there are."""
-    if not sys.stderr.isatty():
-        yield Progress(None, None)
-        return
+    """The progress over `total` things; None where nobody knows how many there are."""
+    if sys.stderr.isatty():
+        with _bar(total, text) as show:
+            yield Progress(show)
+    else:
+        yield Progress(_lines(total))
+
+
+def _lines(total: int | None) -> Callable[[int, str], None]:
+    """Says how far it is on a line of stderr, at most every SECONDS_BETWEEN_LINES: for logs."""
+    last = time.monotonic()
+
+    def show(done: int, text: str):
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            of = f"{done} done" if total is None else f"{done} of {total} done"
+            say_error(f"{of}, {text}" if text else of)
+
+    return show
+
+
+@contextmanager
+def _bar(total: int | None, text: str) -> Iterator[Callable[[int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -61,4 +84,5 @@ def progress(total: int | None, text: str) -> Iterator[Progress]:
         TextColumn("{task.fields[what]}", markup=False),
     )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield Progress(bar, bar.add_task("", total=total, what=text))
+        task = bar.add_task("", total=total, what=text)
+        yield lambda done, what: bar.update(task, completed=done, what=without_controls(what))

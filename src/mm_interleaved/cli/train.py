@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +51,9 @@ def train(
     """
     from mm_interleaved.training.run import run_recipe
 
+    if not sys.stderr.isatty():
+        # No bar is drawn then: lines of the log tell how far it is.
+        logging.getLogger("mm_interleaved.training.loop").setLevel(logging.INFO)
     name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
     folder = run_recipe(
         recipe, assignments or (), resume=resume, out=output or Path("runs", name), show_progress=True

@@ -8,6 +8,7 @@ the bit (at the same number of threads). A stage whose batches come out of a str
 import logging
 import math
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -154,7 +155,8 @@ def train_stage(
     """
     run = _StageRun(stage, config, folder, settings or {}, rules, ranks, writers)
     run.resume()
-    has_progress = show_progress and ranks.is_first
+    # A bar is for a terminal; a file gets the lines of the log.
+    has_progress = show_progress and ranks.is_first and sys.stderr.isatty()
     with (
         _stop_signals() as stop,
         tqdm(total=config.steps, initial=run.step, desc=stage.name, disable=not has_progress) as progress,
