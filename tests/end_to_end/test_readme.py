@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image as PILImage
 
 from mm_interleaved.cli.main import run
+from mm_interleaved.storyworld.oracle import read_scene
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,6 +66,33 @@ def test_python_example_runs(capsys):
     [example] = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def red_dogs_with_blue_party_hats(picture: PILImage.Image) -> int:
+    figures = read_scene(np.asarray(picture)).figures
+    looks = [(f.species, f.body_colour, f.hat_colour) for f in figures]
+    return looks.count(("dog", "red", "blue"))
+
+
+def test_python_example_draws_what_it_tells():
+    [example] = blocks("python")
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    story = names["generator"].generate(names["story"], seed=0)
+    assert [red_dogs_with_blue_party_hats(image.load()) for image in story.images] == [1, 1]
+
+
+def test_commands_shown_work_and_use_words_that_the_model_knows(capfd, caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    [shown] = blocks("console")
+    commands = [shlex.split(line.removeprefix("$ mm-interleaved")) for line in shown.splitlines()]
+    assert len(commands) >= 6
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    for command in commands:
+        assert run(command) == 0, command
+    assert not caplog.records and not capfd.readouterr().err
+    assert (tmp_path / "out" / "duck.png").exists()
 
 
 def test_every_command_named_is_there(capsys):
