@@ -119,7 +119,7 @@ def test_module_can_be_run():
         (["draw", "a", "--steps", "5"], "did you mean '--num-inference-steps'"),
         (["draw", "--prompt", "a"], "PROMPT is typed without a name"),
         (["paint", "a"], "did you mean 'draw'"),
-        (["data", "convrt", "a"], "did you mean 'convert'"),
+        (["data", "lint", "a"], "did you mean 'check'"),
         (["train", "pretain"], "did you mean 'pretrain'"),
         (["draw", ""], "PROMPT: found an empty text"),
         (["draw", " \n"], "PROMPT: found an empty text"),
