@@ -2,7 +2,6 @@
 processes share the work.
 """
 
-import gc
 import logging
 import os
 import sys
@@ -36,17 +35,6 @@ def pytest_xdist_auto_num_workers(config) -> int:
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_processes = min(num_files, num_cores, MAX_PROCESSES)
     return num_processes if num_processes > 1 else 0
-
-
-def pytest_collection_finish():
-    """What has been loaded stays: else each search for garbage would go through all of it."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_unconfigure():
-    """Compiled libraries report what is still there when the process ends."""
-    gc.unfreeze()
 
 
 # transformers' assisted decoding says this of its own call of the assistant.
