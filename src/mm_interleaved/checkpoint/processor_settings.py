@@ -10,7 +10,6 @@ from mm_interleaved.checkpoint.headers import read_json
 from mm_interleaved.checkpoint.values import check_kinds, check_object
 from mm_interleaved.errors import ModelFileError, escape
 from mm_interleaved.strict_json import FieldError
-from mm_interleaved.vocabulary import IMAGE_START_TOKEN, IMAGE_TOKEN
 
 PROCESSOR_CONFIG = "processor_config.json"
 SPECIAL_IDS = ("image_start", "image", "bos", "eos", "pad")
@@ -126,18 +125,13 @@ def refuse_other_model(
 
 
 def refuse_other_tokenizer(tokenizer: Any, ids: Mapping[str, int], place: str) -> None:
-    """Refuses a tokenizer that knows the special tokens by other ids than a processor.
+    """Refuses a tokenizer that begins and ends documents with other ids than a processor.
 
     Raises:
         ModelFileError: names the first token.
     """
-    vocabulary = tokenizer.get_vocab()
-    own = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "image_start": vocabulary.get(IMAGE_START_TOKEN),
-        "image": vocabulary.get(IMAGE_TOKEN),
-    }
+    # Not the image tokens: a composed model has its own, whatever the tokenizer calls so.
+    own = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     for name, found in own.items():
         if found is not None and found != ids[name]:
             raise ModelFileError(
