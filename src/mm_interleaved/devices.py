@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.errors import UsageError, escape
+from mm_interleaved.spelling import guess
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,9 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(
-            f"device: expected auto, cpu, cuda or mps, found {escape(name)!r}", field="device"
+            f"device: expected auto, cpu, cuda or mps, found {escape(name)!r}"
+            f"{guess(name, ('cpu', 'cuda', 'mps'))}",
+            field="device",
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name}: PyTorch finds no GPU here; use device=cpu or auto", field="device")

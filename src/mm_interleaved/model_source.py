@@ -19,6 +19,7 @@ from mm_interleaved.devices import FORMATS, slowness, torch_device, weight_forma
 from mm_interleaved.errors import ModelFileError, UsageError, escape
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.known_words import FILE_NAME
+from mm_interleaved.spelling import guess
 from mm_interleaved.strict_json import FieldError
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def _number_format(dtype: str, folder: Path, place: torch.device) -> str:
         return weight_format(saved_format(folder), place).name
     if dtype not in FORMATS:
         raise UsageError(
-            f"dtype: expected auto, {', '.join(FORMATS)}, found {escape(dtype)!r}", field="dtype"
+            f"dtype: expected auto, {', '.join(FORMATS)}, found {escape(dtype)!r}{guess(dtype, FORMATS)}",
+            field="dtype",
         )
     if remark := slowness(dtype, place):
         logger.warning("%s", remark)

@@ -121,6 +121,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return max(held, key=len, default=None)
 
 
+def guess(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the end of a sentence, or nothing where no name is near."""
+    right = nearest(name, known)
+    return "" if right is None else f" (did you mean {right!r}?)"
+
+
 def hint(name: str, known: Iterable[str]) -> str:
     """What to say after a wrong name: the right one, or which there are."""
     names = tuple(known)
