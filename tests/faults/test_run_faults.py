@@ -18,6 +18,7 @@ from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
 from mm_interleaved.run_folder import changed_files, check_input
 from mm_interleaved.run_manifest import read_manifest
 from mm_interleaved.storage import put_aside
+from tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def request_(tmp_path_factory):
     """A picture that is given, one of a message, one that is drawn; a document that fails."""
     root = tmp_path_factory.mktemp("run")
     (root / "model").mkdir()
-    (root / "model" / "config.json").write_text(json.dumps({"model_type": "mm_interleaved"}))
+    (root / "model" / "config.json").write_text(tiny_config().to_json_string(use_diff=False))
     picture = root / "given.png"
     PILImage.new("RGB", (9, 7), (200, 30, 40)).save(picture)
     documents = (

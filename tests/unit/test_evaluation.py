@@ -18,6 +18,7 @@ from mm_interleaved.generation_run import ModelChoice, RunRequest
 from mm_interleaved.model_source import AS_IT_IS, Acceleration
 from mm_interleaved.storage import make_folder
 from mm_interleaved.storyworld.exports import write_storyworld
+from tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_model_that_answers_and_ranks_is_loaded_once(lines, tmp_path, monkeypa
     monkeypatch.setattr(runner, "load_generator", load)
     model = tmp_path / "model"
     make_folder(model)
-    (model / "config.json").write_text(json.dumps({"model_type": "mm_interleaved"}))
+    (model / "config.json").write_text(tiny_config().to_json_string(use_diff=False))
     data = lines[0] / "dialogue.jsonl"
     data.write_text(json.dumps(lines[1]["dialogue"]) + "\n")
     chosen = ModelChoice(name=str(model), device="cpu", acceleration=Acceleration(channels_last=True))

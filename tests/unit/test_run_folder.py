@@ -23,6 +23,7 @@ from mm_interleaved.run_folder import file_stem, file_stems
 from mm_interleaved.run_manifest import read_manifest
 from mm_interleaved.run_results import image_paths
 from mm_interleaved.storage import locked_folder, repair_tail
+from tiny import tiny_config
 
 
 def nothing(document, event):
@@ -33,7 +34,8 @@ def nothing(document, event):
 def model(tmp_path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    config = {"model_type": "mm_interleaved", "generation_settings": {"num_inference_steps": 4}}
+    config = json.loads(tiny_config().to_json_string(use_diff=False))
+    config["generation_settings"] = {"num_inference_steps": 4}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
