@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.transformers_versions import CACHE
@@ -187,6 +187,9 @@ def test_no_images_at_all_may_be_said_in_any_way(model):
     for given in ({"pixel_values": pixels(0)}, {"image_start": torch.empty(1, 0, dtype=torch.int64)}):
         assert torch.equal(plain, model.generate(ids, max_new_tokens=3, **given, **GREEDY))
     assert torch.equal(plain, model.generate(ids, max_new_tokens=3, use_cache=False, **GREEDY))
+    config = GenerationConfig(max_new_tokens=3, use_cache=False, **GREEDY)
+    assert torch.equal(plain, model.generate(ids, generation_config=config))
+    assert config.use_cache is False, "a configuration belongs to whoever made it"
 
 
 @torch.no_grad()

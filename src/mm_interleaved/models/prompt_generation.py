@@ -5,6 +5,7 @@
 Letters: B rows, T tokens, N images a row, I images of all rows in row-major order, D hidden channels.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -67,10 +68,15 @@ class PromptGenerationMixin(GenerationMixin):
 
     def _always_cache(self: Any, arguments: dict[str, Any]) -> None:
         """Images are looked at through a cache; it changes no word, so `use_cache=False` has one too."""
-        config = arguments.get("generation_config") or self.generation_config
         arguments.pop("use_cache", None)
-        if not config.use_cache:
-            arguments["use_cache"] = True
+        given = arguments.get("generation_config")
+        # False is a choice, None is left to transformers, which then has a cache.
+        if (given or self.generation_config).use_cache is False:
+            if given is None:
+                arguments["use_cache"] = True
+            else:  # transformers will refuse a configuration beside single arguments
+                arguments["generation_config"] = copy(given)
+                arguments["generation_config"].use_cache = True
 
     def _named_cache(self: Any, arguments: dict[str, Any]) -> str | None:
         """The `cache_implementation` that is asked for; taken out of the arguments."""
