@@ -197,7 +197,7 @@ def test_compiled_steps_are_one_graph_and_the_same_words(pictures, monkeypatch):
     # the first word of the second run; once for all documents.
     assert len(steps) == 2 * (36 - (2 if CHUNKS_CONTINUE else 4))
     assert len(graphs) == 1
-    assert moving == ["l_attention_mask_"], "all else CUDA graphs would copy at every word for nothing"
+    assert moving == ["l_kwargs_attention_mask_"], "all else CUDA graphs would copy at every word for nothing"
 
 
 # ---- Guessed and checked -----------------------------------------------------------------------------
