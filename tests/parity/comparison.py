@@ -27,12 +27,12 @@ def assert_equal(golden: Golden, key: str, ours: Tensor) -> None:
     compared = compared_elements(golden, key)
     difference = (ours.double() - official.double()).abs().masked_fill(~compared, 0)
     is_wild = ~difference.isfinite()
-    assert not is_wild.any(), f"not finite at {_place(is_wild.int())}{_what_is_missing(golden)}"
+    assert not is_wild.any(), f"not finite at {_place(is_wild.int())}{golden.what_is_missing}"
     allowed = tolerance(golden, key)
     worst = difference.max() if difference.numel() else torch.tensor(0.0)
     assert worst <= allowed, (
         f"largest difference {worst:.3g} (allowed {allowed:.3g}) at {_place(difference)}; "
-        f"golden's largest value {official.abs().max():.3g}{_what_is_missing(golden)}"
+        f"golden's largest value {official.abs().max():.3g}{golden.what_is_missing}"
     )
 
 
@@ -82,11 +82,6 @@ def steps_before_end(ids: Tensor, num_steps: int, stop_ids: tuple[int, ...]) -> 
     is_stop = torch.isin(ids[:, 1 : 1 + num_steps], torch.tensor(stop_ids)).long()
     stops_before = is_stop.cumsum(dim=1) - is_stop
     return (stops_before == 0).T
-
-
-def _what_is_missing(golden: Golden) -> str:
-    names = golden.missing_weights
-    return f"; the folder lacks {len(names)} weights, the first is {names[0]}" if names else ""
 
 
 def _place(size: Tensor) -> tuple[int, ...]:

@@ -135,6 +135,12 @@ class Golden:
         """
         return _build(self)[1]
 
+    @property
+    def what_is_missing(self) -> str:
+        """The end of a message: how many weights the folder lacks, and the first; nothing if it is whole."""
+        names = self.missing_weights
+        return f"; the folder lacks {len(names)} weights, the first is {names[0]}" if names else ""
+
     # ---- Inputs ----------------------------------------------------------------------------------
 
     def image_start(self, input_ids: Tensor) -> Tensor:

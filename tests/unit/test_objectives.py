@@ -376,6 +376,8 @@ def test_impossible_objectives_are_refused(wrong, message):
 
 @pytest.mark.parametrize("config", [{}, {"min_snr_gamma": 5.0}])
 def test_a_model_that_predicts_what_nobody_knows_is_not_trained(config):
-    settings = tiny_config().scheduler_config | {"prediction_type": "flow_prediction"}
+    model = tiny_model()
+    # A configuration that is built with it is refused before.
+    model.config.scheduler_config = model.config.scheduler_config | {"prediction_type": "flow_prediction"}
     with pytest.raises(UsageError, match=r"prediction_type must be .* found 'flow_prediction'"):
-        Objective(tiny_model(scheduler_config=settings), ObjectiveConfig(**config))
+        Objective(model, ObjectiveConfig(**config))

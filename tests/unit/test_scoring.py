@@ -70,5 +70,6 @@ def test_candidates_are_encoded_once_each():
     model.vision.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0])))
     document = Document(id="d", parts=[Text("Hi")])
     generator.generate(document, layout="I I", num_candidates=3, num_inference_steps=1, guidance_scale=1.0)
-    # Three to choose from for the text before them; of the three after an image, without any text, the first.
-    assert encoded == [1, 1, 1, 1]
+    # Three, in one pass, to choose from for the text before them; of the three after an image, which have no
+    # text between them, the first.
+    assert encoded == [3, 1]

@@ -8,8 +8,10 @@ import re
 from collections.abc import Callable
 
 import torch
-from golden import Golden
+from golden import Golden, StepFailedError
 from torch import Tensor
+
+from mm_interleaved.errors import NumericalError
 
 from . import images, schedule, synchronizers, text, training, vision
 
@@ -31,6 +33,10 @@ def produce(golden: Golden, key: str) -> Tensor:
     """
     for pattern, producer in PRODUCERS.items():
         if match := re.fullmatch(pattern, key):
-            with torch.no_grad():
-                return producer(golden, *match.groups())
+            try:
+                with torch.no_grad():
+                    return producer(golden, *match.groups())
+            except (NumericalError, StepFailedError) as error:  # a missing weight is not a number
+                error.add_note(golden.what_is_missing)
+                raise
     raise LookupError(f"nothing of ours produces {key}")
