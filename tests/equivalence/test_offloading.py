@@ -85,6 +85,8 @@ def test_offloaded_weights_compute_what_weights_at_hand_do(way, saved, tmp_path,
 def test_a_weight_that_nothing_brings_is_named():
     with torch.device("meta"):
         model = MMInterleavedForConditionalGeneration(tiny_config())
+    assert value_of(model, "image_start_embedding") is model.image_start_embedding
+    model.text_head.to_empty(device="cpu")
     with pytest.raises(ValueError, match=r"image_start_embedding .* is on the meta device"):
         value_of(model, "image_start_embedding")
 

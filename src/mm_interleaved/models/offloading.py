@@ -18,8 +18,10 @@ def value_of(module: nn.Module, name: str) -> Tensor:
         module: its owner.
         name: as an attribute of the owner.
 
+    A module that is on the meta device as a whole computes shapes there.
+
     Raises:
-        ValueError: the weights are nowhere: on the meta device, and no hook brings them.
+        ValueError: this one is nowhere: on the meta device beside others that are not, and no hook brings it.
     """
     value = getattr(module, name)
     if isinstance(value, DTensor):
@@ -33,7 +35,7 @@ def value_of(module: nn.Module, name: str) -> Tensor:
             value = getattr(module, name)
         finally:
             hook.post_forward(module, None)
-    if value.device.type == "meta":
+    if value.device.type == "meta" and any(each.device.type != "meta" for each in module.parameters()):
         raise ValueError(
             f"{name} of {type(module).__name__} is on the meta device and nothing brings it from the disk; "
             "give it a place of its own in device_map, such as 'cpu'"
