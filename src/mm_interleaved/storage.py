@@ -331,7 +331,8 @@ def is_real_folder(path: Path) -> bool:
 def _mode_is(path: Path, kind) -> bool:
     try:
         return kind(os.lstat(path).st_mode)
-    except OSError:
+    # A name may also be none that a file can have: a null character in it, half a character.
+    except (OSError, ValueError):
         return False
 
 

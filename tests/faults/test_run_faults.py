@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from faults.filesystem import KILLED, every_event, full_from, killed_at, limited
 from mm_interleaved.document import Document, Image, Text
 from mm_interleaved.document_formats import read_documents
-from mm_interleaved.errors import InputError, StorageError
+from mm_interleaved.errors import InputError, StorageError, escape
 from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
 from mm_interleaved.run_folder import changed_files, check_input
 from mm_interleaved.run_manifest import read_manifest
@@ -352,6 +352,14 @@ def edit_page(folder):
 def test_replay_names_what_was_changed(copy, change, named):
     change(copy.output)
     assert changed_files(copy.output, read_manifest(copy.output / "manifest.json")) == named
+
+
+@pytest.mark.parametrize("name", ["images/\0.png", "\ud800", "x" * 5000, "", "/", "../.."])
+def test_replay_names_what_can_be_no_file_of_the_run(copy, name):
+    manifest = read_manifest(copy.output / "manifest.json")
+    manifest["outputs"]["images"][name] = manifest["outputs"]["page"]
+    [named] = changed_files(copy.output, manifest)
+    assert named == escape(name)
 
 
 def test_replay_refuses_an_input_that_was_changed(copy):
