@@ -343,3 +343,103 @@ def test_packed_rows_are_not_continued(model):
     ):
         with pytest.raises(ValueError, match="several documents in a row"):
             call()
+
+
+# ---- Caches that are not the beginning of the ids --------------------------------------------------
+
+
+def after_a_turn(model, **options):
+    """Ids and cache of a first turn with one image."""
+    ids = ids_of(model.config, [5], "I", [9])
+    output = model.generate(
+        ids,
+        pixel_values=pixels(1),
+        max_new_tokens=3,
+        return_dict_in_generate=True,
+        **options,
+        **GREEDY,
+    )
+    return output.sequences, output[CACHE]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_a_cache_that_beams_leave_behind_is_refused(model, options):
+    ids, cache = after_a_turn(model, num_beams=2)
+    ids = next_turn(model, ids, [20, 21])
+    with pytest.raises(ValueError, match=r"cache: found 2 rows, expected the 1 of input_ids"):
+        model.generate(ids, cache=cache, max_new_tokens=2, **options, **GREEDY)
+
+
+@pytest.mark.parametrize("length", [1, 5, 8])
+def test_a_cache_as_long_as_the_ids_is_refused(model, length):
+    ids, cache = after_a_turn(model)
+    cache.crop(8 - cache.num_tokens)
+    with pytest.raises(ValueError, match=rf"cache: found 8 tokens, expected fewer than the {length}"):
+        model.generate(ids[:, :length], cache=cache, max_new_tokens=2, **GREEDY)
+
+
+def test_a_static_cache_without_room_is_refused_and_with_it_goes_on(model):
+    ids, cache = after_a_turn(model, cache_implementation="static")
+    ids = next_turn(model, ids, [20, 21, 22])
+    with pytest.raises(ValueError, match=r"cache: found room for \d+ tokens, expected room for 15"):
+        model.generate(ids, cache=cache, max_new_tokens=3, **GREEDY)
+    _, cache = after_a_turn(model, cache_implementation="static", max_cache_len=15)
+    found = model.generate(ids, cache=cache, max_new_tokens=3, **GREEDY)
+    right = model.generate(ids, pixel_values=pixels(1), max_new_tokens=3, **GREEDY)
+    assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "max_cache_len": 40}])
+@pytest.mark.parametrize("left", [1, 2, 8])
+def test_a_cropped_cache_forgets_the_images_that_begin_behind_its_end(model, options, left):
+    images, other = pixels(2), pixels(2, seed=5)
+    ids, cache = after_a_turn(model, **options)
+    ids = next_turn(model, ids[:, :8], [20], "I", [21])
+    model.generate(ids, pixel_values=other[1:], cache=cache, max_new_tokens=2, **GREEDY)
+    cache.crop(left - cache.num_tokens)
+    assert cache.image_start.shape[1] == cache.image_index.shape[1] == int(left == 8)
+    right = model.generate(ids, pixel_values=images, max_new_tokens=4, **GREEDY)
+    found = model.generate(ids, pixel_values=images, cache=cache, max_new_tokens=4, **GREEDY)
+    assert torch.equal(found, right)
+
+
+# ---- Other forms than tables of whole numbers ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("input_ids", lambda ids: ids[0]),
+        ("input_ids", lambda ids: ids[None]),
+        ("input_ids", lambda ids: ids.float()),
+        ("input_ids", lambda ids: ids.bool()),
+        ("input_ids", lambda ids: ids[:, :0]),
+        ("input_ids", lambda ids: ids[:0]),
+        ("image_start", lambda ids: torch.tensor([2])),
+        ("image_start", lambda ids: torch.tensor(2)),
+        ("image_start", lambda ids: torch.tensor([[2.5]])),
+    ],
+)
+@pytest.mark.parametrize("entry", ["forward", "generate", "embed"])
+def test_ids_and_tables_of_another_form_are_refused(model, name, change, entry):
+    ids = ids_of(model.config, [5], "I", [9])
+    given = {"input_ids": ids, name: change(ids)}
+    with pytest.raises(ValueError, match=rf"{name}: (expected whole numbers of shape|found no token)"):
+        if entry == "embed":
+            model.embed(**given, slots=torch.zeros(1, 3, 32))
+        else:
+            getattr(model, entry)(**given, pixel_values=pixels(1))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": torch.full((1, 7), 5)}, "inputs_embeds: found embeddings of 1 x 5 tokens"),
+        ({"image_start": torch.tensor([[2]])}, "image_start: an image ends at token 5"),
+        ({"image_start": torch.tensor([[1], [1]])}, "image_start: expected whole numbers"),
+    ],
+)
+def test_embeddings_that_hold_no_such_tokens_are_refused(model, given, message):
+    images = pixels(given["image_start"].numel()) if "image_start" in given else None
+    with pytest.raises(ValueError, match=message):
+        model(inputs_embeds=torch.zeros(1, 5, 32), pixel_values=images, **given)

@@ -38,6 +38,7 @@ def placed_images(
     Raises:
         ValueError: ids, table and images do not agree.
     """
+    check_ids(input_ids_BT)
     # A single token is no image: words are written without being searched.
     if input_ids_BT.shape[1] > 1 or image_start_BN is not None:
         found_BN = image_table(input_ids_BT, image_start_BN, tokens)
@@ -54,11 +55,13 @@ def image_table(input_ids_BT: Tensor, image_start_BN: Tensor | None, tokens: Ima
         image_start_BN: what the caller says of it; None: read off the ids.
 
     Raises:
-        ValueError: the table does not say what the ids say.
+        ValueError: these are no ids, or the table does not say what they say.
     """
+    check_ids(input_ids_BT)
     found_BN = find_images(input_ids_BT, tokens)
     if image_start_BN is None:
         return found_BN
+    check_form(image_start_BN, "image_start", "images")
     image_start_BN = image_start_BN.to(input_ids_BT.device, torch.int64)
     _check_table(input_ids_BT, image_start_BN, found_BN, tokens)
     return image_start_BN
@@ -142,6 +145,59 @@ def check_number(images: Tensor | None, num_images: int, place: str, name: str =
     found = 0 if images is None else len(images)
     if found != num_images:
         raise ValueError(f"{name}: found {found} images, expected the {num_images} that {place} hold")
+
+
+def check_ids(input_ids_BT: Tensor) -> None:
+    """Token ids are whole numbers, at least one of them in each of at least one row.
+
+    Raises:
+        ValueError: they are not.
+    """
+    check_form(input_ids_BT, "input_ids", "tokens")
+    if input_ids_BT.numel() == 0:
+        raise ValueError(f"input_ids: found no token in the shape {tuple(input_ids_BT.shape)}, expected some")
+
+
+def check_form(numbers: Tensor, name: str, columns: str, num_rows: int | None = None) -> None:
+    """A table of whole numbers.
+
+    Args:
+        columns: what stands side by side in a row.
+        num_rows: how many rows there must be; None: any number.
+
+    Raises:
+        ValueError: it has another shape or type.
+    """
+    is_whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+    if numbers.ndim != 2 or not is_whole or num_rows not in (None, len(numbers)):
+        rows = "rows" if num_rows is None else num_rows
+        raise ValueError(
+            f"{name}: expected whole numbers of shape ({rows}, {columns}), found "
+            f"{str(numbers.dtype).removeprefix('torch.')} of shape {tuple(numbers.shape)}"
+        )
+
+
+def check_beside_embeddings(
+    inputs_embeds_BTD: Tensor, input_ids_BT: Tensor | None, image_start_BN: Tensor, num_slots: int
+) -> None:
+    """Embeddings are those of the ids, where there are ids, and long enough for the images.
+
+    Raises:
+        ValueError: they are not.
+    """
+    rows, num_tokens = inputs_embeds_BTD.shape[:2]
+    if input_ids_BT is not None and input_ids_BT.shape != (rows, num_tokens):
+        raise ValueError(
+            f"inputs_embeds: found embeddings of {rows} x {num_tokens} tokens, expected as many as input_ids "
+            f"has, {' x '.join(map(str, input_ids_BT.shape))}"
+        )
+    check_form(image_start_BN, "image_start", "images", rows)
+    last = int(image_start_BN.max()) + num_slots if image_start_BN.shape[1] else -1
+    if last >= num_tokens:
+        raise ValueError(
+            f"image_start: an image ends at token {last}, expected it within the {num_tokens} tokens of "
+            "inputs_embeds"
+        )
 
 
 def check_targets(

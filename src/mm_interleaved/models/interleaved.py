@@ -40,6 +40,7 @@ from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.models.image_decoder import DiffusionDraws, EarlierImages
 from mm_interleaved.models.image_placement import (
     ImageTokens,
+    check_beside_embeddings,
     check_number,
     check_one_document,
     check_pixels,
@@ -592,12 +593,15 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         pixel_values: Tensor | None,
     ) -> Tensor:
         """Where the images of a pass stand: (B, N)."""
-        if input_ids is not None and (inputs_embeds is None or pixel_values is not None):
-            return placed_images(input_ids, image_start, pixel_values, self.image_tokens)
-        if inputs_embeds is None:
+        if input_ids is None and inputs_embeds is None:
             raise ValueError("forward needs input_ids or inputs_embeds, found neither")
+        if input_ids is not None and (inputs_embeds is None or pixel_values is not None):
+            image_start = placed_images(input_ids, image_start, pixel_values, self.image_tokens)
+        if inputs_embeds is None:
+            return image_start
         if image_start is None:
             image_start = no_images(inputs_embeds)
+        check_beside_embeddings(inputs_embeds, input_ids, image_start, self.config.num_slots)
         if pixel_values is not None:
             # Embeddings do not tell where images are.
             check_number(pixel_values, count_images(image_start), "image_start")

@@ -47,6 +47,7 @@ class PrefixCache(Cache):
         UsageError: `max_cache_len` with a language model that forgets (sliding windows).
 
     Attributes:
+        room: tokens that it has room for; None: as many as come.
         image_start: (R, N) int64, index of each image's start token in its row, `NO_IMAGE` where there is
             none.
         image_index: (R, N) int64, see `ImageValues.image_BN`.
@@ -63,7 +64,7 @@ class PrefixCache(Cache):
         max_cache_len: int | None = None,
     ):
         super().__init__(layers=_layers(config, max_cache_len))
-        self.is_static = max_cache_len is not None
+        self.room = max_cache_len
         self._hidden = GrowingTensor(1) if max_cache_len is None else FixedTensor(max_cache_len)
         self.image_start = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
         self.image_index = torch.empty_like(self.image_start)
@@ -72,6 +73,11 @@ class PrefixCache(Cache):
         self.source_row: Tensor | None = None
         self._by_row: tuple[Tensor, dict[int, ImageValues]] | None = None
         self._kept_addresses_of: dict[int, ImageValues] | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its room is fixed."""
+        return self.room is not None
 
     @property
     def num_tokens(self) -> int:
@@ -166,9 +172,23 @@ class PrefixCache(Cache):
     # The four ways in which generation rearranges a cache.
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; a number of 0 or less, as transformers counts."""
+        """Forget the newest tokens, and the images that begin with them; a number of 0 or less, as
+        transformers counts.
+        """
         super().crop(tokens_to_remove)
         self._hidden.crop(-tokens_to_remove)
+        if self.image_start.shape[1]:
+            self._forget_images(self.image_start >= self.num_tokens)
+
+    def _forget_images(self, is_forgotten_RN: Tensor) -> None:
+        """Their values stay where they are, but nobody looks at them any more."""
+        if not is_forgotten_RN.any():
+            return
+        is_left_N = (~is_forgotten_RN & (self.image_start != NO_IMAGE)).any(0)
+        self.image_start = self.image_start.masked_fill(is_forgotten_RN, NO_IMAGE)[:, is_left_N]
+        if self.image_index.shape[1]:
+            self.image_index = self.image_index[:, is_left_N]
+        self._by_row = None
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)

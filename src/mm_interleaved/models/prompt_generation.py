@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from mm_interleaved.models.evaluation_mode import evaluation_mode
-from mm_interleaved.models.image_placement import check_prompt, image_table, shifted, unread_images
+from mm_interleaved.models.image_placement import (
+    check_ids,
+    check_prompt,
+    image_table,
+    shifted,
+    unread_images,
+)
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.transformers_versions import CACHE, one_cache
 
@@ -60,10 +66,13 @@ class PromptGenerationMixin(GenerationMixin):
             if cache is None:
                 cache = self._new_cache(input_ids, named, arguments)
             if arguments.get("inputs_embeds") is None:
+                self._check_cache(cache, input_ids, arguments)
                 prompt = self._embedded_prompt(input_ids, image_start, pixel_values, cache)
                 if prompt is not None:
                     arguments["inputs_embeds"] = prompt
             self._repeat_for_beams(cache, input_ids, arguments)
+            # Of the cache, which is there.
+            arguments.pop("max_cache_len", None)
             return super().generate(input_ids, **{CACHE: cache}, **arguments)
 
     def _always_cache(self: Any, arguments: dict[str, Any]) -> None:
@@ -102,6 +111,31 @@ class PromptGenerationMixin(GenerationMixin):
             device=input_ids.device,
             max_cache_len=None if named != "static" else _longest(input_ids.shape[1], config, arguments),
         )
+
+    def _check_cache(self: Any, cache: Any, input_ids: Tensor, arguments: dict[str, Any]) -> None:
+        """What an earlier call has read is the beginning of the ids, as far as can be told, and what is to be
+        written has room behind it.
+        """
+        check_ids(input_ids)
+        num_read, (rows, num_tokens) = int(cache.get_seq_length()), input_ids.shape
+        if isinstance(cache, PrefixCache) and cache.num_rows != rows:
+            raise ValueError(
+                f"cache: found {cache.num_rows} rows, expected the {rows} of input_ids (each beam leaves a "
+                "row behind: begin with a new cache)"
+            )
+        if num_read >= num_tokens:
+            raise ValueError(
+                f"cache: found {num_read} tokens, expected fewer than the {num_tokens} of input_ids, whose "
+                "beginning it is"
+            )
+        config = arguments.get("generation_config") or self.generation_config
+        needed = _longest(num_tokens, config, arguments)
+        # The last word is not read.
+        if isinstance(cache, PrefixCache) and cache.room is not None and cache.room < needed - 1:
+            raise ValueError(
+                f"cache: found room for {cache.room} tokens, expected room for {needed - 1}: give "
+                "max_cache_len to the call that makes it"
+            )
 
     def _embedded_prompt(
         self: Any, input_ids: Tensor, image_start: Tensor | None, pixel_values: Tensor | None, cache: Any
@@ -195,4 +229,5 @@ def _longest(prompt: int, config: GenerationConfig, arguments: dict[str, Any]) -
     """Tokens that one call of `generate` can reach, by its arguments or its configuration."""
     new_tokens = arguments.get("max_new_tokens") or config.max_new_tokens
     longest = arguments.get("max_length") or config.max_length or prompt
-    return max(prompt + new_tokens if new_tokens else longest, config.max_cache_len or 0)
+    room = arguments.get("max_cache_len") or config.max_cache_len or 0
+    return max(prompt + new_tokens if new_tokens else longest, room)
