@@ -107,6 +107,14 @@ def folder_for(name):
     return change
 
 
+def pipe_for(name):
+    def change(place):
+        (place / name).unlink()
+        os.mkfifo(place / name)
+
+    return change
+
+
 DAMAGES = {
     "no manifest": without("manifest.json"),
     "no state": without("state.json"),
@@ -126,6 +134,9 @@ DAMAGES = {
     "a manifest that is no text": lambda place: (place / "manifest.json").write_bytes(b"\xff\xfe"),
     "a folder for the manifest": folder_for("manifest.json"),
     "a folder for the state": folder_for("state.json"),
+    "a pipe for the manifest": pipe_for("manifest.json"),
+    "a pipe for the state": pipe_for("state.json"),
+    "a state with an endless number": forge("state.json", '{"step": 4, "threads": Infinity}'),
     "a deep state": forge("state.json", "[" * 100_000),
     "a state that is a list": forge("state.json", "[]"),
     "a state that is a number": forge("state.json", "4"),
@@ -167,6 +178,16 @@ def test_where_none_is_whole_the_run_ends_with_4_and_changes_nothing(folder, dam
         train(folder)
     assert failed.value.exit_code == 4
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_log_without_any_checkpoint_is_told_of(folder, caplog):
+    for name in STEPS:
+        shutil.rmtree(folder / name)
+    train(folder)
+    assert "log.jsonl tells of step 4 and no checkpoint is there; beginning at step 0" in caplog.text
+    caplog.clear()
+    train(folder)
+    assert "beginning at step 0" not in caplog.text
 
 
 def test_whoever_only_reads_is_told_and_puts_nothing_aside(folder, caplog):

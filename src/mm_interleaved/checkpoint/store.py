@@ -350,6 +350,9 @@ def _step(folder: Path) -> int:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object out of a file. Raises StorageError where it is something else."""
+    if os.path.lexists(path) and not path.is_file():
+        # A pipe would make us wait for ever.
+        raise StorageError(f"{path}: is no regular file")
     try:
         value = json.loads(path.read_text())
     except OSError as error:

@@ -328,7 +328,15 @@ class _StageRun:
             # What an interrupted save or rotation left, and lines of steps that will be done again.
             remove_leftovers(self.folder)
             remove_temporary_files(self.folder)
-            self._file.cut(0 if checkpoint is None else checkpoint.step)
+            newest = self._file.cut(0 if checkpoint is None else checkpoint.step)
+            if checkpoint is None and newest:
+                # Stopped before it saved; or copied in part, without its checkpoints.
+                logger.warning(
+                    "%s: %s tells of step %d and no checkpoint is there; beginning at step 0",
+                    self.folder,
+                    LOG_NAME,
+                    newest,
+                )
         if checkpoint is None:
             return
         self.step = checkpoint.step
@@ -365,7 +373,7 @@ class _StageRun:
                     raise ValueError(f"loss_scale: found {state['loss_scale']['factor']}")
                 if self.scale.is_used:
                     self.scale.restore(state["loss_scale"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             found = f"{type(error).__name__}: {escape(str(error))}"
             raise StorageError(
                 f"{checkpoint.folder}: not a checkpoint of the stage {self.stage.name} ({found})"

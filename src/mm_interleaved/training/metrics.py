@@ -81,17 +81,22 @@ class LinesFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def cut(self, step: int) -> None:
+    def cut(self, step: int) -> int:
         """Removes what is said of steps after `step` (they are done again), and a line that was torn. What is
         no file of lines is put aside.
+
+        Returns:
+            the newest step that it told of; 0 if of none.
         """
         if not os.path.lexists(self.path):
-            return
+            return 0
         if not is_regular_file(self.path):
             logger.warning("%s: is no regular file, now %s", self.path, put_aside(self.path).name)
-            return
-        kept = [line for line in read_log(self.path) if line["step"] <= step]
+            return 0
+        lines = read_log(self.path)
+        kept = [line for line in lines if line["step"] <= step]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        return max((line["step"] for line in lines), default=0)
 
     def write(self, line: Mapping[str, Any]) -> None:
         try:
