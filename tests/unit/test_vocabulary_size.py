@@ -97,10 +97,12 @@ def with_adapter(model):
     [
         (lambda: tiny_model(), 299, "found 299 tokens, expected at least 300"),
         (lambda: tiny_model(), 1, "found 1 tokens, expected at least 300"),
+        (lambda: tied(tiny_model()), 308.0, "found 308.0, expected a whole number"),
+        (lambda: tied(tiny_model()), "308", "found '308', expected a whole number"),
         (lambda: cpu_offload(tiny_model(), torch.device("cpu")), 308, "offloaded, sharded, quantised"),
         (lambda: with_adapter(tiny_model()), 308, "or have adapters"),
     ],
-    ids=["the last image token", "nearly all", "offloaded", "adapter"],
+    ids=["the last image token", "nearly all", "a fraction", "a word", "offloaded", "adapter"],
 )
 def test_what_cannot_be_resized_is_refused_and_nothing_is_changed(make, size, message):
     model = make()

@@ -69,6 +69,7 @@ class PromptGenerationMixin(GenerationMixin):
                 self._check_cache(cache, input_ids, arguments)
                 prompt = self._embedded_prompt(input_ids, image_start, pixel_values, cache)
                 if prompt is not None:
+                    self._check_chunks(prompt, arguments)
                     arguments["inputs_embeds"] = prompt
             self._repeat_for_beams(cache, input_ids, arguments)
             # Of the cache, which is there.
@@ -135,6 +136,15 @@ class PromptGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"cache: found room for {cache.room} tokens, expected room for {needed - 1}: give "
                 "max_cache_len to the call that makes it"
+            )
+
+    def _check_chunks(self: Any, prompt: Tensor, arguments: dict[str, Any]) -> None:
+        """transformers cuts ids into chunks, not embeddings."""
+        config = arguments.get("generation_config") or self.generation_config
+        chunk = arguments.get("prefill_chunk_size") or config.prefill_chunk_size
+        if chunk and chunk < prompt.shape[1]:
+            raise ValueError(
+                f"prefill_chunk_size: found {chunk}, expected none: a prompt is read at once, with its images"
             )
 
     def _embedded_prompt(

@@ -1,5 +1,7 @@
 """How large a vocabulary a model may have, and whether it can be made so."""
 
+from numbers import Integral
+
 from torch import nn
 
 from mm_interleaved.config import MMInterleavedConfig
@@ -11,8 +13,10 @@ def check_vocabulary_size(config: MMInterleavedConfig, size: int) -> None:
     """Special tokens, and one of the new ones at least, are inside the vocabulary.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not, or the size is no whole number.
     """
+    if not isinstance(size, Integral):
+        raise ValueError(f"resize_token_embeddings: found {size!r}, expected a whole number of tokens")
     special = (
         config.image_start_token_id, config.image_token_id,
         config.bos_token_id, config.eos_token_id, config.pad_token_id,
