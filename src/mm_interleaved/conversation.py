@@ -14,19 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image as PILImage
-
 from mm_interleaved.document import Image, Part, Text
 from mm_interleaved.errors import escape
 from mm_interleaved.image_references import ImageFolder, embedded_image
 from mm_interleaved.prompts import Piece
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.strict_json import Field
 
 _TEXT_TYPES, _IMAGE_TYPES = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 _SOURCES = ("image", "path", "url", "image_url", "base64")
-_TO_COME = b""
-"""The source of an image of which only the place is known so far."""
+_TO_COME = b"an image that is yet to come"
+"""The source of an image of which only the place is known so far; known by its identity, so not an empty one,
+which anybody may give.
+"""
 
 
 class RenderedPrompt(str):
@@ -117,21 +116,13 @@ def _image(source: Any, place: str, root: Path | None) -> Image:
     """
     if isinstance(source, Image):
         return source
-    if isinstance(source, PILImage.Image | Path | bytes):
-        return Image(source)
-    if isinstance(source, np.ndarray) and source.dtype == np.uint8:
-        return Image(PILImage.fromarray(source))
     if not isinstance(source, str):
-        raise ValueError(
-            f"{place}: found {type(source).__name__}, expected a picture of Pillow, an 8-bit array, "
-            "a path, a data: URL or the bytes of a file"
-        )
-    try:
-        field = Field(source, place)
-        found = embedded_image(field) or (Image(Path(source)) if root is None else _in_folder(field, root))
-    except FieldError as error:
-        raise ValueError(str(error)) from error
-    return found
+        try:
+            return Image(source)
+        except TypeError as error:
+            raise ValueError(f"{place}: {str(error).removeprefix('image: ')}") from error
+    field = Field(source, place)
+    return embedded_image(field) or (Image(Path(source)) if root is None else _in_folder(field, root))
 
 
 def _in_folder(field: Field, root: Path) -> Image:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +10,9 @@ from typing import Protocol
 
 from mm_interleaved.document import Image
 from mm_interleaved.errors import escape
+from mm_interleaved.image_sources import REMOTE_ADDRESS, content_of_data_url, decoded_base64
 from mm_interleaved.images import MAX_FILE_BYTES, file_kind
 from mm_interleaved.strict_json import MAX_RECORD_BYTES, Field, FieldError
-
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|file:", re.ASCII | re.IGNORECASE)
 
 
 class ImageStore(Protocol):
@@ -105,7 +101,7 @@ def embedded_image(reference: Field, role: str | None = None) -> Image | None:
     text = reference.text(MAX_RECORD_BYTES)
     if text.startswith("data:"):
         return Image(_data_url(reference), role=role)
-    if _SCHEME.match(text):
+    if REMOTE_ADDRESS.match(text):
         scheme = text.split(":")[0]
         raise FieldError(
             reference.path,
@@ -121,8 +117,8 @@ def encoded_image(reference: Field, role: str | None = None) -> Image:
 
 
 def _data_url(reference: Field) -> bytes:
-    header, comma, content = reference.value.partition(",")
-    if not comma or not header.endswith(";base64"):
+    content = content_of_data_url(reference.value)
+    if content is None:
         reference.wrong("a data: URL of base64, such as data:image/png;base64,...")
     return _base64(reference, content)
 
@@ -131,6 +127,6 @@ def _base64(reference: Field, content: str) -> bytes:
     if len(content) > MAX_FILE_BYTES * 4 // 3:
         raise FieldError(reference.path, f"found {len(content)} characters of base64, expected fewer")
     try:
-        return base64.b64decode("".join(content.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return decoded_base64(content)
+    except ValueError as error:
         raise FieldError(reference.path, f"not base64 ({error})") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
 import re
@@ -19,7 +18,7 @@ EXPECTED = (
     "a PIL image, a path, the bytes of an encoded file or a file opened for reading them, a data: URL, or an "
     "array of uint8 with shape (height, width), (height, width, 3) or (height, width, 4)"
 )
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|file:", re.ASCII | re.IGNORECASE)
+REMOTE_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|file:", re.ASCII | re.IGNORECASE)
 _CHANNELS = (1, 3, 4)
 
 
@@ -56,16 +55,27 @@ def image_source(source: Any) -> PILImage.Image | Path | bytes:
     raise TypeError(f"image: found {_described(source)}, expected {EXPECTED}")
 
 
+def content_of_data_url(url: str) -> str | None:
+    """What stands behind `data:...;base64,`; None where that is not how it begins."""
+    header, comma, content = url.partition(",")
+    return content if comma and header.endswith(";base64") else None
+
+
+def decoded_base64(content: str) -> bytes:
+    """The bytes in base64, between whose characters blanks may stand. Raises ValueError."""
+    return base64.b64decode("".join(content.split()), validate=True)
+
+
 def _of_text(text: str) -> Path | bytes:
     if text.startswith("data:"):
-        header, comma, content = text.partition(",")
         try:
-            if not comma or not header.endswith(";base64"):
+            content = content_of_data_url(text)
+            if content is None:
                 raise ValueError("no ;base64, before its content")
-            return base64.b64decode("".join(content.split()), validate=True)
-        except (binascii.Error, ValueError) as error:
+            return decoded_base64(content)
+        except ValueError as error:
             raise ImageError(f"image: not a data: URL of base64 ({error})") from error
-    if _ADDRESS.match(text):
+    if REMOTE_ADDRESS.match(text):
         raise ImageError(
             f"image: found the address {escape(text, 60)!r}, expected a local path or a data: URL "
             "(addresses are never fetched)"

@@ -13,6 +13,7 @@ from transformers import AutoProcessor, BatchFeature
 
 from mm_interleaved import Document, Image, Text, register
 from mm_interleaved.conversation import RenderedPrompt
+from mm_interleaved.errors import ImageError
 from mm_interleaved.processing import MMInterleavedProcessor
 from tiny import BOS, EOS, image_ids, tiny_config, tiny_model, tiny_processor
 
@@ -136,8 +137,8 @@ def test_lists_and_arrays_are_returned_where_they_are_asked_for(processor):
         ({"text": ["a", "b"], "images": [picture()]}, "images: found 1, expected 0"),
         ({"text": ["a", "b"], "images": [[picture()]]}, "images: found 1 entries, expected 2 lists"),
         ({"text": "a", "images": "https://x.org/a.png"}, r"images\[0\]: found the address"),
-        ({"text": "a", "images": 7}, r"images\[0\]: found int, expected a picture"),
-        ({"text": "a", "images": np.zeros((4, 4, 3))}, r"images\[0\]: found ndarray, expected a picture"),
+        ({"text": "a", "images": 7}, r"images\[0\]: found int, expected a PIL image"),
+        ({"text": "a", "images": np.zeros((4, 4, 3))}, r"images\[0\]: found ndarray of float64 with shape"),
         ({"text": "a", "videos": [1]}, "videos: found"),
         ({"text": "a", "truncation": True}, "truncation: found True"),
         ({"text": "a", "return_tensors": "tf"}, "return_tensors: expected 'pt', 'np' or None, found 'tf'"),
@@ -147,6 +148,11 @@ def test_lists_and_arrays_are_returned_where_they_are_asked_for(processor):
 def test_what_does_not_fit_is_refused(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(**arguments)
+
+
+def test_an_empty_image_is_no_image_that_is_yet_to_come(processor):
+    with pytest.raises(ImageError, match="the file is empty"):
+        processor(text="a", images=b"")
 
 
 # ---- Text stays text -------------------------------------------------------------------------------
