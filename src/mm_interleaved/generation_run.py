@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.devices import torch_device
 from mm_interleaved.document import Document
-from mm_interleaved.errors import InputError, NumericalError, UsageError
+from mm_interleaved.errors import NumericalError, UsageError
 from mm_interleaved.generation.events import Event, Failed, Finished
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.images import open_image
@@ -27,6 +27,7 @@ from mm_interleaved.model_source import (
     read_config,
 )
 from mm_interleaved.run_folder import RunFolder, RunIdentity, open_run
+from mm_interleaved.run_manifest import batch_size_of
 from mm_interleaved.story_page import render_page, title_of
 from mm_interleaved.versions import installed_version
 
@@ -258,12 +259,7 @@ def facts_that_differ(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> 
 
 def _batch_size(run: RunFolder, wanted: int | None) -> int:
     """Documents at once: those with which the folder's run began, since the last bits depend on them."""
-    # Runs of before there were batches do not tell.
-    found = run.manifest.get("batch_size", 1)
-    if not isinstance(found, int) or found < 1:
-        raise InputError(
-            f"{run.path}: manifest.json: batch_size: found {found!r}, expected 1 or more", field="batch_size"
-        )
+    found = batch_size_of(run.manifest)
     if wanted not in (None, found):
         raise UsageError(
             f"{run.path}: holds another run (batch_size was {found}, is now {wanted}); choose another folder "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def batch_size_of(manifest: Mapping[str, Any]) -> int:
+    """How many documents a run continues at once; runs of before there were batches do not tell."""
+    return manifest.get("batch_size", 1)
+
+
 def _check_form(path: Path, manifest: Any):
     if _is_deep(manifest):
         raise InputError(f"{path}: nested more than {MAX_DEPTH} levels deep, expected the manifest of a run")
@@ -63,6 +69,11 @@ def _check_form(path: Path, manifest: Any):
     if not 1 <= manifest["threads"] <= MAX_THREADS:
         raise InputError(
             f"{path}: threads: found {manifest['threads']}, expected 1 to {MAX_THREADS}", field="threads"
+        )
+    batch_size = batch_size_of(manifest)
+    if type(batch_size) is not int or batch_size < 1:
+        raise InputError(
+            f"{path}: batch_size: found {escape(repr(batch_size))}, expected 1 or more", field="batch_size"
         )
 
 

@@ -381,9 +381,10 @@ def test_the_batch_size_of_a_run_stays_what_it_was(request_, monkeypatch):
     with pytest.raises(UsageError, match=r"holds another run \(batch_size was 2, is now 3\)"):
         run(replace(request_, batch_size=3))
     written = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(written | {"batch_size": "many"}))
-    with pytest.raises(InputError, match="batch_size: found 'many', expected 1 or more"):
-        run(request_)
+    for wrong in ("many", 0, True, 2.0, None):
+        manifest.write_text(json.dumps(written | {"batch_size": wrong}))
+        with pytest.raises(InputError, match=f"batch_size: found {wrong!r}, expected 1 or more"):
+            run(request_)
     # Of before there were batches.
     del written["batch_size"]
     manifest.write_text(json.dumps(written))

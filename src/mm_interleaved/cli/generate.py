@@ -158,7 +158,7 @@ def replay(
     from mm_interleaved.generation_run import facts_that_differ
     from mm_interleaved.model_source import find_model, hash_model
     from mm_interleaved.run_folder import changed_files, check_input
-    from mm_interleaved.run_manifest import read_manifest
+    from mm_interleaved.run_manifest import batch_size_of, read_manifest
 
     manifest = manifest / "manifest.json" if manifest.is_dir() else manifest
     wanted = read_manifest(manifest)
@@ -184,8 +184,7 @@ def replay(
             wanted["dtype"],
             wanted["flags"],
             is_quiet=True,
-            # Runs of before there were batches do not tell.
-            batch_size=wanted.get("batch_size", 1),
+            batch_size=batch_size_of(wanted),
             acceleration=Acceleration.of_record(wanted.get("acceleration", {})),
         )
         found = read_manifest(folder / "manifest.json")
