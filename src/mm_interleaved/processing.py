@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from transformers import BatchFeature, ProcessorMixin
 
@@ -90,6 +90,22 @@ class MMInterleavedProcessor(ProcessorMixin):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.vocabulary.tokenizer
 
+    @overload
+    def __call__(
+        self,
+        documents: Document | Iterable[Document],
+        *,
+        eos: bool = ...,
+        include_target: bool = ...,
+        target_pixels: bool = ...,
+        padding_side: str | None = ...,
+    ) -> Batch: ...
+
+    @overload
+    def __call__(
+        self, documents: str | Iterable[str] | None = None, *, text: Any = ..., **settings: Any
+    ) -> BatchFeature: ...
+
     def __call__(
         self,
         documents: Document | Iterable[Document] | str | Iterable[str] | None = None,
@@ -130,19 +146,15 @@ class MMInterleavedProcessor(ProcessorMixin):
             InputError: text that cannot be encoded, an image that cannot be read.
             ValueError: images and their places do not agree, or videos, audio or truncation are asked for.
         """
-        if isinstance(documents, Document):
-            documents = (documents,)
-        if documents is not None and text is None:
-            documents = [documents] if isinstance(documents, str) else list(documents)
-            if documents and all(isinstance(each, str) for each in documents):
-                documents, text = None, documents
-        if (documents is None) == (text is None):
-            raise ValueError("expected either documents or text=, with images= or without")
-        if documents is not None:
-            rows = [self.encode(each, eos=eos, include_target=include_target) for each in documents]
+        given, texts = _listed(documents), _listed(text)
+        if texts is None and given and all(isinstance(each, str) for each in given):
+            given, texts = None, given
+        if given is not None and texts is None:
+            rows = [self.encode(each, eos=eos, include_target=include_target) for each in given]
             return self.collate(rows, target_pixels=target_pixels, padding_side=padding_side or "right")
+        if given is not None or texts is None:
+            raise ValueError("expected either documents or text=, with images= or without")
         _refuse(videos=videos, audio=audio, truncation=truncation)
-        texts = [text] if isinstance(text, str) else list(text)
         prompts = text_pieces(texts, images, self.image_token)
         return self._prompt_batch(prompts, padding_side, return_tensors, bos=add_special_tokens)
 
@@ -388,6 +400,13 @@ class MMInterleavedProcessor(ProcessorMixin):
 
 _WITHOUT_EFFECT = ("padding", "clean_up_tokenization_spaces", "add_special_tokens", "load_audio_from_video")
 """What callers in transformers say without being asked: rows are padded, texts are as they are."""
+
+
+def _listed(given: Any) -> list[Any] | None:
+    """One or several, as a list; None where nothing is given."""
+    if given is None:
+        return None
+    return [given] if isinstance(given, Document | str) else list(given)
 
 
 def _refuse(**asked: Any) -> None:
