@@ -40,6 +40,15 @@ _TURNED = (5, 6, 7, 8)
 
 _Result = TypeVar("_Result")
 
+_SUFFIXES = (
+    (b"\x89PNG", ".png"),
+    (b"\xff\xd8", ".jpg"),
+    (b"RIFF", ".webp"),
+    (b"GIF8", ".gif"),
+    (b"BM", ".bmp"),
+    (b"II*\x00", ".tif"),
+    (b"MM\x00*", ".tif"),
+)
 _KNOWN_STARTS = (
     (b"\x89PNG", "the beginning of a PNG image"),
     (b"\xff\xd8", "the beginning of a JPEG image"),
@@ -175,6 +184,13 @@ def file_kind(mode: int) -> str:
     """The word for a file that is not a regular one, from its `st_mode`."""
     kinds = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
     return next((word for is_kind, word in kinds if is_kind(mode)), "device")
+
+
+def image_suffix(data: bytes) -> str | None:
+    """What the name of an encoded file should end with, `.png` or the like, by the bytes that it begins with;
+    None for what is none of `FORMATS`.
+    """
+    return next((suffix for start, suffix in _SUFFIXES if data.startswith(start)), None)
 
 
 def describe_bytes(data: bytes) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 
 from mm_interleaved.document import Document, Image, document_to_record
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
-from mm_interleaved.images import read_regular_file, to_png
+from mm_interleaved.images import image_suffix, read_regular_file, to_png
 from mm_interleaved.run_manifest import FORMAT, MANIFEST, read_manifest
 from mm_interleaved.run_results import (
     HASHES,
@@ -63,10 +63,6 @@ INPUT = "input"
 _FILES = (RESULTS, HASHES, PAGE)
 _FOLDERS = (IMAGES, INPUT, f"{INPUT}/{IMAGES}")
 _OURS = (MANIFEST, *_FILES, IMAGES, INPUT)
-_SUFFIXES = {
-    b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp",
-    b"GIF8": ".gif", b"BM": ".bmp", b"II*\x00": ".tif", b"MM\x00*": ".tif",
-}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -404,7 +400,7 @@ def _keep_input(path: Path, documents: Sequence[Document]):
             data = _encoded(image)
         except MMInterleavedError:
             return f"{IMAGES}/unreadable-{sha256_of(str(image.source).encode())[:16]}"
-        name = f"{IMAGES}/{sha256_of(data)[:24]}{_suffix(data)}"
+        name = f"{IMAGES}/{sha256_of(data)[:24]}{image_suffix(data) or '.bin'}"
         _write_if_other(path / INPUT / name, data)
         return name
 
@@ -463,10 +459,6 @@ def _encoded(image: Image) -> bytes:
     if isinstance(image.source, Path):
         return read_regular_file(image.source, image.name)
     return to_png(image.load())
-
-
-def _suffix(data: bytes) -> str:
-    return next((suffix for start, suffix in _SUFFIXES.items() if data.startswith(start)), ".bin")
 
 
 def _json_file(record: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,14 @@ from PIL import Image as PILImage
 from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Shard, Source, items_of, shards_of
 from mm_interleaved.document import Document, Image, document_to_record
 from mm_interleaved.errors import ImageError, InputError, escape
-from mm_interleaved.images import FORMAT_NAMES, describe_bytes, read_regular_file, to_png, upright_size
+from mm_interleaved.images import (
+    FORMAT_NAMES,
+    describe_bytes,
+    image_suffix,
+    read_regular_file,
+    to_png,
+    upright_size,
+)
 from mm_interleaved.storage import (
     is_real_folder,
     is_regular_file,
@@ -25,16 +32,6 @@ from mm_interleaved.storage import (
     storage_errors,
     whole_file,
     write_file,
-)
-
-_STARTS = (
-    (b"\x89PNG", ".png"),
-    (b"\xff\xd8", ".jpg"),
-    (b"RIFF", ".webp"),
-    (b"GIF8", ".gif"),
-    (b"BM", ".bmp"),
-    (b"II*\x00", ".tif"),
-    (b"MM\x00*", ".tif"),
 )
 
 
@@ -154,7 +151,7 @@ class _Images:
         return self._copied(source, image.name)
 
     def _copied(self, data: bytes, name: str | None) -> str:
-        suffix = next((suffix for start, suffix in _STARTS if data.startswith(start)), None)
+        suffix = image_suffix(data)
         if suffix is None:
             found = describe_bytes(data)
             raise ImageError(f"image {escape(name or 'data')!r}: found {found}, expected {FORMAT_NAMES}")
