@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.checkpoint.headers import read_json, saved_format
-from mm_interleaved.checkpoint.resolve import CONFIG, SHIPPED, find_model
+from mm_interleaved.checkpoint.resolve import CONFIG, SHIPPED, find_model, model_files
 from mm_interleaved.checkpoint.values import check_object
 from mm_interleaved.devices import FORMATS, slowness, torch_device, weight_format
 from mm_interleaved.errors import ModelFileError, UsageError, escape
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.known_words import FILE_NAME
 from mm_interleaved.spelling import guess
 from mm_interleaved.strict_json import FieldError
 
@@ -49,7 +48,6 @@ _WHERE_THERE: Mapping[str, Mapping[str, Any]] = {
     "scheduler_config": {},
     "generation_settings": {},
 }
-_HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         check_object(config, {}, "")
-        for part, needed in (_NEEDED | _WHERE_THERE).items():
+        for part, needed in {**_NEEDED, **_WHERE_THERE}.items():
             if part in _NEEDED or config.get(part) is not None:
                 _check_fields(config.get(part), needed, part)
     except FieldError as error:
@@ -152,12 +150,10 @@ def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 def hash_model(folder: Path) -> str:
     """SHA-256 over the names and contents of a model's files: the same hash, the same output."""
     total = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        # The list of words makes a warning, and no output.
-        if path.suffix in _HASHED_SUFFIXES and path.name != FILE_NAME and path.is_file():
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    for path in model_files(folder):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
     return total.hexdigest()
 
 
@@ -187,15 +183,15 @@ def load_generator(
     if acceleration.quantization is None:
         # nn.Module's stub has no device among the types that `to` takes.
         loaded: Any = load_model(folder, dtype=kind)
-        model = loaded.to(place)
+        loaded = loaded.to(place)
     else:
         # Weights in few bits are made where they shall stay.
         few_bits = weight_only(acceleration.quantization)
-        model = load_model(folder, dtype=kind, device_map=place, quantization_config=few_bits)
+        loaded = load_model(folder, dtype=kind, device_map=place, quantization_config=few_bits)
     with model_file_errors(folder):
         processor = MMInterleavedProcessor.from_pretrained(folder)
-    adapter = _accelerate(model, acceleration)
-    return InterleavedGenerator(model, processor, adapter=adapter)
+    adapter = _accelerate(loaded, acceleration)
+    return InterleavedGenerator(loaded, processor, adapter=adapter)
 
 
 def _number_format(dtype: str, folder: Path, place: torch.device) -> str:

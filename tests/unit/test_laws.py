@@ -33,6 +33,7 @@ STOREYS = (
     ),
     (
         "document_formats",
+        "known_words",
         "vocabulary",
         "sequence",
         "visibility",
@@ -44,7 +45,7 @@ STOREYS = (
         "checkpoint.resolve",
         "checkpoint.values",
     ),
-    ("known_words", "batch", "conversation", "processing", "data"),
+    ("batch", "conversation", "processing", "data"),
     ("config", "ops"),
     ("models",),
     ("checkpoint", "generation", "training", "registration"),

@@ -1,9 +1,9 @@
 """Which files a run reads, and what they were when it began: `data.json` beside its log.
 
 A run that is resumed goes on at places in its files, and with the frozen weights of the model that it started
-from, so they have to be the same ones. Files are told apart
-by size and hash: the hash of a manifest where one lists them, else of their contents, or, of a large corpus,
-of some blocks of each. Of images that lie in files of their own, those of the first documents are looked at.
+from, so they have to be the same ones. Files are told apart by size and hash: the hash of a manifest where
+one lists them, else of their contents, or, of a large corpus, of some blocks of each. Of images that lie in
+files of their own, those of the first documents are looked at.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mm_interleaved.checkpoint.resolve import model_files
 from mm_interleaved.data.mixture import Mixture
 from mm_interleaved.data.sources.files import (
     file_size,
@@ -84,7 +85,7 @@ def _check(mixture: Mixture, folder: Path, model: Path | None) -> None:
         if entry.name in shards
     }
     if model is not None:
-        paths["start_from"] = model_files(model)
+        paths["start_from"] = [str(path) for path in model_files(model)]
     now = {name: _data_files(its) for name, its in paths.items()}
     then = _read(folder / DATA_NAME)
     has_begun = any(folder.glob("step-*"))
@@ -114,12 +115,6 @@ def _compare(setting: str, paths: Sequence[str], then: Sequence[DataFile], now: 
             f"{setting}: other files than the run began with: found {len(names)}, expected "
             f"{len(expected_names)}{first}; {_HINT}"
         )
-
-
-def model_files(folder: Path) -> list[str]:
-    """The files of a model's folder that say what it is."""
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".json", ".model"))
-    return [str(path) for path in found if path.is_file()]
 
 
 def _read(path: Path) -> Mapping[str, list[DataFile]] | None:
