@@ -188,7 +188,7 @@ class MMInterleavedConfig(PreTrainedConfig):
             value = getattr(self, name)
             # A configuration that is one already has been checked by its own class.
             if value is not None and not isinstance(value, PreTrainedConfig):
-                check_object(value, _hints(kind) | _OUR_HINTS.get(name, {}), name)
+                check_object(value, {**_hints(kind), **_OUR_HINTS.get(name, {})}, name)
 
     def check_complete(self) -> None:
         """Refuses a configuration that lacks what every model needs, or with ids beyond its vocabulary.
@@ -278,5 +278,5 @@ def _hints(kind: Any) -> dict[str, Any]:
     if kind is None:
         return {}
     if is_dataclass(kind):
-        return {field.name: field.type for field in fields(kind)} | BASE_HINTS
+        return {**{field.name: field.type for field in fields(kind)}, **BASE_HINTS}
     return {name: taken.annotation for name, taken in signature(kind.__init__).parameters.items()}

@@ -103,7 +103,18 @@ class MMInterleavedProcessor(ProcessorMixin):
 
     @overload
     def __call__(
-        self, documents: str | Iterable[str] | None = None, *, text: Any = ..., **settings: Any
+        self,
+        documents: str | Iterable[str] | None = None,
+        *,
+        padding_side: str | None = ...,
+        text: str | Iterable[str] | None = ...,
+        images: Any = ...,
+        videos: None = ...,
+        audio: None = ...,
+        add_special_tokens: bool = ...,
+        return_tensors: Any = ...,
+        padding: Any = ...,
+        truncation: Any = ...,
     ) -> BatchFeature: ...
 
     def __call__(

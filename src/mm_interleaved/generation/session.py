@@ -69,11 +69,12 @@ def see_images(model: MMInterleavedForConditionalGeneration, pixel_values: Tenso
     if not len(pixel_values):
         return []
     features = model.encode_images(pixel_values.to(model.device))
-    slots = features.slots.split(1)
     pyramids = zip(*(level.split(1) for level in features.pyramid), strict=True)
     return [
-        SeenImage(pixels, ImageFeatures(*of_one))
-        for pixels, *of_one in zip(pixel_values.split(1), slots, pyramids, strict=True)
+        SeenImage(pixels, ImageFeatures(slots, pyramid))
+        for pixels, slots, pyramid in zip(
+            pixel_values.split(1), features.slots.split(1), pyramids, strict=True
+        )
     ]
 
 

@@ -33,7 +33,7 @@ picture costs most.
 
 def stream_together(
     documents: Sequence[Steps], assistant_model: PreTrainedModel | None = None
-) -> Iterator[tuple[int, Event]]:
+) -> Generator[tuple[int, Event], None, None]:
     """What happens in each document, by its number, in the order in which it happens.
 
     Args:
@@ -45,8 +45,7 @@ def stream_together(
         document = documents[number]
         while True:
             try:
-                is_error = isinstance(answer, NumericalError)
-                item = document.throw(answer) if is_error else document.send(answer)
+                item = document.throw(answer) if isinstance(answer, NumericalError) else document.send(answer)
             except StopIteration:
                 return
             answer = None

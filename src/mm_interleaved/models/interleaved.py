@@ -11,6 +11,7 @@ order, K earlier images a painted image looks at, H and W pixels.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -92,10 +93,7 @@ class MMInterleavedOutput(ModelOutput):
         cache: Any = None
     else:
         past_key_values: Any = None
-
-        @property
-        def cache(self) -> Any:
-            return self.past_key_values
+        cache = property(attrgetter("past_key_values"))
 
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -318,9 +316,11 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         check_targets(input_ids, image_start, pixel_values, text_target, target_pixel_values)
         if cache is not None:
             self._check_continuation(cache, pixel_values, target_pixel_values, document_start, attention_mask)
-        has_images = pixel_values is not None and len(pixel_values) > 0
-        features = self.encode_images(pixel_values) if has_images else None
+        features = None
+        if pixel_values is not None and len(pixel_values):
+            features = self.encode_images(pixel_values)
         if inputs_embeds is None:
+            assert input_ids is not None, "`_placed` asks for one of them"
             inputs_embeds = self._embed(input_ids, image_start, None if features is None else features.slots)
         rows, num_tokens = inputs_embeds.shape[:2]
         if document_start is None:
@@ -335,6 +335,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         if features is not None and isinstance(cache, PrefixCache):
             cache.append_images(shifted(image_start, cache.num_tokens), values)
         view = self.image_view(document_start, image_start, values, cache)
+        cache_by_name: dict[str, Any] = {CACHE: cache}
         read = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -342,7 +343,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             use_cache=cache is not None,
             image_view=view,
             **self._captured(output_attentions, output_hidden_states),
-            **{CACHE: cache},
+            **cache_by_name,
         )
         hidden = read.last_hidden_state
         if isinstance(cache, PrefixCache):
@@ -355,11 +356,12 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             hidden=hidden,
             hidden_states=read.hidden_states,
             attentions=read.attentions,
-            **{CACHE: cache},
+            **cache_by_name,
         )
         if text_target is not None and input_ids is not None:
             output.text_loss = text_loss(logits, input_ids.to(logits.device), text_target.to(logits.device))
         if target_pixel_values is not None and len(target_pixel_values):
+            assert features is not None, "`check_targets` asks for an image for each target"
             output.image_loss = self.painting_loss(
                 hidden,
                 features,
@@ -511,7 +513,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             return
         folder = Path(save_directory)
         name, tags = hub.pop("repo_id", None), hub.pop("tags", None) or ()
-        source = self.config.name_or_path
+        source = self.config.name_or_path or ""
         write_model_card(folder, self.config.to_dict(), name=name, license=license, tags=tags, source=source)
         if push_to_hub:
             publish(folder, name or folder.name, **hub)
@@ -562,11 +564,12 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
             ValueError: special tokens would be lost, or the weights cannot be resized where they are
                 (offloaded, sharded, quantised, with adapters). Nothing is changed.
         """
+        config: Any = self.config
         embeddings, head = self.get_input_embeddings(), self.text_head
         if new_num_tokens is None and pad_to_multiple_of is None:
             return embeddings
         size = rounded_up(new_num_tokens or head.base.out_features, pad_to_multiple_of)
-        check_vocabulary_size(self.config, size)
+        check_vocabulary_size(config, size)
         check_resizable(embeddings, head)
         is_tied = head.base.weight is embeddings.weight
         if is_tied:
@@ -575,7 +578,7 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if is_tied:
             head.base.weight = embeddings.weight
-        self.language_model.vocab_size, self.config.num_new_tokens = size, head.num_new
+        self.language_model.vocab_size, config.num_new_tokens = size, head.num_new
         return embeddings
 
     def _no_images(self, rows: int) -> dict[int, ImageValues]:

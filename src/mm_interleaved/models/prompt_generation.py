@@ -180,8 +180,9 @@ class PromptGenerationMixin(GenerationMixin):
             arguments.get(name) or getattr(config, name, None) or 1
             for name in ("num_beams", "num_return_sequences")
         )
-        is_repeated = not isinstance(cache, PrefixCache) or input_ids is None
-        if repeats > 1 and not is_repeated and cache.num_rows == len(input_ids):
+        if repeats == 1 or not isinstance(cache, PrefixCache) or input_ids is None:
+            return
+        if cache.num_rows == len(input_ids):
             cache.batch_repeat_interleave(repeats)
 
     def prepare_inputs_for_generation(
