@@ -228,13 +228,26 @@ def _read_content(record: Field, folder: ImageStore) -> Body:
 
 
 def _read_messages(record: Field, folder: ImageStore) -> Body:
+    return Body(_joined(record, _message_pieces(record["messages"], folder), folder))
+
+
+def _read_completion(record: Field, folder: ImageStore) -> Body:
+    """TRL's `prompt` and `completion`: texts, or messages. The completion is the target."""
+    prompt, completion = (
+        [Text(given.text())] if isinstance(given.value, str) else _message_pieces(given, folder)
+        for given in (record["prompt"], record["completion"])
+    )
+    return Body(_joined(record, prompt, folder), target=_without_slots(completion))
+
+
+def _message_pieces(messages: Field, folder: ImageStore) -> list[Piece]:
     pieces: list[Piece] = []
-    for message in record["messages"].list():
+    for message in messages.list():
         role = message["role"].text()
         if not role or not role.isprintable():
             message["role"].wrong("a name such as user or assistant")
         pieces += _content_pieces(message["content"], folder, role)
-    return Body(_joined(record, pieces, folder))
+    return pieces
 
 
 def _content(content: Field, folder: ImageStore) -> list[Part]:
@@ -578,6 +591,7 @@ _SIMILARITY = ("matched_sim", "raw_url", "image_url", "url", "face_detections")
 FORMATS = (
     Format(("messages",), _read_messages, is_plain_text=True),
     Format(("content",), _read_content, is_plain_text=True),
+    Format(("prompt", "completion"), _read_completion, is_plain_text=True),
     Format(("sentences", "images", "sentence_ixs", "image_first"), _read_annotation),
     Format(("text_list", "image_info"), _read_mmc4, known=_SIMILARITY),
     Format(("conversations",), _read_llava),

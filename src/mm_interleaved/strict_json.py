@@ -335,7 +335,7 @@ def _check_regular(path: Path):
         raise InputError(f"{path}: found a {found}, expected a .json or .jsonl file{instead}")
 
 
-_DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zip", ".parquet", ".tar", ".txt", ".csv")
+_DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zip", ".parquet", ".tar", ".txt", ".csv", ".tsv")
 
 
 def files_inside(folder: str | Path) -> str:

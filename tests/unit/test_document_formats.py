@@ -277,6 +277,32 @@ def asked(content, answer="A"):
 
 
 @pytest.mark.parametrize(
+    "prompt",
+    [asked([ASK, Q])[:1], asked("Q")[:1], asked("<image>Q")[:1], "Q", "<image>Q"],
+)
+@pytest.mark.parametrize("completion", ["A", asked("", "A")[1:]])
+def test_a_completion_is_the_target(folder, prompt, completion):
+    document = read(folder, {"images": ["a.png"], "prompt": prompt, "completion": completion})
+    assert [text.partition(":")[2] or text for text in shown(document.parts)] == ["<a.png>", "Q"]
+    assert [part.text for part in document.target] == ["A"]
+    assert {part.role for part in document.parts} == {None if isinstance(prompt, str) else "user"}
+    assert not document.remarks
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": 3, "completion": "A"}, "prompt: found the number 3, expected a list"),
+        ({"prompt": "Q", "completion": asked([ASK])}, "no image is named beside the texts"),
+        ({"prompt": asked([ASK])[:1], "completion": "A"}, "no image is named beside the texts"),
+    ],
+)
+def test_a_wrong_completion_is_refused_with_its_field(folder, record, message):
+    with pytest.raises(InputError, match=message):
+        read(folder, record)
+
+
+@pytest.mark.parametrize(
     ("record", "parts"),
     [
         ({"image": ["a.png"], "messages": asked("<image>Q")}, ["<a.png>", "Q", "A"]),

@@ -358,7 +358,10 @@ def test_folders_of_images_are_read_by_their_metadata(tmp_path):
         writer = csv.DictWriter(file, ["file_name", "text"])
         writer.writeheader()
         writer.writerows(rows)
-    for name in ("metadata.jsonl", "metadata.csv"):
+    for separator, name in ((";", "semicolons.csv"), ("\t", "tabs.csv"), ("\t", "tabs.tsv")):
+        with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file, delimiter=separator).writerows([["file_name", "text"], *map(dict.values, rows)])
+    for name in ("metadata.jsonl", "metadata.csv", "semicolons.csv", "tabs.csv", "tabs.tsv"):
         assert source_name_of(str(tmp_path / name)) == "documents"
         found = read("documents", tmp_path / name)
         assert [one.text for one in found] == [row["text"] for row in rows]
@@ -367,6 +370,7 @@ def test_folders_of_images_are_read_by_their_metadata(tmp_path):
         ("file_name,text\n0.png\n", "found 1 values, expected 2"),
         ("text,text\na,b\n", "of different names"),
         ('file_name,text\n0.png,"cut', "not comma-separated"),
+        ('file_name;text\n0.png;"cut', "not semicolon-separated"),
     ):
         (tmp_path / "metadata.csv").write_text(text)
         assert words in str(read("documents", tmp_path / "metadata.csv")[-1])

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache, partial
+from itertools import chain
 from types import MappingProxyType
 from typing import IO, Any, NoReturn, TypeAlias
 
@@ -268,12 +269,18 @@ def _lines(file: IO[bytes], path: str) -> Iterator[_Piece]:
             yield f"{path}:{number}", number, line
 
 
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+"""What spreadsheets write between values, a comma first: it is taken where nothing stands between names."""
+
+
 def _rows(file: IO[bytes], path: str) -> Iterator[_Piece]:
-    """The rows of comma-separated values, each as an object of the names in the first one."""
+    """The rows of separated values, each as an object of the names in the first one."""
     # A row may go over several lines, each of them bounded.
     lines = enumerate(iter(partial(file.readline, MAX_RECORD_BYTES), b""), start=1)
     texts = (decoded(line, f"{path}:{number}", number == 1) for number, line in lines)
-    reader = csv.reader(texts, strict=True)
+    header = next(texts, "")
+    separator = _separator(header)
+    reader = csv.reader(chain([header], texts), strict=True, delimiter=separator)
     try:
         names = next(reader, [])
         for number, row in enumerate(reader, start=1):
@@ -283,7 +290,13 @@ def _rows(file: IO[bytes], path: str) -> Iterator[_Piece]:
                 raise InputError(f"{place}: found {found} values, expected {expected} of different names")
             yield place, number, json.dumps(dict(zip(names, row, strict=True))).encode()
     except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: not comma-separated ({error})") from error
+        kind = _SEPARATORS[separator]
+        raise InputError(f"{path}: line {reader.line_num}: not {kind}-separated ({error})") from error
+
+
+def _separator(header: str) -> str:
+    """What stands between the names in the first line of a table, most often; a comma if nothing does."""
+    return max(_SEPARATORS, key=header.count)
 
 
 def _elements(file: IO[bytes], path: str) -> Iterator[_Piece]:
@@ -369,6 +382,6 @@ def _end_of_value(buffer: bytes, begin: int) -> int | None:
 
 
 _READERS: Mapping[str, Callable[[IO[bytes], str], Iterator[_Piece]]] = MappingProxyType(
-    {".json": _elements, ".csv": _rows}
+    {".json": _elements, ".csv": _rows, ".tsv": _rows}
 )
 """What reads a file, by the end of its name; others are lines of JSON."""
