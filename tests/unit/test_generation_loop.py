@@ -369,3 +369,11 @@ def test_images_that_the_painter_no_longer_sees_are_told(generator, document, ca
     generator.generate(document, layout=layout, context_images="all", **FAST)
     told = f"image {limit + 1} is painted from the newest {limit} of the {limit + 1} images before it"
     assert told in caplog.text and caplog.text.count("painted from") == 1
+
+
+@pytest.mark.parametrize("given", ["A red dog.", ["A red dog."], {"content": "A red dog."}, None])
+def test_what_is_no_document_is_refused_with_what_is_expected(generator, given):
+    with pytest.raises(
+        TypeError, match=rf"expected a Document, found {type(given).__name__}; write Document"
+    ):
+        generator.generate(given, seed=0)

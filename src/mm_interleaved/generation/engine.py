@@ -141,6 +141,11 @@ class InterleavedGenerator:
         overrides: dict[str, Any],
         preview_every: int = 0,
     ) -> "_Continuation":
+        if not isinstance(document, Document):
+            raise TypeError(
+                f"document: expected a Document, found {type(document).__name__}; "
+                "write Document(id=…, parts=[Text(…), Image(…)])"
+            )
         if settings is not None and overrides:
             raise UsageError(
                 f"give either settings or single ones by name, found both ({', '.join(overrides)})"
