@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+import typer
 from PIL import Image as PILImage
+from transformers.utils import logging as transformers_logging
 
 from mm_interleaved.cli import corpora
-from mm_interleaved.cli.main import run
+from mm_interleaved.cli.main import create_app, run
+from mm_interleaved.training import run as run_module
 
 
 @pytest.mark.parametrize(
@@ -49,3 +52,28 @@ def test_check_looks_at_every_file(capsys, tmp_path):
     assert run(["data", "check", paths["bad"], paths["good"]]) == 7
     assert run(["data", "check", paths["good"]]) == 0
     assert "Ends with 3" in (corpora.check.__doc__ or "")
+
+
+def test_arguments_are_named_in_capitals_and_help_breaks_no_line_of_its_own():
+    pending, seen = [typer.main.get_command(create_app())], 0
+    while pending:
+        found = pending.pop()
+        pending += getattr(found, "commands", {}).values()
+        for parameter in found.params:
+            if parameter.param_type_name == "argument":
+                seen += 1
+                assert parameter.metavar == parameter.metavar.upper(), (found.name, parameter.name)
+        assert "\n" not in (found.help or "").replace("\n\n", ""), found.name
+    assert seen > 20
+
+
+def test_train_hides_the_bars_of_libraries(monkeypatch, tmp_path):
+    def bars_are_shown(settings, folder, *, show_progress):
+        return transformers_logging.is_progress_bar_enabled()
+
+    recipe = run_module.Recipe(run_module.RECIPES["scaling"].settings, bars_are_shown)
+    monkeypatch.setattr(run_module, "RECIPES", {"scaling": recipe})
+    transformers_logging.enable_progress_bar()
+    for number, hides in enumerate((False, True)):
+        out = tmp_path / str(number)
+        assert run_module.run_recipe("scaling", out=out, show_progress=hides) is not hides

@@ -69,7 +69,7 @@ def caption(
 
 def vqa(
     image: PicturePath,
-    question: Annotated[str, typer.Argument(help="A question about the picture.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="A question about the picture.")],
     model: Model = "storyworld",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -83,7 +83,7 @@ def vqa(
 
 def ground(
     image: PicturePath,
-    phrase: Annotated[str, typer.Argument(help="What to look for: red ball.")],
+    phrase: Annotated[str, typer.Argument(metavar="PHRASE", help="What to look for: red ball.")],
     prompt: Annotated[str, typer.Option(help="The question; {phrase} stands for PHRASE.")] = GROUND_PROMPT,
     output: Annotated[
         Path | None,
@@ -117,7 +117,7 @@ def ground(
 
 
 def draw(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
     output: Output = None,
     model: Model = "storyworld",
     new_run: NewRun = False,
@@ -135,7 +135,7 @@ def draw(
 def story(
     context: typer.Context,
     opening: Annotated[
-        str | None, typer.Argument(help="The first sentence; or use --text and --image.")
+        str | None, typer.Argument(metavar="OPENING", help="The first sentence; or use --text and --image.")
     ] = None,
     panels: Annotated[int, typer.Option(min=1, max=64, help="Pictures in the whole story.")] = 4,
     output: Output = None,

@@ -117,10 +117,16 @@ def command(app: typer.Typer, name: str | None = None, *, panel: str | None = No
 
         vars(run)["__signature__"] = signature.replace(parameters=parameters)
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(name, cls=OrderedCommand, rich_help_panel=panel)(run)
+        app.command(name, cls=OrderedCommand, help=_unwrapped(function), rich_help_panel=panel)(run)
         return function
 
     return register
+
+
+def _unwrapped(function: Callable[..., Any]) -> str:
+    """The docstring with a line for each paragraph: the terminal's width breaks lines, not the source's."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def field_help(dataclass: type) -> dict[str, str]:

@@ -66,7 +66,9 @@ def generate(
     context: typer.Context,
     input: Annotated[
         Path | None,
-        typer.Argument(help="Documents: .json or .jsonl (or .gz), in any known format; - is piped in."),
+        typer.Argument(
+            metavar="INPUT", help="Documents: .json or .jsonl (or .gz), in any known format; - is piped in."
+        ),
     ] = None,
     output: Output = None,
     model: Model = "storyworld",
@@ -136,7 +138,9 @@ def generate(
 
 
 def replay(
-    manifest: Annotated[Path, typer.Argument(help="manifest.json of a finished run, in its folder.")],
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="manifest.json of a finished run, in its folder.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(

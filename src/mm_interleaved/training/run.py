@@ -114,6 +114,8 @@ def run_recipe(
     if _has_begun(out):
         _refuse_changes(out, begun, settings, RECIPES[name].may_change)
     is_first = os.environ.get("RANK", "0") == "0"
+    if show_progress:
+        _hide_bars_of_libraries()
     if is_first:
         _tell_number_formats(settings)
         make_folder(out)
@@ -125,6 +127,13 @@ def run_recipe(
         if is_first:
             remove_temporary_files(out)
         return RECIPES[name].train(settings, out, show_progress=show_progress)
+
+
+def _hide_bars_of_libraries() -> None:
+    """Those of loading and writing weights, which would stand beside our own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _tell_number_formats(settings: Any) -> None:
