@@ -139,10 +139,10 @@ class PromptGenerationMixin(GenerationMixin):
             )
 
     def _check_chunks(self: Any, prompt: Tensor, arguments: dict[str, Any]) -> None:
-        """transformers cuts ids into chunks, not embeddings."""
+        """transformers cuts ids into chunks, and forgets embeddings on the way. One token is no chunk."""
         config = arguments.get("generation_config") or self.generation_config
         chunk = arguments.get("prefill_chunk_size") or config.prefill_chunk_size
-        if chunk and chunk < prompt.shape[1]:
+        if chunk and prompt.shape[1] > 1:
             raise ValueError(
                 f"prefill_chunk_size: found {chunk}, expected none: a prompt is read at once, with its images"
             )
