@@ -87,6 +87,13 @@ def test_every_twin_has_rows_in_which_something_counts(name, processor):
     assert counted and not rows.skips
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (8, 3)])
+def test_no_more_workers_are_started_than_there_are_cores(processor, monkeypatch, cores, workers):
+    monkeypatch.setattr("mm_interleaved.training.documents.usable_cores", lambda: cores)
+    config = replace(task_recipes()["caption-vqa-storyworld"](), num_workers=3, global_batch_size=4)
+    assert build_loader(config, processor).num_workers == workers
+
+
 @pytest.mark.parametrize("name", ["pretrain", "caption-vqa"])
 def test_a_twin_trains(name, folder, tmp_path):
     out = run_recipe(f"{name}-storyworld", [f"start_from={folder}", *QUICK], out=tmp_path / "run")

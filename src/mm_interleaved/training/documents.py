@@ -11,6 +11,7 @@ from mm_interleaved.data.loader import MicroBatch, StepRows, TrainingLoader, mer
 from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.data.sources.registry import make_source
 from mm_interleaved.data.sources.source import Source
+from mm_interleaved.devices import usable_cores
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
@@ -141,7 +142,8 @@ def build_loader(
         seed=config.seed,
         rank=ranks.rank,
         num_ranks=ranks.size,
-        num_workers=config.num_workers,
+        # More than there are cores are slower, and PyTorch warns of them; what is read is the same.
+        num_workers=min(config.num_workers, usable_cores()),
         target_pixels=target_pixels,
         fixed_length=config.fixed_length,
         max_bad_fraction=config.max_bad_fraction,
