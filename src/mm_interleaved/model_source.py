@@ -16,7 +16,7 @@ from mm_interleaved.checkpoint.headers import read_json, saved_format
 from mm_interleaved.checkpoint.resolve import CONFIG, SHIPPED, find_model, model_files
 from mm_interleaved.checkpoint.values import check_object
 from mm_interleaved.devices import FORMATS, slowness, torch_device, weight_format
-from mm_interleaved.errors import ModelFileError, UsageError, escape
+from mm_interleaved.errors import ModelFileError, NumericalError, UsageError, escape
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.spelling import guess
 from mm_interleaved.strict_json import FieldError
@@ -172,9 +172,11 @@ def load_generator(
         ModelFileError: no model of ours, or an adapter that does not fit it.
         UsageError: what cannot be had here: the device, an adapter without PEFT, a model that does not paint,
             weights in few bits without the library that they need.
+        NumericalError: weights that are no finite numbers.
     """
     from mm_interleaved import InterleavedGenerator, MMInterleavedProcessor
     from mm_interleaved.checkpoint.load import load_model, model_file_errors
+    from mm_interleaved.models.finite import damaged_weight
     from mm_interleaved.models.quantization import weight_only
 
     place = torch_device(device)
@@ -191,6 +193,9 @@ def load_generator(
     with model_file_errors(folder):
         processor = MMInterleavedProcessor.from_pretrained(folder)
     adapter = _accelerate(loaded, acceleration)
+    # Weights in few bits cannot be asked; what they are made of was finite, or is caught where it is used.
+    if acceleration.quantization is None and (name := damaged_weight(loaded)) is not None:
+        raise NumericalError(f"{folder}: {name} holds numbers that are not finite")
     return InterleavedGenerator(loaded, processor, adapter=adapter)
 
 

@@ -12,6 +12,7 @@ from mm_interleaved.errors import NumericalError
 from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Failed, Finished
+from mm_interleaved.model_source import load_generator
 from tiny import tiny_model, tiny_processor
 
 PICTURE = Image(PILImage.fromarray(np.full((32, 32, 3), 99, np.uint8)))
@@ -113,3 +114,19 @@ def test_a_document_whose_numbers_are_none_fails_alone(layout):
                 assert np.abs(one - other).max() <= 1
     with pytest.raises(NumericalError):
         generator.generate_batch(documents, **settings)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "part",
+    ["vision.resampler.layers.0.self_attention.key_norm.weight", "image_decoder.vae.encoder.conv_in.bias"],
+)
+def test_a_damaged_weight_is_named_when_the_model_is_loaded(part, value, tmp_path):
+    """Also where no number shows it: attention on a CPU makes zeros of queries that are none."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(part).view(-1)[-1] = value
+    model.save_pretrained(tmp_path)
+    tiny_processor(model.config).save_pretrained(tmp_path)
+    with pytest.raises(NumericalError, match=f"{part} holds numbers that are not finite"):
+        load_generator(tmp_path)

@@ -111,7 +111,10 @@ def main() -> NoReturn:
     """Entry point of the installed command."""
     signal.signal(signal.SIGTERM, stop)
     process.set_up()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    # The work is done; a signal that comes while the interpreter ends has nothing left to stop.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def stop(number: int, frame: object) -> NoReturn:

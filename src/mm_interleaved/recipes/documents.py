@@ -16,6 +16,7 @@ from mm_interleaved.data.loader import state_counts
 from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError
 from mm_interleaved.model_source import find_model
+from mm_interleaved.models.finite import damaged_weight
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.recipes.samples import SampleDrawer, sample_documents
@@ -205,9 +206,8 @@ def _check_weights(model: MMInterleavedForConditionalGeneration, config: TrainCo
     """Refuses weights that are no numbers, from which no step could be made; warns of rows beyond the
     model's reach.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
-            raise ModelFileError(f"{config.start_from}: {name} holds numbers that are not finite")
+    if (name := damaged_weight(model)) is not None:
+        raise ModelFileError(f"{config.start_from}: {name} holds numbers that are not finite")
     reach = model.config.text_config.max_position_embeddings
     if config.max_length > reach:
         logger.warning(
