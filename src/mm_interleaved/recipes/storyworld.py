@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.config import (
@@ -84,11 +84,6 @@ def tokenizer_texts(seed: int) -> list[str]:
             parts = tuple(piece.part for piece in conversation_pieces(parts))
         texts += [part.text for part in parts if isinstance(part, Text)]
     return texts
-
-
-def build_tokenizer(seed: int) -> PreTrainedTokenizerBase:
-    """The tokenizer, trained on documents of the world."""
-    return train_tokenizer(tokenizer_texts(seed), vocabulary_size=1024)
 
 
 def build_processor(config: StoryWorldConfig) -> MMInterleavedProcessor:
