@@ -596,12 +596,12 @@ class MMInterleavedForConditionalGeneration(OwnInitialisation, PreTrainedModel, 
         pixel_values: Tensor | None,
     ) -> Tensor:
         """Where the images of a pass stand: (B, N)."""
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("forward needs input_ids or inputs_embeds, found neither")
-        if input_ids is not None and (inputs_embeds is None or pixel_values is not None):
-            image_start = placed_images(input_ids, image_start, pixel_values, self.image_tokens)
         if inputs_embeds is None:
-            return image_start
+            if input_ids is None:
+                raise ValueError("forward needs input_ids or inputs_embeds, found neither")
+            return placed_images(input_ids, image_start, pixel_values, self.image_tokens)
+        if input_ids is not None and pixel_values is not None:
+            image_start = placed_images(input_ids, image_start, pixel_values, self.image_tokens)
         if image_start is None:
             image_start = no_images(inputs_embeds)
         check_beside_embeddings(inputs_embeds, input_ids, image_start, self.config.num_slots)
