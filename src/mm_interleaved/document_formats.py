@@ -233,11 +233,13 @@ def _read_messages(record: Field, folder: ImageStore) -> Body:
 
 def _read_completion(record: Field, folder: ImageStore) -> Body:
     """TRL's `prompt` and `completion`: texts, or messages. The completion is the target."""
-    prompt, completion = (
-        [Text(given.text())] if isinstance(given.value, str) else _message_pieces(given, folder)
-        for given in (record["prompt"], record["completion"])
-    )
+    prompt, completion = (_said(record[name], folder) for name in ("prompt", "completion"))
     return Body(_joined(record, prompt, folder), target=_without_slots(completion))
+
+
+def _said(given: Field, folder: ImageStore) -> list[Piece]:
+    """A text, or messages."""
+    return [Text(given.text())] if isinstance(given.value, str) else _message_pieces(given, folder)
 
 
 def _message_pieces(messages: Field, folder: ImageStore) -> list[Piece]:
