@@ -168,6 +168,7 @@ def test_a_stage_at_the_ends_of_a_range_ends_as_it_should(tmp_path, name):
     [
         ("grounding", "steps=5", r"did you mean training\.steps\?"),
         ("grounding", "training.step=5", r"did you mean training\.steps\?"),
+        ("grounding", "training.global_batch_size=4", r"did you mean global_batch_size\?"),
         (
             "storyworld",
             "steps=5",

@@ -209,12 +209,21 @@ def _children(settings: Any) -> dict[str, Any]:
 
 def _type_of(settings: Any, path: Sequence[str], full_name: str) -> Any:
     """The type of the setting at the end of a path."""
-    name, *rest = path
-    children = _children(settings)
-    if name not in children or _is_group(children[name]) != bool(rest):
-        suggestion = _suggestion(settings, full_name, path)
+    *groups, last = path
+    reached = settings
+    for name in groups:
+        reached = _member(settings, reached, name, full_name, is_group=True)
+    _member(settings, reached, last, full_name, is_group=False)
+    return typing.get_type_hints(type(reached))[last]
+
+
+def _member(settings: Any, reached: Any, name: str, full_name: str, *, is_group: bool) -> Any:
+    """What a group holds by a name. Raises UsageError, with a suggestion out of all settings."""
+    children = _children(reached)
+    if name not in children or _is_group(children[name]) != is_group:
+        suggestion = _suggestion(settings, reached, full_name)
         raise UsageError(f"--set {escape(full_name)}: no such setting{suggestion}")
-    return _type_of(children[name], rest, full_name) if rest else typing.get_type_hints(type(settings))[name]
+    return children[name]
 
 
 def stages(settings: Any, prefix: str = "") -> dict[str, StageConfig]:
@@ -245,18 +254,22 @@ def _changed(settings: Any, changes: Mapping[tuple[str, ...], Any]) -> Any:
     )
 
 
-def _suggestion(settings: Any, full_name: str, path: Sequence[str]) -> str:
+def _suggestion(settings: Any, reached: Any, full_name: str) -> str:
     """Settings of the same last name, of a group of nearly that name if there is one; else the setting that
-    is spelt most alike; else the names that one can begin with.
+    is spelt most alike; else the names that can follow.
+
+    Args:
+        settings: all of them.
+        reached: the group up to which the name is right.
     """
-    names = setting_names(settings, full_name.removesuffix(".".join(path)))
+    names = setting_names(settings)
     group, _, last = full_name.rpartition(".")
     groups = {name: name.rpartition(".")[0] for name in names if name.rpartition(".")[2] == last}
     near = difflib.get_close_matches(group, groups.values(), n=1, cutoff=0.7) if group else []
     close = [name for name, its in groups.items() if name != full_name and its in (near or groups.values())]
     close = close or difflib.get_close_matches(full_name, names, n=1, cutoff=0.4)
     if not close:
-        return f"; known are {', '.join(_children(settings))}"
+        return f"; known are {', '.join(_children(reached))}"
     *others, final = close[:_MAX_SUGGESTED]
     more = " ..." if len(close) > _MAX_SUGGESTED else ""
     return f"; did you mean {', '.join(others)}{' or ' if others else ''}{final}{more}?"
