@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import HALF, Case, Setting, compare
-from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.model_source import find_model, load_generator
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.generation.loading import find_model, load_generator
 from mm_interleaved.storyworld.tasks import document
 
 AT_ONCE = 8

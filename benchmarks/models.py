@@ -8,7 +8,12 @@ from torch import nn
 from transformers import initialization as init
 
 from benchmarks.sizes import UNET_LEVELS, SynchronizerSize, feature_synchronizer, fill_parameters
-from mm_interleaved.config import AdapterConfig, MMInterleavedConfig, ResamplerConfig, SynchronizerConfig
+from mm_interleaved.models.config import (
+    AdapterConfig,
+    MMInterleavedConfig,
+    ResamplerConfig,
+    SynchronizerConfig,
+)
 from mm_interleaved.models.image_decoder import ImageDecoder
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.resampler import Resampler

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks.harness import HALF, Case, Setting, compare
 from mm_interleaved.generation import diffusion
-from mm_interleaved.generation.acceleration import compile_painter, use_channels_last
+from mm_interleaved.generation.loading import find_model, load_generator
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.model_source import find_model, load_generator
+from mm_interleaved.models.acceleration import compile_painter, use_channels_last
 from mm_interleaved.models.image_decoder import EarlierImages, ImageDecoder
 
 TEXT = "Here is Lulu, a green duck with a white crown. It is a cloudy day in the town. Lulu sits on the left."

@@ -23,7 +23,7 @@ from benchmarks.sizes import (
 )
 from benchmarks.textbook import TextbookGate, TextbookMap
 from mm_interleaved.models.unet import MapSynchronizer
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT = 1e-11

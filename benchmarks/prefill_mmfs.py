@@ -23,7 +23,7 @@ from benchmarks.sizes import (
     gated_synchronizer,
     packed_visibility,
 )
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 
 DOCUMENTS = 4
 """Of a packed row."""

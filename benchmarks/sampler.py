@@ -17,7 +17,7 @@ from benchmarks.machine import rates
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, causal_visibility, unet_map
 from benchmarks.train_mmfs import GRADIENT_TOLERANCE
 from mm_interleaved.ops import IMPLEMENTATIONS, multi_image_deformable_attention
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 
 
 @dataclass(frozen=True, slots=True)

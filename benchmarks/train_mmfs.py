@@ -16,7 +16,7 @@ from benchmarks.cost import projected_cost, textbook_cost
 from benchmarks.harness import Case, Setting, compare, exact_first, saved_for_backward
 from benchmarks.prefill_mmfs import visibility
 from benchmarks.sizes import LANGUAGE, SynchronizerSize, gated_synchronizer
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 
 GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 0.8, torch.float16: 0.8}
 

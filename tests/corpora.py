@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from PIL import Image as PILImage
 
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Shard
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.data.source import BrokenItem, FilteredItem, Shard
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import StorageError
 
 

@@ -5,9 +5,14 @@ from copy import deepcopy
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mm_interleaved.config import AdapterConfig, MMInterleavedConfig, ResamplerConfig, SynchronizerConfig
+from mm_interleaved.models.config import (
+    AdapterConfig,
+    MMInterleavedConfig,
+    ResamplerConfig,
+    SynchronizerConfig,
+)
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
 BOS, EOS, PAD = 0, 1, 2
 

@@ -8,16 +8,16 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Document": "mm_interleaved.document",
-    "Text": "mm_interleaved.document",
-    "Image": "mm_interleaved.document",
-    "MMInterleavedConfig": "mm_interleaved.config",
+    "Document": "mm_interleaved.documents.document",
+    "Text": "mm_interleaved.documents.document",
+    "Image": "mm_interleaved.documents.document",
+    "MMInterleavedConfig": "mm_interleaved.models.config",
     "MMInterleavedForConditionalGeneration": "mm_interleaved.models.interleaved",
-    "MMInterleavedProcessor": "mm_interleaved.processing",
+    "MMInterleavedProcessor": "mm_interleaved.tokens.processor",
     "FeatureSynchronizer": "mm_interleaved.models.synchronizer",
     "multi_image_deformable_attention": "mm_interleaved.ops",
     "InterleavedGenerator": "mm_interleaved.generation",
-    "register": "mm_interleaved.registration",
+    "register": "mm_interleaved.models.registration",
 }
 
 _REGISTERED_BY = {
@@ -34,7 +34,7 @@ def __getattr__(name: str):
     if name in _PUBLIC:
         if name in _REGISTERED_BY:
             # Who has one of these at hand may load the others through transformers' Auto classes.
-            getattr(import_module("mm_interleaved.registration"), _REGISTERED_BY[name])()
+            getattr(import_module("mm_interleaved.models.registration"), _REGISTERED_BY[name])()
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

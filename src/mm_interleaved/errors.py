@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mm_interleaved.document import Document
+    from mm_interleaved.documents.document import Document
 
 
 class MMInterleavedError(Exception):

@@ -11,7 +11,7 @@ def tiny_folder(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from mm_interleaved.processing import MMInterleavedProcessor
+    from mm_interleaved.tokens.processor import MMInterleavedProcessor
     from tiny import tiny_config, tiny_model
 
     tokenizer = Tokenizer(models.BPE())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Finished, ImageDone
 from mm_interleaved.generation.images import side_by_side

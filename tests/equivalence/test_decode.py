@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import (
     ImageError,
     MMInterleavedError,

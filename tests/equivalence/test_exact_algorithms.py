@@ -18,7 +18,7 @@ from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchro
 from mm_interleaved.models.unet import MapSynchronizer
 from mm_interleaved.ops import sampling_plan
 from mm_interleaved.ops.reference import sample_reference
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 from tiny import BOS, tiny_model
 
 LEVELS = (4, 2)

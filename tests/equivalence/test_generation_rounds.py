@@ -13,7 +13,7 @@ from mm_interleaved.generation.text import (
     score_options,
     write_text,
 )
-from mm_interleaved.visibility import context_images
+from mm_interleaved.tokens.visibility import context_images
 from tiny import BOS, EOS, tiny_model
 
 EXACT = 1e-10

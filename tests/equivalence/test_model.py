@@ -7,7 +7,7 @@ import torch
 
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.visibility import NO_IMAGE
+from mm_interleaved.tokens.visibility import NO_IMAGE
 from tiny import BOS, EOS, PAD, image_ids, tiny_config, tiny_model
 
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.transformers_versions import CACHE
-from mm_interleaved.visibility import NO_IMAGE
+from mm_interleaved.tokens.visibility import NO_IMAGE
 from tiny import BOS, PAD, image_ids, tiny_model
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "suppress_tokens": [298, 299]}

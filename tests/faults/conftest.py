@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_interleaved import generation_run
+from mm_interleaved.runs import generate as generation_run
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 

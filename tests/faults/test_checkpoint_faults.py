@@ -10,8 +10,8 @@ import torch
 
 from faults.filesystem import KILLED, every_event, full_from, killed_at, limited
 from line_stage import CONFIG, Line
-from mm_interleaved.checkpoint import store
 from mm_interleaved.errors import ModelFileError, StorageError
+from mm_interleaved.training import checkpoints as store
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.settings import StageConfig
 

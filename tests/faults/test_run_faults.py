@@ -11,13 +11,13 @@ from echo_generator import load_echo
 from PIL import Image as PILImage
 
 from faults.filesystem import KILLED, every_event, full_from, killed_at, limited
-from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.document_formats import read_documents
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.formats import read_documents
 from mm_interleaved.errors import InputError, StorageError, escape
-from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
-from mm_interleaved.run_folder import changed_files, check_input
-from mm_interleaved.run_manifest import read_manifest
-from mm_interleaved.storage import put_aside
+from mm_interleaved.files import put_aside
+from mm_interleaved.runs.folder import changed_files, check_input
+from mm_interleaved.runs.generate import ModelChoice, RunRequest, run_documents
+from mm_interleaved.runs.manifest import read_manifest
 from tiny import tiny_config
 
 

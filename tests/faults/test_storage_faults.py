@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, models
 from faults.filesystem import KILLED, every_event, full_from, in_child, killed_at, limited
 from mm_interleaved.cli.main import run as command
 from mm_interleaved.data.convert import convert_source
-from mm_interleaved.data.sources.registry import make_source
+from mm_interleaved.data.registry import make_source
 from mm_interleaved.errors import StorageError, UsageError
-from mm_interleaved.storage import (
+from mm_interleaved.files import (
     locked_folder,
     make_folder,
     new_folder,

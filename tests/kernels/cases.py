@@ -3,7 +3,7 @@
 import torch
 
 from mm_interleaved.ops import multi_image_deformable_attention
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """On a CPU the kernels are interpreted, see tests/conftest.py."""

@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from mm_interleaved.ops.triton_attention import attend_images, attend_images_backward
+from mm_interleaved.ops.triton_op import attend_images, attend_images_backward
 
 HOPPER = GPUTarget("cuda", 90, 32)
 H, D, P = 16, 64, 8

@@ -10,8 +10,9 @@ pytest.importorskip("triton")
 from cases import DEVICE, assert_equal, case, causal, in_float64, outcome
 
 from mm_interleaved import FeatureSynchronizer
-from mm_interleaved.ops import attention, multi_image_deformable_attention, triton_attention
-from mm_interleaved.ops.triton_attention import Tile, attend_images, attend_images_backward, choose_tile
+from mm_interleaved.ops import attention, multi_image_deformable_attention
+from mm_interleaved.ops import triton_op as triton_attention
+from mm_interleaved.ops.triton_op import Tile, attend_images, attend_images_backward, choose_tile
 
 EXACT = 1e-12
 LINE_TILE = 64  # of sixteen channels or fewer

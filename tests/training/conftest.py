@@ -5,11 +5,11 @@ same bits.
 import pytest
 import torch
 
-from mm_interleaved.config import ResamplerConfig
-from mm_interleaved.document import Text
-from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.training.data import Mixture, training_document
-from mm_interleaved.training.tokenizer import train_tokenizer
+from mm_interleaved.documents.document import Text
+from mm_interleaved.models.config import ResamplerConfig
+from mm_interleaved.recipes.storyworld.batches import Mixture, training_document
+from mm_interleaved.recipes.storyworld.tokenizer import train_tokenizer
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import tiny_model
 
 DRAWINGS = Mixture(share=1, batch_size=2, tasks={"draw": 1})

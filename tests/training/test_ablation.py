@@ -11,6 +11,8 @@ from mm_interleaved.recipes import ablation_cost
 from mm_interleaved.recipes.ablation_cost import commit, made_by, weights_name, with_cost
 from mm_interleaved.recipes.ablation_settings import TwinSizes
 from mm_interleaved.recipes.ablation_twins import build_twin
+from mm_interleaved.recipes.storyworld.attribute_supervision import SIZES, SIZES_AT_POSITION
+from mm_interleaved.recipes.storyworld.vision_stage import SlotReader
 from mm_interleaved.recipes.twins import (
     ALL_LEVELS,
     NO_LEVELS,
@@ -23,10 +25,8 @@ from mm_interleaved.recipes.twins import (
     arm_with,
     chosen_twins,
 )
-from mm_interleaved.training.naming import SIZES, SIZES_AT_POSITION
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.slot_side import SlotSideStage
-from mm_interleaved.training.vision_side import SlotReader
 
 SMALL = TwinSizes(text_dim=32, text_layers=2, text_heads=2)
 

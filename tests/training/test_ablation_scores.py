@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mm_interleaved.cli.main import run
-from mm_interleaved.document_formats import write_documents
+from mm_interleaved.documents.formats import write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.ablation import (
     DATA_NAME,
@@ -17,11 +17,11 @@ from mm_interleaved.evaluation.ablation import (
     score_twins,
 )
 from mm_interleaved.evaluation.badges import badges_drawn, badges_told
+from mm_interleaved.files import make_folder
 from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.recipes.ablation import chosen_twins, twin_folder
-from mm_interleaved.storage import make_folder
-from mm_interleaved.training.naming import painting_labels
-from mm_interleaved.training.scene_code import SceneCode
+from mm_interleaved.recipes.storyworld.attribute_embedding import SceneCode
+from mm_interleaved.recipes.storyworld.attribute_supervision import painting_labels
 
 
 @pytest.mark.parametrize("count", [3, 27, 60, 400])

@@ -12,14 +12,14 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes import ablation
 from mm_interleaved.recipes.ablation_twins import TwinSizes
+from mm_interleaved.recipes.run import RECIPES, run_recipe
 from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
-from mm_interleaved.training.cost import average_flops
-from mm_interleaved.training.data import DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.stage_cost import average_flops
+from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.training.loop import StoppedBySignal, trained_parameters
-from mm_interleaved.training.parts import synchronizer_rules
-from mm_interleaved.training.run import RECIPES, run_recipe
+from mm_interleaved.training.parameter_groups import synchronizer_rules
 from mm_interleaved.training.settings import flat_record
-from mm_interleaved.training.text_side import TextSideStage
 
 TINY_STAGE = ("steps=1", "warmup_steps=1", "log_every=1", "use_bfloat16=false", "ema_decay=0.0")
 READS = Mixture(share=1, batch_size=1, tasks={"edit": 1})

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from mm_interleaved.recipes.ablation_cost import read_cost, with_cost
-from mm_interleaved.training.cost import COUNTING, average_flops
-from mm_interleaved.training.data import DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.stage_cost import COUNTING, average_flops
+from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
+from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.metrics import count_flops
-from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig
-from mm_interleaved.training.text_side import TextSideStage
 
 EDITS = Mixture(share=1, batch_size=2, tasks={"edit": 1})
 STORIES = Mixture(share=2, batch_size=1, tasks={"story": 1})

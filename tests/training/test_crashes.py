@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 
 from line_stage import CONFIG, Line
-from mm_interleaved.checkpoint import store
 from mm_interleaved.errors import NumericalError, StorageError, UsageError
+from mm_interleaved.training import checkpoints as store
 from mm_interleaved.training.loop import StoppedBySignal, train_stage
 
 

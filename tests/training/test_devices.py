@@ -6,14 +6,14 @@ from elsewhere import ELSEWHERE, TwoDevicesError, elsewhere
 
 from mm_interleaved.devices import rank_device
 from mm_interleaved.errors import UsageError
-from mm_interleaved.training.data import DocumentBatches, Mixture, storyworld_pixels
+from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture, storyworld_pixels
+from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
+from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
+from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
+from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normalise_latents
+from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
 from mm_interleaved.training.devices import device_of
-from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
-from mm_interleaved.training.image_side import ImageSideStage
-from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.slot_side import SlotSideStage
-from mm_interleaved.training.text_side import TextSideStage
-from mm_interleaved.training.vision_side import VisionSideStage
 
 MIXTURES = (
     Mixture(share=1, batch_size=2, tasks={"edit": 1}),

@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mm_interleaved.storyworld.renderer import scene_at
-from mm_interleaved.storyworld.world import POSITIONS
-from mm_interleaved.training.data import training_document
-from mm_interleaved.training.naming import (
+from mm_interleaved.recipes.storyworld.attribute_embedding import SceneCode
+from mm_interleaved.recipes.storyworld.attribute_supervision import (
     NAMES,
     NOT_THERE,
     SIZES,
@@ -18,7 +16,9 @@ from mm_interleaved.training.naming import (
     told_labels,
     true_labels,
 )
-from mm_interleaved.training.scene_code import SceneCode
+from mm_interleaved.recipes.storyworld.batches import training_document
+from mm_interleaved.storyworld.renderer import scene_at
+from mm_interleaved.storyworld.world import POSITIONS
 
 
 def labels_of(count):

@@ -7,7 +7,7 @@ import torch
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.training.optimizer import build_optimizer
-from mm_interleaved.training.parts import (
+from mm_interleaved.training.parameter_groups import (
     PART_NAMES,
     PartConfig,
     PartsConfig,

@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 
 from mm_interleaved.checkpoint.load import load_model
-from mm_interleaved.checkpoint.store import newest_checkpoint
 from mm_interleaved.errors import InputError, ModelFileError, StorageError, UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.documents import train_documents
+from mm_interleaved.recipes.run import RECIPES, export, run_recipe
 from mm_interleaved.recipes.tasks import task_recipes
 from mm_interleaved.training.adaptation import (
     add_low_rank,
@@ -21,11 +21,11 @@ from mm_interleaved.training.adaptation import (
     compile_layers,
     quantization_settings,
 )
+from mm_interleaved.training.checkpoints import newest_checkpoint
+from mm_interleaved.training.config import CorpusConfig, LoraConfig, TrainConfig
 from mm_interleaved.training.documents import build_loader, build_mixture
 from mm_interleaved.training.objectives import Objective
-from mm_interleaved.training.run import RECIPES, export, run_recipe
 from mm_interleaved.training.settings import from_record, override, to_record
-from mm_interleaved.training.train_config import CorpusConfig, LoraConfig, TrainConfig
 from tiny import tiny_model
 
 FULL_SIZE = sorted(name for name in task_recipes() if not name.endswith(("-lora", "-storyworld")))

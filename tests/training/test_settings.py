@@ -11,9 +11,9 @@ import pytest
 
 from line_stage import CONFIG, Line
 from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
-from mm_interleaved.recipes.storyworld import StoryWorldConfig
+from mm_interleaved.recipes.run import RECIPES, run_recipe
+from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig
 from mm_interleaved.training.loop import train_stage
-from mm_interleaved.training.run import RECIPES, run_recipe
 from mm_interleaved.training.settings import (
     StageConfig,
     flat_record,

@@ -10,25 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mm_interleaved.checkpoint.store import load_newest_checkpoint
-from mm_interleaved.document import Text
+from mm_interleaved.documents.document import Text
 from mm_interleaved.errors import ModelFileError, NumericalError
-from mm_interleaved.storyworld.renderer import figure_box, scene_at
-from mm_interleaved.storyworld.tasks import document
-from mm_interleaved.storyworld.world import BADGES, POSITIONS, SPECIES, scene_from_record
-from mm_interleaved.storyworld.world import NAMES as WHO
-from mm_interleaved.training.data import DocumentBatch, DocumentBatches, Mixture, training_document
-from mm_interleaved.training.image_codec import ImageCodecStage, normalise_latents
-from mm_interleaved.training.image_side import ImageSideStage
-from mm_interleaved.training.initialisation import open_to_images, open_to_learning
-from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
-from mm_interleaved.training.mentions import (
-    ANSWERS_OF_MENTION,
-    OF_MENTION,
-    introduction_labels,
-    mention_labels,
-)
-from mm_interleaved.training.naming import (
+from mm_interleaved.recipes.storyworld.attribute_supervision import (
     AT_POSITION,
     NAMES,
     NOT_THERE,
@@ -37,11 +21,32 @@ from mm_interleaved.training.naming import (
     badge_cells,
     cell_labels,
 )
+from mm_interleaved.recipes.storyworld.batches import (
+    DocumentBatch,
+    DocumentBatches,
+    Mixture,
+    training_document,
+)
+from mm_interleaved.recipes.storyworld.coreference_supervision import (
+    ANSWERS_OF_MENTION,
+    OF_MENTION,
+    introduction_labels,
+    mention_labels,
+)
+from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
+from mm_interleaved.recipes.storyworld.initialisation import open_to_images, open_to_learning
+from mm_interleaved.recipes.storyworld.text_stage import TextSideStage, read_batch
+from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
+from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normalise_latents
+from mm_interleaved.recipes.storyworld.vision_stage import SlotReader, VisionSideStage
+from mm_interleaved.storyworld.renderer import figure_box, scene_at
+from mm_interleaved.storyworld.tasks import document
+from mm_interleaved.storyworld.world import BADGES, POSITIONS, SPECIES, scene_from_record
+from mm_interleaved.storyworld.world import NAMES as WHO
+from mm_interleaved.training.checkpoints import load_newest_checkpoint
+from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
-from mm_interleaved.training.painter import PainterStage
 from mm_interleaved.training.settings import StageConfig
-from mm_interleaved.training.text_side import TextSideStage, read_batch
-from mm_interleaved.training.vision_side import SlotReader, VisionSideStage
 
 ONE_DRAWING = Mixture(share=1, batch_size=1, tasks={"draw": 1})
 QUICK = StageConfig(steps=6, learning_rate=3e-3, warmup_steps=2, ema_decay=0.9, save_every=3, log_every=2)

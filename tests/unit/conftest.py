@@ -68,14 +68,14 @@ def llama_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def byte_level_vocabulary(byte_level_tokenizer):
-    from mm_interleaved.vocabulary import Vocabulary
+    from mm_interleaved.tokens.vocabulary import Vocabulary
 
     return Vocabulary.from_tokenizer(byte_level_tokenizer, num_slots=3)
 
 
 @pytest.fixture(scope="session")
 def llama_vocabulary(llama_tokenizer):
-    from mm_interleaved.vocabulary import Vocabulary
+    from mm_interleaved.tokens.vocabulary import Vocabulary
 
     return Vocabulary.from_tokenizer(llama_tokenizer, num_slots=3, pad=339)
 

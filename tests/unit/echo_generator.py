@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import InputError, TooLongError
 from mm_interleaved.generation.events import Failed, Finished, ImageDone, ImageStarted, TextDelta
 from mm_interleaved.generation.settings import GenerationSettings

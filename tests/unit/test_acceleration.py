@@ -11,18 +11,18 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, Text, document_to_record
-from mm_interleaved.document_formats import read_documents
+from mm_interleaved.documents.document import Document, Image, Text, document_to_record
+from mm_interleaved.documents.formats import read_documents
 from mm_interleaved.errors import InputError, ModelFileError, UsageError
 from mm_interleaved.generation import diffusion
-from mm_interleaved.generation.acceleration import compile_painter, load_adapter, use_channels_last
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import ImageDone
-from mm_interleaved.model_source import Acceleration
+from mm_interleaved.generation.loading import Acceleration
+from mm_interleaved.models.acceleration import compile_painter, load_adapter, use_channels_last
 from mm_interleaved.models.compilation import compile_each
 from mm_interleaved.models.unet import DeepFeatures, unet_blocks, unet_forward
 from mm_interleaved.training.adaptation import add_low_rank
-from mm_interleaved.training.train_config import LoraConfig
+from mm_interleaved.training.config import LoraConfig
 from tiny import tiny_model, tiny_processor
 
 DRAW = {"layout": "I", "num_inference_steps": 4, "scheduler": "ddim", "guidance_scale": 4.0}

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from by_ids import document_starts
-from mm_interleaved.batch import blank_batch, check_fits, check_slots, collate, stack_batches
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.images import SquareCrop
 from mm_interleaved.errors import ModelFileError, TooLongError
-from mm_interleaved.images import SquareCrop
-from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.sequence import encode_document
-from mm_interleaved.visibility import NO_IMAGE, visible_images
+from mm_interleaved.tokens.batch import blank_batch, check_fits, check_slots, collate, stack_batches
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
+from mm_interleaved.tokens.sequence import encode_document
+from mm_interleaved.tokens.visibility import NO_IMAGE, visible_images
 
 RED, BLUE = (Image(PILImage.new("RGB", (9, 5), colour)) for colour in ("red", "blue"))
 words = st.sampled_from([Text("Pip finds a lamp."), Text("<|image|></s>"), RED, BLUE])

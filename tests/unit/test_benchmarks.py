@@ -44,7 +44,7 @@ from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.unet import MapSynchronizer
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 from tiny import tiny_config, tiny_model, tiny_processor
 
 EXACT = 1e-12

@@ -27,11 +27,11 @@ from transformers import (
 
 from mm_interleaved import MMInterleavedForConditionalGeneration, MMInterleavedProcessor
 from mm_interleaved.checkpoint.compose import JointSettings, compose
-from mm_interleaved.config import AdapterConfig, ResamplerConfig, SynchronizerConfig
-from mm_interleaved.document import Document, Text
+from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import ModelFileError, UsageError
+from mm_interleaved.models.config import AdapterConfig, ResamplerConfig, SynchronizerConfig
 from mm_interleaved.models.unet import unet_forward
-from mm_interleaved.training.run import run_recipe
+from mm_interleaved.recipes.run import run_recipe
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

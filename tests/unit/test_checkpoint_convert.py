@@ -19,10 +19,10 @@ from mm_interleaved.checkpoint.key_map import DERIVED_POSITION_IDS, our_key
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.checkpoint.official_files import HASHES, open_checkpoint
 from mm_interleaved.checkpoint.released_config import RELEASED, official_settings, released_config
-from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError
+from mm_interleaved.models.config import MMInterleavedConfig
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import image_ids
 
 MANIFEST = Path(__file__).parents[3] / "shared" / "reference" / "manifest.json"

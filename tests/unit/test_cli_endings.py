@@ -10,9 +10,9 @@ import typer
 from PIL import Image as PILImage
 from transformers.utils import logging as transformers_logging
 
-from mm_interleaved.cli import corpora
+from mm_interleaved.cli import data as data_commands
 from mm_interleaved.cli.main import create_app, run
-from mm_interleaved.training import run as run_module
+from mm_interleaved.recipes import run as run_module
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_a_full_memory_is_no_bug(capsys, monkeypatch, tmp_path, error, size):
     def fail(path):
         raise error
 
-    monkeypatch.setattr("mm_interleaved.data.sources.registry.source_name_of", fail)
+    monkeypatch.setattr("mm_interleaved.data.registry.source_name_of", fail)
     (tmp_path / "in.jsonl").write_text("{}")
     assert run(["data", "convert", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
     told = capsys.readouterr().err
@@ -51,7 +51,7 @@ def test_check_looks_at_every_file(capsys, tmp_path):
     assert "wrong.json" in told.err and "bad.png" in told.err and "good.json: 1 documents" in told.out
     assert run(["data", "check", paths["bad"], paths["good"]]) == 7
     assert run(["data", "check", paths["good"]]) == 0
-    assert "Ends with 3" in (corpora.check.__doc__ or "")
+    assert "Ends with 3" in (data_commands.check.__doc__ or "")
 
 
 def test_arguments_are_named_in_capitals_and_help_breaks_no_line_of_its_own():

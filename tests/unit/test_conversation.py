@@ -12,9 +12,9 @@ from PIL import Image as PILImage
 from transformers import AutoProcessor, BatchFeature
 
 from mm_interleaved import Document, Image, Text, register
-from mm_interleaved.conversation import RenderedPrompt
 from mm_interleaved.errors import ImageError
-from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.tokens.conversations import RenderedPrompt
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import BOS, EOS, image_ids, tiny_config, tiny_model, tiny_processor
 
 SPELLINGS = ["<s>", "</s>", "<pad>", "<|image|>", "<|beginofimage|>", "<image>", "USER:", "ASSISTANT:"]

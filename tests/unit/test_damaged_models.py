@@ -13,14 +13,14 @@ from transformers import AutoTokenizer
 
 from mm_interleaved import Document, Text
 from mm_interleaved.checkpoint.load import load_model, read_model_config
-from mm_interleaved.checkpoint.resolve import shipped_folder
-from mm_interleaved.checkpoint.values import COUNTS, SIZES, check_object, fits
 from mm_interleaved.cli.main import run
+from mm_interleaved.documents.strict_json import FieldError
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.model_source import generation_defaults, load_generator, read_config
-from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.strict_json import FieldError
+from mm_interleaved.generation.loading import generation_defaults, load_generator, read_config
+from mm_interleaved.model_files.resolve import shipped_folder
+from mm_interleaved.model_files.values import COUNTS, SIZES, check_object, fits
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import tiny_config, tiny_model, tiny_processor
 
 MISSING = object()

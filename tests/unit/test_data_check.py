@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 from PIL import Image as PILImage
 
-from mm_interleaved.cli import corpora
+from mm_interleaved.cli import data as data_commands
 from mm_interleaved.cli.main import run
 from mm_interleaved.data.check import Look, histogram, summary
 from mm_interleaved.data.check_page import render_contact_sheet
 from mm_interleaved.data.pickled_annotations import PICKLED
-from mm_interleaved.data.prompts import PROMPTS
-from mm_interleaved.data.sources.registry import SOURCES, make_source
-from mm_interleaved.document_formats import read_documents
+from mm_interleaved.data.registry import SOURCES, make_source
+from mm_interleaved.documents.formats import read_documents
 from mm_interleaved.errors import InputError
 from mm_interleaved.storyworld.exports import write_storyworld
+from mm_interleaved.tokens.task_prompts import PROMPTS
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_what_is_piped_in_is_read_like_a_file(capsys, tmp_path, monkeypatch, dat
     monkeypatch.chdir(tmp_path)
     for packed in (data, gzip.compress(data)):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(packed)))
-        corpora._spooled.cache_clear()
+        data_commands._spooled.cache_clear()
         assert run(["data", "check", "-", "--model", "none"]) == 0
         told = capsys.readouterr()
         assert "-: 1 documents, 1 texts, 1 images" in told.out and not told.err

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.document_formats import document_from_record, read_documents, write_documents
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.formats import document_from_record, read_documents, write_documents
+from mm_interleaved.documents.record_rules import AS_TEXT
 from mm_interleaved.errors import ImageError, InputError
-from mm_interleaved.record_rules import AS_TEXT
 
 
 def png(colour="red"):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_interleaved.cli.estimate import DEVICES, needs_of
 from mm_interleaved.generation.session import InterleavedSession
+from mm_interleaved.models.cost import DEVICES, needs_of
 from mm_interleaved.models.unet import unet_forward
 from tiny import tiny_model
 

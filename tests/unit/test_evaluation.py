@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 from echo_generator import EchoGenerator
 
-from mm_interleaved.document import Document, Text
+from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import InputError, TooLongError
 from mm_interleaved.evaluation import runner
 from mm_interleaved.evaluation.runner import _ranking, evaluate_model, evaluate_predictions
 from mm_interleaved.evaluation.tasks import TASKS
-from mm_interleaved.generation_run import ModelChoice, RunRequest
-from mm_interleaved.model_source import AS_IT_IS, Acceleration
-from mm_interleaved.storage import make_folder
+from mm_interleaved.files import make_folder
+from mm_interleaved.generation.loading import AS_IT_IS, Acceleration
+from mm_interleaved.runs.generate import ModelChoice, RunRequest
 from mm_interleaved.storyworld.exports import write_storyworld
 from tiny import tiny_config
 

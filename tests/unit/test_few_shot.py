@@ -4,9 +4,9 @@ import pytest
 
 from corpora import pair, picture
 from mm_interleaved.data.few_shot import FewShot, group_documents, merge_documents
-from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.sequence import encode_document
-from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.seeded_random import Dice
+from mm_interleaved.tokens.sequence import encode_document
 
 
 def question(name, words, answer, role=None):

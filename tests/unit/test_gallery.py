@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Image
+from mm_interleaved.documents.document import Image
 from mm_interleaved.evaluation.gallery import show_gallery
 from mm_interleaved.storyworld.renderer import render_scene, sheet_of
 from mm_interleaved.storyworld.tasks import document, part_pixels

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import InputError, ModelFileError, NumericalError, TooLongError, UsageError
 from mm_interleaved.generation.engine import InterleavedGenerator, part_seed
 from mm_interleaved.generation.events import Finished, ImageDone, ImagePreview, ImageStarted, TextDelta
 from mm_interleaved.generation.settings import SCHEDULERS, GenerationSettings, settings_for
 from mm_interleaved.generation.text import TextRun
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import BOS, EOS, PAD, tiny_model, tiny_processor
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 1.0, "max_new_tokens": 6}

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from mm_interleaved import config
-from mm_interleaved.document import Document, Text
+from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import InputError, UsageError
 from mm_interleaved.generation import diffusion, settings
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
+from mm_interleaved.models import config
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Image
+from mm_interleaved.documents.document import Image
 from mm_interleaved.errors import ImageError
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)

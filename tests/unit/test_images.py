@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from mm_interleaved.documents.images import (
+    MAX_FILE_BYTES,
+    SquareCrop,
+    fit_square,
+    open_image,
+    to_array,
+    upright_size,
+)
 from mm_interleaved.errors import ImageError
-from mm_interleaved.images import MAX_FILE_BYTES, SquareCrop, fit_square, open_image, to_array, upright_size
 
 
 def encoded(picture, format="PNG", **settings):

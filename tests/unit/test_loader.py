@@ -16,17 +16,17 @@ import pytest
 import torch
 
 from corpora import BROKEN, FILTERED, UNREADABLE, MemoryCorpus, corpus, pair, picture
-from mm_interleaved.data import lanes
+from mm_interleaved.data import row_streams as lanes
 from mm_interleaved.data.few_shot import FewShot
-from mm_interleaved.data.lanes import lane_shares
 from mm_interleaved.data.loader import BLANK_ROW, TrainingLoader, merge_states
 from mm_interleaved.data.mixture import Mixture, MixtureSource
+from mm_interleaved.data.row_streams import lane_shares
 from mm_interleaved.data.sources.documents import DocumentFiles
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import InputError, StorageError, UsageError
-from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.storage import locked_folder
-from mm_interleaved.visibility import NO_IMAGE
+from mm_interleaved.files import locked_folder
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
+from mm_interleaved.tokens.visibility import NO_IMAGE
 
 # More workers than this machine has cores are slow, not wrong.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -380,7 +380,7 @@ sys.path.insert(0, sys.argv[1])
 from corpora import corpus
 from mm_interleaved.data.loader import TrainingLoader
 from mm_interleaved.data.mixture import Mixture, MixtureSource
-from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 mixture = Mixture(sources=(MixtureSource(name="pairs", source=corpus("pair", [5])),), max_length=96)
 processor = MMInterleavedProcessor.from_pretrained(sys.argv[2])
 sizes = {"global_batch_size": 2, "micro_batch_size": 1}

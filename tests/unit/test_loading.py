@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from mm_interleaved import devices, register
-from mm_interleaved.checkpoint.headers import tensor_headers
 from mm_interleaved.checkpoint.load import load_model
-from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.errors import ModelFileError, UsageError
-from mm_interleaved.model_source import find_model, load_generator
+from mm_interleaved.generation.loading import find_model, load_generator
+from mm_interleaved.model_files.headers import tensor_headers
 from mm_interleaved.models.build import build_vision_tower
+from mm_interleaved.models.config import MMInterleavedConfig
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.transformers_versions import checkpointing_enable
-from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import BOS, image_ids, tiny_config, tiny_model, tiny_processor
 
 PARTLY_ON_DISK = {

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import ModelCard
 
-from mm_interleaved.checkpoint.model_card import TAGS, model_card, write_model_card
-from mm_interleaved.checkpoint.resolve import shipped_folder
+from mm_interleaved.model_files.model_card import TAGS, model_card, write_model_card
+from mm_interleaved.model_files.resolve import shipped_folder
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from tiny import tiny_config, tiny_model, tiny_processor
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import NumericalError
 from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Failed, Finished
-from mm_interleaved.model_source import load_generator
+from mm_interleaved.generation.loading import load_generator
 from tiny import tiny_model, tiny_processor
 
 PICTURE = Image(PILImage.fromarray(np.full((32, 32, 3), 99, np.uint8)))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from corpora import MemoryCorpus, pair, picture
 from mm_interleaved.data.loader import BLANK_ROW, TrainingLoader
 from mm_interleaved.data.mixture import Mixture, MixtureSource
-from mm_interleaved.document import Document, Text
+from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.prediction_types import PREDICTION_TYPES
 from mm_interleaved.training.objectives import Objective, ObjectiveConfig, count_targets, min_snr_weight

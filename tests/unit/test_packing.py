@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from mm_interleaved.data.packing import RowRule, cut_to_fit, fill_row
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import UsageError
-from mm_interleaved.sequence import encode_document, slice_sequence
+from mm_interleaved.tokens.sequence import encode_document, slice_sequence
 
 RED, BLUE = (Image(PILImage.new("RGB", (9, 5), colour)) for colour in ("red", "blue"))
 parts = st.sampled_from([Text("Pip finds a lamp."), Text("<|image|></s>"), RED, BLUE])

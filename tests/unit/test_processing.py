@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mm_interleaved.errors import ModelFileError
-from mm_interleaved.processing import MMInterleavedProcessor
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
 OFFLINE = {"local_files_only": True}
 

@@ -14,15 +14,15 @@ from echo_generator import EchoGenerator, load_echo
 from PIL import Image as PILImage
 
 from faults.filesystem import KILLED, killed_at
-from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.document_formats import read_documents
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.formats import read_documents
 from mm_interleaved.errors import InputError, NumericalError, StorageError, UsageError
+from mm_interleaved.files import locked_folder, repair_tail
 from mm_interleaved.generation.events import Failed, Finished
-from mm_interleaved.generation_run import ModelChoice, RunRequest, default_batch_size, run_documents
-from mm_interleaved.run_folder import file_stem, file_stems
-from mm_interleaved.run_manifest import read_manifest
-from mm_interleaved.run_results import image_paths
-from mm_interleaved.storage import locked_folder, repair_tail
+from mm_interleaved.runs.folder import file_stem, file_stems
+from mm_interleaved.runs.generate import ModelChoice, RunRequest, default_batch_size, run_documents
+from mm_interleaved.runs.manifest import read_manifest
+from mm_interleaved.runs.results import image_paths
 from tiny import tiny_config
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mm_interleaved.document import Document, Text
+from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import UsageError
 from mm_interleaved.generation import diffusion
 from mm_interleaved.generation.engine import InterleavedGenerator

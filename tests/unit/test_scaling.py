@@ -8,9 +8,9 @@ from PIL import Image as PILImage
 from mm_interleaved.cli.main import run as run_command
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.scaling import envelope, fit_law, law_loss, write_scaling
+from mm_interleaved.files import make_folder
 from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
 from mm_interleaved.recipes.twins import Reader
-from mm_interleaved.storage import make_folder
 from mm_interleaved.training.settings import to_record
 
 WIDTHS = (32, 96)
@@ -80,7 +80,7 @@ def test_a_run_of_which_nothing_is_trained_is_refused(trained, tmp_path):
 def test_the_command_goes_on_with_the_sizes_of_the_run(trained, tmp_path, monkeypatch, capsys):
     """Called without `--set` it draws what the run was told to train, not the defaults."""
     pytest.importorskip("matplotlib")
-    from mm_interleaved.training import run as training_run
+    from mm_interleaved.recipes import run as training_run
 
     monkeypatch.setattr(training_run, "run_recipe", lambda name, overrides, **how: how["out"])
     assert run_command(["scaling", "-o", str(trained), "--docs", str(tmp_path / "docs")]) == 0

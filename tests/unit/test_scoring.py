@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mm_interleaved.document import Document, Text
+from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.text import TOKENS_AT_ONCE, score_options

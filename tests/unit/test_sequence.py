@@ -9,9 +9,9 @@ from PIL import Image as PILImage
 from test_vocabulary import hostile_text
 
 from by_ids import text_targets
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import InputError
-from mm_interleaved.sequence import LearningRule, decode_sequence, encode_document, slice_sequence
+from mm_interleaved.tokens.sequence import LearningRule, decode_sequence, encode_document, slice_sequence
 
 PICTURES = tuple(Image(PILImage.new("RGB", (1, 1), (n, 0, 0)), name=str(n)) for n in range(4))
 parts = st.lists(st.one_of(hostile_text.map(Text), st.sampled_from(PICTURES)), max_size=7)

@@ -14,13 +14,13 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, Text, document_to_record
-from mm_interleaved.generation.acceleration import load_adapter
+from mm_interleaved.documents.document import Document, Image, Text, document_to_record
+from mm_interleaved.documents.images import to_png
 from mm_interleaved.generation.engine import InterleavedGenerator
-from mm_interleaved.images import to_png
-from mm_interleaved.model_source import find_model, load_generator
+from mm_interleaved.generation.loading import find_model, load_generator
+from mm_interleaved.models.acceleration import load_adapter
 from mm_interleaved.training.adaptation import add_low_rank
-from mm_interleaved.training.train_config import LoraConfig
+from mm_interleaved.training.config import LoraConfig
 from tiny import tiny_model, tiny_processor
 
 PICTURE = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))

@@ -19,8 +19,8 @@ import mm_interleaved
 from mm_interleaved.data.boxes import Box
 from mm_interleaved.data.check import Look
 from mm_interleaved.data.convert import convert_source
-from mm_interleaved.data.sources.registry import SOURCES, make_source
-from mm_interleaved.data.sources.source import (
+from mm_interleaved.data.registry import SOURCES, make_source
+from mm_interleaved.data.source import (
     BrokenItem,
     FilteredItem,
     Shard,
@@ -28,9 +28,9 @@ from mm_interleaved.data.sources.source import (
     items_of,
     shards_of,
 )
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.record_rules import AS_TEXT, is_content_name
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError
-from mm_interleaved.record_rules import AS_TEXT, is_content_name
 
 SIZE = (64, 48)
 NAMES = ("a.jpg", "b.jpg", "c.jpg")

@@ -18,20 +18,20 @@ import pytest
 from PIL import Image as PILImage
 
 from mm_interleaved.data.pickled_annotations import read_pickled
-from mm_interleaved.data.sources import files, records
-from mm_interleaved.data.sources.files import (
+from mm_interleaved.data.registry import SOURCES, make_source, source_name_of
+from mm_interleaved.data.source import BrokenItem, Shard, in_epoch
+from mm_interleaved.data.storage import files, records
+from mm_interleaved.data.storage.files import (
     MANIFEST,
     check_against_manifest,
     found_files,
     manifest_bytes,
     manifest_of,
 )
-from mm_interleaved.data.sources.records import read_records
-from mm_interleaved.data.sources.registry import SOURCES, make_source, source_name_of
-from mm_interleaved.data.sources.source import BrokenItem, Shard, in_epoch
-from mm_interleaved.document import Document
+from mm_interleaved.data.storage.records import read_records
+from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.strict_json import Record
 from mm_interleaved.errors import InputError, StorageError, UsageError
-from mm_interleaved.strict_json import Record
 
 
 def png(number: int) -> bytes:

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image as PILImage
 
 from mm_interleaved.data.pickled_annotations import unpickled_records
-from mm_interleaved.data.prompts import CAPTION_RELEASED, GROUND_RELEASED, QUESTION_RELEASED
-from mm_interleaved.data.sources import records
-from mm_interleaved.data.sources.registry import make_source, source_name_of
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, in_epoch
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.data.registry import make_source, source_name_of
+from mm_interleaved.data.source import BrokenItem, FilteredItem, in_epoch
+from mm_interleaved.data.storage import records
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import InputError, UsageError
+from mm_interleaved.tokens.task_prompts import CAPTION_RELEASED, GROUND_RELEASED, QUESTION_RELEASED
 
 
 def png(colour: int = 0, size=(8, 6)) -> bytes:

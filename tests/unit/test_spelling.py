@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from mm_interleaved.cli.main import create_app
-from mm_interleaved.data.sources.registry import SOURCES
+from mm_interleaved.data.registry import SOURCES
 from mm_interleaved.generation.settings import SCHEDULERS, GenerationSettings
 from mm_interleaved.spelling import _OTHERS_SAY, hint, nearest
 from mm_interleaved.storyworld.exports import EXPORTS

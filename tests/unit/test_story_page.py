@@ -6,7 +6,7 @@ import re
 
 from PIL import Image as PILImage
 
-from mm_interleaved.story_page import MAX_DOCUMENTS, panels, render_page
+from mm_interleaved.runs.page import MAX_DOCUMENTS, panels, render_page
 
 
 def text(words, **more):

@@ -6,16 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mm_interleaved.cli import answers
-from mm_interleaved.document import Image, Text
-from mm_interleaved.document_formats import read_documents
+from mm_interleaved.cli import shortcuts
+from mm_interleaved.documents.document import Image, Text
+from mm_interleaved.documents.formats import read_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
 from mm_interleaved.storyworld.oracle import attribute_matches, read_scene
-from mm_interleaved.storyworld.prompts import read_box, write_box
 from mm_interleaved.storyworld.scores import box_iou, score
 from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels, picture
 from mm_interleaved.storyworld.world import NAMES, scene_from_record
+from mm_interleaved.tokens.boxes import read_box, write_box
 
 REQUIRED = {
     "caption.attributes", "vqa.accuracy", "vqa.fine_detail", "ground.accuracy", "draw.attributes",
@@ -254,13 +254,13 @@ def test_ready_prompts_of_the_command_line_are_those_that_were_trained():
     def asked(task):
         return document("train", 0, 0, task).parts[1].text
 
-    assert inspect.signature(answers.caption).parameters["prompt"].default == asked("caption")
-    before, after = inspect.signature(answers.ground).parameters["prompt"].default.split("{phrase}")
+    assert inspect.signature(shortcuts.caption).parameters["prompt"].default == asked("caption")
+    before, after = inspect.signature(shortcuts.ground).parameters["prompt"].default.split("{phrase}")
     assert asked("ground").startswith(before) and asked("ground").endswith(after)
 
 
 @pytest.mark.parametrize("text", ["(102,355)(480,910)", "at (102, 355) (480,0910)."])
 def test_a_box_is_read_alike_where_it_is_scored_and_where_it_is_shown(text):
     assert read_box(text) == (102, 355, 480, 910)
-    assert answers.box_in_pixels(text, (1000, 1000)) == (102, 355, 480, 910)
+    assert shortcuts.box_in_pixels(text, (1000, 1000)) == (102, 355, 480, 910)
     assert read_box(write_box((1, 2, 30, 999))) == (1, 2, 30, 999)

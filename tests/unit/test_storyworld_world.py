@@ -6,7 +6,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.seeded_random import Dice
 from mm_interleaved.storyworld.language import (
     describe_scene,
     read_actions,

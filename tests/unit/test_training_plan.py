@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved.cli.main import run
-from mm_interleaved.cli.training_plan import GPUS, is_frozen, plan_lines, training_needs
 from mm_interleaved.errors import UsageError
-from mm_interleaved.training.parts import PartConfig, PartsConfig, choose_trained
+from mm_interleaved.training.parameter_groups import PartConfig, PartsConfig, choose_trained
+from mm_interleaved.training.plan import GPUS, is_frozen, plan_lines, training_needs
 from tiny import image_ids, tiny_model
 
 TOKENS, IMAGES = 40, 3

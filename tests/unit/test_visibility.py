@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from by_ids import document_starts, targets_after_an_image, text_targets
-from mm_interleaved.visibility import (
+from mm_interleaved.tokens.visibility import (
     IGNORED,
     NO_IMAGE,
     announced_images,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_interleaved.errors import InputError
-from mm_interleaved.vocabulary import Vocabulary
+from mm_interleaved.tokens.vocabulary import Vocabulary
 
 HOSTILE = [
     "<|image|>",

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_interleaved.checkpoint.headers import read_json
 from mm_interleaved.errors import ModelFileError
+from mm_interleaved.model_files.headers import read_json
 
 _MAX_DEPTH = 6
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")

@@ -27,14 +27,19 @@ from transformers import (
 )
 
 from mm_interleaved.checkpoint.load import DTYPES, model_file_errors
-from mm_interleaved.config import AdapterConfig, MMInterleavedConfig, ResamplerConfig, SynchronizerConfig
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError, escape
+from mm_interleaved.files import new_folder
+from mm_interleaved.models.config import (
+    AdapterConfig,
+    MMInterleavedConfig,
+    ResamplerConfig,
+    SynchronizerConfig,
+)
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.language import language_family
 from mm_interleaved.models.unet import check_unet
-from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.spelling import hint
-from mm_interleaved.storage import new_folder
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
 logger = logging.getLogger(__name__)
 

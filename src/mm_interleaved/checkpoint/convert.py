@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mm_interleaved.checkpoint.components import Components, find_components
-from mm_interleaved.checkpoint.headers import read_index, read_json, tensor_headers
 from mm_interleaved.checkpoint.key_map import KeyReport, compare_keys, from_official, to_official
 from mm_interleaved.checkpoint.load import (
     DTYPES,
@@ -30,12 +29,13 @@ from mm_interleaved.checkpoint.official_files import Shard, open_checkpoint
 from mm_interleaved.checkpoint.released_config import RELEASED, official_settings, released_config
 from mm_interleaved.checkpoint.shard_writer import GIGABYTE, ShardWriter
 from mm_interleaved.checkpoint.tokenizer import load_released_tokenizer
-from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError, escape
+from mm_interleaved.files import new_folder, write_file
+from mm_interleaved.model_files.headers import read_index, read_json, tensor_headers
+from mm_interleaved.models.config import MMInterleavedConfig
 from mm_interleaved.models.positions import resize_grid_table
-from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.spelling import hint
-from mm_interleaved.storage import new_folder, write_file
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
 logger = logging.getLogger(__name__)
 

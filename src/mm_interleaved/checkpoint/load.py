@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from mm_interleaved.checkpoint.headers import read_json, tensor_headers
-from mm_interleaved.checkpoint.resolve import CONFIG
-from mm_interleaved.checkpoint.values import check_kinds, check_object
-from mm_interleaved.config import BASE_HINTS, MMInterleavedConfig
+from mm_interleaved.documents.strict_json import FieldError
 from mm_interleaved.errors import MMInterleavedError, ModelFileError, StorageError, escape, memory_wanted
+from mm_interleaved.model_files.headers import read_json, tensor_headers
+from mm_interleaved.model_files.resolve import CONFIG
+from mm_interleaved.model_files.values import check_kinds, check_object
+from mm_interleaved.models.config import BASE_HINTS, MMInterleavedConfig
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.strict_json import FieldError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GENERATION_CONFIG = "generation_config.json"

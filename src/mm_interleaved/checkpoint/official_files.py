@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mm_interleaved.checkpoint.headers import check_index, read_header, read_index, refuse_duplicates
 from mm_interleaved.errors import ModelFileError, escape
+from mm_interleaved.model_files.headers import check_index, read_header, read_index, refuse_duplicates
 
 HASHES = "SHA256SUMS"
 # What trainers leave beside the weights; the official loader would stumble over it.

@@ -7,7 +7,12 @@ what it hard-codes stands here (reference: `mm_interleaved` release of 2024, com
 from collections.abc import Mapping
 from typing import Any
 
-from mm_interleaved.config import AdapterConfig, MMInterleavedConfig, ResamplerConfig, SynchronizerConfig
+from mm_interleaved.models.config import (
+    AdapterConfig,
+    MMInterleavedConfig,
+    ResamplerConfig,
+    SynchronizerConfig,
+)
 
 _LEVELS_BY_SIZE = {64: 0, 32: 1, 16: 2, 8: 3}
 # The library default that both Q-Formers inherit, whatever their width.

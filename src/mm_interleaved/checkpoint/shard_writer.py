@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_interleaved.errors import StorageError, UsageError
-from mm_interleaved.storage import write_file
+from mm_interleaved.files import write_file
 
 GIGABYTE = 10**9
 

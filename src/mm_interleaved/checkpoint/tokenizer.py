@@ -4,9 +4,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.errors import ModelFileError
-from mm_interleaved.vocabulary import IMAGE_START_TOKEN, IMAGE_TOKEN
+from mm_interleaved.models.config import MMInterleavedConfig
+from mm_interleaved.tokens.vocabulary import IMAGE_START_TOKEN, IMAGE_TOKEN
 
 
 def load_released_tokenizer(folder: Path, config: MMInterleavedConfig) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ from mm_interleaved.cli.command import Flags, command
 from mm_interleaved.cli.generate import Device, Dtype, Model, checked_file
 from mm_interleaved.cli.output import say, say_error
 from mm_interleaved.cli.places import folder_to_write
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import InputError, UsageError
 from mm_interleaved.generation.events import Event, ImageDone, TextDelta
 from mm_interleaved.spelling import unknown_name
@@ -56,8 +56,8 @@ def chat(
     /image PATH shows it a picture, /draw TEXT asks for one; /help lists all commands of the conversation.
     """
     from mm_interleaved.cli.process import load_quietly
+    from mm_interleaved.generation.loading import find_model, generation_defaults, read_config
     from mm_interleaved.generation.settings import settings_for
-    from mm_interleaved.model_source import find_model, generation_defaults, read_config
 
     folder = find_model(model)
     settings = settings_for(Document(id="chat", parts=()), generation_defaults(read_config(folder)), flags)
@@ -136,7 +136,7 @@ class _Conversation:
 
     def _complete(self, document: Document, layout: str) -> Document:
         from mm_interleaved.generation.settings import GenerationSettings
-        from mm_interleaved.generation_run import complete
+        from mm_interleaved.runs.generate import complete
 
         # Each turn draws from a seed of its own, else the same words would always get the same picture.
         self.turn += 1
@@ -173,8 +173,8 @@ class _Pictures:
         self.file: Path | None = None
 
     def add(self, picture) -> Path:
-        from mm_interleaved.images import to_png
-        from mm_interleaved.storage import make_folder, write_file
+        from mm_interleaved.documents.images import to_png
+        from mm_interleaved.files import make_folder, write_file
 
         make_folder(self.folder)
         path = self._free("picture-{}.png", 1)
@@ -182,8 +182,8 @@ class _Pictures:
         return path
 
     def write(self, documents: list[Document]):
-        from mm_interleaved.document_formats import write_documents
-        from mm_interleaved.storage import make_folder
+        from mm_interleaved.documents.formats import write_documents
+        from mm_interleaved.files import make_folder
 
         make_folder(self.folder)
         if self.file is None:

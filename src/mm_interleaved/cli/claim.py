@@ -11,7 +11,7 @@ from mm_interleaved.cli.command import command
 from mm_interleaved.cli.generate import Device, Dtype, Model
 from mm_interleaved.cli.output import progress, say
 from mm_interleaved.cli.places import folder_to_write, picture_to_write
-from mm_interleaved.document import Document
+from mm_interleaved.documents.document import Document
 from mm_interleaved.generation.events import Event
 
 _PANEL = "Claims"
@@ -49,7 +49,7 @@ def ablation(
     from mm_interleaved.evaluation.ablation import check_documents, score_twins
     from mm_interleaved.evaluation.ablation_page import write_page
     from mm_interleaved.recipes.ablation import AblationConfig, chosen_twins
-    from mm_interleaved.training.run import SETTINGS_NAME, run_recipe
+    from mm_interleaved.recipes.run import SETTINGS_NAME, run_recipe
     from mm_interleaved.training.settings import override
 
     names = override(AblationConfig(), assignments or ()).twins
@@ -81,7 +81,7 @@ def scaling(
 ):
     """Train three sizes of the same reader, and draw what more compute should give."""
     from mm_interleaved.evaluation.scaling import write_scaling
-    from mm_interleaved.training.run import SETTINGS_NAME, run_recipe
+    from mm_interleaved.recipes.run import SETTINGS_NAME, run_recipe
 
     is_begun = (output / SETTINGS_NAME).exists()
     run_recipe("scaling", assignments or (), resume=is_begun, out=output, show_progress=True)
@@ -112,7 +112,7 @@ def curves(
 ):
     """Draw how the shipped model learned, and count the multiplications that it took."""
     from mm_interleaved.evaluation.learning_curves import costs_of, flops_a_step, read_stages, write_curves
-    from mm_interleaved.recipes.storyworld import StoryWorldConfig
+    from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig
 
     lines = [line for path in logs or [None] for line in read_stages(path)]
     flops = flops_a_step("storyworld", StoryWorldConfig()) if cost else {}
@@ -161,7 +161,7 @@ def sight(
     """Show where the model looks in earlier pictures while it names a badge, and while it paints it."""
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.evaluation.sight_page import show_sight
-    from mm_interleaved.model_source import find_model
+    from mm_interleaved.generation.loading import find_model
 
     numbers = show_sight(load_quietly(find_model(model), device=device, dtype=dtype), seed, story, output)
     word = numbers["word"]
@@ -190,7 +190,7 @@ def gallery(
     """Paint the first prompts of StoryWorld's test split, and show every picture on one sheet."""
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.evaluation.gallery import show_gallery
-    from mm_interleaved.model_source import find_model
+    from mm_interleaved.generation.loading import find_model
 
     generator = load_quietly(find_model(model), device=device, dtype=dtype)
     with progress(count, "reading the model") as bar:
@@ -212,7 +212,7 @@ def oracle(
     """Measure how often the oracle errs: on clean pictures, and on those out of the model's VAE."""
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.evaluation.oracle_error import oracle_errors
-    from mm_interleaved.model_source import find_model
+    from mm_interleaved.generation.loading import find_model
 
     generator = load_quietly(find_model(model), device=device, dtype=dtype)
     for kind, error in oracle_errors(generator, pictures, seed).items():

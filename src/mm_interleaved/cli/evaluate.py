@@ -11,7 +11,7 @@ from mm_interleaved.cli.command import Flags, command
 from mm_interleaved.cli.generate import SOME_FAILED, BatchSize, Device, Dtype, Model, NewRun, event_words
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.cli.places import folder_to_write
-from mm_interleaved.document import Document
+from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import UsageError, escape
 from mm_interleaved.generation.events import Event
 from mm_interleaved.spelling import hint, unknown_name
@@ -19,7 +19,7 @@ from mm_interleaved.spelling import hint, unknown_name
 TASK_NAMES = ("storyworld",)
 """Kept here too, so that the help does not import what scores."""
 PREDICTOR_NAMES = ("constant", "text-only", "nearest", "copy")
-"""Of `evaluation.baselines`."""
+"""Of `storyworld.baselines`."""
 
 
 def add_to(app: typer.Typer):
@@ -64,14 +64,14 @@ def evaluate(
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.evaluation.runner import evaluate_model, evaluate_predictions
     from mm_interleaved.evaluation.tasks import TASKS
-    from mm_interleaved.generation_run import ModelChoice, RunRequest
+    from mm_interleaved.runs.generate import ModelChoice, RunRequest
 
     num_failed = 0
     for name in tasks:
         out = output if len(tasks) == 1 else output / name
         task = TASKS[name]
         if predictor is not None:
-            from mm_interleaved.evaluation.baselines import write_predictions
+            from mm_interleaved.storyworld.baselines import write_predictions
 
             answers = write_predictions(predictor, task.read_gold(data), out)
             scores = evaluate_predictions(task, data, answers, out)

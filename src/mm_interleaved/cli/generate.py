@@ -15,13 +15,13 @@ import typer
 from mm_interleaved.cli.command import Flags, command, typed_in_order
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.cli.places import folder_to_write
-from mm_interleaved.document import Document, Image, Part, Text, part_records
-from mm_interleaved.document_formats import read_documents
+from mm_interleaved.documents.document import Document, Image, Part, Text, part_records
+from mm_interleaved.documents.formats import read_documents
+from mm_interleaved.documents.strict_json import STANDARD_INPUT
 from mm_interleaved.errors import InputError, ModelFileError, SomeFailedError, UsageError
 from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, TextDelta
+from mm_interleaved.generation.loading import AS_IT_IS, Acceleration
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.model_source import AS_IT_IS, Acceleration
-from mm_interleaved.strict_json import STANDARD_INPUT
 
 SOME_FAILED = SomeFailedError.exit_code
 
@@ -159,10 +159,10 @@ def replay(
 
     What was changed in the folder since the run ended is named too.
     """
-    from mm_interleaved.generation_run import facts_that_differ
-    from mm_interleaved.model_source import find_model, hash_model
-    from mm_interleaved.run_folder import changed_files, check_input
-    from mm_interleaved.run_manifest import batch_size_of, read_manifest
+    from mm_interleaved.generation.loading import find_model, hash_model
+    from mm_interleaved.runs.folder import changed_files, check_input
+    from mm_interleaved.runs.generate import facts_that_differ
+    from mm_interleaved.runs.manifest import batch_size_of, read_manifest
 
     manifest = manifest / "manifest.json" if manifest.is_dir() else manifest
     wanted = read_manifest(manifest)
@@ -236,7 +236,7 @@ def run_and_report(
 ) -> int:
     """Run documents with a progress bar, say what was written; the exit code."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.generation_run import ModelChoice, RunRequest, run_documents
+    from mm_interleaved.runs.generate import ModelChoice, RunRequest, run_documents
 
     request = RunRequest(
         documents=documents,

@@ -17,21 +17,21 @@ import typer
 
 from mm_interleaved import __version__
 from mm_interleaved.cli import (
-    answers,
     chat,
     claim,
-    corpora,
+    data,
     evaluate,
     generate,
     models,
     process,
+    shortcuts,
     system,
     train,
 )
 from mm_interleaved.cli.command import CommandGroup, TyperUsageError
 from mm_interleaved.cli.output import say_error
 from mm_interleaved.errors import MMInterleavedError, memory_wanted
-from mm_interleaved.storage import disk_failure
+from mm_interleaved.files import disk_failure
 
 PROGRAM = "mm-interleaved"
 BUG, USAGE, STORAGE, STOPPED, INTERRUPTED = 1, 2, 6, 75, 130
@@ -66,7 +66,7 @@ def create_app() -> typer.Typer:
     ):
         pass
 
-    for module in (generate, answers, chat, models, train, evaluate, corpora, claim, system):
+    for module in (generate, shortcuts, chat, models, train, evaluate, data, claim, system):
         module.add_to(app)
     return app
 

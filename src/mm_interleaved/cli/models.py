@@ -47,8 +47,8 @@ def info(
 
 def describe_model(name: str) -> dict[str, Any]:
     """Parts, parameter counts, sizes and limits of a model, from its configuration and file headers."""
-    from mm_interleaved.checkpoint.headers import tensor_headers
-    from mm_interleaved.model_source import find_model, generation_defaults, read_config
+    from mm_interleaved.generation.loading import find_model, generation_defaults, read_config
+    from mm_interleaved.model_files.headers import tensor_headers
 
     folder = find_model(name)
     config = read_config(folder)

@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.devices import limit_threads
-from mm_interleaved.model_source import load_generator
+from mm_interleaved.generation.loading import load_generator
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator

@@ -13,10 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from mm_interleaved.cli.command import command
-from mm_interleaved.cli.estimate import BYTES, DEVICES, needs_of
 from mm_interleaved.cli.models import describe_model
 from mm_interleaved.cli.output import say
-from mm_interleaved.cli.training_plan import GPUS, plan_lines, training_needs
 from mm_interleaved.devices import (
     FORMATS,
     describe,
@@ -28,6 +26,8 @@ from mm_interleaved.devices import (
     weight_format,
 )
 from mm_interleaved.errors import MMInterleavedError
+from mm_interleaved.models.cost import BYTES, DEVICES, needs_of
+from mm_interleaved.training.plan import GPUS, plan_lines, training_needs
 from mm_interleaved.versions import installed_version, requirements, untried
 
 _CORE = ("torch", "transformers", "diffusers", "accelerate", "safetensors", "tokenizers", "pillow", "numpy")
@@ -140,8 +140,8 @@ def _numbers_of(model: str) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, 
 
         released = released_config(**RELEASED)
         return json.loads(released.to_json_string(use_diff=False)), model_shapes(released)
-    from mm_interleaved.checkpoint.headers import tensor_headers
-    from mm_interleaved.model_source import find_model, generation_defaults, read_config
+    from mm_interleaved.generation.loading import find_model, generation_defaults, read_config
+    from mm_interleaved.model_files.headers import tensor_headers
 
     folder = find_model(model)
     config = read_config(folder)

@@ -49,7 +49,7 @@ def train(
 
     On several GPUs or machines: torchrun ... -m mm_interleaved train RECIPE.
     """
-    from mm_interleaved.training.run import run_recipe
+    from mm_interleaved.recipes.run import run_recipe
 
     if not sys.stderr.isatty():
         # No bar is drawn then: lines of the log tell how far it is.
@@ -67,7 +67,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the model.")],
 ):
     """Write the model of a run's newest checkpoint as a folder that --model takes."""
-    from mm_interleaved.training.run import export as export_model
+    from mm_interleaved.recipes.run import export as export_model
 
     steps = export_model(run, out)
     say(f"the model after {steps} steps (checkpoint step-{steps:08d}) is in {out}")

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mm_interleaved.document import Image
+from mm_interleaved.documents.document import Image
+from mm_interleaved.documents.images import upright_size
+from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import ImageError
-from mm_interleaved.images import upright_size
-from mm_interleaved.storyworld.prompts import BOX_RANGE, write_box
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.tokens.boxes import BOX_RANGE, write_box
 
 Edges: TypeAlias = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels; the right and lower ends lie outside the box."""

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from PIL import Image as PILImage
 
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, Source, items_of
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, Shard, Source, items_of
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.images import read_regular_file
 from mm_interleaved.errors import ImageError, InputError
-from mm_interleaved.images import read_regular_file
-from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.seeded_random import Dice
 
 NUM_SAMPLES = 48
 """Documents on the contact sheet."""
@@ -125,7 +125,7 @@ class Report:
     """Images whose bytes were there before under another name."""
     faults: Faults = field(default_factory=Faults)
     remarks: dict[str, Remarked] = field(default_factory=dict)
-    """What documents carry with them that was not used or is doubtful, in the words of `record_rules`."""
+    """What documents carry with them that was not used or is doubtful, see `documents.record_rules`."""
     filtered: Counter[str] = field(default_factory=Counter)
     """Items left out on purpose, by rule."""
     tokens: Counter[int] = field(default_factory=Counter)

@@ -13,10 +13,9 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Shard, Source, items_of, shards_of
-from mm_interleaved.document import Document, Image, document_to_record
-from mm_interleaved.errors import ImageError, InputError, escape
-from mm_interleaved.images import (
+from mm_interleaved.data.source import BrokenItem, FilteredItem, Shard, Source, items_of, shards_of
+from mm_interleaved.documents.document import Document, Image, document_to_record
+from mm_interleaved.documents.images import (
     FORMAT_NAMES,
     describe_bytes,
     image_suffix,
@@ -24,7 +23,8 @@ from mm_interleaved.images import (
     to_png,
     upright_size,
 )
-from mm_interleaved.storage import (
+from mm_interleaved.errors import ImageError, InputError, escape
+from mm_interleaved.files import (
     is_real_folder,
     is_regular_file,
     make_folder,

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mm_interleaved.document import Document, Part, Text
-from mm_interleaved.prompts import ANSWERING_ROLE
-from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.documents.document import Document, Part, Text
+from mm_interleaved.seeded_random import Dice
+from mm_interleaved.tokens.prompts import ANSWERING_ROLE
 
 _PARTS_OF_ONE = 1 << 30
 

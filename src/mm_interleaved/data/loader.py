@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mm_interleaved.batch import Batch, blank_batch, stack_batches
-from mm_interleaved.data.lanes import LaneReader
+from mm_interleaved.data.encoding import Skip
 from mm_interleaved.data.mixture import Mixture
-from mm_interleaved.data.preparation import Skip
+from mm_interleaved.data.row_streams import LaneReader
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
-from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.storage import forget_locks
+from mm_interleaved.files import forget_locks
+from mm_interleaved.tokens.batch import Batch, blank_batch, stack_batches
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from math import isfinite
 
 from mm_interleaved.data.few_shot import FewShot
 from mm_interleaved.data.packing import RowRule
-from mm_interleaved.data.sources.source import Shard, Source, shards_of
+from mm_interleaved.data.source import Shard, Source, shards_of
 from mm_interleaved.errors import InputError, UsageError
-from mm_interleaved.sequence import LearningRule
-from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.seeded_random import Dice
+from mm_interleaved.tokens.sequence import LearningRule
 
 # Domain of the dice, so that no two kinds of choices share their random numbers.
 _ROW_DOMAIN = 31

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.sequence import Sequence, slice_sequence
+from mm_interleaved.tokens.sequence import Sequence, slice_sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_interleaved.document import Document, Image
-from mm_interleaved.document_formats import read_documents, write_documents
+from mm_interleaved.documents.document import Document, Image
+from mm_interleaved.documents.formats import read_documents, write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.badges import badges_drawn, badges_told
 from mm_interleaved.evaluation.runner import evaluate_model, read_predictions
 from mm_interleaved.evaluation.tasks import TASKS
-from mm_interleaved.generation_run import ModelChoice, OnEvent, RunRequest
-from mm_interleaved.model_source import load_generator
+from mm_interleaved.files import make_folder, write_file
+from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.recipes.ablation import twin_folder
 from mm_interleaved.recipes.ablation_cost import made_by, read_cost
 from mm_interleaved.recipes.twins import Twin
-from mm_interleaved.storage import make_folder, write_file
+from mm_interleaved.runs.generate import ModelChoice, OnEvent, RunRequest
 from mm_interleaved.storyworld.scores import answer_parts, first_image
 from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.world import Scene, scene_from_record

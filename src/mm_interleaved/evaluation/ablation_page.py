@@ -14,18 +14,18 @@ from typing import Any
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from mm_interleaved.document import Document
+from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.ablation import last_scenes, painted_pictures, read_results
 from mm_interleaved.evaluation.badges import count_known_figures
 from mm_interleaved.evaluation.origin import origin_of, origin_text, scoring_of
 from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, save_figure
 from mm_interleaved.evaluation.tasks import TASKS
-from mm_interleaved.images import to_png
+from mm_interleaved.files import make_folder, write_file
+from mm_interleaved.recipes.run import SETTINGS_NAME
 from mm_interleaved.recipes.twins import SLOT_COUNTS, WITH, WITHOUT, Twin, arm_with
-from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.storyworld.renderer import render_scene
-from mm_interleaved.training.run import SETTINGS_NAME
 
 METRICS = {
     "vqa.accuracy": "questions",

@@ -12,14 +12,14 @@ from statistics import mean
 
 import torch
 
-from mm_interleaved.document import Document, Image
+from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.generation import InterleavedGenerator
+from mm_interleaved.recipes.storyworld.attribute_embedding import SceneCode
+from mm_interleaved.recipes.storyworld.attribute_supervision import NAMES, SIZES, painting_labels
 from mm_interleaved.storyworld.oracle import read_scene
 from mm_interleaved.storyworld.scores import answer_parts, first_image
 from mm_interleaved.storyworld.tasks import part_pixels
 from mm_interleaved.storyworld.world import Figure, scene_from_record
-from mm_interleaved.training.naming import NAMES, SIZES, painting_labels
-from mm_interleaved.training.scene_code import SceneCode
 
 
 def badges_drawn(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:

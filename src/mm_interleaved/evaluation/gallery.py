@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document
+from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.images import to_png
+from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.images import to_png
-from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.storyworld.renderer import sheet_of
 from mm_interleaved.storyworld.scores import answer_parts, first_image, score
 from mm_interleaved.storyworld.tasks import document, part_pixels

@@ -15,18 +15,18 @@ from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.errors import InputError
 from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, plain_numbers, save_figure
 from mm_interleaved.evaluation.published_costs import costs_text, study_costs
-from mm_interleaved.model_source import find_model
-from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.recipes.storyworld import IMAGE_MIXTURES, TEXT_MIXTURES, StoryWorldConfig
-from mm_interleaved.storage import make_folder, write_file
-from mm_interleaved.training.cost import average_flops
-from mm_interleaved.training.data import DocumentBatches, storyworld_pixels
-from mm_interleaved.training.image_codec import ImageCodecStage
-from mm_interleaved.training.image_side import ImageSideStage
+from mm_interleaved.files import make_folder, write_file
+from mm_interleaved.generation.loading import find_model
+from mm_interleaved.recipes.storyworld.batches import DocumentBatches, storyworld_pixels
+from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
+from mm_interleaved.recipes.storyworld.recipe import IMAGE_MIXTURES, TEXT_MIXTURES, StoryWorldConfig
+from mm_interleaved.recipes.storyworld.stage_cost import average_flops
+from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
+from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
+from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage
+from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.loop import Stage
-from mm_interleaved.training.painter import PainterStage
-from mm_interleaved.training.text_side import TextSideStage
-from mm_interleaved.training.vision_side import VisionSideStage
 
 logger = logging.getLogger(__name__)
 

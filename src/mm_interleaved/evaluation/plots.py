@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.storage import write_file
+from mm_interleaved.files import write_file
 
 
 def load_pyplot() -> Any:

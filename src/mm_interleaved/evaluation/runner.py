@@ -17,16 +17,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_interleaved.document import Document, Image, document_to_record, part_records
-from mm_interleaved.document_formats import read_documents, read_record
+from mm_interleaved.documents.document import Document, Image, document_to_record, part_records
+from mm_interleaved.documents.formats import read_documents, read_record
+from mm_interleaved.documents.image_references import ImageFolder
+from mm_interleaved.documents.images import open_image as load_image
+from mm_interleaved.documents.strict_json import FieldError, Record, read_records
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.generation_run import OnEvent, RunRequest, run_documents
-from mm_interleaved.image_references import ImageFolder
-from mm_interleaved.images import open_image as load_image
-from mm_interleaved.model_source import find_model, load_generator
-from mm_interleaved.storage import make_folder, remove_temporary_files, write_file
-from mm_interleaved.story_page import OpenImage, render_page
-from mm_interleaved.strict_json import FieldError, Record, read_records
+from mm_interleaved.files import make_folder, remove_temporary_files, write_file
+from mm_interleaved.generation.loading import find_model, load_generator
+from mm_interleaved.runs.generate import OnEvent, RunRequest, run_documents
+from mm_interleaved.runs.page import OpenImage, render_page
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator

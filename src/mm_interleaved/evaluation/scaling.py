@@ -15,12 +15,12 @@ import numpy as np
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.origin import origin_of
 from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, plain_numbers, save_figure
+from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.recipes.ablation_cost import read_cost
+from mm_interleaved.recipes.run import SETTINGS_NAME
 from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
 from mm_interleaved.recipes.twins import Reader
-from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.training.metrics import read_log
-from mm_interleaved.training.run import SETTINGS_NAME
 from mm_interleaved.training.settings import LOG_NAME, from_record, to_record
 
 _WINDOW = 5

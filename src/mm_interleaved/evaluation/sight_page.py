@@ -18,7 +18,8 @@ import torch
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.sight import (
     Box,
@@ -31,9 +32,8 @@ from mm_interleaved.evaluation.sight import (
     samples_of_token,
     weight_in,
 )
+from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.images import to_png
-from mm_interleaved.storage import make_folder, write_file
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
 from mm_interleaved.storyworld.renderer import badge_box, figure_box
 from mm_interleaved.storyworld.tasks import document, picture

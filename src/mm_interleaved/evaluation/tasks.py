@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mm_interleaved.document import Document, Text
+from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.runner import Task, read_document_folder
 from mm_interleaved.storyworld import tasks
-from mm_interleaved.storyworld.prompts import read_box
 from mm_interleaved.storyworld.scores import score
 from mm_interleaved.storyworld.world import check_scene
+from mm_interleaved.tokens.boxes import read_box
 
 
 def _read_storyworld(data: Path) -> list[Document]:

@@ -28,7 +28,7 @@ from mm_interleaved.generation.text import (
     write_text,
 )
 from mm_interleaved.models.prefix_cache import PrefixCache, static_room
-from mm_interleaved.visibility import NO_IMAGE
+from mm_interleaved.tokens.visibility import NO_IMAGE
 
 
 def write_together(

@@ -18,8 +18,8 @@ from PIL import Image as PILImage
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mm_interleaved.batch import check_fits
-from mm_interleaved.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.layout import IMAGE, parse_layout
 from mm_interleaved.errors import (
     MMInterleavedError,
     NumericalError,
@@ -28,7 +28,6 @@ from mm_interleaved.errors import (
     UsageError,
 )
 from mm_interleaved.generation import diffusion
-from mm_interleaved.generation.acceleration import Adapter
 from mm_interleaved.generation.events import (
     Event,
     Failed,
@@ -38,7 +37,6 @@ from mm_interleaved.generation.events import (
     TextDelta,
 )
 from mm_interleaved.generation.images import ImageRequest, Pictures
-from mm_interleaved.generation.layout import text_share
 from mm_interleaved.generation.notices import Notices
 from mm_interleaved.generation.session import (
     EncodeRequest,
@@ -56,13 +54,15 @@ from mm_interleaved.generation.text import (
     score_options,
 )
 from mm_interleaved.generation.together import Request, Steps, failing_alone, stream_together
-from mm_interleaved.layout import IMAGE, parse_layout
+from mm_interleaved.generation.token_budget import text_share
+from mm_interleaved.models.acceleration import Adapter
 from mm_interleaved.models.evaluation_mode import evaluation_mode, steps_in_evaluation_mode
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import static_room
-from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.prompts import ANSWERING_ROLE
+from mm_interleaved.tokens.batch import check_fits
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
+from mm_interleaved.tokens.prompts import ANSWERING_ROLE
 
 logger = logging.getLogger(__name__)
 

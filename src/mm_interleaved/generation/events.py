@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document
+from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import MMInterleavedError
 
 

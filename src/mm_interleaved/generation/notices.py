@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 
 from mm_interleaved.errors import escape
-from mm_interleaved.known_words import FILE_NAME, KnownWords
+from mm_interleaved.model_files.known_words import FILE_NAME, KnownWords
 
 logger = logging.getLogger(__name__)
 

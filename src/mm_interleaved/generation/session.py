@@ -20,7 +20,7 @@ from mm_interleaved.models.image_decoder import EarlierImages, ProjectedImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.vision import ImageFeatures
-from mm_interleaved.visibility import context_images
+from mm_interleaved.tokens.visibility import context_images
 
 
 class SeenImage(NamedTuple):
@@ -231,7 +231,7 @@ class InterleavedSession:
 
     @torch.no_grad()
     def earlier_images(self, rule: str | Sequence[int]) -> EarlierImages | None:
-        """What the image just started may look at, see `visibility.context_images`. Projected once."""
+        """What the image just started may look at, see `tokens.visibility.context_images`. Projected once."""
         self._begin_anew_if_weights_changed()
         start = torch.tensor([self.image_starts])
         chosen = context_images(

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from mm_interleaved.document import Document
+from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.layout import TEXT, canonical_layout, parse_layout
 from mm_interleaved.errors import InputError, UsageError, escape
-from mm_interleaved.layout import TEXT, canonical_layout, parse_layout
 from mm_interleaved.spelling import hint, unknown_name
 
 SCHEDULERS = ("ddpm", "ddim", "dpm-solver++", "unipc", "euler", "lcm", "tcd")

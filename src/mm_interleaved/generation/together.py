@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
-from mm_interleaved.document import Document
+from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import InputError, NumericalError, UsageError
 from mm_interleaved.generation.batched import write_together
 from mm_interleaved.generation.events import Event, Failed, ImagePreview

@@ -22,7 +22,7 @@ from mm_interleaved.models.offloading import execution_device, value_of
 from mm_interleaved.models.resampler import Resampler
 from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.unet import DeepFeatures, UNetSynchronizers, unet_forward
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm_interleaved.visibility import NO_IMAGE
+from mm_interleaved.tokens.visibility import NO_IMAGE
 
 
 class ImageTokens(NamedTuple):

@@ -30,13 +30,13 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from mm_interleaved.checkpoint.headers import saved_format
-from mm_interleaved.checkpoint.model_card import PUBLISH_ARGUMENTS, publish, write_model_card
-from mm_interleaved.checkpoint.resolve import HUB_ARGUMENTS, find_model
-from mm_interleaved.config import MMInterleavedConfig
 from mm_interleaved.devices import slowness, torch_device, weight_format
 from mm_interleaved.errors import UsageError
+from mm_interleaved.model_files.headers import saved_format
+from mm_interleaved.model_files.model_card import PUBLISH_ARGUMENTS, publish, write_model_card
+from mm_interleaved.model_files.resolve import HUB_ARGUMENTS, find_model
 from mm_interleaved.models.build import build_image_decoder, build_language_model, build_vision_tower
+from mm_interleaved.models.config import MMInterleavedConfig
 from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.models.image_decoder import DiffusionDraws, EarlierImages
 from mm_interleaved.models.image_placement import (
@@ -63,8 +63,7 @@ from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.transformers_versions import CACHE, one_cache
 from mm_interleaved.models.vision import ImageFeatures, select_levels
 from mm_interleaved.models.vocabulary_size import check_resizable, check_vocabulary_size, rounded_up
-from mm_interleaved.versions import warn_of_untried
-from mm_interleaved.visibility import (
+from mm_interleaved.tokens.visibility import (
     NO_IMAGE,
     announced_images,
     context_images,
@@ -72,6 +71,7 @@ from mm_interleaved.visibility import (
     relative_image_index,
     visible_images,
 )
+from mm_interleaved.versions import warn_of_untried
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mm_interleaved.models.prediction_types import PREDICTION_TYPES
-from mm_interleaved.visibility import IGNORED, next_token_labels
+from mm_interleaved.tokens.visibility import IGNORED, next_token_labels
 
 
 def text_loss(logits_BTV: Tensor, input_ids_BT: Tensor, text_target_BT: Tensor) -> Tensor:

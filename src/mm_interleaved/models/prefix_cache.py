@@ -21,7 +21,7 @@ from mm_interleaved.models.cache_layers import (
     keep_address,
 )
 from mm_interleaved.models.synchronizer import ImageValues
-from mm_interleaved.visibility import NO_IMAGE
+from mm_interleaved.tokens.visibility import NO_IMAGE
 
 LEAST_ROOM_FOR_IMAGES = 4
 STATIC_ROOM = 256

@@ -21,7 +21,7 @@ from mm_interleaved.models.folding import FoldedOnce, FoldedTerms, fold_terms, w
 from mm_interleaved.models.norms import normalize
 from mm_interleaved.models.offloading import value_of
 from mm_interleaved.ops import SamplingPlan, multi_image_deformable_attention, sampling_plan
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 
 CENTRE = 0.5
 KEEP = ("values", "features")
@@ -210,8 +210,8 @@ class FeatureSynchronizer(nn.Module):
             query_BQD: queries, already normalised.
             values: result of `project_values`.
             visible_BQN: bool, True where query q may look at image n; or the int64 result of
-                `visibility.relative_image_index`, to save its computation. Images are ordered from old to
-                new.
+                `tokens.visibility.relative_image_index`, to save its computation. Images are ordered from old
+                to new.
             reference_BQ2: (x, y) in [0, 1] from the upper left corner of each image; default its centre. May
                 have one row for all.
             sampled_weights_HdC: what projects sampled features; default `sampled_weights()`. Only where
@@ -384,7 +384,7 @@ class FeatureSynchronizer(nn.Module):
         return reference_BQ2.to(term.dtype)
 
     def checked_index(self, visible_BQN: Tensor) -> Tensor:
-        """See `visibility.relative_image_index`; refused where it exceeds the table."""
+        """See `tokens.visibility.relative_image_index`; refused where it exceeds the table."""
         index = relative_image_index(visible_BQN) if visible_BQN.dtype == torch.bool else visible_BQN
         # The maximum is only read (a device sync) where so many images are there at all.
         # Compiled code sees as many as the pass before it, which read the prompt.

@@ -4,7 +4,7 @@ from numbers import Integral
 
 from torch import nn
 
-from mm_interleaved.config import MMInterleavedConfig
+from mm_interleaved.models.config import MMInterleavedConfig
 from mm_interleaved.models.folding import weights_at_hand
 from mm_interleaved.models.language import TextHead
 

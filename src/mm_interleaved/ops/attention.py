@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mm_interleaved.ops.gather import attend_gather, sample_gather
+from mm_interleaved.ops.cpu_op import attend_gather, sample_gather
 from mm_interleaved.ops.reference import attend_reference, sample_reference
 
 HAS_TRITON = find_spec("triton") is not None
@@ -23,7 +23,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 def _attend_triton(*arguments) -> Tensor:
     # Not every machine has Triton, and only this implementation needs it.
-    from mm_interleaved.ops.triton_attention import attend_triton
+    from mm_interleaved.ops.triton_op import attend_triton
 
     return attend_triton(*arguments)
 

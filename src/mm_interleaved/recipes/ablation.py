@@ -16,24 +16,24 @@ import torch
 
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.devices import rank_device, use_threads
-from mm_interleaved.model_source import find_model
+from mm_interleaved.files import make_folder, new_folder
+from mm_interleaved.generation.loading import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.recipes.ablation_cost import weights_name, with_cost
 from mm_interleaved.recipes.ablation_settings import AblationConfig
 from mm_interleaved.recipes.ablation_twins import build_twin
-from mm_interleaved.recipes.storyworld import save_model
+from mm_interleaved.recipes.storyworld.batches import INTERVIEW, DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.recipe import save_model
+from mm_interleaved.recipes.storyworld.stage_cost import average_flops
+from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
+from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
 from mm_interleaved.recipes.twins import NO_LEVELS, Painter, Reader, Twin, chosen_twins
-from mm_interleaved.storage import make_folder, new_folder
-from mm_interleaved.training.cost import average_flops
-from mm_interleaved.training.data import INTERVIEW, DocumentBatches, Mixture
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.loop import Stage, train_stage
 from mm_interleaved.training.optimizer import ParameterRule
-from mm_interleaved.training.painter import PainterStage
-from mm_interleaved.training.parts import synchronizer_rules
+from mm_interleaved.training.parameter_groups import synchronizer_rules
 from mm_interleaved.training.settings import StageConfig, to_record
 from mm_interleaved.training.slot_side import SlotSideStage
-from mm_interleaved.training.text_side import TextSideStage
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from mm_interleaved.storage import make_folder, put_aside, write_file
-from mm_interleaved.training.cost import COUNTING
+from mm_interleaved.files import make_folder, put_aside, write_file
+from mm_interleaved.recipes.storyworld.stage_cost import COUNTING
 from mm_interleaved.training.settings import StageConfig
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from mm_interleaved.config import MMInterleavedConfig, SynchronizerConfig
+from mm_interleaved.models.config import MMInterleavedConfig, SynchronizerConfig
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.ablation_settings import TwinSizes
+from mm_interleaved.recipes.storyworld.initialisation import open_to_images, open_to_learning
 from mm_interleaved.recipes.twins import Painter, Reader
-from mm_interleaved.training.initialisation import open_to_images, open_to_learning
 
 
 def twin_config(

@@ -11,16 +11,15 @@ import torch
 from safetensors import SafetensorError
 
 from mm_interleaved.checkpoint.load import DTYPES, load_model
-from mm_interleaved.checkpoint.store import newest_checkpoint
 from mm_interleaved.data.loader import state_counts
 from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError
-from mm_interleaved.model_source import find_model
+from mm_interleaved.files import new_folder, remove_folder
+from mm_interleaved.generation.loading import find_model
 from mm_interleaved.models.finite import damaged_weight
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.processing import MMInterleavedProcessor
 from mm_interleaved.recipes.samples import SampleDrawer, sample_documents
-from mm_interleaved.storage import new_folder, remove_folder
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.adaptation import (
     add_low_rank,
     checkpoint_activations,
@@ -29,6 +28,8 @@ from mm_interleaved.training.adaptation import (
     quantization_settings,
 )
 from mm_interleaved.training.bad_samples import BAD_SAMPLES, BadSamples
+from mm_interleaved.training.checkpoints import newest_checkpoint
+from mm_interleaved.training.config import CorpusConfig, TrainConfig
 from mm_interleaved.training.curves import CurvesPage
 from mm_interleaved.training.data_files import check_data
 from mm_interleaved.training.documents import DocumentsStage, build_loader, build_mixture
@@ -36,9 +37,8 @@ from mm_interleaved.training.loop import train_stage, trained_parameters
 from mm_interleaved.training.metrics import LogWriter, TensorBoardWriter, WandbWriter
 from mm_interleaved.training.objectives import Objective
 from mm_interleaved.training.parallel import Ranks, joined_ranks, spread
-from mm_interleaved.training.parts import choose_trained, count_parameters
+from mm_interleaved.training.parameter_groups import choose_trained, count_parameters
 from mm_interleaved.training.settings import to_record
-from mm_interleaved.training.train_config import CorpusConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 

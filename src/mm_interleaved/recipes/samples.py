@@ -8,16 +8,16 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, document_to_record
-from mm_interleaved.document_formats import read_documents
+from mm_interleaved.documents.document import Document, Image, document_to_record
+from mm_interleaved.documents.formats import read_documents
 from mm_interleaved.errors import MMInterleavedError
+from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.storage import make_folder, write_file
-from mm_interleaved.story_page import render_page
+from mm_interleaved.runs.page import render_page
 from mm_interleaved.storyworld.tasks import document
-from mm_interleaved.training.train_config import SamplesConfig
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
+from mm_interleaved.training.config import SamplesConfig
 
 logger = logging.getLogger(__name__)
 

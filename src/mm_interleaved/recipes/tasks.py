@@ -9,8 +9,7 @@ VinaBench); where nobody has published any, our own choice, and the docstring sa
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from mm_interleaved.training.settings import StageConfig
-from mm_interleaved.training.train_config import (
+from mm_interleaved.training.config import (
     TRAINED,
     CorpusConfig,
     LoraConfig,
@@ -20,6 +19,7 @@ from mm_interleaved.training.train_config import (
     SamplesConfig,
     TrainConfig,
 )
+from mm_interleaved.training.settings import StageConfig
 
 
 def pretraining() -> TrainConfig:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from mm_interleaved.document import Image, Text
+from mm_interleaved.documents.document import Image, Text
 from mm_interleaved.storyworld.renderer import render_batch
 from mm_interleaved.storyworld.stories import Story, story
 from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, Text
-from mm_interleaved.document_formats import write_documents
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.formats import write_documents
+from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
-from mm_interleaved.images import to_png
-from mm_interleaved.storage import make_folder, new_folder, write_file
+from mm_interleaved.files import make_folder, new_folder, write_file
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
 from mm_interleaved.storyworld.segmentation import CLASSES, class_map
 from mm_interleaved.storyworld.tasks import document

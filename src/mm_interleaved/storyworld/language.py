@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.seeded_random import Dice
 from mm_interleaved.storyworld.world import (
     ACTIONS,
     BODY_COLOURS,

@@ -7,7 +7,7 @@ tell.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.seeded_random import Dice
 from mm_interleaved.storyworld.language import AT, COUNTS, DOES, from_left
 from mm_interleaved.storyworld.world import (
     BADGES,

@@ -7,9 +7,9 @@ from functools import cache
 
 import numpy as np
 
+from mm_interleaved.seeded_random import Dice
 from mm_interleaved.storyworld import sprites
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE, background
-from mm_interleaved.storyworld.dice import Dice
 from mm_interleaved.storyworld.world import BODY_COLOURS, SPLITS, Figure, Prop, Scene, random_scene
 
 POSITION_X = {"left": 12, "middle": 32, "right": 52}

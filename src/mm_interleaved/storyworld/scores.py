@@ -7,7 +7,7 @@ read by the grammar of `language`, pictures by the oracle.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 
-from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.storyworld.language import (
     Said,
     read_actions,
@@ -17,10 +17,10 @@ from mm_interleaved.storyworld.language import (
     read_setting,
 )
 from mm_interleaved.storyworld.oracle import FigureReading, attribute_matches, read_scene
-from mm_interleaved.storyworld.prompts import read_box
 from mm_interleaved.storyworld.segmentation import class_map, mean_iou
 from mm_interleaved.storyworld.tasks import part_pixels
 from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
+from mm_interleaved.tokens.boxes import read_box
 
 _MIN_IOU = 0.5
 _LOOK_ATTRIBUTES = ("species", "body_colour", "pattern", "hat", "hat_colour")

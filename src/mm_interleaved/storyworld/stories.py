@@ -7,7 +7,7 @@ told when it first appears; its badge and pattern are never told, so that only e
 
 from dataclasses import dataclass, replace
 
-from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.seeded_random import Dice
 from mm_interleaved.storyworld.language import tell_panel
 from mm_interleaved.storyworld.world import (
     ACTIONS,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
-from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.documents.document import Document, Image, Part, Text
+from mm_interleaved.seeded_random import Dice
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
-from mm_interleaved.storyworld.dice import Dice
 from mm_interleaved.storyworld.language import (
     AT,
     DOES,
@@ -22,13 +22,6 @@ from mm_interleaved.storyworld.language import (
     describe_relations,
     describe_scene,
     with_article,
-)
-from mm_interleaved.storyworld.prompts import (
-    BOX_RANGE,
-    CAPTION_PROMPT,
-    GROUND_PROMPT,
-    PARAGRAPH_PROMPT,
-    write_box,
 )
 from mm_interleaved.storyworld.questions import QUESTIONS, Question, ask, ask_several
 from mm_interleaved.storyworld.renderer import figure_box, prop_box, render_scene
@@ -53,6 +46,13 @@ from mm_interleaved.storyworld.world import (
     random_scene,
     scene_to_record,
     split_of,
+)
+from mm_interleaved.tokens.boxes import (
+    BOX_RANGE,
+    CAPTION_PROMPT,
+    GROUND_PROMPT,
+    PARAGRAPH_PROMPT,
+    write_box,
 )
 
 _DOCUMENT_DOMAIN = 3

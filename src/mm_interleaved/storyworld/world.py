@@ -8,7 +8,7 @@ that each has an exact answer.
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mm_interleaved.storyworld.dice import Dice
+from mm_interleaved.seeded_random import Dice
 
 NAMES = (
     "Pip", "Mia", "Tom", "Lulu", "Max", "Zoe", "Ben", "Ivy",

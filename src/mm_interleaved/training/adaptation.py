@@ -15,7 +15,7 @@ from mm_interleaved.models.interleaved import MMInterleavedForConditionalGenerat
 from mm_interleaved.models.quantization import AS_THEY_ARE, check_installed
 from mm_interleaved.models.transformers_versions import checkpointing_enable
 from mm_interleaved.models.unet import unet_blocks
-from mm_interleaved.training.train_config import LoraConfig
+from mm_interleaved.training.config import LoraConfig
 
 logger = logging.getLogger(__name__)
 

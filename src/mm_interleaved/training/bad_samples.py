@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from mm_interleaved.data.preparation import Skip
+from mm_interleaved.data.encoding import Skip
 from mm_interleaved.training.metrics import LinesFile
 from mm_interleaved.training.parallel import Ranks
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mm_interleaved.storage import write_file
+from mm_interleaved.files import write_file
 from mm_interleaved.training.metrics import read_log
 from mm_interleaved.training.settings import LOG_NAME
 

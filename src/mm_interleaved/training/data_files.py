@@ -16,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm_interleaved.checkpoint.resolve import model_files
 from mm_interleaved.data.mixture import Mixture
-from mm_interleaved.data.sources.files import (
+from mm_interleaved.data.source import Shard, Source, items_of
+from mm_interleaved.data.storage.files import (
     file_size,
     found_files,
     is_address,
@@ -26,10 +26,10 @@ from mm_interleaved.data.sources.files import (
     open_file,
     reading,
 )
-from mm_interleaved.data.sources.source import Shard, Source, items_of
-from mm_interleaved.document import Document
+from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import InputError, MMInterleavedError, escape
-from mm_interleaved.storage import make_folder, put_aside, write_file
+from mm_interleaved.files import make_folder, put_aside, write_file
+from mm_interleaved.model_files.resolve import model_files
 from mm_interleaved.training.parallel import Ranks
 
 logger = logging.getLogger(__name__)

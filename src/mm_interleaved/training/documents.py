@@ -9,19 +9,19 @@ from torch import nn
 from mm_interleaved.data.few_shot import FewShot
 from mm_interleaved.data.loader import MicroBatch, StepRows, TrainingLoader, merge_states
 from mm_interleaved.data.mixture import Mixture, MixtureSource
-from mm_interleaved.data.sources.registry import make_source
-from mm_interleaved.data.sources.source import Source
+from mm_interleaved.data.registry import make_source
+from mm_interleaved.data.source import Source
 from mm_interleaved.devices import usable_cores
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.processing import MMInterleavedProcessor
-from mm_interleaved.sequence import LearningRule
+from mm_interleaved.recipes.storyworld.batches import StoryWorldSource
+from mm_interleaved.tokens.processor import MMInterleavedProcessor
+from mm_interleaved.tokens.sequence import LearningRule
 from mm_interleaved.training.bad_samples import BadSamples
-from mm_interleaved.training.data import StoryWorldSource
+from mm_interleaved.training.config import CorpusConfig, TrainConfig
 from mm_interleaved.training.loop import Losses, MicroBatches
 from mm_interleaved.training.objectives import Objective, StepTotals
 from mm_interleaved.training.parallel import ALONE, Ranks, summing_gradients
-from mm_interleaved.training.train_config import CorpusConfig, TrainConfig
 
 
 class _Piece(NamedTuple):

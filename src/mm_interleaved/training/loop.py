@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mm_interleaved.checkpoint.store import (
+from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError, escape
+from mm_interleaved.files import remove_temporary_files
+from mm_interleaved.training.checkpoints import (
     CheckedFolder,
     Checkpoint,
     load_newest_checkpoint,
@@ -29,8 +31,6 @@ from mm_interleaved.checkpoint.store import (
     save_checkpoint,
     tidy,
 )
-from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError, escape
-from mm_interleaved.storage import remove_temporary_files
 from mm_interleaved.training.devices import autocast
 from mm_interleaved.training.metrics import LinesFile, Log, LogWriter, Meter, count_flops
 from mm_interleaved.training.optimizer import (

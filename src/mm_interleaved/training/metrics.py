@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved.errors import StorageError, UsageError
-from mm_interleaved.storage import is_regular_file, put_aside, storage_errors, write_file
+from mm_interleaved.files import is_regular_file, put_aside, storage_errors, write_file
 
 logger = logging.getLogger(__name__)
 

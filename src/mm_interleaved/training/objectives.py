@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mm_interleaved.batch import Batch
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.image_decoder import DiffusionDraws
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prediction_types import PREDICTION_TYPES
-from mm_interleaved.training.train_config import ObjectiveConfig
-from mm_interleaved.visibility import NO_IMAGE, announced_images
+from mm_interleaved.tokens.batch import Batch
+from mm_interleaved.tokens.visibility import NO_IMAGE, announced_images
+from mm_interleaved.training.config import ObjectiveConfig
 
 _ROW_FACTOR = 1_000_003
 _SEED_LIMIT = 2**63

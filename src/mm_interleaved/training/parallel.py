@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mm_interleaved.devices import rank_device
 from mm_interleaved.errors import StorageError, UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.training.train_config import ParallelConfig
+from mm_interleaved.training.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from torch import nn
 
 from mm_interleaved.models.vision import VisionTower
-from mm_interleaved.training.devices import device_of, fast_attention
-from mm_interleaved.training.loop import Losses
-from mm_interleaved.training.naming import (
+from mm_interleaved.recipes.storyworld.attribute_supervision import (
     IS_ONLY_SEEN,
     NOT_THERE,
     mean_loss,
     naming_losses,
 )
-from mm_interleaved.training.vision_side import NamedPictures, SlotReader, named_pictures
+from mm_interleaved.recipes.storyworld.vision_stage import NamedPictures, SlotReader, named_pictures
+from mm_interleaved.training.devices import device_of, fast_attention
+from mm_interleaved.training.loop import Losses
 
 
 class SlotSideStage:

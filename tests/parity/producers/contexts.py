@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.visibility import NO_IMAGE
+from mm_interleaved.tokens.visibility import NO_IMAGE
 
 
 def gathered(

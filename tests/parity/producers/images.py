@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mm_interleaved.generation.diffusion import build_scheduler, denoise
 from mm_interleaved.models.image_decoder import EarlierImages
-from mm_interleaved.visibility import NO_IMAGE, context_images
+from mm_interleaved.tokens.visibility import NO_IMAGE, context_images
 
 from .contexts import gathered
 from .recording import recorded

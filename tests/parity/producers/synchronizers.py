@@ -6,7 +6,7 @@ from golden import Golden
 from torch import Tensor
 
 from mm_interleaved.models.synchronizer import flatten_pyramid
-from mm_interleaved.visibility import relative_image_index
+from mm_interleaved.tokens.visibility import relative_image_index
 
 STORED_PER_UNIT = 32
 """The folder stores features as 8-bit integers, so many of them a unit."""

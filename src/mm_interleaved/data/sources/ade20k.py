@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from mm_interleaved.data.sources.files import stem_of
-from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_items
-from mm_interleaved.data.sources.source import Item, Shard
-from mm_interleaved.document import Document, Text
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Record
+from mm_interleaved.data.source import Item, Shard
+from mm_interleaved.data.storage.files import stem_of
+from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.data.storage.records import read_items
+from mm_interleaved.documents.document import Document, Text
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Record
 
 _SUFFIXES = (".png", ".jpg", "")
 

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from mm_interleaved.data.prompts import CAPTION, TaskPrompt
-from mm_interleaved.data.sources.files import fingerprint, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table
-from mm_interleaved.data.sources.source import FilteredItem, Item, Shard, attempt
-from mm_interleaved.document import Document, Text
+from mm_interleaved.data.source import FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.storage.files import fingerprint, stem_of
+from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.data.storage.records import REMEMBERED_TABLES, read_table
+from mm_interleaved.documents.document import Document, Text
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import InputError
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.tokens.task_prompts import CAPTION, TaskPrompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Our JSONL, and every other form of record that `document_formats` knows: LLaVA, ShareGPT, OpenAI, OBELICS
+"""Our JSONL, and every other form of record that `documents.formats` knows: LLaVA, ShareGPT, OpenAI, OBELICS
 lines, CoMM, pairs, `annt.json`, the `metadata.jsonl` or `metadata.csv` of a folder of images. Conversations
 keep all their turns.
 """
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from mm_interleaved.data.sources.image_stores import found_with_images, image_store
-from mm_interleaved.data.sources.records import read_records
-from mm_interleaved.data.sources.source import BrokenItem, Item, Shard, attempt
-from mm_interleaved.document_formats import read_record
+from mm_interleaved.data.source import BrokenItem, Item, Shard, attempt
+from mm_interleaved.data.storage.image_stores import found_with_images, image_store
+from mm_interleaved.data.storage.records import read_records
+from mm_interleaved.documents.formats import read_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

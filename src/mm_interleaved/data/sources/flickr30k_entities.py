@@ -12,20 +12,20 @@ from functools import partial
 from xml.etree import ElementTree
 
 from mm_interleaved.data.boxes import Edges, box_in_image, size_of_image
-from mm_interleaved.data.prompts import GROUND, TaskPrompt, phrase
-from mm_interleaved.data.sources.files import (
+from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.storage.files import (
     check_against_manifest,
     file_exists,
     folder_of,
     open_file,
     reading,
 )
-from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
-from mm_interleaved.document import Document
+from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Field
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field
+from mm_interleaved.tokens.task_prompts import GROUND, TaskPrompt, phrase
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/(\S+) ([^\]]*)\]")
 _MAX_BYTES = 1 << 20

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_items
-from mm_interleaved.data.sources.source import (
+from mm_interleaved.data.source import (
     Chance,
     FilteredItem,
     Item,
@@ -21,9 +19,11 @@ from mm_interleaved.data.sources.source import (
     check_settings,
 )
 from mm_interleaved.data.sources.stories import story_document
-from mm_interleaved.document import Document, Image
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Record
+from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.data.storage.records import read_items
+from mm_interleaved.documents.document import Document, Image
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,20 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from mm_interleaved.data.sources.files import stem_of
-from mm_interleaved.data.sources.image_stores import found_with_images, image_store
-from mm_interleaved.data.sources.records import read_items
-from mm_interleaved.data.sources.source import (
+from mm_interleaved.data.source import (
     Chance,
     FilteredItem,
     Item,
     Shard,
     check_settings,
 )
-from mm_interleaved.document import Document, Image, Part, Text
+from mm_interleaved.data.storage.files import stem_of
+from mm_interleaved.data.storage.image_stores import found_with_images, image_store
+from mm_interleaved.data.storage.records import read_items
+from mm_interleaved.documents.document import Document, Image, Part, Text
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Field, FieldError, Record
 from mm_interleaved.errors import UsageError
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field, FieldError, Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

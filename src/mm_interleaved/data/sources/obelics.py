@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mm_interleaved.data.sources.files import (
+from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.storage.files import (
     check_against_manifest,
     is_address,
     open_file,
     stem_of,
 )
-from mm_interleaved.data.sources.image_stores import found_with_images, image_store
-from mm_interleaved.data.sources.source import BrokenItem, FilteredItem, Item, Shard, attempt
-from mm_interleaved.document import Document, Image, Part, Text
-from mm_interleaved.document_formats import obelics_pairs
+from mm_interleaved.data.storage.image_stores import found_with_images, image_store
+from mm_interleaved.documents.document import Document, Image, Part, Text
+from mm_interleaved.documents.formats import obelics_pairs
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Field
 from mm_interleaved.errors import InputError, MMInterleavedError, UsageError, escape
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field
 
 _COLUMNS = ("texts", "images")
 _KNOWN = ("metadata", "general_metadata")

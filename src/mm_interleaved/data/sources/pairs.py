@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mm_interleaved.data.sources.source import Chance
-from mm_interleaved.document import Image, Part, Text
-from mm_interleaved.strict_json import Field
+from mm_interleaved.data.source import Chance
+from mm_interleaved.documents.document import Image, Part, Text
+from mm_interleaved.documents.strict_json import Field
 
 
 def caption_of(field: Field) -> str:

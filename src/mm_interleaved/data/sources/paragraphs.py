@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from mm_interleaved.data.prompts import PARAGRAPH, TaskPrompt
-from mm_interleaved.data.sources.files import found_files, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_table
-from mm_interleaved.data.sources.source import FilteredItem, Item, Shard, attempt
-from mm_interleaved.document import Document
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.data.source import FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.storage.files import found_files, stem_of
+from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.data.storage.records import read_table
+from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Field, FieldError
+from mm_interleaved.tokens.task_prompts import PARAGRAPH, TaskPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from mm_interleaved.data.boxes import Edges, box_in_image, four_numbers, size_of_image
-from mm_interleaved.data.prompts import GROUND, TaskPrompt, phrase
-from mm_interleaved.data.sources.files import name_of, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import read_items, read_table
-from mm_interleaved.data.sources.source import FilteredItem, Item, Shard, attempt
-from mm_interleaved.document import Document, Image
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field, FieldError, Record
+from mm_interleaved.data.source import FilteredItem, Item, Shard, attempt
+from mm_interleaved.data.storage.files import name_of, stem_of
+from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.data.storage.records import read_items, read_table
+from mm_interleaved.documents.document import Document, Image
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Field, FieldError, Record
+from mm_interleaved.tokens.task_prompts import GROUND, TaskPrompt, phrase
 
 _KNOWN = ("id", "image_id", "split", "tokens_positive", "segmentation", "original_id")
 

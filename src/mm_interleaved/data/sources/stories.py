@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm_interleaved.data.sources.source import layout_of
-from mm_interleaved.document import Document, Image, Part, Text
-from mm_interleaved.strict_json import FieldError
+from mm_interleaved.data.source import layout_of
+from mm_interleaved.documents.document import Document, Image, Part, Text
+from mm_interleaved.documents.strict_json import FieldError
 
 
 def story_document(name: str, panels: Sequence[tuple[str, Image]], num_given: int, path: str) -> Document:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table
-from mm_interleaved.data.sources.source import Item, Shard, attempt
-from mm_interleaved.document import Document, Image, Part, Text
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.data.source import Item, Shard, attempt
+from mm_interleaved.data.storage.files import fingerprint, found_files, stem_of
+from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.data.storage.records import REMEMBERED_TABLES, read_table
+from mm_interleaved.documents.document import Document, Image, Part, Text
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Field, FieldError
 
 _COCO_NAMES = (
     "VisualDialog_val2018_{:012d}.jpg",

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from mm_interleaved.data.sources.files import fingerprint, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table
-from mm_interleaved.data.sources.source import Item, Shard, attempt
+from mm_interleaved.data.source import Item, Shard, attempt
 from mm_interleaved.data.sources.stories import story_document
-from mm_interleaved.document import Document
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.data.storage.files import fingerprint, stem_of
+from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.data.storage.records import REMEMBERED_TABLES, read_table
+from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Field, FieldError
 
 _KNOWN = ("original_text", "story_id", "album_id", "worker_id", "storylet_id", "image_order", "tier")
 _SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from mm_interleaved.data.prompts import QUESTION, TaskPrompt
-from mm_interleaved.data.sources.files import fingerprint, found_files, stem_of
-from mm_interleaved.data.sources.image_stores import first_image, found_with_images, image_store
-from mm_interleaved.data.sources.records import REMEMBERED_TABLES, read_table, whole_table
-from mm_interleaved.data.sources.source import Item, Shard, attempt
-from mm_interleaved.document import Document
+from mm_interleaved.data.source import Item, Shard, attempt
+from mm_interleaved.data.storage.files import fingerprint, found_files, stem_of
+from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.data.storage.records import REMEMBERED_TABLES, read_table, whole_table
+from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import UsageError
-from mm_interleaved.image_references import ImageStore
-from mm_interleaved.strict_json import Field, FieldError
+from mm_interleaved.tokens.task_prompts import QUESTION, TaskPrompt
 
 _KNOWN = ("raw_answer", "question_id", "image_id", "answer_id")
 """Fields of the official files that say again what others say."""

@@ -14,16 +14,7 @@ from functools import partial
 from itertools import chain
 from typing import IO
 
-from mm_interleaved.data.sources.files import (
-    check_against_manifest,
-    found_files,
-    open_file,
-    reading,
-    stem_of,
-    warn_of_unlisted,
-)
-from mm_interleaved.data.sources.pairs import caption_of, pair_parts
-from mm_interleaved.data.sources.source import (
+from mm_interleaved.data.source import (
     BrokenItem,
     Chance,
     FilteredItem,
@@ -32,10 +23,19 @@ from mm_interleaved.data.sources.source import (
     attempt,
     check_settings,
 )
-from mm_interleaved.data.sources.tar_files import Member, member_bytes, tar_members
-from mm_interleaved.document import Document, Image
+from mm_interleaved.data.sources.pairs import caption_of, pair_parts
+from mm_interleaved.data.storage.files import (
+    check_against_manifest,
+    found_files,
+    open_file,
+    reading,
+    stem_of,
+    warn_of_unlisted,
+)
+from mm_interleaved.data.storage.tar_files import Member, member_bytes, tar_members
+from mm_interleaved.documents.document import Document, Image
+from mm_interleaved.documents.strict_json import Field, FieldError, decoded, parse_strict
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.strict_json import Field, FieldError, decoded, parse_strict
 
 _IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _ABOUT = ("json",)

@@ -1,0 +1,169 @@
+"""Sources by name, for settings and for the command line; and which one a file is for."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mm_interleaved.data.source import Source
+from mm_interleaved.data.sources.ade20k import SegmentationPairs
+from mm_interleaved.data.sources.captions import CaptionTables
+from mm_interleaved.data.sources.documents import DocumentFiles
+from mm_interleaved.data.sources.flickr30k_entities import Flickr30kEntities
+from mm_interleaved.data.sources.frame_strips import FrameStripStories
+from mm_interleaved.data.sources.laion import PairLines
+from mm_interleaved.data.sources.mmc4 import MMC4
+from mm_interleaved.data.sources.obelics import ObelicsTables
+from mm_interleaved.data.sources.paragraphs import Paragraphs
+from mm_interleaved.data.sources.refcoco import ReferringExpressions
+from mm_interleaved.data.sources.visdial import VisualDialogues
+from mm_interleaved.data.sources.vist import VisualStories
+from mm_interleaved.data.sources.vqa import VisualQuestions
+from mm_interleaved.data.sources.webdataset import PairTars
+from mm_interleaved.data.storage.files import name_of
+from mm_interleaved.data.storage.records import first_record, whole_table
+from mm_interleaved.errors import InputError, UsageError, escape
+from mm_interleaved.spelling import hint
+from mm_interleaved.tokens.task_prompts import PROMPTS, TaskPrompt
+
+# LLaVA's and OBELICS' lines are two of the many forms of record that documents have.
+SOURCES: Mapping[str, type[Any]] = MappingProxyType(
+    {
+        "documents": DocumentFiles,
+        "llava": DocumentFiles,
+        "mmc4": MMC4,
+        "laion": PairLines,
+        "webdataset": PairTars,
+        "obelics": ObelicsTables,
+        "captions": CaptionTables,
+        "paragraphs": Paragraphs,
+        "vqa": VisualQuestions,
+        "visdial": VisualDialogues,
+        "refcoco": ReferringExpressions,
+        "flickr30k-entities": Flickr30kEntities,
+        "ade20k": SegmentationPairs,
+        "vist": VisualStories,
+        "pororosv": FrameStripStories,
+        "flintstonessv": FrameStripStories,
+    }
+)
+
+
+def make_source(name: str, settings: Mapping[str, Any]) -> Source:
+    """The source of a name with its settings; a list stands for a tuple, a prompt is given by name.
+
+    Raises:
+        UsageError: a name that is not known (the nearest one is suggested), a value of a wrong kind.
+    """
+    kind = SOURCES.get(name)
+    if kind is None:
+        raise UsageError(f"source: {_unknown(name, SOURCES)}", field="source")
+    hints = get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in hints:
+            raise UsageError(f"source {name}: {_unknown(key, hints)}", field=key)
+        given[key] = _converted(name, key, value, hints[key])
+    missing = [field.name for field in fields(kind) if field.name == "paths" and "paths" not in given]
+    if missing:
+        raise UsageError(f"source {name}: paths: missing, expected files, globs or addresses", field="paths")
+    return kind(**given)
+
+
+def _converted(name: str, key: str, value: Any, hint: Any) -> Any:
+    if hint is TaskPrompt and isinstance(value, str):
+        if value not in PROMPTS:
+            raise UsageError(f"source {name}: prompt: {_unknown(value, PROMPTS)}", field=key)
+        return PROMPTS[value]
+    if isinstance(value, list):
+        value = tuple(value)
+    kinds = _kinds(hint)
+    # A whole number will do for a fraction; True is no number.
+    fits = isinstance(value, kinds) or (float in kinds and type(value) is int)
+    if not fits or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        found = escape(repr(value), 60)
+        raise UsageError(f"source {name}: {key}: found {found}, expected {expected}", field=key)
+    return value
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The classes that a type hint of a setting stands for."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(kind for choice in get_args(hint) for kind in _kinds(choice))
+    return (get_origin(hint) or hint,)
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
+    return f"found {escape(name, 60)!r}, {hint(name, known)}"
+
+
+def source_name_of(path: str) -> str:
+    """Which source a file is for, by its name and its first record.
+
+    Raises:
+        UsageError: the file has no form that tells.
+    """
+    lower = name_of(path).lower()
+    for suffix, name in ((".tar", "webdataset"), (".parquet", "obelics")):
+        if lower.endswith(suffix):
+            return name
+    record = first_record(path)
+    if record is None:
+        # What is wrong with it is said when it is read.
+        return "documents"
+    found = _name_of_record(set(record.value) if isinstance(record.value, dict) else set(), lower)
+    if found == "table":
+        found = _name_of_table(path)
+    return found
+
+
+def _name_of_record(keys: set[str], path: str) -> str:
+    """By the fields of the first record of a list or of lines, or of the object that the file is."""
+    known = (
+        ({"text_list", "image_info"}, "mmc4"),
+        ({"image", "sent", "bbox"}, "refcoco"),
+        ({"frames"}, "pororosv"),
+        ({"image_id", "url", "paragraph"}, "paragraphs"),
+        ({"image", "question"}, "vqa"),
+        ({"questions"}, "vqa"),
+        ({"annotations"}, "table"),
+        ({"data"}, "table"),
+        ({"images", "info"}, "table"),
+    )
+    is_json = path.endswith((".json", ".json.gz"))
+    for fields_needed, name in known:
+        # Tables are read whole; a line with such fields is a record of another form.
+        if fields_needed <= keys and (is_json or name not in ("vqa", "table", "paragraphs")):
+            return name
+    if keys == {"image_id", "caption"}:
+        return "ade20k"
+    if path.endswith((".txt", ".txt.gz")):
+        return "laion"
+    if {"image", "caption"} <= keys and is_json:
+        return "captions"
+    return "documents"
+
+
+def _name_of_table(path: str) -> str:
+    try:
+        table = whole_table(path).value
+    except InputError:
+        return "documents"
+    if not isinstance(table, dict):
+        return "documents"
+    data, annotations = table.get("data"), table.get("annotations")
+    if data is not None:
+        return "visdial" if isinstance(data, dict) else "vqa"
+    if isinstance(annotations, dict):
+        return "vist"
+    entries = annotations[:2] if isinstance(annotations, list) else []
+    keys = {key for entry in entries if isinstance(entry, dict) for key in entry}
+    if "story" in keys or any(isinstance(entry, list) for entry in entries):
+        return "vist"
+    if "bbox" in keys:
+        return "refcoco"
+    return "captions" if "images" in table else "paragraphs"

@@ -1,0 +1,266 @@
+"""A recipe by name: its settings resolved, its stages run, resumable. What `mm-interleaved train` calls.
+
+PyTorch is loaded when the settings are known to be right.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mm_interleaved.devices import rank_device
+from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
+from mm_interleaved.files import locked_folder, make_folder, remove_temporary_files, write_file
+from mm_interleaved.recipes import ablation_settings, scaling_settings
+from mm_interleaved.recipes.storyworld.settings import StoryWorldConfig
+from mm_interleaved.recipes.tasks import task_recipes
+from mm_interleaved.spelling import unknown_name
+from mm_interleaved.training.config import TrainConfig
+from mm_interleaved.training.settings import LOG_NAME, flat_record, from_record, override, stages, to_record
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_NAME = "settings.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What can be trained under a name."""
+
+    settings: Callable[[], Any]
+    """The default settings, a frozen dataclass."""
+    train: Callable[..., Path]
+    """(settings, folder, show_progress=) → the folder of the finished model."""
+    may_change: frozenset[str] | None = None
+    """Settings that a run may be resumed with another value of; none = all. Where finished parts are compared
+    with each other, all must have been trained alike."""
+
+
+def _train_storyworld(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from mm_interleaved.recipes.storyworld.recipe import train
+
+    return train(settings, folder, show_progress=show_progress)
+
+
+def _train_ablation(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from mm_interleaved.recipes.ablation import train
+
+    return train(settings, folder, show_progress=show_progress)
+
+
+def _train_scaling(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from mm_interleaved.recipes.scaling import train
+
+    return train(settings, folder, show_progress=show_progress)
+
+
+def _train_documents(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from mm_interleaved.recipes.documents import train_documents
+
+    return train_documents(settings, folder, show_progress=show_progress)
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "storyworld": Recipe(StoryWorldConfig, _train_storyworld),
+        "ablation": Recipe(ablation_settings.AblationConfig, _train_ablation, ablation_settings.MAY_CHANGE),
+        "scaling": Recipe(scaling_settings.ScalingConfig, _train_scaling, scaling_settings.MAY_CHANGE),
+    }
+    | {name: Recipe(settings, _train_documents) for name, settings in task_recipes().items()}
+)
+
+
+def run_recipe(
+    name: str,
+    overrides: Iterable[str] = (),
+    *,
+    resume: bool = False,
+    out: Path,
+    show_progress: bool = False,
+) -> Path:
+    """Trains a recipe in a folder and returns the folder of the finished model.
+
+    Under torchrun every process calls it.
+
+    Args:
+        name: a recipe, or the `settings.json` of an earlier run, which is run again.
+        overrides: assignments such as `image.steps=500`.
+        resume: go on with what `out` holds, with the settings that it began with; without it `out` must not
+            hold a run.
+        out: gets `settings.json`, a folder of checkpoints and a log for each stage, and `model`.
+
+    Raises:
+        UsageError: unknown recipe or setting; a run is there already, or (with `resume`) none is; another
+            process is at work in the folder.
+        NumericalError: a loss was not finite.
+        StoppedBySignal: a signal came; everything is saved.
+        StorageError: the disk refused.
+    """
+    name, settings = _settings_of(name)
+    path = out / SETTINGS_NAME
+    if not resume and _has_begun(out):
+        raise UsageError(f"{out} holds a run already; give --resume to go on with it, or another folder")
+    # Not Path.exists, which raises where a name is too long.
+    if resume and not os.path.exists(path):
+        raise UsageError(f"--resume: {out} holds no run ({SETTINGS_NAME} is not there)")
+    if resume:
+        settings = _settings_to_resume(path, name, settings)
+    begun, settings = settings, override(settings, overrides)
+    if _has_begun(out):
+        _refuse_changes(out, begun, settings, RECIPES[name].may_change)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if show_progress:
+        _hide_bars_of_libraries()
+    if is_first:
+        _tell_number_formats(settings)
+        make_folder(out)
+    with (
+        locked_folder(out) if is_first else nullcontext(),
+        _exit_status(out),
+        _kept_settings(path, name, settings) if is_first else nullcontext(),
+    ):
+        if is_first:
+            remove_temporary_files(out)
+        return RECIPES[name].train(settings, out, show_progress=show_progress)
+
+
+def _hide_bars_of_libraries() -> None:
+    """Those of loading and writing weights, which would stand beside our own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _tell_number_formats(settings: Any) -> None:
+    """One line where stages compute in another format than usual, or in a slow one."""
+    device = rank_device(settings.device)
+    formats = [stage.number_format(device) for stage in stages(settings).values()]
+    for remark in dict.fromkeys(found.remark for found in formats if found.remark):
+        logger.warning("%s", remark)
+
+
+def export(run: Path, out: Path) -> int:
+    """Writes the model of a run's newest checkpoint as a folder that `--model` takes.
+
+    Returns:
+        How many steps it was trained.
+
+    Raises:
+        UsageError: no run, or one whose recipe makes its model in stages.
+        ModelFileError: the run has no whole checkpoint.
+    """
+    path = run / SETTINGS_NAME
+    if not path.exists():
+        raise UsageError(f"{run}: holds no run ({SETTINGS_NAME} is not there)")
+    name, settings = _settings_of(str(path))
+    if not isinstance(settings, TrainConfig):
+        raise UsageError(
+            f"{run}: {name} makes its model in stages and leaves it in {run / 'model'} when all are done"
+        )
+    from mm_interleaved.recipes.documents import export_run
+
+    return export_run(settings, run, out)
+
+
+def _has_begun(out: Path) -> bool:
+    """Something has been trained there; settings alone are what a run leaves that was refused."""
+    return os.path.isdir(out) and bool(_below(out, LOG_NAME) or _checkpoints(out))
+
+
+def _settings_of(name: str) -> tuple[str, Any]:
+    """Recipe and settings that a name or a file of settings stands for."""
+    if name.endswith(".json"):
+        record = _read(Path(name))
+        recipe = record.get("recipe") if isinstance(record, dict) else None
+        if not isinstance(recipe, str) or recipe not in RECIPES:
+            raise UsageError(f"{name}: expected the settings of a run, with its recipe; found {recipe!r}")
+        return recipe, from_record(type(RECIPES[recipe].settings()), record.get("settings"), name)
+    if name not in RECIPES:
+        raise UsageError(unknown_name("recipe", name, RECIPES), field="recipe")
+    return name, RECIPES[name].settings()
+
+
+def _settings_to_resume(path: Path, name: str, defaults: Any) -> Any:
+    """The settings that a run began with."""
+    record = _read(path)
+    if not isinstance(record, dict) or "recipe" not in record:
+        logger.warning("%s: written by an earlier version; the recipe's own settings are used", path)
+        return defaults
+    if record["recipe"] != name:
+        raise UsageError(f"--resume: {path.parent} holds a run of {record['recipe']}, found {name}")
+    return from_record(type(defaults), record.get("settings"), str(path))
+
+
+@contextmanager
+def _kept_settings(path: Path, name: str, settings: Any) -> Iterator[None]:
+    """Writes the settings; those of a resumed run come back if it is refused before it has gone on, so that
+    what could not be set does not stand in the way of the next attempt.
+    """
+    record = {"recipe": name, "settings": to_record(settings)}
+    earlier = path.read_bytes() if _has_begun(path.parent) else None
+    if earlier is not None and _read(path) != json.loads(json.dumps(record)):
+        logger.warning("%s: settings differ from those the run began with; the new ones are used", path)
+    write_file(path, (json.dumps(record, indent=2) + "\n").encode())
+    checkpoints = _checkpoints(path.parent)
+    try:
+        yield
+    except MMInterleavedError:
+        if earlier is not None and _checkpoints(path.parent) == checkpoints:
+            write_file(path, earlier)
+        raise
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return _below(out, "step-*")
+
+
+def _below(out: Path, pattern: str) -> list[Path]:
+    """Files of that name in the folders of stages, which some recipes keep one deeper."""
+    return sorted(path for place in ("*", "*/*") for path in out.glob(f"{place}/{pattern}"))
+
+
+def _refuse_changes(out: Path, begun: Any, settings: Any, may_change: frozenset[str] | None) -> None:
+    """Refuses another value of a setting that must stay as a run began with it."""
+    if may_change is None:
+        return
+    before, now = (flat_record(one) for one in (begun, settings))
+    for setting, value in now.items():
+        if value != before[setting] and setting not in may_change:
+            raise UsageError(
+                f"--resume: {out} began with {setting}={before[setting]}, found {value}; what it has trained "
+                f"so far would not compare, so only {', '.join(sorted(may_change))} may change: choose "
+                "another folder"
+            )
+
+
+@contextmanager
+def _exit_status(out: Path) -> Iterator[None]:
+    """Leaves each rank's end in a file: torchrun itself ends with 1 whatever it was."""
+    rank = os.environ.get("RANK")
+    code, reason = 1, "a bug of ours"
+    try:
+        yield
+        code, reason = 0, "done"
+    except MMInterleavedError as error:
+        code, reason = error.exit_code, str(error)
+        raise
+    finally:
+        if rank is not None and out.is_dir():
+            status = {"rank": int(rank), "code": code, "reason": reason}
+            # A disk that is full must not hide why the rank ended.
+            with nullcontext() if code == 0 else suppress(StorageError):
+                write_file(out / f"exit_status-{rank}.json", (json.dumps(status) + "\n").encode())
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: cannot be read as JSON ({error})") from error

@@ -1,0 +1,97 @@
+"""What a stage costs: multiplications of an average step, by PyTorch's own count of all that a step may be.
+
+Steps are not alike: each draws one of several mixtures, and painting stages read a whole pool of documents
+once for many steps. So each kind of work is counted by itself, and weighs as much as training does of it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.denoising_stage import PaintingStage, PaintingTask
+from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
+from mm_interleaved.training.loop import Stage
+from mm_interleaved.training.metrics import count_flops
+
+COUNTING = 2
+"""Version of this count, which stands beside what it gave: another one is counted again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One kind of work that a stage does."""
+
+    times_a_step: float
+    """How often a step does it, on average."""
+    examples: tuple[Callable[[], object], ...]
+    """Does it, each time on other data; the mean is what it costs."""
+
+
+def average_flops(stage: Stage, num_examples: int = 4) -> float:
+    """Multiplications and additions of a stage's average step, forward and backward.
+
+    Sampling from pyramids is no matrix product and is not counted. The stage is left as it was, but for
+    gradients, which are gone.
+
+    Args:
+        num_examples: steps of each kind that are counted; their rows differ in length.
+    """
+    with torch.random.fork_rng(devices=[]):
+        total = sum(
+            work.times_a_step * mean(count_flops(example) for example in work.examples)
+            for work in _works(stage, num_examples)
+        )
+    for part in stage.trained_parts().values():
+        nn.Module.zero_grad(part)
+    return total
+
+
+def _works(stage: Stage, num_examples: int) -> list[Work]:
+    if isinstance(stage, PaintingStage):
+        return _painting(stage, num_examples)
+    if isinstance(stage, TextSideStage) and isinstance(stage.batches, DocumentBatches):
+        return _of_mixtures(stage, stage.batches, num_examples)
+    # All batches have the same shapes.
+    return [Work(1.0, (_learning(stage, 0, stage.make_batch),))]
+
+
+def _painting(stage: PaintingStage, num_examples: int) -> list[Work]:
+    """Reading the first pool, and steps of painting out of it."""
+    pool: list[PaintingTask] = []
+    steps_a_pool = stage.pool_batches * stage.repeats
+    steps = tuple(
+        _learning(stage, step, lambda _: stage.draw(pool)) for step in range(min(num_examples, steps_a_pool))
+    )
+    return [Work(1.0 / steps_a_pool, (lambda: pool.extend(stage.read_pool(0)),)), Work(1.0, steps)]
+
+
+def _of_mixtures(stage: TextSideStage, batches: DocumentBatches, num_examples: int) -> list[Work]:
+    """The first steps of each mixture, which weighs its share."""
+    shares = sum(mixture.share for mixture in batches.mixtures)
+    works = []
+    for mixture in batches.mixtures:
+        if mixture.share:
+            steps = islice(_steps_of(batches, mixture), num_examples)
+            examples = tuple(_learning(stage, step, stage.make_batch) for step in steps)
+            works.append(Work(mixture.share / shares, examples))
+    return works
+
+
+def _steps_of(batches: DocumentBatches, mixture: Mixture) -> Iterator[int]:
+    return (step for step in count() if batches.mixture_of(step) is mixture)
+
+
+def _learning(stage: Stage, step: int, make_batch: Callable[[int], Any]) -> Callable[[], object]:
+    """Makes a step's batch and learns from it, without the optimizer."""
+
+    def learn() -> None:
+        torch.manual_seed(step)
+        stage.compute_losses(make_batch(step)).total.backward()
+
+    return learn

@@ -1,0 +1,1 @@
+"""Documents in, a finished run folder out."""

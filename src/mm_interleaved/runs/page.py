@@ -1,0 +1,163 @@
+"""Records in, one page out: a picture book that needs nothing but itself.
+
+Images are inlined, nothing is loaded from anywhere, there is no script; all text is escaped. What the model
+made is marked with a small star.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from PIL import Image as PILImage
+
+MAX_DOCUMENTS = 200
+"""A page of more documents than this would be too heavy to open; the rest stands in the results."""
+_MAX_SIDE = 1200
+_CRISP_SIDE = 128
+_STAR = '<span class="star" title="made by the model">✦</span>'
+
+OpenImage = Callable[[str], PILImage.Image]
+
+
+@dataclass(slots=True)
+class Panel:
+    """One page of the book: at most one picture, and the texts that belong to it."""
+
+    picture: Mapping[str, Any] | None = None
+    texts: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+def render_page(
+    records: Sequence[Mapping[str, Any]],
+    open_image: OpenImage,
+    *,
+    title: str,
+    made_by: str,
+    scores: Mapping[str, float] | None = None,
+) -> bytes:
+    """A whole page, UTF-8.
+
+    Args:
+        records: canonical records, or failed ones with `error`.
+        open_image: the picture at a path that a record names.
+        made_by: the line under the title: model, seed, settings.
+        scores: metrics from 0 to 1, shown above the documents.
+    """
+    shown = records[:MAX_DOCUMENTS]
+    body = _score_table(scores) if scores else ""
+    body += "\n".join(_document(record, open_image, with_heading=len(records) > 1) for record in shown)
+    if len(records) > len(shown):
+        body += f'<p class="note">{len(records) - len(shown)} more documents stand in results.jsonl.</p>'
+    template = Template((files("mm_interleaved.runs") / "page.html").read_text(encoding="utf-8"))
+    page = template.substitute(title=escape(title), made_by=escape(made_by), body=body)
+    return page.encode("utf-8", "replace")
+
+
+def title_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """What to call a page of these records."""
+    if len(records) == 1:
+        return _heading(records[0])
+    return f"{len(records)} documents"
+
+
+def panels(parts: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Parts grouped into pages: a picture with the text before it, or after it where a picture begins."""
+    begins_with_picture = bool(parts) and parts[0]["type"] == "image"
+    pages = [Panel()]
+    for part in parts:
+        is_picture = part["type"] == "image"
+        begins_page = is_picture if begins_with_picture else not is_picture
+        is_full = pages[-1].picture is not None and (is_picture or begins_page)
+        if is_full:
+            pages.append(Panel())
+        if is_picture:
+            pages[-1].picture = part
+        else:
+            pages[-1].texts.append(part)
+    return [page for page in pages if page.picture or page.texts]
+
+
+def _score_table(scores: Mapping[str, float]) -> str:
+    rows = "".join(
+        f'<tr><th>{escape(name)}</th><td><meter min="0" max="1" value="{value:.4f}"></meter></td>'
+        f"<td>{100 * value:.1f} %</td></tr>"
+        for name, value in scores.items()
+    )
+    return f'<table class="scores">{rows}</table>'
+
+
+def _document(record: Mapping[str, Any], open_image: OpenImage, *, with_heading: bool) -> str:
+    heading = f"<h2>{escape(_heading(record))}</h2>" if with_heading else ""
+    if "error" in record:
+        message = escape(str(record["error"]["message"]))
+        return f'<article>{heading}<div class="error"><b>Not finished.</b> {message}</div></article>'
+    if "messages" in record:
+        turns = "".join(_turn(message, open_image) for message in record["messages"])
+        return f'<article>{heading}<div class="talk">{turns}</div></article>'
+    pages = panels(record["content"])
+    leaves = [_leaf(page, number, open_image) for number, page in enumerate(pages, start=1)]
+    if len(leaves) > 1 and len(leaves) % 2:
+        leaves.append('<div class="leaf end">❦</div>')
+    kind = "book" if len(leaves) > 1 else "book single"
+    return f'<article>{heading}<div class="{kind}">{"".join(leaves)}</div></article>'
+
+
+def _leaf(page: Panel, number: int, open_image: OpenImage) -> str:
+    picture = _picture(page.picture, open_image) if page.picture else ""
+    texts = "".join(_paragraphs(text) for text in page.texts)
+    kind = "leaf" if page.picture else "leaf words"
+    return (
+        f'<section class="{kind}">{picture}<div class="text">{texts}</div><footer>{number}</footer></section>'
+    )
+
+
+def _turn(message: Mapping[str, Any], open_image: OpenImage) -> str:
+    inner = "".join(
+        _paragraphs(part) if part["type"] == "text" else _picture(part, open_image)
+        for part in message["content"]
+    )
+    role = escape(str(message["role"]))
+    return f'<div class="turn {"right" if role == "user" else "left"}"><b>{role}</b>{inner}</div>'
+
+
+def _paragraphs(part: Mapping[str, Any]) -> str:
+    texts = [text.strip() for text in str(part["text"]).split("\n\n") if text.strip()]
+    mark = f" {_STAR}" if part.get("generated") else ""
+    return "".join(f"<p>{escape(text)}{mark if text is texts[-1] else ''}</p>" for text in texts)
+
+
+def _picture(part: Mapping[str, Any], open_image: OpenImage) -> str:
+    is_generated = bool(part.get("generated"))
+    picture = open_image(part["image"])
+    width, height = picture.size
+    kind = "crisp" if max(width, height) <= _CRISP_SIDE else "smooth"
+    what = "a picture made by the model" if is_generated else "a given picture"
+    mark = _STAR if is_generated else ""
+    size = f'width="{width}" height="{height}"'
+    return f'<figure><img class="{kind}" src="{_data_url(picture)}" {size} alt="{what}">{mark}</figure>'
+
+
+def _data_url(picture: PILImage.Image) -> str:
+    """A small picture without loss; a large one reduced, as a JPEG."""
+    buffer = io.BytesIO()
+    if max(picture.size) <= _MAX_SIDE // 2:
+        picture.save(buffer, format="PNG", optimize=True)
+        kind = "png"
+    else:
+        picture = picture.copy()
+        picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
+        picture.save(buffer, format="JPEG", quality=88)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _heading(record: Mapping[str, Any]) -> str:
+    title = record.get("meta", {}).get("title") if isinstance(record.get("meta"), Mapping) else None
+    return title if isinstance(title, str) and title else str(record["id"])

@@ -1,0 +1,1 @@
+"""Documents as token ids and image slots: vocabulary, prompts, sequences, visibility, batches."""

@@ -1,0 +1,113 @@
+"""What trains is said by part: which parameters belong to which part, and how each part learns.
+
+Every parameter of a model belongs to exactly one part. Parts are found by walking the model's modules, never
+by looking for a word in a parameter's name.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from mm_interleaved.errors import UsageError
+from mm_interleaved.models.adapter import DeformableAttention
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
+from mm_interleaved.training.config import PartConfig, PartsConfig
+from mm_interleaved.training.loop import Stage
+from mm_interleaved.training.optimizer import ParameterRule
+
+PART_NAMES = tuple(part.name for part in fields(PartsConfig))
+
+
+def parameters_by_part(
+    model: MMInterleavedForConditionalGeneration,
+) -> dict[str, dict[str, nn.Parameter]]:
+    """All parameters by part and by their name in the model; each stands in one part."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PART_NAMES}
+    for part, parameters in _claims(model):
+        for parameter in parameters:
+            # A parameter stays with whoever claimed it first.
+            if parameter in names:
+                parts[part][names.pop(parameter)] = parameter
+    assert not names, f"parameters of no part: {list(names.values())[:3]}"
+    return parts
+
+
+def choose_trained(model: MMInterleavedForConditionalGeneration, config: PartsConfig) -> dict[str, Any]:
+    """Lets the chosen parts require gradients, and nothing else.
+
+    Returns:
+        The rule of each trained parameter, by its name in the model.
+
+    Raises:
+        UsageError: nothing would be trained.
+    """
+    model.requires_grad_(False)
+    rules: dict[str, ParameterRule] = {}
+    for part, parameters in parameters_by_part(model).items():
+        how: PartConfig = getattr(config, part)
+        if not how.train:
+            continue
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            rules[name] = ParameterRule(part, how.learning_rate, how.weight_decay)
+    if not rules:
+        raise UsageError("parts: none is trained, expected at least one with train=true that the model has")
+    return rules
+
+
+def synchronizer_rules(stage: Stage, learning_rate: float) -> dict[str, ParameterRule]:
+    """A learning rate for all that looks into images among a stage's parts, by its name there."""
+    return {
+        f"{place}.{name}": ParameterRule("synchronizers", learning_rate)
+        for part, module in stage.trained_parts().items()
+        for place, layer in module.named_modules(prefix=part)
+        if isinstance(layer, FeatureSynchronizer | GatedSynchronizer)
+        for name, _ in layer.named_parameters()
+    }
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers they hold; those of a sharded parameter are counted over all ranks."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _claims(
+    model: MMInterleavedForConditionalGeneration,
+) -> Iterator[tuple[str, Iterable[nn.Parameter]]]:
+    """(part, parameters): small parts first, then those that would swallow them."""
+    yield "lora", _low_rank_parameters(model)
+    for module in model.modules():
+        if isinstance(module, FeatureSynchronizer | DeformableAttention):
+            yield "offsets", module.sampling_offsets.parameters()
+        elif isinstance(module, GatedSynchronizer):
+            yield "gates", (module.gate,)
+    for index in model.language_model.synchronized_layers:
+        yield "text_synchronizers", model.language_model.layers[index].synchronizer.parameters()
+    yield "vision", model.vision.clip.parameters()
+    yield "adapter", model.vision.adapter.parameters()
+    yield "slot_resampler", model.vision.parameters()
+    yield "language", model.language_model.parameters()
+    yield "new_tokens", (*model.text_head.new.parameters(), model.image_start_embedding)
+    yield "text_head", model.text_head.parameters()
+    decoder = model.image_decoder
+    if decoder is None:
+        return
+    if decoder.synchronizers is not None:
+        yield "image_synchronizers", decoder.synchronizers.parameters()
+    yield "unet", decoder.unet.parameters()
+    yield "vae", decoder.vae.parameters()
+    yield "conditioning_resampler", (*decoder.resampler.parameters(), *model.context_projection.parameters())
+    yield "conditioning_resampler", (decoder.negative_conditioning,)
+
+
+def _low_rank_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of PEFT's additions; none where nothing was added (then PEFT need not be there either)."""
+    for module in model.modules():
+        additions: Mapping[str, nn.Module] = getattr(module, "lora_A", None) or {}
+        if additions:
+            yield from module.lora_A.parameters()
+            yield from module.lora_B.parameters()
