@@ -10,10 +10,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from mm_interleaved.documents.document import Document
+from typing import Any
 
 
 class MMInterleavedError(Exception):
@@ -88,7 +85,7 @@ class SomeFailedError(MMInterleavedError):
     exit_code = 7
     code = "some_failed"
 
-    def __init__(self, completed: Mapping[int, Document], errors: Mapping[int, MMInterleavedError]):
+    def __init__(self, completed: Mapping[int, Any], errors: Mapping[int, MMInterleavedError]):
         first = min(errors)
         super().__init__(
             f"{len(errors)} of {len(completed) + len(errors)} documents failed, the first at place {first}: "

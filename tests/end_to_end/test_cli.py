@@ -21,11 +21,11 @@ from skimage import data as skimage_data
 from mm_interleaved.cli.chat import split_path
 from mm_interleaved.cli.main import run, stop
 from mm_interleaved.generation.settings import GenerationSettings
+from studies.__main__ import create_app
 
 COMMANDS = (
     "generate", "replay", "caption", "vqa", "ground", "draw", "story", "chat",
     "info", "convert", "compose", "doctor", "plan", "evaluate", "data",
-    "ablation", "scaling", "curves", "sight", "census",
 )  # fmt: skip
 
 
@@ -126,8 +126,6 @@ def test_module_can_be_run():
         (["story", ""], "OPENING: found an empty text"),
         (["generate", "--text", ""], "--text: found an empty text"),
         (["draw", "a", "-o", "cat.png"], "expected a folder"),
-        (["curves", "-o", "page.html"], "expected a folder"),
-        (["gallery", "-o", "sheet"], "expected a file NAME.png"),
         (["data", "storyworld"], "expected OUT"),
         (["data", "storyworld", "a", "-o", "b"], "found both"),
         (["generate", "--text"], "--text"),
@@ -139,6 +137,29 @@ def test_bad_usage_ends_with_2(capsys, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert words in fails(capsys, 2, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["curves", "-o", "page.html"], "expected a folder"),
+        (["gallery", "-o", "sheet"], "expected a file NAME.png"),
+        (["ablation", "--set", "twins=nobody"], "twins: found 'nobody'"),
+        (["sightseeing"], "unknown command 'sightseeing'"),
+    ],
+)
+def test_bad_usage_of_a_study_ends_with_2(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments, create_app) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_every_study_has_its_help(capsys):
+    names = ("ablation", "scaling", "curves", "attention-maps", "sight", "gallery", "oracle", "census")
+    for name in names:
+        assert run([name, "--help"], create_app) == 0
+        assert "Usage: studies" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -402,7 +423,7 @@ def test_every_output_takes_the_spelling_of_earlier_versions(capsys, tmp_path, m
         out = tmp_path / "a" / str(index)
         assert run(["data", "storyworld", spelling, str(out), "--documents", "2"]) == 0
         assert (out / "documents.jsonl").exists()
-    assert run(["curves", "--no-cost"]) == 0
+    assert run(["curves", "--no-cost"], create_app) == 0
     assert "out/curves" in capsys.readouterr().out and not (tmp_path / "docs").exists()
     assert run(["train", "--help"]) == 0
     told = capsys.readouterr().out

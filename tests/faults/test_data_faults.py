@@ -11,9 +11,9 @@ from PIL import Image as PILImage
 
 from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.data.registry import make_source
+from mm_interleaved.data.sources.storyworld import StoryWorldSource
 from mm_interleaved.data.storage.files import manifest_of
 from mm_interleaved.errors import InputError, StorageError
-from mm_interleaved.recipes.storyworld.batches import StoryWorldSource
 from mm_interleaved.training import data_files
 from mm_interleaved.training.data_files import DATA_NAME, check_data
 from mm_interleaved.training.parallel import ALONE
@@ -122,7 +122,7 @@ def test_tars_tables_and_drawn_corpora(tmp_path):
         file.write(b"A")
     with pytest.raises(InputError, match=r"a\.tar: changed since the run began: found sha256"):
         check_data(mixture(tmp_path / "a.tar", kind="webdataset"), tmp_path / "run", ALONE)
-    drawn = Mixture(sources=(MixtureSource(name="drawn", source=StoryWorldSource(tasks=("draw",))),))
+    drawn = Mixture(sources=(MixtureSource(name="drawn", source=StoryWorldSource(paths=("draw",))),))
     begin(tmp_path / "drawn", drawn)
     assert json.loads((tmp_path / "drawn" / DATA_NAME).read_text()) == {"corpora.drawn": []}
 

@@ -7,8 +7,9 @@ import torch
 
 from mm_interleaved.documents.document import Text
 from mm_interleaved.models.config import ResamplerConfig
-from mm_interleaved.recipes.storyworld.batches import Mixture, training_document
+from mm_interleaved.recipes.storyworld.batches import Mixture
 from mm_interleaved.recipes.storyworld.tokenizer import train_tokenizer
+from mm_interleaved.storyworld.training_documents import training_document
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import tiny_model
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.recipes import ablation_cost
-from mm_interleaved.recipes.ablation_cost import commit, made_by, weights_name, with_cost
-from mm_interleaved.recipes.ablation_settings import TwinSizes
-from mm_interleaved.recipes.ablation_twins import build_twin
 from mm_interleaved.recipes.storyworld.attribute_supervision import SIZES, SIZES_AT_POSITION
 from mm_interleaved.recipes.storyworld.vision_stage import SlotReader
-from mm_interleaved.recipes.twins import (
+from mm_interleaved.training.settings import StageConfig
+from studies import provenance as ablation_cost
+from studies.ablation.build import build_twin
+from studies.ablation.settings import TwinSizes
+from studies.ablation.slot_stage import SlotSideStage
+from studies.ablation.variants import (
     ALL_LEVELS,
     NO_LEVELS,
     SLOT_COUNTS,
@@ -25,8 +26,7 @@ from mm_interleaved.recipes.twins import (
     arm_with,
     chosen_twins,
 )
-from mm_interleaved.training.settings import StageConfig
-from mm_interleaved.training.slot_side import SlotSideStage
+from studies.provenance import commit, made_by, weights_name, with_cost
 
 SMALL = TwinSizes(text_dim=32, text_layers=2, text_heads=2)
 

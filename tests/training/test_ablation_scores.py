@@ -9,19 +9,20 @@ import torch
 from mm_interleaved.cli.main import run
 from mm_interleaved.documents.formats import write_documents
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.ablation import (
+from mm_interleaved.files import make_folder
+from mm_interleaved.generation import InterleavedGenerator
+from mm_interleaved.recipes.storyworld.attribute_embedding import SceneCode
+from mm_interleaved.recipes.storyworld.attribute_supervision import painting_labels
+from studies.__main__ import create_app
+from studies.ablation.badges import badges_drawn, badges_told
+from studies.ablation.recipe import chosen_twins, twin_folder
+from studies.ablation.scores import (
     DATA_NAME,
     ablation_documents,
     painted_pictures,
     read_results,
     score_twins,
 )
-from mm_interleaved.evaluation.badges import badges_drawn, badges_told
-from mm_interleaved.files import make_folder
-from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.recipes.ablation import chosen_twins, twin_folder
-from mm_interleaved.recipes.storyworld.attribute_embedding import SceneCode
-from mm_interleaved.recipes.storyworld.attribute_supervision import painting_labels
 
 
 @pytest.mark.parametrize("count", [3, 27, 60, 400])
@@ -92,6 +93,6 @@ def test_another_number_of_documents_is_refused(tmp_path, capsys):
         score_twins(tmp_path, (), 21, lambda document, event: None)
     score_twins(tmp_path, (), 20, lambda document, event: None)
     # The command says so before it trains anything.
-    assert run(["ablation", "-o", str(tmp_path), "--documents", "40"]) == 2
+    assert run(["ablation", "-o", str(tmp_path), "--documents", "40"], create_app) == 2
     assert "found --documents 40" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/cost.json"))

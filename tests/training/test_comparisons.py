@@ -10,16 +10,17 @@ import torch
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.recipes import ablation
-from mm_interleaved.recipes.ablation_twins import TwinSizes
 from mm_interleaved.recipes.run import RECIPES, run_recipe
-from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
 from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
 from mm_interleaved.recipes.storyworld.stage_cost import average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.training.loop import StoppedBySignal, trained_parameters
 from mm_interleaved.training.parameter_groups import synchronizer_rules
 from mm_interleaved.training.settings import flat_record
+from studies.ablation import recipe as ablation
+from studies.ablation.build import TwinSizes
+from studies.recipes import STUDY_RECIPES
+from studies.scaling.recipe import ScalingConfig, size_folder
 
 TINY_STAGE = ("steps=1", "warmup_steps=1", "log_every=1", "use_bfloat16=false", "ema_decay=0.0")
 READS = Mixture(share=1, batch_size=1, tasks={"edit": 1})
@@ -67,13 +68,13 @@ def test_two_twins_are_trained_stopped_gone_on_with_and_share_their_slots(
 
     monkeypatch.setattr(ablation, "train_stage", stops_at_painters)
     with pytest.raises(StoppedBySignal):
-        run_recipe("ablation", settings, out=run)
+        run_recipe("ablation", settings, out=run, recipes=STUDY_RECIPES)
     assert not (run / "twins").exists() and (run / "reader-4-looking-1" / "cost.json").exists()
     first = json.loads((run / "reader-4-looking-1" / "cost.json").read_text())
 
     with pytest.raises(UsageError, match=r"with text\.steps=1, found 2.*only device, num_threads, twins"):
-        run_recipe("ablation", ["text.steps=2"], resume=True, out=run)
-    out = run_recipe("ablation", ["twins=neither-1,both-1"], resume=True, out=run)
+        run_recipe("ablation", ["text.steps=2"], resume=True, out=run, recipes=STUDY_RECIPES)
+    out = run_recipe("ablation", ["twins=neither-1,both-1"], resume=True, out=run, recipes=STUDY_RECIPES)
     assert sorted(path.name for path in out.iterdir()) == ["both-1", "neither-1"]
     assert json.loads((run / "reader-4-looking-1" / "cost.json").read_text()) == first
     costs = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/cost.json")}
@@ -92,17 +93,17 @@ def test_two_twins_are_trained_stopped_gone_on_with_and_share_their_slots(
 def test_a_reader_of_each_size_is_trained_and_a_run_is_not_begun_twice(folder, tiny_batches, tmp_path):
     run = tmp_path / "run"
     settings = [*settings_of(folder), "widths=8,16", "layers=1,2"]
-    run_recipe("scaling", settings, out=run)
+    run_recipe("scaling", settings, out=run, recipes=STUDY_RECIPES)
     costs = [
         json.loads((size_folder(run, width) / "reader-4-looking-1" / "cost.json").read_text())
         for width in (8, 16)
     ]
     assert costs[0]["flops_a_step"] < costs[1]["flops_a_step"]
     with pytest.raises(UsageError, match="holds a run already; give --resume"):
-        run_recipe("scaling", settings, out=run)
+        run_recipe("scaling", settings, out=run, recipes=STUDY_RECIPES)
     with pytest.raises(UsageError, match="began with seed=1, found 2"):
-        run_recipe("scaling", ["seed=2"], resume=True, out=run)
-    run_recipe("scaling", resume=True, out=run)
+        run_recipe("scaling", ["seed=2"], resume=True, out=run, recipes=STUDY_RECIPES)
+    run_recipe("scaling", resume=True, out=run, recipes=STUDY_RECIPES)
 
 
 def test_sizes_that_cannot_be_are_refused_before_anything_is_trained():

@@ -6,7 +6,6 @@ from statistics import mean
 import pytest
 import torch
 
-from mm_interleaved.recipes.ablation_cost import read_cost, with_cost
 from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
 from mm_interleaved.recipes.storyworld.stage_cost import COUNTING, average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
@@ -14,6 +13,7 @@ from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.metrics import count_flops
 from mm_interleaved.training.settings import StageConfig
+from studies.provenance import read_cost, with_cost
 
 EDITS = Mixture(share=1, batch_size=2, tasks={"edit": 1})
 STORIES = Mixture(share=2, batch_size=1, tasks={"story": 1})

@@ -13,7 +13,7 @@ from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
 from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normalise_latents
 from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
 from mm_interleaved.training.devices import device_of
-from mm_interleaved.training.slot_side import SlotSideStage
+from studies.ablation.slot_stage import SlotSideStage
 
 MIXTURES = (
     Mixture(share=1, batch_size=2, tasks={"edit": 1}),

@@ -16,8 +16,8 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import (
     told_labels,
     true_labels,
 )
-from mm_interleaved.recipes.storyworld.batches import training_document
 from mm_interleaved.storyworld.renderer import scene_at
+from mm_interleaved.storyworld.training_documents import training_document
 from mm_interleaved.storyworld.world import POSITIONS
 
 

@@ -23,6 +23,9 @@ from mm_interleaved.training.settings import (
     setting_names,
     to_record,
 )
+from studies.recipes import STUDY_RECIPES
+
+ALL_RECIPES = {**RECIPES, **STUDY_RECIPES}
 
 
 def test_assignments_reach_nested_settings_and_keep_their_types():
@@ -129,7 +132,7 @@ def numeric(kind):
 
 @pytest.mark.parametrize("recipe", ["storyworld", "ablation", "scaling", "pretrain", "storytelling-lora"])
 def test_every_number_has_a_range_and_what_lies_outside_is_refused(recipe):
-    settings = RECIPES[recipe].settings()
+    settings = ALL_RECIPES[recipe].settings()
     tried = 0
     for prefix, group in groups(settings):
         kinds, ranges = numeric(type(group)), number_ranges(type(group))
@@ -191,14 +194,14 @@ def test_a_stage_at_the_ends_of_a_range_ends_as_it_should(tmp_path, name):
 )
 def test_what_is_refused_is_named_as_it_is_set(recipe, assignment, message):
     with pytest.raises(UsageError, match=message) as refused:
-        override(RECIPES[recipe].settings(), [assignment])
+        override(ALL_RECIPES[recipe].settings(), [assignment])
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
 @pytest.mark.parametrize("recipe", ["storyworld", "grounding-storyworld"])
 def test_settings_of_another_form_are_refused_in_one_sentence(recipe):
     """Every value of a record replaced by one of another kind, and left out."""
-    settings = RECIPES[recipe].settings()
+    settings = ALL_RECIPES[recipe].settings()
     for name in flat_record(settings):
         for wrong in ({}, [], [[]], "x", 1.5, True, None, ...):
             record = json.loads(json.dumps(to_record(settings)))
@@ -221,7 +224,6 @@ def test_settings_of_another_form_are_refused_in_one_sentence(recipe):
     [
         ["grounding-storyworld", "--set", "steps=5"],
         ["storyworld", "--set", "text.learning_rate=1e38"],
-        ["ablation", "--set", "twins=nobody"],
         ["storyword"],
         ["storyworld", "--resume", "-o", "nowhere"],
     ],

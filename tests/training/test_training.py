@@ -21,12 +21,7 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import (
     badge_cells,
     cell_labels,
 )
-from mm_interleaved.recipes.storyworld.batches import (
-    DocumentBatch,
-    DocumentBatches,
-    Mixture,
-    training_document,
-)
+from mm_interleaved.recipes.storyworld.batches import DocumentBatch, DocumentBatches, Mixture
 from mm_interleaved.recipes.storyworld.coreference_supervision import (
     ANSWERS_OF_MENTION,
     OF_MENTION,
@@ -41,6 +36,7 @@ from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normali
 from mm_interleaved.recipes.storyworld.vision_stage import SlotReader, VisionSideStage
 from mm_interleaved.storyworld.renderer import figure_box, scene_at
 from mm_interleaved.storyworld.tasks import document
+from mm_interleaved.storyworld.training_documents import training_document
 from mm_interleaved.storyworld.world import BADGES, POSITIONS, SPECIES, scene_from_record
 from mm_interleaved.storyworld.world import NAMES as WHO
 from mm_interleaved.training.checkpoints import load_newest_checkpoint

@@ -10,11 +10,11 @@ from PIL import Image as PILImage
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.formats import write_documents
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.ablation import DATA_NAME, ablation_documents
-from mm_interleaved.evaluation.ablation_page import cases_of, page_text, plot_slots, side_by_side, write_page
 from mm_interleaved.files import make_folder
-from mm_interleaved.recipes.ablation import chosen_twins
 from mm_interleaved.storyworld.tasks import part_pixels
+from studies.ablation.page import cases_of, page_text, plot_slots, side_by_side, write_page
+from studies.ablation.recipe import chosen_twins
+from studies.ablation.scores import DATA_NAME, ablation_documents
 
 
 def result(arm, slots, seed, value, **changes):

@@ -10,7 +10,7 @@ import pytest
 from mm_interleaved.cli import evaluate
 from mm_interleaved.cli.main import run
 from mm_interleaved.documents.document import Image, Text
-from mm_interleaved.evaluation.tasks import TASKS as KNOWN_TASKS
+from mm_interleaved.evaluation.registry import TASKS as KNOWN_TASKS
 from mm_interleaved.storyworld import baselines
 from mm_interleaved.storyworld.exports import write_storyworld
 from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels

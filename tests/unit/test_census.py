@@ -1,6 +1,7 @@
 """The figures about the world are counted, not claimed."""
 
-from mm_interleaved.storyworld.census import (
+from mm_interleaved.storyworld.world import SPLITS
+from studies.census import (
     appearances,
     count_appearances,
     count_hero_stories,
@@ -8,7 +9,6 @@ from mm_interleaved.storyworld.census import (
     fingerprint,
     variety,
 )
-from mm_interleaved.storyworld.world import SPLITS
 
 
 def test_splits_share_out_all_appearances():

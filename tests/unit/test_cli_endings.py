@@ -71,9 +71,11 @@ def test_train_hides_the_bars_of_libraries(monkeypatch, tmp_path):
     def bars_are_shown(settings, folder, *, show_progress):
         return transformers_logging.is_progress_bar_enabled()
 
-    recipe = run_module.Recipe(run_module.RECIPES["scaling"].settings, bars_are_shown)
-    monkeypatch.setattr(run_module, "RECIPES", {"scaling": recipe})
+    recipe = run_module.Recipe(run_module.RECIPES["storyworld"].settings, bars_are_shown)
     transformers_logging.enable_progress_bar()
     for number, hides in enumerate((False, True)):
         out = tmp_path / str(number)
-        assert run_module.run_recipe("scaling", out=out, show_progress=hides) is not hides
+        assert (
+            run_module.run_recipe("storyworld", out=out, show_progress=hides, recipes={"storyworld": recipe})
+            is not hides
+        )

@@ -12,8 +12,8 @@ from echo_generator import EchoGenerator
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import InputError, TooLongError
 from mm_interleaved.evaluation import runner
+from mm_interleaved.evaluation.registry import TASKS
 from mm_interleaved.evaluation.runner import _ranking, evaluate_model, evaluate_predictions
-from mm_interleaved.evaluation.tasks import TASKS
 from mm_interleaved.files import make_folder
 from mm_interleaved.generation.loading import AS_IT_IS, Acceleration
 from mm_interleaved.runs.generate import ModelChoice, RunRequest

@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Image
-from mm_interleaved.evaluation.gallery import show_gallery
 from mm_interleaved.storyworld.renderer import render_scene, sheet_of
 from mm_interleaved.storyworld.tasks import document, part_pixels
 from mm_interleaved.storyworld.world import scene_from_record
+from studies.gallery import show_gallery
 
 
 def paint_the_truth(asked, *, seed):

@@ -7,7 +7,8 @@ from PIL import Image as PILImage
 
 from mm_interleaved.cli.main import run
 from mm_interleaved.errors import InputError
-from mm_interleaved.evaluation.learning_curves import (
+from studies.__main__ import create_app
+from studies.learning_curves import (
     costs_of,
     curves_text,
     losses_of,
@@ -85,9 +86,9 @@ def test_the_page_of_the_shipped_model_tells_what_the_studies_took(tmp_path):
     twins = [{"cost": {"reader": cost(2e12), **shared}}, {"cost": {"reader": cost(4e12), **shared}}]
     (tmp_path / "ablation_results.json").write_text(json.dumps({"twins": twins, "machines": ["A chip"]}))
     page = write_curves(LINES, {}, tmp_path, is_shipped=True).read_text()
-    [row] = [line for line in page.splitlines() if "`mm-interleaved ablation`" in line]
+    [row] = [line for line in page.splitlines() if "`python -m studies ablation`" in line]
     assert row.endswith("| 3 | 7.00e+12 | 1.50 | 2.25 | A chip |"), "the painter that both share counts once"
-    assert "mm-interleaved scaling" not in page
+    assert "python -m studies scaling" not in page
     assert "What the studies took" not in write_curves(LINES, {}, tmp_path, is_shipped=False).read_text()
 
 
@@ -121,7 +122,7 @@ def test_what_is_no_log_is_refused_in_one_sentence(tmp_path, capsys, text, found
         path.write_text(text)
     with pytest.raises(InputError):
         read_stages(path)
-    assert run(["curves", str(path), "--no-cost", "--docs", str(tmp_path / "docs")]) == 3
+    assert run(["curves", str(path), "--no-cost", "--docs", str(tmp_path / "docs")], create_app) == 3
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and str(path) in error and found in error
     assert not (tmp_path / "docs").exists()

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 
 from mm_interleaved.cli.main import run
-from mm_interleaved.evaluation.oracle_error import oracle_errors
+from studies.__main__ import create_app
+from studies.oracle_error import oracle_errors
 
 
 class PerfectDecoder:
@@ -43,6 +44,6 @@ def test_what_is_painted_over_is_counted_wrong():
 
 
 def test_the_command_tells_both_of_the_shipped_model(capsys):
-    assert run(["oracle", "--pictures", "4", "--device", "cpu"]) == 0
+    assert run(["oracle", "--pictures", "4", "--device", "cpu"], create_app) == 0
     told = capsys.readouterr().out
     assert "clean: 100.000% of" in told and "VAE: 100.000% of" in told and "4 of 4 pictures wholly" in told

@@ -7,11 +7,12 @@ from PIL import Image as PILImage
 
 from mm_interleaved.cli.main import run as run_command
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.scaling import envelope, fit_law, law_loss, write_scaling
 from mm_interleaved.files import make_folder
-from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
-from mm_interleaved.recipes.twins import Reader
 from mm_interleaved.training.settings import to_record
+from studies.__main__ import create_app
+from studies.ablation.variants import Reader
+from studies.scaling.page import envelope, fit_law, law_loss, write_scaling
+from studies.scaling.recipe import ScalingConfig, size_folder
 
 WIDTHS = (32, 96)
 """Not the defaults: a run keeps what it began with."""
@@ -83,7 +84,7 @@ def test_the_command_goes_on_with_the_sizes_of_the_run(trained, tmp_path, monkey
     from mm_interleaved.recipes import run as training_run
 
     monkeypatch.setattr(training_run, "run_recipe", lambda name, overrides, **how: how["out"])
-    assert run_command(["scaling", "-o", str(trained), "--docs", str(tmp_path / "docs")]) == 0
+    assert run_command(["scaling", "-o", str(trained), "--docs", str(tmp_path / "docs")], create_app) == 0
     written = json.loads((tmp_path / "docs" / "scaling_results.json").read_text())
     assert [size["width"] for size in written["sizes"]] == list(WIDTHS)
     assert "* FLOPs ** -0.10" in capsys.readouterr().out

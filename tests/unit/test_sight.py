@@ -9,7 +9,10 @@ import torch
 from PIL import Image as PILImage
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.sight import (
+from mm_interleaved.generation import InterleavedGenerator
+from mm_interleaved.ops.reference import sample_reference
+from mm_interleaved.storyworld.renderer import badge_box, render_scene, scene_at
+from studies.attention_maps import (
     Samples,
     by_head,
     cells_in,
@@ -19,10 +22,7 @@ from mm_interleaved.evaluation.sight import (
     samples_of_token,
     weight_in,
 )
-from mm_interleaved.evaluation.sight_page import Seen, numbers_of, shares_of, sheet, show_sight
-from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.ops.reference import sample_reference
-from mm_interleaved.storyworld.renderer import badge_box, render_scene, scene_at
+from studies.attention_pages import Seen, numbers_of, shares_of, sheet, show_sight
 from tiny import tiny_config, tiny_model, tiny_processor
 
 

@@ -158,6 +158,9 @@ def frames(folder, more, said):
     return {"paths": put(folder / "stories.jsonl", lines(record)), "num_given": 2}
 
 
+# What is drawn instead of read has no files in which something could be wrong.
+READING = set(SOURCES) - {"storyworld"}
+
 SAMPLES = {
     "documents": Sample(documents),
     "llava": Sample(llava),
@@ -190,10 +193,10 @@ def read(name: str, folder: Path, more=(), said="A red dog.") -> list:
 
 
 def test_every_source_is_tried():
-    assert set(SAMPLES) == set(SOURCES)
+    assert set(SAMPLES) == READING
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
+@pytest.mark.parametrize("name", sorted(READING))
 def test_the_corpora_are_sound_to_begin_with(tmp_path, name):
     [one] = read(name, tmp_path)
     assert isinstance(one, Document) and one.remarks == () and one.place
@@ -258,7 +261,7 @@ def test_no_blank_answer_is_learned(tmp_path, name, said):
 
 
 @pytest.mark.parametrize("markup", ["<image>", "<image_1>", "<|image|>", "[IMG]", "<video>", "<ImageHere>"])
-@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"documents", "flickr30k-entities"}))
+@pytest.mark.parametrize("name", sorted(READING - {"documents", "flickr30k-entities"}))
 def test_markup_that_matches_no_image_is_remarked(tmp_path, name, markup):
     [one] = read(name, tmp_path, said=f"A dog {markup} here.")
     assert AS_TEXT in one.remarks and one.place
@@ -302,7 +305,7 @@ def replaced(value, place, new):
     return copy
 
 
-@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"webdataset", "obelics", "flickr30k-entities"}))
+@pytest.mark.parametrize("name", sorted(READING - {"webdataset", "obelics", "flickr30k-entities"}))
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_no_record_ends_the_reading(tmp_path_factory, name, data):
@@ -378,7 +381,7 @@ def test_nobody_reads_a_source_around_that():
         for path in package.rglob("*.py")
         if re.search(r"\.read\(shard|\.shards\(\)", path.read_text(encoding="utf-8"))
     }
-    assert users == {"data/sources/source.py"}
+    assert users == {"data/source.py"}
 
 
 @pytest.mark.parametrize(

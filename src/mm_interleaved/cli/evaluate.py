@@ -62,8 +62,8 @@ def evaluate(
     if predictor is not None and predictions is not None:
         raise UsageError("give either --predictor or --predictions, found both")
     from mm_interleaved.cli.process import load_quietly
+    from mm_interleaved.evaluation.registry import TASKS
     from mm_interleaved.evaluation.runner import evaluate_model, evaluate_predictions
-    from mm_interleaved.evaluation.tasks import TASKS
     from mm_interleaved.runs.generate import ModelChoice, RunRequest
 
     num_failed = 0

@@ -9,25 +9,14 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
 import typer
 
 from mm_interleaved import __version__
-from mm_interleaved.cli import (
-    chat,
-    claim,
-    data,
-    evaluate,
-    generate,
-    models,
-    process,
-    shortcuts,
-    system,
-    train,
-)
+from mm_interleaved.cli import chat, data, evaluate, generate, models, process, shortcuts, system, train
 from mm_interleaved.cli.command import CommandGroup, TyperUsageError
 from mm_interleaved.cli.output import say_error
 from mm_interleaved.errors import MMInterleavedError, memory_wanted
@@ -48,10 +37,20 @@ class Stopped(BaseException):
 
 def create_app() -> typer.Typer:
     """All commands."""
+    app = empty_app(
+        PROGRAM, "A document of text and images goes in, a longer document of text and images comes out."
+    )
+    for module in (generate, shortcuts, chat, models, train, evaluate, data, system):
+        module.add_to(app)
+    return app
+
+
+def empty_app(program: str, help: str) -> typer.Typer:
+    """A program without commands yet, which are shown and which end as all of ours."""
     app = typer.Typer(
-        name=PROGRAM,
+        name=program,
         cls=CommandGroup,
-        help="A document of text and images goes in, a longer document of text and images comes out.",
+        help=help,
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -66,17 +65,16 @@ def create_app() -> typer.Typer:
     ):
         pass
 
-    for module in (generate, shortcuts, chat, models, train, evaluate, data, claim, system):
-        module.add_to(app)
     return app
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command; returns the exit code, with one sentence on stderr where it is not 0."""
+def run(arguments: Sequence[str], create: Callable[[], typer.Typer] = create_app) -> int:
+    """Run one command of a program; returns the exit code, with one sentence on stderr where it is not 0."""
     logging.basicConfig(level=logging.WARNING, format=f"{PROGRAM}: %(message)s")
     debug = "--debug" in arguments
     try:
-        code = create_app()(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        app = create()
+        code = app(args=list(arguments), prog_name=app.info.name, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into an exit code by itself
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -107,11 +105,11 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"a bug of ours: {sentence} (--debug shows where; please report it)", BUG, debug)
 
 
-def main() -> NoReturn:
+def main(create: Callable[[], typer.Typer] = create_app) -> NoReturn:
     """Entry point of the installed command."""
     signal.signal(signal.SIGTERM, stop)
     process.set_up()
-    code = run(sys.argv[1:])
+    code = run(sys.argv[1:], create)
     # The work is done; a signal that comes while the interpreter ends has nothing left to stop.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(code)

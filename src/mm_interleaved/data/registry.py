@@ -19,6 +19,7 @@ from mm_interleaved.data.sources.mmc4 import MMC4
 from mm_interleaved.data.sources.obelics import ObelicsTables
 from mm_interleaved.data.sources.paragraphs import Paragraphs
 from mm_interleaved.data.sources.refcoco import ReferringExpressions
+from mm_interleaved.data.sources.storyworld import StoryWorldSource
 from mm_interleaved.data.sources.visdial import VisualDialogues
 from mm_interleaved.data.sources.vist import VisualStories
 from mm_interleaved.data.sources.vqa import VisualQuestions
@@ -48,12 +49,16 @@ SOURCES: Mapping[str, type[Any]] = MappingProxyType(
         "vist": VisualStories,
         "pororosv": FrameStripStories,
         "flintstonessv": FrameStripStories,
+        "storyworld": StoryWorldSource,
     }
 )
 
 
-def make_source(name: str, settings: Mapping[str, Any]) -> Source:
+def make_source(name: str, settings: Mapping[str, Any], *, run_seed: int | None = None) -> Source:
     """The source of a name with its settings; a list stands for a tuple, a prompt is given by name.
+
+    Args:
+        run_seed: of a training run; a source that draws its documents takes it where it is given no other.
 
     Raises:
         UsageError: a name that is not known (the nearest one is suggested), a value of a wrong kind.
@@ -70,6 +75,8 @@ def make_source(name: str, settings: Mapping[str, Any]) -> Source:
     missing = [field.name for field in fields(kind) if field.name == "paths" and "paths" not in given]
     if missing:
         raise UsageError(f"source {name}: paths: missing, expected files, globs or addresses", field="paths")
+    if run_seed is not None and getattr(kind, "takes_run_seed", False):
+        given.setdefault("seed", run_seed)
     return kind(**given)
 
 

@@ -94,9 +94,32 @@ AnySource = TypeVar("AnySource", bound=Source)
 def in_epoch(source: AnySource, epoch: int) -> AnySource:
     """The source as it is read in an epoch (from 0): what it chooses by chance is chosen anew."""
     settings: Any = source
+    if isinstance(source, WholeDocuments):
+        return replace(settings, source=in_epoch(source.source, epoch))
     if "epoch" not in {field.name for field in fields(settings)}:
         return source
     return replace(settings, epoch=epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeDocuments:
+    """A source whose documents have no hole: what is asked and its answer are one text, and count alike."""
+
+    source: Source
+
+    @property
+    def paths(self) -> Any:
+        """What the source reads."""
+        return getattr(self.source, "paths", ())
+
+    def shards(self) -> list[Shard]:
+        return self.source.shards()
+
+    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
+        for position, item in self.source.read(shard, start):
+            if isinstance(item, Document) and item.target:
+                item = replace(item, parts=(*item.parts, *item.target), target=())
+            yield position, item
 
 
 class Chance:

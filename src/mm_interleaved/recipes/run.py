@@ -16,7 +16,6 @@ from typing import Any
 from mm_interleaved.devices import rank_device
 from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
 from mm_interleaved.files import locked_folder, make_folder, remove_temporary_files, write_file
-from mm_interleaved.recipes import ablation_settings, scaling_settings
 from mm_interleaved.recipes.storyworld.settings import StoryWorldConfig
 from mm_interleaved.recipes.tasks import task_recipes
 from mm_interleaved.spelling import unknown_name
@@ -47,18 +46,6 @@ def _train_storyworld(settings: Any, folder: Path, *, show_progress: bool) -> Pa
     return train(settings, folder, show_progress=show_progress)
 
 
-def _train_ablation(settings: Any, folder: Path, *, show_progress: bool) -> Path:
-    from mm_interleaved.recipes.ablation import train
-
-    return train(settings, folder, show_progress=show_progress)
-
-
-def _train_scaling(settings: Any, folder: Path, *, show_progress: bool) -> Path:
-    from mm_interleaved.recipes.scaling import train
-
-    return train(settings, folder, show_progress=show_progress)
-
-
 def _train_documents(settings: Any, folder: Path, *, show_progress: bool) -> Path:
     from mm_interleaved.recipes.documents import train_documents
 
@@ -68,8 +55,6 @@ def _train_documents(settings: Any, folder: Path, *, show_progress: bool) -> Pat
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "storyworld": Recipe(StoryWorldConfig, _train_storyworld),
-        "ablation": Recipe(ablation_settings.AblationConfig, _train_ablation, ablation_settings.MAY_CHANGE),
-        "scaling": Recipe(scaling_settings.ScalingConfig, _train_scaling, scaling_settings.MAY_CHANGE),
     }
     | {name: Recipe(settings, _train_documents) for name, settings in task_recipes().items()}
 )
@@ -82,6 +67,7 @@ def run_recipe(
     resume: bool = False,
     out: Path,
     show_progress: bool = False,
+    recipes: Mapping[str, Recipe] = RECIPES,
 ) -> Path:
     """Trains a recipe in a folder and returns the folder of the finished model.
 
@@ -92,6 +78,7 @@ def run_recipe(
         overrides: assignments such as `image.steps=500`.
         resume: go on with what `out` holds, with the settings that it began with; without it `out` must not
             hold a run.
+        recipes: those that there are, by name.
         out: gets `settings.json`, a folder of checkpoints and a log for each stage, and `model`.
 
     Raises:
@@ -101,7 +88,7 @@ def run_recipe(
         StoppedBySignal: a signal came; everything is saved.
         StorageError: the disk refused.
     """
-    name, settings = _settings_of(name)
+    name, settings = _settings_of(name, recipes)
     path = out / SETTINGS_NAME
     if not resume and _has_begun(out):
         raise UsageError(f"{out} holds a run already; give --resume to go on with it, or another folder")
@@ -112,7 +99,7 @@ def run_recipe(
         settings = _settings_to_resume(path, name, settings)
     begun, settings = settings, override(settings, overrides)
     if _has_begun(out):
-        _refuse_changes(out, begun, settings, RECIPES[name].may_change)
+        _refuse_changes(out, begun, settings, recipes[name].may_change)
     is_first = os.environ.get("RANK", "0") == "0"
     if show_progress:
         _hide_bars_of_libraries()
@@ -126,7 +113,7 @@ def run_recipe(
     ):
         if is_first:
             remove_temporary_files(out)
-        return RECIPES[name].train(settings, out, show_progress=show_progress)
+        return recipes[name].train(settings, out, show_progress=show_progress)
 
 
 def _hide_bars_of_libraries() -> None:
@@ -157,7 +144,7 @@ def export(run: Path, out: Path) -> int:
     path = run / SETTINGS_NAME
     if not path.exists():
         raise UsageError(f"{run}: holds no run ({SETTINGS_NAME} is not there)")
-    name, settings = _settings_of(str(path))
+    name, settings = _settings_of(str(path), RECIPES)
     if not isinstance(settings, TrainConfig):
         raise UsageError(
             f"{run}: {name} makes its model in stages and leaves it in {run / 'model'} when all are done"
@@ -172,17 +159,17 @@ def _has_begun(out: Path) -> bool:
     return os.path.isdir(out) and bool(_below(out, LOG_NAME) or _checkpoints(out))
 
 
-def _settings_of(name: str) -> tuple[str, Any]:
+def _settings_of(name: str, recipes: Mapping[str, Recipe]) -> tuple[str, Any]:
     """Recipe and settings that a name or a file of settings stands for."""
     if name.endswith(".json"):
         record = _read(Path(name))
         recipe = record.get("recipe") if isinstance(record, dict) else None
-        if not isinstance(recipe, str) or recipe not in RECIPES:
+        if not isinstance(recipe, str) or recipe not in recipes:
             raise UsageError(f"{name}: expected the settings of a run, with its recipe; found {recipe!r}")
-        return recipe, from_record(type(RECIPES[recipe].settings()), record.get("settings"), name)
-    if name not in RECIPES:
-        raise UsageError(unknown_name("recipe", name, RECIPES), field="recipe")
-    return name, RECIPES[name].settings()
+        return recipe, from_record(type(recipes[recipe].settings()), record.get("settings"), name)
+    if name not in recipes:
+        raise UsageError(unknown_name("recipe", name, recipes), field="recipe")
+    return name, recipes[name].settings()
 
 
 def _settings_to_resume(path: Path, name: str, defaults: Any) -> Any:

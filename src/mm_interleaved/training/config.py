@@ -35,9 +35,9 @@ class CorpusConfig:
     """One corpus of the mixture."""
 
     kind: str
-    """Its format, e.g. `mmc4`, `llava`, `documents` (see docs/data.md); `storyworld` draws its own."""
+    """Its format, e.g. `mmc4`, `llava`, `documents` (see docs/data.md)."""
     paths: tuple[str, ...] = ()
-    """Files, globs or addresses; of `storyworld`, tasks."""
+    """Files, globs or addresses; of a corpus that is drawn, its tasks."""
     images: str | None = None
     """Folder, address or tars of the images; none = where the format has them."""
     options: str = ""
@@ -51,7 +51,7 @@ class CorpusConfig:
     learn_images: str = "all"
     """What images count: `all`, `last` or `none`."""
     learn_prompts: bool = False
-    """Of `storyworld`: what is asked counts as well as the answer (pre-training)."""
+    """What is asked counts as well as the answer (pre-training)."""
     few_shot_share: Annotated[float, SHARE] = 0.0
     """How often documents are merged into few-shot documents, 0 to 1; never with `released_packing`, as the
     published loader does not."""
@@ -115,7 +115,7 @@ class SamplesConfig:
     every: Annotated[int, NUMBER] = 0
     """Steps between two looks; 0 = never."""
     documents: str = ""
-    """A file of documents with holes; empty = StoryWorld's own (for models of its size)."""
+    """A file of documents with holes; empty = those of the recipe."""
     count: Annotated[int, COUNT] = 4
     """How many documents."""
     num_inference_steps: Annotated[int, Range(1, 1000)] = 20

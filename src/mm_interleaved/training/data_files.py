@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm_interleaved.data.mixture import Mixture
-from mm_interleaved.data.source import Shard, Source, items_of
+from mm_interleaved.data.source import Shard, Source, WholeDocuments, items_of
 from mm_interleaved.data.storage.files import (
     file_size,
     found_files,
@@ -141,7 +141,7 @@ def _files_of(source: Source, shards: Sequence[Shard]) -> Iterator[str]:
     yield from named
     if not named:
         return
-    settings: Any = source
+    settings: Any = source.source if isinstance(source, WholeDocuments) else source
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         if setting.name != "paths":

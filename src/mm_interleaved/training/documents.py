@@ -10,11 +10,10 @@ from mm_interleaved.data.few_shot import FewShot
 from mm_interleaved.data.loader import MicroBatch, StepRows, TrainingLoader, merge_states
 from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.data.registry import make_source
-from mm_interleaved.data.source import Source
+from mm_interleaved.data.source import Source, WholeDocuments
 from mm_interleaved.devices import usable_cores
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.recipes.storyworld.batches import StoryWorldSource
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.tokens.sequence import LearningRule
 from mm_interleaved.training.bad_samples import BadSamples
@@ -171,18 +170,13 @@ def _mixture_source(name: str, corpus: CorpusConfig, config: TrainConfig) -> Mix
 
 
 def _source(name: str, corpus: CorpusConfig, seed: int) -> Source:
-    if corpus.kind == "storyworld":
-        if corpus.options or corpus.images:
-            raise UsageError(
-                f"corpora.{name}: storyworld draws its own pictures, it takes no options or images"
-            )
-        return StoryWorldSource(tasks=corpus.paths, seed=seed, learn_prompts=corpus.learn_prompts)
     if not corpus.paths:
         raise UsageError(
             f"corpora.{name}.paths: empty; give its files with --set corpora.{name}.paths=..., "
             f"or leave it out with --set corpora.{name}.weight=0"
         )
     try:
-        return make_source(corpus.kind, corpus.source_settings())
+        source = make_source(corpus.kind, corpus.source_settings(), run_seed=seed)
     except UsageError as error:
         raise UsageError(f"corpora.{name}: {error}") from error
+    return WholeDocuments(source) if corpus.learn_prompts else source

@@ -1,36 +1,21 @@
-"""Batches of StoryWorld documents; what a step sees is a pure function of (seed, step).
+"""Batches of StoryWorld documents; what a step sees is a pure function of (seed, step)."""
 
-The tasks of the test set are mixed with one of training's own: an interview, many questions about one
-picture, which
-teaches more about it per second than one question does.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mm_interleaved.data.source import Item, Shard
-from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.errors import UsageError
+from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.seeded_random import Dice
-from mm_interleaved.spelling import hint
-from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, RELATIONS, ask_several
 from mm_interleaved.storyworld.renderer import render_batch
-from mm_interleaved.storyworld.tasks import TASKS, document, picture
-from mm_interleaved.storyworld.world import random_scene, scene_to_record
+from mm_interleaved.storyworld.training_documents import training_document
 from mm_interleaved.tokens.batch import Batch
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
-INTERVIEW = "interview"
-_SHARD_ITEMS = 1024
-_SHARDS = 256
-# Domains of the dice, so that no two streams share their random numbers (those of storyworld are below 10).
-_MIXTURE_DOMAIN = 21
-_INTERVIEW_DOMAIN = 22
+# Domain of the dice, so that no two streams share their random numbers.
 _STEP_DOMAIN = 23
 
 
@@ -63,42 +48,6 @@ def storyworld_pixels(seed: int):
         return pictures.permute(0, 3, 1, 2).float() / 255
 
     return pixels
-
-
-def training_document(seed: int, index: int, task_weights: Mapping[str, int]) -> Document:
-    """Document number `index` of a training mixture, its target appended to its parts so that all of it is
-    learned.
-
-    Args:
-        task_weights: tasks of `storyworld.tasks`, or "interview", with integer weights.
-    """
-    task = Dice(_MIXTURE_DOMAIN, seed, index).weighted(tuple(task_weights), tuple(task_weights.values()))
-    if task == INTERVIEW:
-        return _interview(seed, index)
-    made = document("train", seed, index, task)
-    return replace(made, parts=(*made.parts, *made.target), target=())
-
-
-def _interview(seed: int, index: int) -> Document:
-    """A picture, questions about the badge and pattern of each figure, one of each relation, and questions
-    about anything.
-    """
-    dice = Dice(_INTERVIEW_DOMAIN, seed, index)
-    scene = random_scene(dice, "train")
-    questions = {
-        question.text: question
-        for figure in scene.figures
-        for kind in FINE_DETAIL
-        if (question := QUESTIONS[kind](dice, replace(scene, figures=(figure,)))) is not None
-    }
-    relations = (QUESTIONS[kind](dice, scene) for kind in RELATIONS)
-    questions.update((question.text, question) for question in relations if question is not None)
-    questions.update((question.text, question) for question in ask_several(dice, scene, 7))
-    parts = [picture(scene, "user")]
-    for question in dice.sample(list(questions.values()), len(questions)):
-        parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]
-    meta = {"task": INTERVIEW, "scenes": [scene_to_record(scene)]}
-    return Document(id=f"interview-{seed}-{index}", parts=tuple(parts), meta=meta)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,38 +114,3 @@ class DocumentBatches:
     def _words(self) -> list[str]:
         tokenizer = self.processor.tokenizer
         return [tokenizer.decode([token]).strip() for token in range(len(self.processor.vocabulary))]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoryWorldSource:
-    """StoryWorld's training documents as a source of documents; nothing is read from a disk.
-
-    Of a task with an answer, the answer alone is learned, unless `learn_prompts`.
-    """
-
-    tasks: tuple[str, ...]
-    """Tasks of `storyworld.tasks`, or `interview`, in turn."""
-    seed: int = 0
-    learn_prompts: bool = False
-    """Everything counts, what is asked too."""
-
-    def __post_init__(self) -> None:
-        known = (*TASKS, INTERVIEW)
-        for task in self.tasks:
-            if task not in known:
-                raise UsageError(f"storyworld has no task {task!r}: {hint(task, known)}")
-        if not self.tasks:
-            raise UsageError("storyworld: no tasks, expected at least one")
-
-    def shards(self) -> list[Shard]:
-        return [Shard(f"storyworld-{number:05d}", _SHARD_ITEMS) for number in range(_SHARDS)]
-
-    def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
-        first = int(shard.name.rpartition("-")[2]) * _SHARD_ITEMS
-        for position in range(start, _SHARD_ITEMS):
-            index = first + position
-            task = self.tasks[index % len(self.tasks)]
-            if self.learn_prompts or task == INTERVIEW:
-                yield position, training_document(self.seed, index, {task: 1})
-            else:
-                yield position, document("train", self.seed, index, task)

@@ -28,13 +28,7 @@ from mm_interleaved.models.config import (
     SynchronizerConfig,
 )
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.recipes.storyworld.batches import (
-    INTERVIEW,
-    DocumentBatches,
-    Mixture,
-    storyworld_pixels,
-    training_document,
-)
+from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture, storyworld_pixels
 from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
 from mm_interleaved.recipes.storyworld.initialisation import open_to_images, open_to_learning
 from mm_interleaved.recipes.storyworld.settings import SizesConfig, StoryWorldConfig
@@ -44,6 +38,7 @@ from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
 from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normalise_latents
 from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
 from mm_interleaved.storyworld.tasks import TASK_WEIGHTS
+from mm_interleaved.storyworld.training_documents import INTERVIEW, training_document
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.tokens.prompts import conversation_pieces
 from mm_interleaved.training.loop import train_stage

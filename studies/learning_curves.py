@@ -13,8 +13,6 @@ from typing import Any
 
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.errors import InputError
-from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, plain_numbers, save_figure
-from mm_interleaved.evaluation.published_costs import costs_text, study_costs
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import find_model
 from mm_interleaved.recipes.storyworld.batches import DocumentBatches, storyworld_pixels
@@ -27,6 +25,8 @@ from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage
 from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.loop import Stage
+from studies.plots import load_pyplot, plain_axes, plain_numbers, save_figure
+from studies.published_costs import costs_text, study_costs
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def curves_text(costs: Sequence[RunCost], *, is_shipped: bool) -> str:
     )
     return f"""# How {"the shipped model" if is_shipped else "a model"} learned
 
-Written by `mm-interleaved curves` out of the log of the training.
+Written by `python -m studies curves` out of the log of the training.
 {hardware}
 ![Losses of each stage over its steps](images/learning_curves.png)
 

@@ -1,4 +1,4 @@
-"""The twins of `recipes.ablation` on the same documents, by the same scorer.
+"""The twins of `studies.ablation.recipe` on the same documents, by the same scorer.
 
 RUN/data/documents.jsonl        questions, edits and last panels of stories, from the test split
 RUN/scored/<twin>/              what `evaluate` writes, its predictions among it
@@ -13,18 +13,18 @@ from typing import Any
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.formats import read_documents, write_documents
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.badges import badges_drawn, badges_told
+from mm_interleaved.evaluation.registry import TASKS
 from mm_interleaved.evaluation.runner import evaluate_model, read_predictions
-from mm_interleaved.evaluation.tasks import TASKS
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
-from mm_interleaved.recipes.ablation import twin_folder
-from mm_interleaved.recipes.ablation_cost import made_by, read_cost
-from mm_interleaved.recipes.twins import Twin
 from mm_interleaved.runs.generate import ModelChoice, OnEvent, RunRequest
 from mm_interleaved.storyworld.scores import answer_parts, first_image
 from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.world import Scene, scene_from_record
+from studies.ablation.badges import badges_drawn, badges_told
+from studies.ablation.recipe import twin_folder
+from studies.ablation.variants import Twin
+from studies.provenance import made_by, read_cost
 
 DATA_SEED = 0
 RESULT_NAME = "result.json"

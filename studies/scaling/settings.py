@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.recipes.ablation_settings import AblationConfig
 from mm_interleaved.training.settings import PROCESSES, RATE, SEED, SIZE, StageConfig, check_ranges
+from studies.ablation.settings import AblationConfig
 
 _HEAD_DIM = 32
 
@@ -15,7 +15,7 @@ MAY_CHANGE = frozenset({"num_threads", "device"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingConfig:
-    """`mm-interleaved train scaling`: one name below, e.g. `text.steps`, is what `--set` takes."""
+    """`python -m studies scaling`: one name below, e.g. `text.steps`, is what `--set` takes."""
 
     start_from: str = "storyworld"
     """A finished model ("storyworld", a folder), whose vision tower all sizes share."""

@@ -17,15 +17,15 @@ from PIL import ImageDraw, ImageFont
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.ablation import last_scenes, painted_pictures, read_results
-from mm_interleaved.evaluation.badges import count_known_figures
-from mm_interleaved.evaluation.origin import origin_of, origin_text, scoring_of
-from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, save_figure
-from mm_interleaved.evaluation.tasks import TASKS
+from mm_interleaved.evaluation.registry import TASKS
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.recipes.run import SETTINGS_NAME
-from mm_interleaved.recipes.twins import SLOT_COUNTS, WITH, WITHOUT, Twin, arm_with
 from mm_interleaved.storyworld.renderer import render_scene
+from studies.ablation.badges import count_known_figures
+from studies.ablation.scores import last_scenes, painted_pictures, read_results
+from studies.ablation.variants import SLOT_COUNTS, WITH, WITHOUT, Twin, arm_with
+from studies.origin import origin_of, origin_text, scoring_of
+from studies.plots import load_pyplot, plain_axes, save_figure
 
 METRICS = {
     "vqa.accuracy": "questions",
@@ -120,7 +120,7 @@ def page_text(results: Results, cases: Mapping[str, int]) -> str:
     lines = [
         "# What the twins scored",
         "",
-        "Written by `mm-interleaved ablation`; what is compared stands in [ablation.md](ablation.md).",
+        "Written by `python -m studies ablation`; what is compared stands in [ablation.md](ablation.md).",
         f"{results[0]['documents']} documents of the test split; mean, and standard deviation over seeds "
         "where there are several.",
         "Seeds are the readers': all twins of an arm share one painter, of seed 1.",

@@ -1,16 +1,16 @@
 """A small scaling study: the same reader in three sizes, trained for as many steps on the same documents.
 
 Documents are made on the fly and none is seen twice, so the training loss is what a validation loss would be.
-`evaluation.scaling` draws the curves and says what more compute should give.
+`studies.scaling.page` draws the curves and says what more compute should give.
 """
 
 from pathlib import Path
 
 from mm_interleaved.devices import rank_device, use_threads
-from mm_interleaved.recipes.ablation import Workshop
-from mm_interleaved.recipes.ablation_settings import AblationConfig, TwinSizes
-from mm_interleaved.recipes.scaling_settings import ScalingConfig, num_heads
-from mm_interleaved.recipes.twins import Reader
+from studies.ablation.recipe import Workshop
+from studies.ablation.settings import AblationConfig, TwinSizes
+from studies.ablation.variants import Reader
+from studies.scaling.settings import ScalingConfig, num_heads
 
 
 def train(config: ScalingConfig, folder: Path, *, show_progress: bool = False) -> Path:

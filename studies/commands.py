@@ -14,7 +14,7 @@ from mm_interleaved.cli.places import folder_to_write, picture_to_write
 from mm_interleaved.documents.document import Document
 from mm_interleaved.generation.events import Event
 
-_PANEL = "Claims"
+_PANEL = "Studies"
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting; may be repeated.")
@@ -27,8 +27,10 @@ Docs = Annotated[
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    for function in (ablation, scaling, curves, sight, gallery, oracle, census):
+    for function in (ablation, scaling, curves, attention_maps, gallery, oracle, census):
         command(app, panel=_PANEL)(function)
+    # The name that it had while it was a command of the package.
+    app.command("sight", hidden=True)(attention_maps)
 
 
 def ablation(
@@ -46,11 +48,12 @@ def ablation(
 
     Run again, it goes on where it was stopped; `--set twins=both-1,neither-1` does some of them alone.
     """
-    from mm_interleaved.evaluation.ablation import check_documents, score_twins
-    from mm_interleaved.evaluation.ablation_page import write_page
-    from mm_interleaved.recipes.ablation import AblationConfig, chosen_twins
     from mm_interleaved.recipes.run import SETTINGS_NAME, run_recipe
     from mm_interleaved.training.settings import override
+    from studies.ablation.page import write_page
+    from studies.ablation.recipe import AblationConfig, chosen_twins
+    from studies.ablation.scores import check_documents, score_twins
+    from studies.recipes import STUDY_RECIPES
 
     names = override(AblationConfig(), assignments or ()).twins
     wanted = chosen_twins(names)
@@ -58,7 +61,7 @@ def ablation(
     # A run that is resumed keeps its settings; which twins are wanted is told anew each time.
     overrides = [*(assignments or ()), f"twins={','.join(names)}"]
     is_begun = (output / SETTINGS_NAME).exists()
-    run_recipe("ablation", overrides, resume=is_begun, out=output, show_progress=True)
+    run_recipe("ablation", overrides, resume=is_begun, out=output, show_progress=True, recipes=STUDY_RECIPES)
     with progress(documents * len(wanted), "reading the models") as bar:
 
         def on_event(document: Document, event: Event | str):
@@ -80,11 +83,14 @@ def scaling(
     docs: Docs = None,
 ):
     """Train three sizes of the same reader, and draw what more compute should give."""
-    from mm_interleaved.evaluation.scaling import write_scaling
     from mm_interleaved.recipes.run import SETTINGS_NAME, run_recipe
+    from studies.recipes import STUDY_RECIPES
+    from studies.scaling.page import write_scaling
 
     is_begun = (output / SETTINGS_NAME).exists()
-    run_recipe("scaling", assignments or (), resume=is_begun, out=output, show_progress=True)
+    run_recipe(
+        "scaling", assignments or (), resume=is_begun, out=output, show_progress=True, recipes=STUDY_RECIPES
+    )
     docs = docs or output / "page"
     results = write_scaling(output, docs)
     if results["law"]:
@@ -111,8 +117,8 @@ def curves(
     ] = True,
 ):
     """Draw how the shipped model learned, and count the multiplications that it took."""
-    from mm_interleaved.evaluation.learning_curves import costs_of, flops_a_step, read_stages, write_curves
     from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig
+    from studies.learning_curves import costs_of, flops_a_step, read_stages, write_curves
 
     lines = [line for path in logs or [None] for line in read_stages(path)]
     flops = flops_a_step("storyworld", StoryWorldConfig()) if cost else {}
@@ -128,8 +134,8 @@ def census(
     pictures: Annotated[int, typer.Option(help="Pictures to draw against the clock.", min=1)] = 20000,
 ):
     """Count the world: how many stories it has, how fast it is drawn, whether it is the same everywhere."""
-    from mm_interleaved.storyworld import census as counting
     from mm_interleaved.storyworld.world import SPLITS
+    from studies import census as counting
 
     for split in SPLITS:
         looks, told = counting.count_appearances(split), counting.count_hero_stories(split)
@@ -145,7 +151,7 @@ def census(
     say(f"SHA-256 of 5 documents of each split and task, seed 0: {counting.fingerprint(5, seed=0)}")
 
 
-def sight(
+def attention_maps(
     output: Annotated[
         Path,
         typer.Option(
@@ -160,8 +166,8 @@ def sight(
 ):
     """Show where the model looks in earlier pictures while it names a badge, and while it paints it."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.evaluation.sight_page import show_sight
     from mm_interleaved.generation.loading import find_model
+    from studies.attention_pages import show_sight
 
     numbers = show_sight(load_quietly(find_model(model), device=device, dtype=dtype), seed, story, output)
     word = numbers["word"]
@@ -189,8 +195,8 @@ def gallery(
 ):
     """Paint the first prompts of StoryWorld's test split, and show every picture on one sheet."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.evaluation.gallery import show_gallery
     from mm_interleaved.generation.loading import find_model
+    from studies.gallery import show_gallery
 
     generator = load_quietly(find_model(model), device=device, dtype=dtype)
     with progress(count, "reading the model") as bar:
@@ -211,8 +217,8 @@ def oracle(
 ):
     """Measure how often the oracle errs: on clean pictures, and on those out of the model's VAE."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.evaluation.oracle_error import oracle_errors
     from mm_interleaved.generation.loading import find_model
+    from studies.oracle_error import oracle_errors
 
     generator = load_quietly(find_model(model), device=device, dtype=dtype)
     for kind, error in oracle_errors(generator, pictures, seed).items():

@@ -2,7 +2,7 @@
 
 `ablation_settings` names every number; `train` trains what is missing and leaves each twin as a model of its
 own. Everything is resumable, and what is finished is never trained again. How twins are scored is told by
-`evaluation.ablation`, what comes out by docs/ablation.md.
+`studies.ablation.scores`, what comes out by docs/ablation.md.
 """
 
 import logging
@@ -19,21 +19,22 @@ from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.files import make_folder, new_folder
 from mm_interleaved.generation.loading import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.recipes.ablation_cost import weights_name, with_cost
-from mm_interleaved.recipes.ablation_settings import AblationConfig
-from mm_interleaved.recipes.ablation_twins import build_twin
-from mm_interleaved.recipes.storyworld.batches import INTERVIEW, DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
 from mm_interleaved.recipes.storyworld.recipe import save_model
 from mm_interleaved.recipes.storyworld.stage_cost import average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
-from mm_interleaved.recipes.twins import NO_LEVELS, Painter, Reader, Twin, chosen_twins
+from mm_interleaved.storyworld.training_documents import INTERVIEW
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.loop import Stage, train_stage
 from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.parameter_groups import synchronizer_rules
 from mm_interleaved.training.settings import StageConfig, to_record
-from mm_interleaved.training.slot_side import SlotSideStage
+from studies.ablation.build import build_twin
+from studies.ablation.settings import AblationConfig
+from studies.ablation.slot_stage import SlotSideStage
+from studies.ablation.variants import NO_LEVELS, Painter, Reader, Twin, chosen_twins
+from studies.provenance import weights_name, with_cost
 
 logger = logging.getLogger(__name__)
 

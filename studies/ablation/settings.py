@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.recipes.twins import chosen_twins
 from mm_interleaved.training.settings import FACTOR, PROCESSES, RATE, SEED, SIZE, StageConfig, check_ranges
+from studies.ablation.variants import chosen_twins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class TwinSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AblationConfig:
-    """`mm-interleaved train ablation`: one name below, e.g. `text.steps`, is what `--set` takes."""
+    """`python -m studies ablation`: one name below, e.g. `text.steps`, is what `--set` takes."""
 
     start_from: str = "storyworld"
     """A finished model ("storyworld", a folder): all twins share its vision tower, VAE and first U-Net."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mm_interleaved.recipes.ablation_cost import UNKNOWN
+from studies.provenance import UNKNOWN
 
 Costs = Sequence[Mapping[str, Any]]
 
@@ -12,7 +12,7 @@ def origin_of(costs: Costs) -> dict[str, list[Any]]:
     """Commits, machines, days, threads and first weights of all parts; "unknown" where a part does not tell.
 
     Args:
-        costs: of the parts, as `recipes.ablation_cost` writes them; an empty one is no part.
+        costs: of the parts, as `studies.provenance` writes them; an empty one is no part.
     """
     parts = [cost for cost in costs if cost]
     goes = [go for cost in parts for go in cost.get("made_by") or [{}]]

@@ -12,9 +12,9 @@ from typing import Any
 STUDIES = {
     "ablation_results.json": (
         "twins",
-        "`mm-interleaved ablation`, [ablation_results.md](ablation_results.md)",
+        "`python -m studies ablation`, [ablation_results.md](ablation_results.md)",
     ),
-    "scaling_results.json": ("sizes", "`mm-interleaved scaling`, [ablation.md](ablation.md#more-compute)"),
+    "scaling_results.json": ("sizes", "`python -m studies scaling`, [ablation.md](ablation.md#more-compute)"),
 }
 """Each file, the name of its members, and what of the docs rests on it."""
 

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.origin import origin_of
-from mm_interleaved.evaluation.plots import load_pyplot, plain_axes, plain_numbers, save_figure
 from mm_interleaved.files import make_folder, write_file
-from mm_interleaved.recipes.ablation_cost import read_cost
 from mm_interleaved.recipes.run import SETTINGS_NAME
-from mm_interleaved.recipes.scaling import ScalingConfig, size_folder
-from mm_interleaved.recipes.twins import Reader
 from mm_interleaved.training.metrics import read_log
 from mm_interleaved.training.settings import LOG_NAME, from_record, to_record
+from studies.ablation.variants import Reader
+from studies.origin import origin_of
+from studies.plots import load_pyplot, plain_axes, plain_numbers, save_figure
+from studies.provenance import read_cost
+from studies.scaling.recipe import ScalingConfig, size_folder
 
 _WINDOW = 5
 """Lines of the log that a point of a curve is the mean of: steps differ in their mixtures."""

@@ -8,9 +8,9 @@ import torch
 
 from mm_interleaved.models.config import MMInterleavedConfig, SynchronizerConfig
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.recipes.ablation_settings import TwinSizes
 from mm_interleaved.recipes.storyworld.initialisation import open_to_images, open_to_learning
-from mm_interleaved.recipes.twins import Painter, Reader
+from studies.ablation.settings import TwinSizes
+from studies.ablation.variants import Painter, Reader
 
 
 def twin_config(

@@ -21,7 +21,13 @@ from PIL import ImageDraw, ImageFont
 from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.sight import (
+from mm_interleaved.files import make_folder, write_file
+from mm_interleaved.generation import InterleavedGenerator
+from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
+from mm_interleaved.storyworld.renderer import badge_box, figure_box
+from mm_interleaved.storyworld.tasks import document, picture
+from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
+from studies.attention_maps import (
     Box,
     Look,
     Samples,
@@ -32,12 +38,6 @@ from mm_interleaved.evaluation.sight import (
     samples_of_token,
     weight_in,
 )
-from mm_interleaved.files import make_folder, write_file
-from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
-from mm_interleaved.storyworld.renderer import badge_box, figure_box
-from mm_interleaved.storyworld.tasks import document, picture
-from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
 
 _SCALE = 5
 _GAP = 8

@@ -1,4 +1,4 @@
-"""The tasks that `evaluate` knows, by name."""
+"""StoryWorld: the documents of `data storyworld`, and exact scores of what was answered."""
 
 from __future__ import annotations
 
@@ -76,6 +76,4 @@ def _score_storyworld(predictions: Sequence[Document], gold: Sequence[Document])
     }
 
 
-TASKS = {
-    "storyworld": Task(read_gold=_read_storyworld, score=_score_storyworld),
-}
+STORYWORLD = Task(read_gold=_read_storyworld, score=_score_storyworld)

@@ -1,0 +1,55 @@
+"""What is learned from: the documents of all tasks, whole, and one more task of training's own.
+
+That is an interview, many questions about one picture, which teaches more about it per second than one
+question does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mm_interleaved.documents.document import Document, Text
+from mm_interleaved.seeded_random import Dice
+from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, RELATIONS, ask_several
+from mm_interleaved.storyworld.tasks import document, picture
+from mm_interleaved.storyworld.world import random_scene, scene_to_record
+
+INTERVIEW = "interview"
+# Domains of the dice, so that no two streams share their random numbers (those of the tasks are below 10).
+_MIXTURE_DOMAIN = 21
+_INTERVIEW_DOMAIN = 22
+
+
+def training_document(seed: int, index: int, task_weights: Mapping[str, int]) -> Document:
+    """Document number `index` of a training mixture, its target appended to its parts so that all of it is
+    learned.
+
+    Args:
+        task_weights: tasks of `storyworld.tasks`, or "interview", with integer weights.
+    """
+    task = Dice(_MIXTURE_DOMAIN, seed, index).weighted(tuple(task_weights), tuple(task_weights.values()))
+    if task == INTERVIEW:
+        return _interview(seed, index)
+    made = document("train", seed, index, task)
+    return replace(made, parts=(*made.parts, *made.target), target=())
+
+
+def _interview(seed: int, index: int) -> Document:
+    """A picture, questions about the badge and pattern of each figure, one of each relation, and questions
+    about anything.
+    """
+    dice = Dice(_INTERVIEW_DOMAIN, seed, index)
+    scene = random_scene(dice, "train")
+    questions = {
+        question.text: question
+        for figure in scene.figures
+        for kind in FINE_DETAIL
+        if (question := QUESTIONS[kind](dice, replace(scene, figures=(figure,)))) is not None
+    }
+    relations = (QUESTIONS[kind](dice, scene) for kind in RELATIONS)
+    questions.update((question.text, question) for question in relations if question is not None)
+    questions.update((question.text, question) for question in ask_several(dice, scene, 7))
+    parts = [picture(scene, "user")]
+    for question in dice.sample(list(questions.values()), len(questions)):
+        parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]
+    meta = {"task": INTERVIEW, "scenes": [scene_to_record(scene)]}
+    return Document(id=f"interview-{seed}-{index}", parts=tuple(parts), meta=meta)

@@ -1,0 +1,1 @@
+"""What the synchronizers are worth: variants of one model that differ in them alone."""

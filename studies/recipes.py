@@ -1,0 +1,30 @@
+"""What the studies train, by name: recipes beside those of the library."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mm_interleaved.recipes.run import Recipe
+from studies.ablation import settings as ablation_settings
+from studies.scaling import settings as scaling_settings
+
+
+def _train_ablation(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from studies.ablation.recipe import train
+
+    return train(settings, folder, show_progress=show_progress)
+
+
+def _train_scaling(settings: Any, folder: Path, *, show_progress: bool) -> Path:
+    from studies.scaling.recipe import train
+
+    return train(settings, folder, show_progress=show_progress)
+
+
+STUDY_RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "ablation": Recipe(ablation_settings.AblationConfig, _train_ablation, ablation_settings.MAY_CHANGE),
+        "scaling": Recipe(scaling_settings.ScalingConfig, _train_scaling, scaling_settings.MAY_CHANGE),
+    }
+)

@@ -1,0 +1,1 @@
+"""What more compute should give: one language model in three sizes."""
