@@ -24,10 +24,10 @@ SHOWN = ("torch", "transformers", "diffusers", "huggingface-hub", "accelerate", 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TESTS = (
     "tests/equivalence",
-    "tests/unit/test_loading.py",
-    "tests/unit/test_processing.py",
-    "tests/unit/test_acceleration.py",
-    "tests/unit/test_checkpoint_compose.py",
+    "tests/unit/generation/test_loading.py",
+    "tests/unit/tokens/test_processor.py",
+    "tests/unit/models/test_acceleration.py",
+    "tests/unit/checkpoint/test_compose.py",
     "tests/unit/test_versions.py",
 )
 

@@ -193,7 +193,7 @@ def test_only_the_command_line_prints():
 
 def test_every_test_that_the_porting_notes_name_exists():
     notes = (PACKAGE.parents[1] / "docs" / "porting.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(\w+/test_\w+\.py)::(\w+)`", notes))
+    named = set(re.findall(r"`((?:\w+/)+test_\w+\.py)::(\w+)`", notes))
     assert len(named) > 30
     tests = PACKAGE.parents[1] / "tests"
     texts = {file: (tests / file).read_text("utf-8") for file, _ in named if (tests / file).is_file()}

@@ -392,7 +392,7 @@ print("one step")
 
 def test_a_process_with_open_workers_ends(processor, tmp_path):
     processor.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", LEFT_OPEN, str(Path(__file__).parents[1]), str(tmp_path)]
+    command = [sys.executable, "-c", LEFT_OPEN, str(Path(__file__).parents[2]), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert (done.returncode, done.stdout) == (0, "one step\n"), done.stderr
 

@@ -120,7 +120,7 @@ def test_histograms_cover_every_number_once():
 
 
 def test_the_docs_name_every_format_and_only_settings_that_exist():
-    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall("`(.+?)`", row[1])} == set(SOURCES)
     assert {name for name in PICKLED if name in text} == set(PICKLED)

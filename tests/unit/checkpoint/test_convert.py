@@ -25,7 +25,7 @@ from mm_interleaved.models.interleaved import MMInterleavedForConditionalGenerat
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import image_ids
 
-MANIFEST = Path(__file__).parents[3] / "shared" / "reference" / "manifest.json"
+MANIFEST = Path(__file__).parents[4] / "shared" / "reference" / "manifest.json"
 VOCAB_SIZE = 340  # of the tokenizer in conftest
 
 
