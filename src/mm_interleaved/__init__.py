@@ -5,7 +5,8 @@ Importing this package loads neither torch nor transformers: public names are re
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+from mm_interleaved.former_names import keep_former_names
+from mm_interleaved.versions import __version__
 
 _PUBLIC = {
     "Document": "mm_interleaved.documents.document",
@@ -28,6 +29,9 @@ _REGISTERED_BY = {
 }
 
 __all__ = [*_PUBLIC, "__version__"]
+
+
+keep_former_names()
 
 
 def __getattr__(name: str):

@@ -10,6 +10,9 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+__version__ = "0.1.0"
+"""Of this package; pyproject.toml says the same."""
+
 PACKAGE = "mm-interleaved"
 
 logger = logging.getLogger(__name__)

@@ -93,3 +93,8 @@ def test_a_model_that_is_loaded_says_once_what_was_never_tried(monkeypatch, capl
     assert [each.message for each in caplog.records if "9.0" in each.message] == [
         "transformers 9.0 is not among the versions"
     ]
+
+
+def test_the_version_is_the_one_that_is_published():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert versions.__version__ == project["version"]

@@ -15,12 +15,12 @@ from typing import NoReturn
 
 import typer
 
-from mm_interleaved import __version__
 from mm_interleaved.cli import chat, data, evaluate, generate, models, process, shortcuts, system, train
 from mm_interleaved.cli.command import CommandGroup, TyperUsageError
 from mm_interleaved.cli.output import say_error
 from mm_interleaved.errors import MMInterleavedError, memory_wanted
 from mm_interleaved.files import disk_failure
+from mm_interleaved.versions import __version__
 
 PROGRAM = "mm-interleaved"
 BUG, USAGE, STORAGE, STOPPED, INTERRUPTED = 1, 2, 6, 75, 130

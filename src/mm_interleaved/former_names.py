@@ -1,0 +1,64 @@
+"""Modules that the README or the docs of 0.1 named, under the names that they had; gone with 0.3.
+
+`import mm_interleaved.document` still works, and warns. A finder at the end of `sys.meta_path` is asked only
+for what nobody else has found.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import MappingProxyType, ModuleType
+
+MOVED = MappingProxyType(
+    {
+        f"mm_interleaved.{former}": f"mm_interleaved.{now}"
+        for former, now in {
+            "batch": "tokens.batch",
+            "config": "models.config",
+            "data.sources.registry": "data.registry",
+            "data.sources.source": "data.source",
+            "document": "documents.document",
+            "document_formats": "documents.formats",
+            "images": "documents.images",
+            "model_source": "generation.loading",
+            "processing": "tokens.processor",
+            "registration": "models.registration",
+            "sequence": "tokens.sequence",
+            "visibility": "tokens.visibility",
+            "vocabulary": "tokens.vocabulary",
+        }.items()
+    }
+)
+
+
+class FormerNames(MetaPathFinder, Loader):
+    """Finds a module by its former name and hands out what the module of today holds."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        now = MOVED[module.__name__]
+        warnings.warn(
+            f"{module.__name__} is {now} since 0.2; the old name goes with 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        found = import_module(now)
+        module.__doc__ = found.__doc__
+        module.__dict__["__getattr__"] = lambda name: getattr(found, name)
+        module.__dict__["__dir__"] = lambda: dir(found)
+
+
+def keep_former_names() -> None:
+    """Once a process."""
+    if not any(isinstance(finder, FormerNames) for finder in sys.meta_path):
+        sys.meta_path.append(FormerNames())

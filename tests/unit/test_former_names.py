@@ -1,0 +1,32 @@
+"""Modules of 0.1 are still found, and say where they are now."""
+
+import sys
+from importlib import import_module
+
+import pytest
+
+from mm_interleaved.former_names import MOVED
+
+
+@pytest.mark.parametrize("former", sorted(MOVED))
+def test_a_module_is_found_by_its_former_name_and_says_so(former, monkeypatch):
+    monkeypatch.delitem(sys.modules, former, raising=False)
+    with pytest.warns(DeprecationWarning, match=MOVED[former].replace(".", r"\.")):
+        module = import_module(former)
+    now = import_module(MOVED[former])
+    names = [name for name in dir(now) if not name.startswith("__")]
+    assert names and all(getattr(module, name) is getattr(now, name) for name in names)
+
+
+def test_a_class_of_both_names_is_one_class(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mm_interleaved.document", raising=False)
+    with pytest.warns(DeprecationWarning):
+        from mm_interleaved.document import Document
+    from mm_interleaved import Document as Public
+
+    assert Document is Public
+
+
+def test_what_never_was_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match=r"mm_interleaved\.documentation"):
+        import_module("mm_interleaved.documentation")
