@@ -15,7 +15,7 @@ T = TypeVar("T")
 _WORDS_PER_REFILL = 64
 
 
-class Dice:
+class SeededRandom:
     """A stream of choices that is a pure function of its seeds (integers, 0 or more)."""
 
     def __init__(self, *seeds: int) -> None:

@@ -34,7 +34,7 @@ class EchoGenerator:
         if "too long" in document.text:
             raise TooLongError("document: 9000 tokens, expected at most 2048", field="content")
         completed = document
-        dice = np.random.default_rng(settings.seed)
+        rng = np.random.default_rng(settings.seed)
         for index, letter in enumerate(("T I" if settings.layout == "auto" else settings.layout).split()):
             seed = settings.seed + index
             if letter == "T":
@@ -45,7 +45,7 @@ class EchoGenerator:
                 )
             else:
                 yield ImageStarted(len(completed.images))
-                picture = PILImage.fromarray(dice.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+                picture = PILImage.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
                 yield ImageDone(picture, seed)
                 completed = completed.extended(Image(picture, generated=True, seed=seed))
         yield Finished("layout", completed)

@@ -17,7 +17,7 @@ from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, Shard, So
 from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.documents.images import read_regular_file
 from mm_interleaved.errors import ImageError, InputError
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 
 NUM_SAMPLES = 48
 """Documents on the contact sheet."""
@@ -191,7 +191,7 @@ class Look:
         """Whether it came to the end."""
         self.count_tokens, self.opens_images, self.max_items = count_tokens, opens_images, max_items
         self.num_samples = num_samples
-        self._dice = Dice(_SAMPLE_DOMAIN)
+        self._rng = SeededRandom(_SAMPLE_DOMAIN)
         self._names_by_hash: dict[bytes, int] = {}
 
     def through(self, source: Source, shards: Sequence[Shard]) -> Iterator[Item]:
@@ -250,7 +250,7 @@ class Look:
         """Where on the sheet the document of this number goes: each is as likely to stay as any other."""
         if number < self.num_samples:
             return number
-        place = self._dice.below(number + 1)
+        place = self._rng.below(number + 1)
         return place if place < self.num_samples else None
 
     def _opened(self, image: Image, document: Document) -> PILImage.Image | None:

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mm_interleaved.documents.document import Document, Part, Text
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.tokens.prompts import ANSWERING_ROLE
 
 _PARTS_OF_ONE = 1 << 30
@@ -37,7 +37,7 @@ class FewShot:
 
 
 def group_documents(
-    documents: Iterable[Document], rule: FewShot | None, dice: Dice
+    documents: Iterable[Document], rule: FewShot | None, rng: SeededRandom
 ) -> list[tuple[Document, ...]]:
     """The documents, some of them in groups of one task (`meta["task"]`) and one form; none is lost.
 
@@ -50,10 +50,10 @@ def group_documents(
     for document in documents:
         kind = _kind(document)
         if kind not in open_groups:
-            if dice.below(_PARTS_OF_ONE) >= rule.share * _PARTS_OF_ONE:
+            if rng.below(_PARTS_OF_ONE) >= rule.share * _PARTS_OF_ONE:
                 groups.append((document,))
                 continue
-            open_groups[kind] = dice.between(rule.min_documents, rule.max_documents), []
+            open_groups[kind] = rng.between(rule.min_documents, rule.max_documents), []
         size, members = open_groups[kind]
         members.append(document)
         if len(members) == size:

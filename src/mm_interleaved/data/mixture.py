@@ -10,10 +10,10 @@ from mm_interleaved.data.few_shot import FewShot
 from mm_interleaved.data.packing import RowRule
 from mm_interleaved.data.source import Shard, Source, shards_of
 from mm_interleaved.errors import InputError, UsageError
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.tokens.sequence import LearningRule
 
-# Domain of the dice, so that no two kinds of choices share their random numbers.
+# Domain of the seeds, so that no two kinds of choices share their random numbers.
 _ROW_DOMAIN = 31
 _PARTS_OF_ONE = 1 << 32
 
@@ -81,7 +81,7 @@ class Mixture:
 
     def source_of_row(self, seed: int, lane: int, row: int) -> MixtureSource:
         """The source that fills the row of a lane."""
-        ticket = Dice(_ROW_DOMAIN, seed, lane, row).below(_PARTS_OF_ONE) / _PARTS_OF_ONE
+        ticket = SeededRandom(_ROW_DOMAIN, seed, lane, row).below(_PARTS_OF_ONE) / _PARTS_OF_ONE
         ticket *= sum(entry.weight for entry in self.sources)
         for entry in self.sources:
             if ticket < entry.weight:

@@ -24,12 +24,12 @@ from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, Shard, in
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.record_rules import AS_TEXT
 from mm_interleaved.errors import InputError, StorageError, escape
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.tokens.sequence import Sequence as TokenSequence
 from mm_interleaved.tokens.sequence import slice_sequence
 from mm_interleaved.tokens.vocabulary import Vocabulary
 
-# Domains of the dice, so that no two kinds of choices share their random numbers.
+# Domain of the seeds, so that no two kinds of choices share their random numbers.
 _SHARD_DOMAIN, _BLOCK_DOMAIN = 32, 33
 RETRY_SECONDS = (0.5, 2.0, 8.0)
 """Waiting times before a shard whose storage failed is opened again."""
@@ -281,8 +281,10 @@ class _SourceStream:
                 self.counts[f"filtered_{item.rule}"] += 1
         self.cursor = self.cursor._replace(is_counted=1)
         block = self.cursor.block
-        dice = Dice(_BLOCK_DOMAIN, self.reader.seed, self.lane, block.epoch, block.share, block.position)
-        self._groups = group_documents(dice.sample(documents, len(documents)), self.entry.few_shot, dice)
+        rng = SeededRandom(
+            _BLOCK_DOMAIN, self.reader.seed, self.lane, block.epoch, block.share, block.position
+        )
+        self._groups = group_documents(rng.sample(documents, len(documents)), self.entry.few_shot, rng)
         return self._groups
 
     def _end_epoch(self) -> None:

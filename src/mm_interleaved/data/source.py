@@ -17,7 +17,7 @@ from mm_interleaved.documents.document import Document, Image, Part
 from mm_interleaved.documents.record_rules import finished, reason_to_leave_out
 from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import InputError, MMInterleavedError, UsageError, escape
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 
 logger = logging.getLogger(__name__)
 
@@ -122,25 +122,25 @@ class WholeDocuments:
             yield position, item
 
 
-class Chance:
+class ItemRandom:
     """The random choices about one item: a pure function of seed, epoch, shard and position."""
 
     def __init__(self, seed: int, epoch: int, shard: str, position: int) -> None:
         # Not the folder: a corpus that moves keeps its choices.
         name = shard.rsplit("/", 1)[-1].encode()
-        self._dice = Dice(seed, epoch, int.from_bytes(hashlib.sha256(name).digest()[:8]), position)
+        self._rng = SeededRandom(seed, epoch, int.from_bytes(hashlib.sha256(name).digest()[:8]), position)
 
     def happens(self, share: float) -> bool:
         """True in a share (0 to 1) of all cases."""
-        return self._dice.below(_PARTS_OF_ONE) < share * _PARTS_OF_ONE
+        return self._rng.below(_PARTS_OF_ONE) < share * _PARTS_OF_ONE
 
     def order(self, count: int) -> list[int]:
         """The numbers below `count` in random order."""
-        return self._dice.sample(range(count), count)
+        return self._rng.sample(range(count), count)
 
     def pick(self, count: int) -> int:
         """One of the numbers below `count`."""
-        return self._dice.below(count)
+        return self._rng.below(count)
 
 
 def layout_of(target: Sequence[Part]) -> str | None:

@@ -75,7 +75,7 @@ class TextRun(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextRequest:
-    """A text part that is to be written: where, how, and with whose dice."""
+    """A text part that is to be written: where, how, and with whose random numbers."""
 
     session: InterleavedSession
     settings: GenerationSettings

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld.world import (
     ACTIONS,
     BODY_COLOURS,
@@ -114,7 +114,7 @@ def from_left(things):
 
 
 def tell_panel(
-    dice: Dice, scene: Scene, previous: Scene | None, introduced: Mapping[str, Character], props: set
+    rng: SeededRandom, scene: Scene, previous: Scene | None, introduced: Mapping[str, Character], props: set
 ) -> str:
     """The text of one panel: what is new against the previous one, and where everybody is.
 
@@ -125,17 +125,17 @@ def tell_panel(
     """
     new = [figure.character for figure in scene.figures if figure.character.name not in introduced]
     lines = [_tell_setting(scene, previous)]
-    lines += [_introduce(dice, character) for character in new]
-    lines.append(_tell_actions(dice, from_left(scene.figures)))
-    lines += [_tell_prop(dice, prop, (prop.kind, prop.colour) in props) for prop in from_left(scene.props)]
+    lines += [_introduce(rng, character) for character in new]
+    lines.append(_tell_actions(rng, from_left(scene.figures)))
+    lines += [_tell_prop(rng, prop, (prop.kind, prop.colour) in props) for prop in from_left(scene.props)]
     if previous is None:
         # The first panel begins with its hero; the place follows.
         lines = [*lines[1:2], lines[0], *lines[2:]]
     return " ".join(line for line in lines if line)
 
 
-def _introduce(dice: Dice, character: Character) -> str:
-    opening = dice.pick(("{name} is {look}.", "Here is {name}, {look}.", "Meet {name}, {look}."))
+def _introduce(rng: SeededRandom, character: Character) -> str:
+    opening = rng.pick(("{name} is {look}.", "Here is {name}, {look}.", "Meet {name}, {look}."))
     return opening.format(name=character.name, look=with_article(look(character)))
 
 
@@ -155,20 +155,20 @@ def _tell_setting(scene: Scene, previous: Scene | None) -> str:
     return " ".join(words)
 
 
-def _tell_actions(dice: Dice, figures: list[Figure]) -> str:
-    if len(figures) == 1 and dice.chance(40):
+def _tell_actions(rng: SeededRandom, figures: list[Figure]) -> str:
+    if len(figures) == 1 and rng.chance(40):
         figure = figures[0]
         return sentence(f"{AT[figure.position]}, {figure.character.name} {DOES[figure.action]}")
     clauses = [f"{figure.character.name} {DOES[figure.action]} {AT[figure.position]}" for figure in figures]
     return sentence(_listed(clauses))
 
 
-def _tell_prop(dice: Dice, prop: Prop, is_known: bool) -> str:
+def _tell_prop(rng: SeededRandom, prop: Prop, is_known: bool) -> str:
     if is_known:
         return f"The {prop.kind} is {AT[prop.position]}."
     words = with_article(f"{prop.colour} {prop.kind}")
     return sentence(
-        f"{words} is {AT[prop.position]}" if dice.chance(50) else f"there is {words} {AT[prop.position]}"
+        f"{words} is {AT[prop.position]}" if rng.chance(50) else f"there is {words} {AT[prop.position]}"
     )
 
 

@@ -7,7 +7,7 @@ tell.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld.language import AT, COUNTS, DOES, from_left
 from mm_interleaved.storyworld.world import (
     BADGES,
@@ -39,32 +39,32 @@ class Question:
         return self.kind in FINE_DETAIL
 
 
-def ask(dice: Dice, scene: Scene, kind: str | None = None) -> Question:
+def ask(rng: SeededRandom, scene: Scene, kind: str | None = None) -> Question:
     """A question that the scene can answer; without a kind, a third are about fine detail."""
     if kind is not None:
-        question = QUESTIONS[kind](dice, scene)
+        question = QUESTIONS[kind](rng, scene)
         if question is None:
             raise ValueError(f"this scene has no answer to a question of kind {kind!r}")
         return question
-    is_fine_detail = dice.chance(35)
+    is_fine_detail = rng.chance(35)
     while True:
-        kind = dice.weighted(FINE_DETAIL, (70, 30)) if is_fine_detail else dice.pick(_COARSE)
-        question = QUESTIONS[kind](dice, scene)
+        kind = rng.weighted(FINE_DETAIL, (70, 30)) if is_fine_detail else rng.pick(_COARSE)
+        question = QUESTIONS[kind](rng, scene)
         if question is not None:
             return question
 
 
-def ask_several(dice: Dice, scene: Scene, count: int) -> list[Question]:
+def ask_several(rng: SeededRandom, scene: Scene, count: int) -> list[Question]:
     """Questions with different texts."""
     found: dict[str, Question] = {}
     while len(found) < count:
-        question = ask(dice, scene)
+        question = ask(rng, scene)
         found.setdefault(question.text, question)
     return list(found.values())
 
 
-def _badge(dice: Dice, scene: Scene) -> Question:
-    character = dice.pick(scene.figures).character
+def _badge(rng: SeededRandom, scene: Scene) -> Question:
+    character = rng.pick(scene.figures).character
     return Question(
         kind="badge",
         text=f"What is on the badge of the {character.species}?",
@@ -73,8 +73,8 @@ def _badge(dice: Dice, scene: Scene) -> Question:
     )
 
 
-def _pattern(dice: Dice, scene: Scene) -> Question:
-    character = dice.pick(scene.figures).character
+def _pattern(rng: SeededRandom, scene: Scene) -> Question:
+    character = rng.pick(scene.figures).character
     return Question(
         kind="pattern",
         text=f"Which pattern does the {character.species} have?",
@@ -83,8 +83,8 @@ def _pattern(dice: Dice, scene: Scene) -> Question:
     )
 
 
-def _body_colour(dice: Dice, scene: Scene) -> Question:
-    character = dice.pick(scene.figures).character
+def _body_colour(rng: SeededRandom, scene: Scene) -> Question:
+    character = rng.pick(scene.figures).character
     return Question(
         kind="body_colour",
         text=f"What colour is the {character.species}?",
@@ -93,8 +93,8 @@ def _body_colour(dice: Dice, scene: Scene) -> Question:
     )
 
 
-def _species(dice: Dice, scene: Scene) -> Question:
-    figure = dice.pick(scene.figures)
+def _species(rng: SeededRandom, scene: Scene) -> Question:
+    figure = rng.pick(scene.figures)
     return Question(
         kind="species",
         text=f"Which animal is {AT[figure.position]}?",
@@ -103,18 +103,18 @@ def _species(dice: Dice, scene: Scene) -> Question:
     )
 
 
-def _hat(dice: Dice, scene: Scene) -> Question:
-    character = dice.pick(scene.figures).character
+def _hat(rng: SeededRandom, scene: Scene) -> Question:
+    character = rng.pick(scene.figures).character
     return Question(
         kind="hat", text=f"Which hat does the {character.species} wear?", answer=character.hat, choices=HATS
     )
 
 
-def _hat_colour(dice: Dice, scene: Scene) -> Question | None:
+def _hat_colour(rng: SeededRandom, scene: Scene) -> Question | None:
     wearers = [figure.character for figure in scene.figures if figure.character.hat != "none"]
     if not wearers:
         return None
-    character = dice.pick(wearers)
+    character = rng.pick(wearers)
     return Question(
         kind="hat_colour",
         text=f"What colour is the {character.hat} of the {character.species}?",
@@ -123,8 +123,8 @@ def _hat_colour(dice: Dice, scene: Scene) -> Question | None:
     )
 
 
-def _action(dice: Dice, scene: Scene) -> Question:
-    figure = dice.pick(scene.figures)
+def _action(rng: SeededRandom, scene: Scene) -> Question:
+    figure = rng.pick(scene.figures)
     return Question(
         kind="action",
         text=f"What does the {figure.character.species} do?",
@@ -133,19 +133,19 @@ def _action(dice: Dice, scene: Scene) -> Question:
     )
 
 
-def _place(dice: Dice, scene: Scene) -> Question:
+def _place(rng: SeededRandom, scene: Scene) -> Question:
     return Question(kind="place", text="Which place is this?", answer=scene.place, choices=PLACES)
 
 
-def _time(dice: Dice, scene: Scene) -> Question:
+def _time(rng: SeededRandom, scene: Scene) -> Question:
     return Question(kind="time", text="Which time of day is it?", answer=scene.time, choices=TIMES)
 
 
-def _weather(dice: Dice, scene: Scene) -> Question:
+def _weather(rng: SeededRandom, scene: Scene) -> Question:
     return Question(kind="weather", text="How is the weather?", answer=scene.weather, choices=WEATHERS)
 
 
-def _count_animals(dice: Dice, scene: Scene) -> Question:
+def _count_animals(rng: SeededRandom, scene: Scene) -> Question:
     return Question(
         kind="count_animals",
         text="How many animals are there?",
@@ -154,7 +154,7 @@ def _count_animals(dice: Dice, scene: Scene) -> Question:
     )
 
 
-def _count_props(dice: Dice, scene: Scene) -> Question:
+def _count_props(rng: SeededRandom, scene: Scene) -> Question:
     return Question(
         kind="count_props",
         text="How many things are on the ground?",
@@ -163,20 +163,20 @@ def _count_props(dice: Dice, scene: Scene) -> Question:
     )
 
 
-def _prop_colour(dice: Dice, scene: Scene) -> Question | None:
+def _prop_colour(rng: SeededRandom, scene: Scene) -> Question | None:
     if not scene.props:
         return None
-    prop = dice.pick(scene.props)
+    prop = rng.pick(scene.props)
     return Question(
         kind="prop_colour", text=f"What colour is the {prop.kind}?", answer=prop.colour, choices=HAT_COLOURS
     )
 
 
-def _prop_kind(dice: Dice, scene: Scene) -> Question | None:
+def _prop_kind(rng: SeededRandom, scene: Scene) -> Question | None:
     """Which thing stands before somebody: a relation that may not hold."""
     if not scene.props:
         return None
-    figure = dice.pick(scene.figures)
+    figure = rng.pick(scene.figures)
     kinds = [prop.kind for prop in scene.props if prop.position == figure.position]
     return Question(
         kind="in_front",
@@ -186,13 +186,13 @@ def _prop_kind(dice: Dice, scene: Scene) -> Question | None:
     )
 
 
-def _next_to(dice: Dice, scene: Scene) -> Question | None:
+def _next_to(rng: SeededRandom, scene: Scene) -> Question | None:
     figures = from_left(scene.figures)
     if len(figures) < 2:
         return None
-    number = dice.below(len(figures) - 1)
+    number = rng.below(len(figures) - 1)
     one, other = figures[number], figures[number + 1]
-    if dice.chance(50):
+    if rng.chance(50):
         text, answer = f"Who is to the left of the {other.character.species}?", one.character.species
         # With three in a row two are to the left of the last: ask for the nearest.
         text = text if number == 0 else f"Who is next to the left of the {other.character.species}?"
@@ -206,10 +206,10 @@ def _next_to(dice: Dice, scene: Scene) -> Question | None:
     return Question(kind="next_to", text=text, answer=answer, choices=SPECIES)
 
 
-def _is_left_of(dice: Dice, scene: Scene) -> Question | None:
+def _is_left_of(rng: SeededRandom, scene: Scene) -> Question | None:
     if len(scene.figures) < 2:
         return None
-    one, other = dice.sample(scene.figures, 2)
+    one, other = rng.sample(scene.figures, 2)
     is_left = list(AT).index(one.position) < list(AT).index(other.position)
     return Question(
         kind="is_left_of",
@@ -219,7 +219,7 @@ def _is_left_of(dice: Dice, scene: Scene) -> Question | None:
     )
 
 
-QUESTIONS: dict[str, Callable[[Dice, Scene], Question | None]] = {
+QUESTIONS: dict[str, Callable[[SeededRandom, Scene], Question | None]] = {
     "badge": _badge,
     "pattern": _pattern,
     "body_colour": _body_colour,

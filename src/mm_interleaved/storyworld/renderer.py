@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld import sprites
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE, background
 from mm_interleaved.storyworld.world import BODY_COLOURS, SPLITS, Figure, Prop, Scene, random_scene
@@ -63,7 +63,7 @@ def render_scene(scene: Scene) -> np.ndarray:
 
 def scene_at(split: str, seed: int, index: int) -> Scene:
     """One random scene, a pure function of its three numbers."""
-    return random_scene(Dice(1, SPLITS.index(split), seed, index), split)
+    return random_scene(SeededRandom(1, SPLITS.index(split), seed, index), split)
 
 
 def render_batch(seed: int, start: int, count: int, split: str = "train") -> np.ndarray:

@@ -7,7 +7,7 @@ told when it first appears; its badge and pattern are never told, so that only e
 
 from dataclasses import dataclass, replace
 
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld.language import tell_panel
 from mm_interleaved.storyworld.world import (
     ACTIONS,
@@ -48,17 +48,17 @@ def story(split: str, seed: int, index: int) -> Story:
     """One story, a pure function of split ("train", "validation", "test"), seed and index (from 0)."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, found {split!r}")
-    return random_story(Dice(_STORY_DOMAIN, SPLITS.index(split), seed, index), split)
+    return random_story(SeededRandom(_STORY_DOMAIN, SPLITS.index(split), seed, index), split)
 
 
-def random_story(dice: Dice, split: str) -> Story:
-    """One story drawn from the dice."""
-    cast = random_cast(dice, split, dice.weighted((1, 2, 3), (55, 38, 7)))
-    num_panels = dice.weighted((3, 4, 5, 6), (35, 40, 15, 10))
+def random_story(rng: SeededRandom, split: str) -> Story:
+    """One story, drawn at random."""
+    cast = random_cast(rng, split, rng.weighted((1, 2, 3), (55, 38, 7)))
+    num_panels = rng.weighted((3, 4, 5, 6), (35, 40, 15, 10))
     # When each character first comes: the hero at once, the others then or up to two panels later.
-    arrivals = [0] + [dice.weighted((0, 1, 2), (60, 25, 15)) for _ in cast[1:]]
+    arrivals = [0] + [rng.weighted((0, 1, 2), (60, 25, 15)) for _ in cast[1:]]
     props = [
-        (kind, dice.pick(PROP_COLOURS)) for kind in dice.sample(PROPS, dice.weighted((0, 1, 2), (30, 50, 20)))
+        (kind, rng.pick(PROP_COLOURS)) for kind in rng.sample(PROPS, rng.weighted((0, 1, 2), (30, 50, 20)))
     ]
 
     panels: list[Panel] = []
@@ -69,48 +69,50 @@ def random_story(dice: Dice, split: str) -> Story:
         present = [
             character
             for character, arrival in zip(cast, arrivals, strict=True)
-            if arrival == number or (arrival < number and (character is cast[0] or dice.chance(75)))
+            if arrival == number or (arrival < number and (character is cast[0] or rng.chance(75)))
         ]
         scene = replace(
-            _next_setting(dice, previous),
-            figures=_placed_figures(dice, present, previous),
-            props=_placed_props(dice, props),
+            _next_setting(rng, previous),
+            figures=_placed_figures(rng, present, previous),
+            props=_placed_props(rng, props),
         )
-        panels.append(Panel(text=tell_panel(dice, scene, previous, introduced, known_props), scene=scene))
+        panels.append(Panel(text=tell_panel(rng, scene, previous, introduced, known_props), scene=scene))
         introduced.update((character.name, character) for character in present)
         known_props.update((prop.kind, prop.colour) for prop in scene.props)
         previous = scene
     return Story(cast=cast, panels=tuple(panels))
 
 
-def _next_setting(dice: Dice, previous: Scene | None) -> Scene:
+def _next_setting(rng: SeededRandom, previous: Scene | None) -> Scene:
     """The first setting at random; later ones change seldom, and time only goes forward."""
     if previous is None:
-        return Scene(place=dice.pick(PLACES), time=dice.pick(TIMES), weather=dice.pick(WEATHERS))
+        return Scene(place=rng.pick(PLACES), time=rng.pick(TIMES), weather=rng.pick(WEATHERS))
     others = [weather for weather in WEATHERS if weather != previous.weather]
     return Scene(
-        place=dice.pick([place for place in PLACES if place != previous.place])
-        if dice.chance(30)
+        place=rng.pick([place for place in PLACES if place != previous.place])
+        if rng.chance(30)
         else previous.place,
-        time=TIMES[(TIMES.index(previous.time) + 1) % len(TIMES)] if dice.chance(25) else previous.time,
-        weather=dice.pick(others) if dice.chance(20) else previous.weather,
+        time=TIMES[(TIMES.index(previous.time) + 1) % len(TIMES)] if rng.chance(25) else previous.time,
+        weather=rng.pick(others) if rng.chance(20) else previous.weather,
     )
 
 
-def _placed_figures(dice: Dice, present: list[Character], previous: Scene | None) -> tuple[Figure, ...]:
+def _placed_figures(
+    rng: SeededRandom, present: list[Character], previous: Scene | None
+) -> tuple[Figure, ...]:
     """Everybody at a place of its own; nobody does the same thing at the same place twice in a row."""
-    positions = dice.sample(POSITIONS, len(present))
+    positions = rng.sample(POSITIONS, len(present))
     before = set() if previous is None else set(previous.figures)
     figures = []
     for character, position in zip(present, positions, strict=True):
         choices = [Figure(character=character, position=position, action=action) for action in ACTIONS]
-        figures.append(dice.pick([figure for figure in choices if figure not in before]))
+        figures.append(rng.pick([figure for figure in choices if figure not in before]))
     return tuple(figures)
 
 
-def _placed_props(dice: Dice, props: list[tuple[str, str]]) -> tuple[Prop, ...]:
-    shown = [prop for prop in props if dice.chance(60)]
-    positions = dice.sample(POSITIONS, len(shown))
+def _placed_props(rng: SeededRandom, props: list[tuple[str, str]]) -> tuple[Prop, ...]:
+    shown = [prop for prop in props if rng.chance(60)]
+    positions = rng.sample(POSITIONS, len(shown))
     return tuple(
         Prop(kind=kind, colour=colour, position=position)
         for (kind, colour), position in zip(shown, positions, strict=True)

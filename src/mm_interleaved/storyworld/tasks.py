@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Part, Text
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
 from mm_interleaved.storyworld.language import (
     AT,
@@ -72,9 +72,9 @@ def document(split: str, seed: int, index: int, task: str | None = None) -> Docu
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, found {split!r}")
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, found {task!r}")
-    dice = Dice(_DOCUMENT_DOMAIN, SPLITS.index(split), seed, index)
+    rng = SeededRandom(_DOCUMENT_DOMAIN, SPLITS.index(split), seed, index)
     task = task or _TASK_ROUND[index % len(_TASK_ROUND)]
-    made = TASKS[task](dice, split)
+    made = TASKS[task](rng, split)
     meta = {"task": task, "split": split, "seed": seed, "index": index, **made.meta}
     meta["is_held_out"] = any(
         is_held_out(figure["species"], figure["body_colour"])
@@ -101,8 +101,8 @@ def picture(scene: Scene, role: str | None = None) -> Image:
     return Image(PILImage.fromarray(render_scene(scene)), role=role)
 
 
-def _caption(dice: Dice, split: str) -> Document:
-    scene = random_scene(dice, split)
+def _caption(rng: SeededRandom, split: str) -> Document:
+    scene = random_scene(rng, split)
     return _document(
         (picture(scene, "user"), Text(CAPTION_PROMPT, role="user")),
         (Text(describe_scene(scene), role="assistant"),),
@@ -110,8 +110,8 @@ def _caption(dice: Dice, split: str) -> Document:
     )
 
 
-def _paragraph(dice: Dice, split: str) -> Document:
-    scene = random_scene(dice, split)
+def _paragraph(rng: SeededRandom, split: str) -> Document:
+    scene = random_scene(rng, split)
     return _document(
         (picture(scene, "user"), Text(PARAGRAPH_PROMPT, role="user")),
         (Text(f"{describe_scene(scene)} {describe_relations(scene)}", role="assistant"),),
@@ -119,9 +119,9 @@ def _paragraph(dice: Dice, split: str) -> Document:
     )
 
 
-def _vqa(dice: Dice, split: str) -> Document:
-    scene = random_scene(dice, split)
-    question = ask(dice, scene)
+def _vqa(rng: SeededRandom, split: str) -> Document:
+    scene = random_scene(rng, split)
+    question = ask(rng, scene)
     return _document(
         (picture(scene, "user"), Text(question.text, role="user")),
         (Text(question.answer, role="assistant"),),
@@ -132,14 +132,14 @@ def _vqa(dice: Dice, split: str) -> Document:
     )
 
 
-def _dialogue(dice: Dice, split: str) -> Document:
+def _dialogue(rng: SeededRandom, split: str) -> Document:
     """Two to four questions about one picture; the last answer is to be ranked among ten candidates."""
-    scene = random_scene(dice, split)
-    questions = ask_several(dice, scene, dice.between(2, 4))
+    scene = random_scene(rng, split)
+    questions = ask_several(rng, scene, rng.between(2, 4))
     parts: list[Part] = [picture(scene, "user")]
     for question in questions:
         parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]
-    candidates = _candidates(dice, questions[-1])
+    candidates = _candidates(rng, questions[-1])
     return _document(
         parts[:-1],
         parts[-1:],
@@ -151,19 +151,19 @@ def _dialogue(dice: Dice, split: str) -> Document:
     )
 
 
-def _candidates(dice: Dice, question: Question) -> list[str]:
+def _candidates(rng: SeededRandom, question: Question) -> list[str]:
     """Ten different answers in random order: the right one, others of its kind, then any."""
     wrong = [choice for choice in question.choices if choice != question.answer]
     fillers = dict.fromkeys((*PROPS, *PLACES, *POSITIONS, *HATS, *HAT_COLOURS))
     others = [choice for choice in fillers if choice not in question.choices]
-    wrong = dice.sample(wrong, min(len(wrong), NUM_CANDIDATES - 1))
-    wrong += dice.sample(others, NUM_CANDIDATES - 1 - len(wrong))
-    return dice.sample([question.answer, *wrong], NUM_CANDIDATES)
+    wrong = rng.sample(wrong, min(len(wrong), NUM_CANDIDATES - 1))
+    wrong += rng.sample(others, NUM_CANDIDATES - 1 - len(wrong))
+    return rng.sample([question.answer, *wrong], NUM_CANDIDATES)
 
 
-def _ground(dice: Dice, split: str) -> Document:
-    scene = random_scene(dice, split)
-    thing = dice.pick((*scene.figures, *scene.props))
+def _ground(rng: SeededRandom, split: str) -> Document:
+    scene = random_scene(rng, split)
+    thing = rng.pick((*scene.figures, *scene.props))
     if isinstance(thing, Figure):
         words, box = f"{thing.character.body_colour} {thing.character.species}", figure_box(thing)
     else:
@@ -189,38 +189,38 @@ def box_text(box: tuple[int, int, int, int]) -> str:
     return write_box((left, top, right, bottom))
 
 
-def _draw(dice: Dice, split: str) -> Document:
-    scene = random_scene(dice, split)
+def _draw(rng: SeededRandom, split: str) -> Document:
+    scene = random_scene(rng, split)
     return _document((Text(describe_scene(scene)),), (picture(scene),), [scene])
 
 
-def _segmentation(dice: Dice, split: str) -> Document:
-    scene = random_scene(dice, split)
+def _segmentation(rng: SeededRandom, split: str) -> Document:
+    scene = random_scene(rng, split)
     parts = (Image(PILImage.fromarray(render_map(scene))), Text(describe_scene(scene)))
     # The map shows the same scene; its truth stands once for each of the two pictures.
     return _document(parts, (picture(scene),), [scene, scene])
 
 
-def _story(dice: Dice, split: str) -> Document:
+def _story(rng: SeededRandom, split: str) -> Document:
     """The first panel is given; texts and pictures of all others are to be made."""
-    return _story_document(dice, split, lambda parts: 2)
+    return _story_document(rng, split, lambda parts: 2)
 
 
-def _story_last(dice: Dice, split: str) -> Document:
+def _story_last(rng: SeededRandom, split: str) -> Document:
     """Everything is given but the last picture."""
-    return _story_document(dice, split, lambda parts: len(parts) - 1)
+    return _story_document(rng, split, lambda parts: len(parts) - 1)
 
 
-def _story_all(dice: Dice, split: str) -> Document:
+def _story_all(rng: SeededRandom, split: str) -> Document:
     """The first panel and the second's text are given; from there on as `story`, beginning with a picture.
 
     A runner that fills in the gold texts between the pictures gets the task "all images, texts given".
     """
-    return _story_document(dice, split, lambda parts: 3)
+    return _story_document(rng, split, lambda parts: 3)
 
 
-def _story_document(dice: Dice, split: str, num_given: Callable[[list[Part]], int]) -> Document:
-    told = random_story(dice, split)
+def _story_document(rng: SeededRandom, split: str, num_given: Callable[[list[Part]], int]) -> Document:
+    told = random_story(rng, split)
     parts: list[Part] = []
     for panel in told.panels:
         parts += [Text(panel.text), picture(panel.scene)]
@@ -231,34 +231,34 @@ def _story_document(dice: Dice, split: str, num_given: Callable[[list[Part]], in
 _FEW_SHOT_KINDS = ("badge", "species", "body_colour", "place", "hat")
 
 
-def _few_shot(dice: Dice, split: str) -> Document:
+def _few_shot(rng: SeededRandom, split: str) -> Document:
     """Three examples of a question that is never asked in words, then a picture."""
-    kind = dice.pick(_FEW_SHOT_KINDS)
+    kind = rng.pick(_FEW_SHOT_KINDS)
     parts: list[Part] = []
     scenes = []
     for _ in range(4):
-        scene = _lonely_scene(dice, split)
-        question = QUESTIONS[kind](dice, scene)
+        scene = _lonely_scene(rng, split)
+        question = QUESTIONS[kind](rng, scene)
         assert question is not None
         scenes.append(scene)
         parts += [picture(scene), Text(question.answer)]
     return _document(parts[:-1], parts[-1:], scenes, question_kind=kind, is_fine_detail=kind == "badge")
 
 
-def _lonely_scene(dice: Dice, split: str) -> Scene:
-    character = random_cast(dice, split, 1)[0]
+def _lonely_scene(rng: SeededRandom, split: str) -> Scene:
+    character = random_cast(rng, split, 1)[0]
     return Scene(
-        place=dice.pick(PLACES),
-        time=dice.pick(TIMES),
-        weather=dice.pick(WEATHERS),
-        figures=(Figure(character=character, position=dice.pick(POSITIONS), action=dice.pick(ACTIONS)),),
+        place=rng.pick(PLACES),
+        time=rng.pick(TIMES),
+        weather=rng.pick(WEATHERS),
+        figures=(Figure(character=character, position=rng.pick(POSITIONS), action=rng.pick(ACTIONS)),),
     )
 
 
-def _edit(dice: Dice, split: str) -> Document:
+def _edit(rng: SeededRandom, split: str) -> Document:
     """A picture and an instruction; the picture after it."""
-    before = random_scene(dice, split)
-    while (edit := dice.pick(_EDITS)(dice, before, split)) is None:
+    before = random_scene(rng, split)
+    while (edit := rng.pick(_EDITS)(rng, before, split)) is None:
         pass
     instruction, after = edit
     return _document((picture(before), Text(instruction)), (picture(after),), [before, after])
@@ -267,25 +267,25 @@ def _edit(dice: Dice, split: str) -> Document:
 _Edit = tuple[str, Scene] | None
 
 
-def _edit_setting(dice: Dice, scene: Scene, split: str) -> _Edit:
-    kind = dice.pick(("place", "time", "weather"))
+def _edit_setting(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
+    kind = rng.pick(("place", "time", "weather"))
     words = {"place": PLACES, "time": TIMES, "weather": WEATHERS}[kind]
-    value = dice.pick([word for word in words if word != getattr(scene, kind)])
+    value = rng.pick([word for word in words if word != getattr(scene, kind)])
     after = replace(scene, **{kind: value})
     where = f"when it is {value}" if kind != "place" else WHERE[value]
     return f"The same scene {where}.", after
 
 
-def _edit_action(dice: Dice, scene: Scene, split: str) -> _Edit:
-    figure = dice.pick(scene.figures)
-    action = dice.pick([action for action in ACTIONS if action != figure.action])
+def _edit_action(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
+    figure = rng.pick(scene.figures)
+    action = rng.pick([action for action in ACTIONS if action != figure.action])
     after = _with_figure(scene, figure, replace(figure, action=action))
     return f"Now the {figure.character.species} {DOES[action]}.", after
 
 
-def _edit_hat(dice: Dice, scene: Scene, split: str) -> _Edit:
+def _edit_hat(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
     """Another hat, if there is one with which the character stays in its split."""
-    figure = dice.pick(scene.figures)
+    figure = rng.pick(scene.figures)
     character = figure.character
     hats = [
         replace(character, hat=hat, hat_colour=colour)
@@ -296,27 +296,32 @@ def _edit_hat(dice: Dice, scene: Scene, split: str) -> _Edit:
     hats = [changed for changed in hats if split_of(changed) == split and changed != character]
     if not hats:
         return None
-    changed = dice.pick(hats)
+    changed = rng.pick(hats)
     after = _with_figure(scene, figure, replace(figure, character=changed))
     return f"Give the {character.species} {with_article(f'{changed.hat_colour} {changed.hat}')}.", after
 
 
-def _edit_prop(dice: Dice, scene: Scene, split: str) -> _Edit:
+def _edit_prop(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
     free = [position for position in POSITIONS if position not in {prop.position for prop in scene.props}]
     unused = [kind for kind in PROPS if kind not in {prop.kind for prop in scene.props}]
-    prop = Prop(kind=dice.pick(unused), colour=dice.pick(PROP_COLOURS), position=dice.pick(free))
+    prop = Prop(kind=rng.pick(unused), colour=rng.pick(PROP_COLOURS), position=rng.pick(free))
     after = replace(scene, props=(*scene.props, prop))
     return f"Add {with_article(f'{prop.colour} {prop.kind}')} {AT[prop.position]}.", after
 
 
-_EDITS: tuple[Callable[[Dice, Scene, str], _Edit], ...] = (_edit_setting, _edit_action, _edit_hat, _edit_prop)
+_EDITS: tuple[Callable[[SeededRandom, Scene, str], _Edit], ...] = (
+    _edit_setting,
+    _edit_action,
+    _edit_hat,
+    _edit_prop,
+)
 
 
 def _with_figure(scene: Scene, old: Figure, new: Figure) -> Scene:
     return replace(scene, figures=tuple(new if figure == old else figure for figure in scene.figures))
 
 
-TASKS: dict[str, Callable[[Dice, str], Document]] = {
+TASKS: dict[str, Callable[[SeededRandom, str], Document]] = {
     "caption": _caption,
     "paragraph": _paragraph,
     "vqa": _vqa,
@@ -348,7 +353,9 @@ TASK_WEIGHTS: Mapping[str, int] = {
 
 # A fixed shuffle, so that any hundred documents in a row hold every task as often as its weight says.
 _TASK_ROUND = tuple(
-    Dice(_DOCUMENT_DOMAIN).sample([task for task, weight in TASK_WEIGHTS.items() for _ in range(weight)], 100)
+    SeededRandom(_DOCUMENT_DOMAIN).sample(
+        [task for task, weight in TASK_WEIGHTS.items() for _ in range(weight)], 100
+    )
 )
 
 

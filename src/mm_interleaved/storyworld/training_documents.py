@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mm_interleaved.documents.document import Document, Text
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, RELATIONS, ask_several
 from mm_interleaved.storyworld.tasks import document, picture
 from mm_interleaved.storyworld.world import random_scene, scene_to_record
 
 INTERVIEW = "interview"
-# Domains of the dice, so that no two streams share their random numbers (those of the tasks are below 10).
+# Domain of the seeds, so that no two streams share their random numbers (those of the tasks are below 10).
 _MIXTURE_DOMAIN = 21
 _INTERVIEW_DOMAIN = 22
 
@@ -26,7 +26,9 @@ def training_document(seed: int, index: int, task_weights: Mapping[str, int]) ->
     Args:
         task_weights: tasks of `storyworld.tasks`, or "interview", with integer weights.
     """
-    task = Dice(_MIXTURE_DOMAIN, seed, index).weighted(tuple(task_weights), tuple(task_weights.values()))
+    task = SeededRandom(_MIXTURE_DOMAIN, seed, index).weighted(
+        tuple(task_weights), tuple(task_weights.values())
+    )
     if task == INTERVIEW:
         return _interview(seed, index)
     made = document("train", seed, index, task)
@@ -37,19 +39,19 @@ def _interview(seed: int, index: int) -> Document:
     """A picture, questions about the badge and pattern of each figure, one of each relation, and questions
     about anything.
     """
-    dice = Dice(_INTERVIEW_DOMAIN, seed, index)
-    scene = random_scene(dice, "train")
+    rng = SeededRandom(_INTERVIEW_DOMAIN, seed, index)
+    scene = random_scene(rng, "train")
     questions = {
         question.text: question
         for figure in scene.figures
         for kind in FINE_DETAIL
-        if (question := QUESTIONS[kind](dice, replace(scene, figures=(figure,)))) is not None
+        if (question := QUESTIONS[kind](rng, replace(scene, figures=(figure,)))) is not None
     }
-    relations = (QUESTIONS[kind](dice, scene) for kind in RELATIONS)
+    relations = (QUESTIONS[kind](rng, scene) for kind in RELATIONS)
     questions.update((question.text, question) for question in relations if question is not None)
-    questions.update((question.text, question) for question in ask_several(dice, scene, 7))
+    questions.update((question.text, question) for question in ask_several(rng, scene, 7))
     parts = [picture(scene, "user")]
-    for question in dice.sample(list(questions.values()), len(questions)):
+    for question in rng.sample(list(questions.values()), len(questions)):
         parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]
     meta = {"task": INTERVIEW, "scenes": [scene_to_record(scene)]}
     return Document(id=f"interview-{seed}-{index}", parts=tuple(parts), meta=meta)

@@ -8,7 +8,7 @@ that each has an exact answer.
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 
 NAMES = (
     "Pip", "Mia", "Tom", "Lulu", "Max", "Zoe", "Ben", "Ivy",
@@ -138,7 +138,7 @@ def is_held_out(species: str, body_colour: str) -> bool:
 
 
 def random_character(
-    dice: Dice, split: str, *, names: tuple[str, ...] = NAMES, held_out: bool = False
+    rng: SeededRandom, split: str, *, names: tuple[str, ...] = NAMES, held_out: bool = False
 ) -> Character:
     """A character of the split; with `held_out` one whose species and colour training never shows.
 
@@ -151,51 +151,51 @@ def random_character(
     if held_out and split != "test":
         raise ValueError(f"held-out combinations stand in the test split only, not in {split!r}")
     while True:
-        hat = dice.pick(HATS)
+        hat = rng.pick(HATS)
         character = Character(
-            name=dice.pick(names),
-            species=dice.pick(SPECIES),
-            body_colour=dice.pick(BODY_COLOURS),
-            pattern=dice.pick(PATTERNS),
+            name=rng.pick(names),
+            species=rng.pick(SPECIES),
+            body_colour=rng.pick(BODY_COLOURS),
+            pattern=rng.pick(PATTERNS),
             hat=hat,
-            hat_colour="none" if hat == "none" else dice.pick(HAT_COLOURS),
-            badge=dice.pick(BADGES),
+            hat_colour="none" if hat == "none" else rng.pick(HAT_COLOURS),
+            badge=rng.pick(BADGES),
         )
         if is_held_out(character.species, character.body_colour) == held_out and split_of(character) == split:
             return character
 
 
-def random_scene(dice: Dice, split: str = "train") -> Scene:
+def random_scene(rng: SeededRandom, split: str = "train") -> Scene:
     """A scene of one to three characters and up to two props, each choice independent of the others."""
-    num_figures = dice.weighted((1, 2, 3), (45, 40, 15))
-    cast = random_cast(dice, split, num_figures)
-    positions = dice.sample(POSITIONS, num_figures)
-    num_props = dice.weighted((0, 1, 2), (25, 50, 25))
+    num_figures = rng.weighted((1, 2, 3), (45, 40, 15))
+    cast = random_cast(rng, split, num_figures)
+    positions = rng.sample(POSITIONS, num_figures)
+    num_props = rng.weighted((0, 1, 2), (25, 50, 25))
     return Scene(
-        place=dice.pick(PLACES),
-        time=dice.pick(TIMES),
-        weather=dice.pick(WEATHERS),
+        place=rng.pick(PLACES),
+        time=rng.pick(TIMES),
+        weather=rng.pick(WEATHERS),
         figures=tuple(
-            Figure(character=character, position=position, action=dice.pick(ACTIONS))
+            Figure(character=character, position=position, action=rng.pick(ACTIONS))
             for character, position in zip(cast, positions, strict=True)
         ),
         props=tuple(
-            Prop(kind=kind, colour=dice.pick(PROP_COLOURS), position=position)
+            Prop(kind=kind, colour=rng.pick(PROP_COLOURS), position=position)
             for kind, position in zip(
-                dice.sample(PROPS, num_props), dice.sample(POSITIONS, num_props), strict=True
+                rng.sample(PROPS, num_props), rng.sample(POSITIONS, num_props), strict=True
             )
         ),
     )
 
 
-def random_cast(dice: Dice, split: str, num_characters: int) -> tuple[Character, ...]:
+def random_cast(rng: SeededRandom, split: str, num_characters: int) -> tuple[Character, ...]:
     """Characters with different names, species, body colours and badges, so that words tell them apart.
 
     In the test split a quarter of the casts are led by a held-out combination.
     """
-    cast = [random_character(dice, split, held_out=split == "test" and dice.chance(25))]
+    cast = [random_character(rng, split, held_out=split == "test" and rng.chance(25))]
     while len(cast) < num_characters:
-        candidate = random_character(dice, split)
+        candidate = random_character(rng, split)
         if all(_are_distinct(candidate, other) for other in cast):
             cast.append(candidate)
     return tuple(cast)

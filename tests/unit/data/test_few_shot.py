@@ -5,7 +5,7 @@ import pytest
 from corpora import pair, picture
 from mm_interleaved.data.few_shot import FewShot, group_documents, merge_documents
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.tokens.sequence import encode_document
 
 
@@ -64,24 +64,24 @@ def test_groups_lose_no_document_and_hold_one_task_each():
         Document(id=str(i), parts=(Text("x"),), meta={"task": "abc"[i % 3] if i % 5 else "d"})
         for i in range(97)
     ]
-    groups = group_documents(documents, FewShot(share=0.5), Dice(1))
+    groups = group_documents(documents, FewShot(share=0.5), SeededRandom(1))
     assert sorted(d.id for group in groups for d in group) == sorted(d.id for d in documents)
     assert all(len({d.meta["task"] for d in group}) == 1 for group in groups)
     sizes = {len(group) for group in groups}
     assert {1, 2, 8} <= sizes and max(sizes) == 8
-    assert group_documents(documents, FewShot(share=0.5), Dice(1)) == groups
-    assert group_documents(documents, None, Dice(1)) == [(d,) for d in documents]
+    assert group_documents(documents, FewShot(share=0.5), SeededRandom(1)) == groups
+    assert group_documents(documents, None, SeededRandom(1)) == [(d,) for d in documents]
 
 
 def test_documents_with_and_without_target_or_roles_are_not_merged():
     kinds = [question("q", "What?", "7"), question("t", "What?", "7", role="user"), pair("p")]
     kinds = [Document(id=k.id, parts=k.parts, target=k.target) for k in kinds]
-    groups = group_documents(kinds * 2, FewShot(share=1.0, max_documents=2), Dice(1))
+    groups = group_documents(kinds * 2, FewShot(share=1.0, max_documents=2), SeededRandom(1))
     assert sorted([d.id for d in group] for group in groups) == [["p", "p"], ["q", "q"], ["t", "t"]]
 
 
 def test_a_quarter_of_the_documents_begins_a_group():
-    groups = group_documents([pair(str(i)) for i in range(6000)], FewShot(), Dice(3))
+    groups = group_documents([pair(str(i)) for i in range(6000)], FewShot(), SeededRandom(3))
     assert sum(len(group) > 1 for group in groups) / len(groups) == pytest.approx(0.25, abs=0.03)
 
 

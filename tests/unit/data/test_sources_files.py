@@ -303,15 +303,15 @@ def test_a_broken_line_is_named_and_the_others_are_read(tmp_path, line, words):
 
 def test_lists_are_read_in_small_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_CHUNK_BYTES", 5)
-    dice = random.Random(0)
+    rng = random.Random(0)
     path = tmp_path / "a.json"
     for _ in range(16):
         values = [
-            {"a": "".join(dice.choice('"\\[]{}, é') for _ in range(dice.randrange(30))), "b": [{"c": n}]}
-            for n in range(dice.randrange(4))
+            {"a": "".join(rng.choice('"\\[]{}, é') for _ in range(rng.randrange(30))), "b": [{"c": n}]}
+            for n in range(rng.randrange(4))
         ]
-        start = dice.choice(["\ufeff", " \n", ""])
-        data = (start + json.dumps(values, indent=dice.choice([None, 1]), ensure_ascii=False)).encode()
+        start = rng.choice(["\ufeff", " \n", ""])
+        data = (start + json.dumps(values, indent=rng.choice([None, 1]), ensure_ascii=False)).encode()
         path.write_bytes(data + b"\n ")
         assert [record.field.value for _, record in read_records(str(path))] == values
         for cut in range(1, len(data), 5):
@@ -425,10 +425,10 @@ def test_no_changed_bit_of_a_zip_is_silent(tmp_path):
     data = path.read_bytes()
     whole = read("documents", path)
     assert len(whole) == 40
-    dice = random.Random(5)
+    rng = random.Random(5)
     for _ in range(150):
         flipped = bytearray(data)
-        flipped[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         found = read("documents", path)
         assert found == whole or isinstance(found[-1], BrokenItem)
@@ -459,10 +459,10 @@ def test_no_damaged_header_is_silent_and_no_sample_takes_from_another(tmp_path):
     starts = [0]
     for _, content in members[:-1]:
         starts.append(starts[-1] + 512 + -(-len(content) // 512) * 512)
-    dice = random.Random(1)
+    rng = random.Random(1)
     for _ in range(200):
         flipped = bytearray(data)
-        flipped[dice.choice(starts) + dice.randrange(512)] ^= 1 << dice.randrange(8)
+        flipped[rng.choice(starts) + rng.randrange(512)] ^= 1 << rng.randrange(8)
         found = read_tar(tmp_path / "flipped.tar", bytes(flipped))
         kept = contents(found)
         assert set(kept) <= set(whole)
@@ -574,10 +574,10 @@ def test_with_a_manifest_no_changed_bit_is_silent(tmp_path, caplog):
     (tmp_path / MANIFEST).write_bytes(manifest_bytes(manifest_of(str(tmp_path), [str(tmp_path / "0.tar")])))
     assert len(contents(read("webdataset", tmp_path / "0.tar", image_first_share=1))) == 4
     assert not caplog.text
-    dice = random.Random(2)
+    rng = random.Random(2)
     for number in range(60):
         flipped = bytearray(data)
-        flipped[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         (tmp_path / "0.tar").write_bytes(flipped)
         # Times of files may be coarse, and these are written faster than anybody changes a corpus.
         os.utime(tmp_path / "0.tar", ns=(number, number))
@@ -637,12 +637,12 @@ def test_damaged_parquet_is_named(tmp_path):
     data = Path(table(tmp_path / "a.parquet", rows)).read_bytes()
     whole = read("obelics", tmp_path / "a.parquet")
     assert len(whole) == 6
-    dice = random.Random(3)
+    rng = random.Random(3)
     for number in range(60):
         flipped = bytearray(data)
         # The footer, at the end, has no check sum of its own: some changes there mean nothing wrong.
         is_in_pages = number % 2 == 0
-        flipped[dice.randrange(len(data) // 3 if is_in_pages else len(data))] ^= 1 << dice.randrange(8)
+        flipped[rng.randrange(len(data) // 3 if is_in_pages else len(data))] ^= 1 << rng.randrange(8)
         path = tmp_path / "b.parquet"
         path.write_bytes(flipped)
         found = read("obelics", path)

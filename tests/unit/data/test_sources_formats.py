@@ -589,7 +589,7 @@ def test_wrong_fields_of_mmc4_are_named_and_harm_no_other_page(tmp_path, picture
 # ---- Anything ----
 
 
-def mutated(value, dice: random.Random):
+def mutated(value, rng: random.Random):
     """A copy with one value deleted or replaced, anywhere."""
     value = json.loads(json.dumps(value))
     places = []
@@ -601,12 +601,12 @@ def mutated(value, dice: random.Random):
             collect(node[key])
 
     collect(value)
-    node, key = dice.choice(places)
-    if dice.random() < 0.25:
+    node, key = rng.choice(places)
+    if rng.random() < 0.25:
         del node[key]
     else:
         others = [None, -1, 3, 10**12, 1.5, True, "x", "", [], {}, [None], {"a": 1}, "../x", "\0"]
-        node[key] = dice.choice(others)
+        node[key] = rng.choice(others)
     return value
 
 
@@ -634,7 +634,7 @@ def test_no_change_of_an_annotation_file_is_fatal(tmp_path):
         ("pororosv", [{"id": "1", "split": "train", "frames": [{"image": "a.jpg", "caption": "c"}] * 2}]),
         ("mmc4", [page(1, names=["a.jpg"])]),
     )
-    dice = random.Random(4)
+    rng = random.Random(4)
     for number, (name, content) in enumerate(files):
         fine = {"num_given": 1} if name in ("vist", "pororosv") else {}
         fine |= {"single_image_share": 1} if name == "mmc4" else {}
@@ -642,7 +642,7 @@ def test_no_change_of_an_annotation_file_is_fatal(tmp_path):
         assert sum(isinstance(item, Document) for item in whole) >= 1
         for change in range(40):
             # Another name each time: a file is remembered by its name, size and time.
-            path = put(tmp_path / f"{number}-{change}.json", mutated(content, dice))
+            path = put(tmp_path / f"{number}-{change}.json", mutated(content, rng))
             source_name_of(path)
             try:
                 found = read(name, path, **fine)

@@ -6,7 +6,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld.language import (
     describe_scene,
     read_actions,
@@ -39,16 +39,16 @@ def test_the_same_pictures_come_out_on_every_machine():
 
 
 def test_dice_are_a_function_of_their_seeds():
-    assert [Dice(1, 2).below(100) for _ in range(3)] == [Dice(1, 2).below(100)] * 3
-    rolls, others = Dice(1, 2), Dice(2, 1)
+    assert [SeededRandom(1, 2).below(100) for _ in range(3)] == [SeededRandom(1, 2).below(100)] * 3
+    rolls, others = SeededRandom(1, 2), SeededRandom(2, 1)
     assert [rolls.below(10**6) for _ in range(5)] != [others.below(10**6) for _ in range(5)]
     with pytest.raises(ValueError, match="-1"):
-        Dice(-1)
+        SeededRandom(-1)
 
 
 def test_dice_cover_a_range_evenly_past_the_first_refill():
-    dice = Dice(5)
-    counts = np.bincount([dice.below(4) for _ in range(4000)], minlength=4)
+    rng = SeededRandom(5)
+    counts = np.bincount([rng.below(4) for _ in range(4000)], minlength=4)
     assert counts.sum() == 4000 and counts.min() > 850
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from mm_interleaved.data.source import (
-    Chance,
     FilteredItem,
     Item,
+    ItemRandom,
     Shard,
     check_settings,
 )
@@ -56,24 +56,24 @@ class FrameStripStories:
     def _document(
         self, path: str, store: ImageStore, record: Record, position: int
     ) -> Document | FilteredItem:
-        story, chance = record.field, Chance(self.seed, self.epoch, path, position)
+        story, rng = record.field, ItemRandom(self.seed, self.epoch, path, position)
         if self.split is not None and story["split"].text() != self.split:
             return FilteredItem(record.place, "other_split")
         panels = [
             (
                 panel["caption"].text().strip(),
-                self._frame(first_image(store, [panel["image"].text()], panel["image"].path), chance),
+                self._frame(first_image(store, [panel["image"].text()], panel["image"].path), rng),
             )
             for panel in story["frames"].list()
         ]
         return story_document(story["id"].text(), panels, self.num_given, "frames")
 
-    def _frame(self, strip: Image, chance: Chance) -> Image:
+    def _frame(self, strip: Image, rng: ItemRandom) -> Image:
         """One square of a strip. It is opened here, as no reference can name a part of a file."""
         pixels = strip.load()
         side = min(pixels.size)
         num_frames = max(pixels.size) // side
-        chosen = chance.pick(num_frames) if self.frame is None else min(self.frame, num_frames - 1)
+        chosen = rng.pick(num_frames) if self.frame is None else min(self.frame, num_frames - 1)
         across, down = (chosen * side, 0) if pixels.width > pixels.height else (0, chosen * side)
         frame = pixels.crop((across, down, across + side, down + side))
         return replace(strip, source=frame, name=f"{strip.name}#{chosen}")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from mm_interleaved.data.source import (
-    Chance,
     FilteredItem,
     Item,
+    ItemRandom,
     Shard,
     check_settings,
 )
@@ -60,7 +60,7 @@ class PairLines:
         parts = pair_parts(
             image,
             caption,
-            Chance(self.seed, self.epoch, path, position),
+            ItemRandom(self.seed, self.epoch, path, position),
             image_first_share=self.image_first_share,
             lower_case=self.lower_case,
         )

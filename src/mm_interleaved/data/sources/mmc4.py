@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from mm_interleaved.data.source import (
-    Chance,
     FilteredItem,
     Item,
+    ItemRandom,
     Shard,
     check_settings,
 )
@@ -61,20 +61,20 @@ class MMC4:
     def _document(
         self, path: str, store: ImageStore, record: Record, position: int
     ) -> Document | FilteredItem:
-        page, chance = record.field, Chance(self.seed, self.epoch, path, position)
+        page, rng = record.field, ItemRandom(self.seed, self.epoch, path, position)
         sentences = [sentence.text() for sentence in page["text_list"].list()]
         matched = self._matched(page, len(sentences))
         if not matched:
             return FilteredItem(record.place, "no_similar_image")
         # Drawn whatever is there, so that the later choices do not depend on earlier ones.
-        keeps_single = chance.happens(self.single_image_share)
-        images, missing = self._images(matched, store, chance)
+        keeps_single = rng.happens(self.single_image_share)
+        images, missing = self._images(matched, store, rng)
         if not images:
             return FilteredItem(record.place, "missing_images")
         if len(images) == 1 and not keeps_single:
             return FilteredItem(record.place, "single_image")
         # The images of one sentence stand on one side of it, in their order.
-        sides = {sentence: chance.happens(self.image_first_share) for _, sentence, _ in images}
+        sides = {sentence: rng.happens(self.image_first_share) for _, sentence, _ in images}
         placed = [(sentence, sides[sentence], image) for _, sentence, image in images]
         given = page.get("id")
         return Document(
@@ -99,7 +99,7 @@ class MMC4:
         return matched
 
     def _images(
-        self, matched: Sequence[tuple[int, int, Field]], store: ImageStore, chance: Chance
+        self, matched: Sequence[tuple[int, int, Field]], store: ImageStore, rng: ItemRandom
     ) -> tuple[list[tuple[int, int, Image]], int]:
         """At most `max_images` of the images that are there, in the page's order, and how many were missing.
 
@@ -107,7 +107,7 @@ class MMC4:
         """
         found: list[tuple[int, int, Image]] = []
         missing = 0
-        for index in chance.order(len(matched)):
+        for index in rng.order(len(matched)):
             number, sentence, name = matched[index]
             if len(found) == self.max_images:
                 break

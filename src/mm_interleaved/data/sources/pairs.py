@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mm_interleaved.data.source import Chance
+from mm_interleaved.data.source import ItemRandom
 from mm_interleaved.documents.document import Image, Part, Text
 from mm_interleaved.documents.strict_json import Field
 
@@ -15,8 +15,8 @@ def caption_of(field: Field) -> str:
 
 
 def pair_parts(
-    image: Image, caption: str, chance: Chance, *, image_first_share: float, lower_case: bool
+    image: Image, caption: str, rng: ItemRandom, *, image_first_share: float, lower_case: bool
 ) -> tuple[Part, ...]:
     """The two parts in the order that chance gives them."""
     text = Text(caption.lower() if lower_case else caption)
-    return (image, text) if chance.happens(image_first_share) else (text, image)
+    return (image, text) if rng.happens(image_first_share) else (text, image)

@@ -16,9 +16,9 @@ from typing import IO
 
 from mm_interleaved.data.source import (
     BrokenItem,
-    Chance,
     FilteredItem,
     Item,
+    ItemRandom,
     Shard,
     attempt,
     check_settings,
@@ -85,15 +85,15 @@ class PairTars:
                 for position, sample in enumerate(_samples(headers, path)):
                     if position >= start:
                         place = f"{path}: {escape(sample.key)}"
-                        chance = Chance(self.seed, self.epoch, path, position)
-                        build = partial(self._document, place, sample, contents, path, chance)
+                        rng = ItemRandom(self.seed, self.epoch, path, position)
+                        build = partial(self._document, place, sample, contents, path, rng)
                         names = {kind: member.name for kind, member in sample.members.items()}
                         yield position, attempt(place, build, Field(names), known=_ABOUT)
         except InputError as error:
             yield max(position + 1, start), BrokenItem(path, str(error).removeprefix(f"{path}: "))
 
     def _document(
-        self, place: str, sample: _Sample, contents: IO[bytes], path: str, chance: Chance, names: Field
+        self, place: str, sample: _Sample, contents: IO[bytes], path: str, rng: ItemRandom, names: Field
     ) -> Document | FilteredItem:
         if sample.problem:
             raise FieldError("", sample.problem)
@@ -103,7 +103,7 @@ class PairTars:
             return FilteredItem(place, "short_caption")
         image = Image(member_bytes(contents, image_member, path), name=f"{path}: {image_member.name}")
         parts = pair_parts(
-            image, caption, chance, image_first_share=self.image_first_share, lower_case=self.lower_case
+            image, caption, rng, image_first_share=self.image_first_share, lower_case=self.lower_case
         )
         return Document(id=f"{stem_of(path)}/{sample.key}", parts=parts)
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mm_interleaved.documents.document import Document, Image
-from mm_interleaved.seeded_random import Dice
+from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld.renderer import render_batch
 from mm_interleaved.storyworld.training_documents import training_document
 from mm_interleaved.tokens.batch import Batch
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
-# Domain of the dice, so that no two streams share their random numbers.
+# Domain of the seeds, so that no two streams share their random numbers.
 _STEP_DOMAIN = 23
 
 
@@ -87,8 +87,8 @@ class DocumentBatches:
 
     def mixture_of(self, step: int) -> Mixture:
         """The mixture that a step draws."""
-        dice = Dice(_STEP_DOMAIN, self.seed, step)
-        return dice.weighted(self.mixtures, [mixture.share for mixture in self.mixtures])
+        rng = SeededRandom(_STEP_DOMAIN, self.seed, step)
+        return rng.weighted(self.mixtures, [mixture.share for mixture in self.mixtures])
 
     def documents(self, step: int) -> list[Document]:
         """The documents of a step."""
