@@ -49,7 +49,7 @@ def ablation(
     Run again, it goes on where it was stopped; `--set twins=both-1,neither-1` does some of them alone.
     """
     from mm_interleaved.recipes.run import SETTINGS_NAME, run_recipe
-    from mm_interleaved.training.settings import override
+    from mm_interleaved.typed_settings import override
     from studies.ablation.page import write_page
     from studies.ablation.recipe import AblationConfig, chosen_twins
     from studies.ablation.scores import check_documents, score_twins

@@ -29,7 +29,8 @@ from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.loop import Stage, train_stage
 from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.parameter_groups import synchronizer_rules
-from mm_interleaved.training.settings import StageConfig, to_record
+from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.typed_settings import to_record
 from studies.ablation.build import build_twin
 from studies.ablation.settings import AblationConfig
 from studies.ablation.slot_stage import SlotSideStage

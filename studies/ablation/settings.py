@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.training.settings import FACTOR, PROCESSES, RATE, SEED, SIZE, StageConfig, check_ranges
+from mm_interleaved.training.settings import FACTOR, PROCESSES, RATE, SIZE, StageConfig, check_ranges
+from mm_interleaved.typed_settings import SEED
 from studies.ablation.variants import chosen_twins
 
 

@@ -16,7 +16,8 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.recipes.run import SETTINGS_NAME
 from mm_interleaved.training.metrics import read_log
-from mm_interleaved.training.settings import LOG_NAME, from_record, to_record
+from mm_interleaved.training.settings import LOG_NAME
+from mm_interleaved.typed_settings import from_record, to_record
 from studies.ablation.variants import Reader
 from studies.origin import origin_of
 from studies.plots import load_pyplot, plain_axes, plain_numbers, save_figure

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.training.settings import PROCESSES, RATE, SEED, SIZE, StageConfig, check_ranges
+from mm_interleaved.training.settings import PROCESSES, RATE, SIZE, StageConfig, check_ranges
+from mm_interleaved.typed_settings import SEED
 from studies.ablation.settings import AblationConfig
 
 _HEAD_DIM = 32

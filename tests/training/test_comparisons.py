@@ -16,7 +16,7 @@ from mm_interleaved.recipes.storyworld.stage_cost import average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.training.loop import StoppedBySignal, trained_parameters
 from mm_interleaved.training.parameter_groups import synchronizer_rules
-from mm_interleaved.training.settings import flat_record
+from mm_interleaved.typed_settings import flat_record
 from studies.ablation import recipe as ablation
 from studies.ablation.build import TwinSizes
 from studies.recipes import STUDY_RECIPES

@@ -14,7 +14,8 @@ from mm_interleaved.training.parameter_groups import (
     choose_trained,
     parameters_by_part,
 )
-from mm_interleaved.training.settings import StageConfig, from_record, override, to_record
+from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.typed_settings import from_record, override, to_record
 from tiny import tiny_model
 
 NOTHING = PartsConfig(**dict.fromkeys(PART_NAMES, PartConfig()))

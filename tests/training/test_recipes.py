@@ -25,7 +25,7 @@ from mm_interleaved.training.checkpoints import newest_checkpoint
 from mm_interleaved.training.config import CorpusConfig, LoraConfig, TrainConfig
 from mm_interleaved.training.documents import build_loader, build_mixture
 from mm_interleaved.training.objectives import Objective
-from mm_interleaved.training.settings import from_record, override, to_record
+from mm_interleaved.typed_settings import from_record, override, to_record
 from tiny import tiny_model
 
 FULL_SIZE = sorted(name for name in task_recipes() if not name.endswith(("-lora", "-storyworld")))

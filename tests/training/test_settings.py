@@ -14,8 +14,8 @@ from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
 from mm_interleaved.recipes.run import RECIPES, run_recipe
 from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig
 from mm_interleaved.training.loop import train_stage
-from mm_interleaved.training.settings import (
-    StageConfig,
+from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.typed_settings import (
     flat_record,
     from_record,
     number_ranges,

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.generation.loading import find_model
 from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig, train
-from mm_interleaved.training.settings import override
+from mm_interleaved.typed_settings import override
 
 SHORT = ["num_threads=1", "text.steps=1", "painter.steps=1", "image.steps=1", "image_batch_size=2"]
 

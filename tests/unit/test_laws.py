@@ -31,7 +31,7 @@ ROOMS = (
     "cli",
 )
 """The folders from the ground up, a storey each: a file imports from its own and from those below."""
-GROUND = {"errors", "spelling", "versions", "devices", "files", "seeded_random"}
+GROUND = {"errors", "spelling", "versions", "devices", "files", "seeded_random", "typed_settings"}
 """Files below all folders: what everything uses. Nothing else is loose."""
 DOORS = {"__init__", "__main__", "former_names"}
 """Files that lead into the house: the lazy public names, `python -m`, and the names of earlier releases."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
-from dataclasses import fields
 from types import MappingProxyType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from mm_interleaved.data.source import Source
 from mm_interleaved.data.sources.ade20k import SegmentationPairs
@@ -28,7 +26,7 @@ from mm_interleaved.data.storage.files import name_of
 from mm_interleaved.data.storage.records import first_record, whole_table
 from mm_interleaved.errors import InputError, UsageError, escape
 from mm_interleaved.spelling import hint
-from mm_interleaved.tokens.task_prompts import PROMPTS, TaskPrompt
+from mm_interleaved.typed_settings import field_hints, from_json
 
 # LLaVA's and OBELICS' lines are two of the many forms of record that documents have.
 SOURCES: Mapping[str, type[Any]] = MappingProxyType(
@@ -66,42 +64,17 @@ def make_source(name: str, settings: Mapping[str, Any], *, run_seed: int | None 
     kind = SOURCES.get(name)
     if kind is None:
         raise UsageError(f"source: {_unknown(name, SOURCES)}", field="source")
-    hints = get_type_hints(kind)
+    hints = field_hints(kind)
     given: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in hints:
             raise UsageError(f"source {name}: {_unknown(key, hints)}", field=key)
-        given[key] = _converted(name, key, value, hints[key])
-    missing = [field.name for field in fields(kind) if field.name == "paths" and "paths" not in given]
-    if missing:
+        given[key] = from_json(value, hints[key], f"source {name}: {key}", field=key)
+    if "paths" in hints and "paths" not in given:
         raise UsageError(f"source {name}: paths: missing, expected files, globs or addresses", field="paths")
     if run_seed is not None and getattr(kind, "takes_run_seed", False):
         given.setdefault("seed", run_seed)
     return kind(**given)
-
-
-def _converted(name: str, key: str, value: Any, hint: Any) -> Any:
-    if hint is TaskPrompt and isinstance(value, str):
-        if value not in PROMPTS:
-            raise UsageError(f"source {name}: prompt: {_unknown(value, PROMPTS)}", field=key)
-        return PROMPTS[value]
-    if isinstance(value, list):
-        value = tuple(value)
-    kinds = _kinds(hint)
-    # A whole number will do for a fraction; True is no number.
-    fits = isinstance(value, kinds) or (float in kinds and type(value) is int)
-    if not fits or (isinstance(value, bool) and bool not in kinds):
-        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-        found = escape(repr(value), 60)
-        raise UsageError(f"source {name}: {key}: found {found}, expected {expected}", field=key)
-    return value
-
-
-def _kinds(hint: Any) -> tuple[type, ...]:
-    """The classes that a type hint of a setting stands for."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return tuple(kind for choice in get_args(hint) for kind in _kinds(choice))
-    return (get_origin(hint) or hint,)
 
 
 def _unknown(name: str, known: Mapping[str, Any]) -> str:

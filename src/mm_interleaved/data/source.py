@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from mm_interleaved.documents.document import Document, Image, Part
 from mm_interleaved.documents.record_rules import finished, reason_to_leave_out
 from mm_interleaved.documents.strict_json import Field, FieldError
-from mm_interleaved.errors import InputError, MMInterleavedError, UsageError, escape
+from mm_interleaved.errors import InputError, MMInterleavedError, escape
 from mm_interleaved.seeded_random import SeededRandom
 
 logger = logging.getLogger(__name__)
@@ -146,23 +146,6 @@ class ItemRandom:
 def layout_of(target: Sequence[Part]) -> str | None:
     """The layout that asks for a target: its parts in order; None where there is no target."""
     return " ".join("I" if isinstance(part, Image) else "T" for part in target) or None
-
-
-def check_settings(source: Any, *shares: str):
-    """Refuses settings of chance that mean nothing.
-
-    Args:
-        source: has `seed` and `epoch`, and each of `shares`.
-
-    Raises:
-        UsageError: a share outside of 0 to 1, a seed or an epoch below 0.
-    """
-    for name in shares:
-        if not 0 <= getattr(source, name) <= 1:
-            raise UsageError(f"{name}: found {getattr(source, name)}, expected 0 to 1", field=name)
-    for name in ("seed", "epoch"):
-        if getattr(source, name) < 0:
-            raise UsageError(f"{name}: found {getattr(source, name)}, expected 0 or more", field=name)
 
 
 def shards_of(source: Source) -> list[Shard]:

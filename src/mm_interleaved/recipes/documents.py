@@ -38,7 +38,7 @@ from mm_interleaved.training.metrics import LogWriter, TensorBoardWriter, WandbW
 from mm_interleaved.training.objectives import Objective
 from mm_interleaved.training.parallel import Ranks, joined_ranks, spread
 from mm_interleaved.training.parameter_groups import choose_trained, count_parameters
-from mm_interleaved.training.settings import to_record
+from mm_interleaved.typed_settings import to_record
 
 logger = logging.getLogger(__name__)
 

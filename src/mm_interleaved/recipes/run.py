@@ -20,7 +20,8 @@ from mm_interleaved.recipes.storyworld.settings import StoryWorldConfig
 from mm_interleaved.recipes.tasks import task_recipes
 from mm_interleaved.spelling import unknown_name
 from mm_interleaved.training.config import TrainConfig
-from mm_interleaved.training.settings import LOG_NAME, flat_record, from_record, override, stages, to_record
+from mm_interleaved.training.settings import LOG_NAME, stages
+from mm_interleaved.typed_settings import flat_record, from_record, override, to_record
 
 logger = logging.getLogger(__name__)
 

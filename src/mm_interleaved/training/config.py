@@ -10,20 +10,8 @@ from typing import Annotated, Any
 from mm_interleaved.devices import FORMATS
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.prediction_types import PREDICTION_TYPES
-from mm_interleaved.training.settings import (
-    COUNT,
-    DECAY,
-    FACTOR,
-    NUMBER,
-    PROCESSES,
-    RATE,
-    SEED,
-    SHARE,
-    SIZE,
-    Range,
-    StageConfig,
-    check_ranges,
-)
+from mm_interleaved.training.settings import DECAY, FACTOR, PROCESSES, RATE, SIZE, StageConfig, check_ranges
+from mm_interleaved.typed_settings import COUNT, NUMBER, SEED, SHARE, Choice, Range
 
 LORA_PARTS = ("language", "unet")
 QUANTIZATIONS = ("", "nf4", "int8")
@@ -265,7 +253,7 @@ class TrainConfig:
     """Many processes."""
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass instead of keeping them (gradient checkpointing)."""
-    frozen_type: str = "float32"
+    frozen_type: Annotated[str, Choice(("auto", *FORMATS))] = "float32"
     """Number type in which frozen weights are kept, `auto`: the one that the run computes in; what trains is
     kept in float32."""
     compile_backend: str = ""
@@ -278,13 +266,10 @@ class TrainConfig:
     """Curves for Weights & Biases."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     """Samples drawn while training."""
-    model_type: str = "float32"
+    model_type: Annotated[str, Choice(tuple(FORMATS))] = "float32"
     """Number type in which the finished model is saved."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for name, types in (("frozen_type", ("auto", *FORMATS)), ("model_type", FORMATS)):
-            if getattr(self, name) not in types:
-                raise UsageError(f"{name} must be one of {', '.join(types)}, found {getattr(self, name)!r}")
         if self.training.optimizer == "muon" and self.parallel.strategy == "fsdp":
             raise UsageError("training.optimizer=muon needs whole matrices; use adamw with strategy=fsdp")

@@ -8,7 +8,7 @@ from PIL import Image as PILImage
 from mm_interleaved.cli.main import run as run_command
 from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder
-from mm_interleaved.training.settings import to_record
+from mm_interleaved.typed_settings import to_record
 from studies.__main__ import create_app
 from studies.ablation.variants import Reader
 from studies.scaling.page import envelope, fit_law, law_loss, write_scaling

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Annotated
 
 from mm_interleaved.data.source import FilteredItem, Item, Shard, attempt
 from mm_interleaved.data.storage.files import fingerprint, stem_of
@@ -18,7 +19,8 @@ from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import InputError
-from mm_interleaved.tokens.task_prompts import CAPTION, TaskPrompt
+from mm_interleaved.tokens.task_prompts import CAPTION, PROMPTS, TaskPrompt
+from mm_interleaved.typed_settings import Named
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class CaptionTables:
     """One document an image, with all captions in `meta`; otherwise one a caption."""
     is_drawn: bool = False
     """The caption is given and the image is the answer."""
-    prompt: TaskPrompt = CAPTION
+    prompt: Annotated[TaskPrompt, Named(PROMPTS)] = CAPTION
 
     def shards(self) -> list[Shard]:
         return [Shard(path, len(self._rows(path))) for path in found_with_images(self.paths, self.images)]

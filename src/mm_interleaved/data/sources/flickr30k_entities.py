@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 from xml.etree import ElementTree
 
 from mm_interleaved.data.boxes import Edges, box_in_image, size_of_image
@@ -25,7 +26,8 @@ from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.tokens.task_prompts import GROUND, TaskPrompt, phrase
+from mm_interleaved.tokens.task_prompts import GROUND, PROMPTS, TaskPrompt, phrase
+from mm_interleaved.typed_settings import Named
 
 _PHRASE = re.compile(r"\[/EN#(\d+)/(\S+) ([^\]]*)\]")
 _MAX_BYTES = 1 << 20
@@ -48,7 +50,7 @@ class Flickr30kEntities:
     """Lists of image ids."""
     images: str | None = None
     """Folder, address or tars of the images; by default `flickr30k-images` (or `images`) beside the list."""
-    prompt: TaskPrompt = GROUND
+    prompt: Annotated[TaskPrompt, Named(PROMPTS)] = GROUND
 
     def shards(self) -> list[Shard]:
         return [Shard(path) for path in found_with_images(self.paths, self.images)]

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 from mm_interleaved.data.source import (
     FilteredItem,
     Item,
     ItemRandom,
     Shard,
-    check_settings,
 )
 from mm_interleaved.data.sources.stories import story_document
 from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
@@ -24,6 +24,7 @@ from mm_interleaved.data.storage.records import read_items
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Record
+from mm_interleaved.typed_settings import NUMBER, SEED, check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +41,11 @@ class FrameStripStories:
     frame: int | None = None
     """Which frame of a strip is taken (the last one where there are fewer); None chooses by chance, for
     training."""
-    seed: int = 0
-    epoch: int = 0
+    seed: Annotated[int, SEED] = 0
+    epoch: Annotated[int, NUMBER] = 0
 
     def __post_init__(self):
-        check_settings(self)
+        check(self)
 
     def shards(self) -> list[Shard]:
         return [Shard(path) for path in found_with_images(self.paths, self.images)]

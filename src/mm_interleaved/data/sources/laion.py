@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from mm_interleaved.data.source import (
     FilteredItem,
     Item,
     ItemRandom,
     Shard,
-    check_settings,
 )
 from mm_interleaved.data.sources.pairs import caption_of, pair_parts
 from mm_interleaved.data.storage.files import stem_of
@@ -20,6 +20,7 @@ from mm_interleaved.data.storage.records import read_items
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Record
+from mm_interleaved.typed_settings import NUMBER, SEED, SHARE, check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,17 +30,17 @@ class PairLines:
     paths: str | tuple[str, ...]
     images: str | None = None
     """Folder, address or tars of the images; by default the folder of each file."""
-    image_first_share: float = 0.5
+    image_first_share: Annotated[float, SHARE] = 0.5
     """The image stands before its caption in this share (0 to 1) of the documents."""
     lower_case: bool = True
     """Captions in lower case."""
     min_characters: int = 1
     """Pairs with a shorter caption are left out."""
-    seed: int = 0
-    epoch: int = 0
+    seed: Annotated[int, SEED] = 0
+    epoch: Annotated[int, NUMBER] = 0
 
     def __post_init__(self):
-        check_settings(self, "image_first_share")
+        check(self)
 
     def shards(self) -> list[Shard]:
         return [Shard(path) for path in found_with_images(self.paths, self.images)]

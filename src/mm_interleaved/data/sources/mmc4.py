@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from mm_interleaved.data.source import (
     FilteredItem,
     Item,
     ItemRandom,
     Shard,
-    check_settings,
 )
 from mm_interleaved.data.storage.files import stem_of
 from mm_interleaved.data.storage.image_stores import found_with_images, image_store
@@ -25,6 +25,7 @@ from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field, FieldError, Record
 from mm_interleaved.errors import UsageError
+from mm_interleaved.typed_settings import NUMBER, SEED, SHARE, check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +39,15 @@ class MMC4:
     """Images whose `matched_sim` is below are left out."""
     max_images: int = 6
     """Of more images than this, as many are taken by chance."""
-    single_image_share: float = 0.5
+    single_image_share: Annotated[float, SHARE] = 0.5
     """This share (0 to 1) of the pages with exactly one image is kept."""
-    image_first_share: float = 0.5
+    image_first_share: Annotated[float, SHARE] = 0.5
     """An image stands before its sentence in this share of cases, after it in the others."""
-    seed: int = 0
-    epoch: int = 0
+    seed: Annotated[int, SEED] = 0
+    epoch: Annotated[int, NUMBER] = 0
 
     def __post_init__(self):
-        check_settings(self, "single_image_share", "image_first_share")
+        check(self)
         if self.max_images < 1:
             raise UsageError(f"max_images: found {self.max_images}, expected at least 1", field="max_images")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from mm_interleaved.data.source import FilteredItem, Item, Shard, attempt
 from mm_interleaved.data.storage.files import found_files, stem_of
@@ -16,7 +17,8 @@ from mm_interleaved.data.storage.records import read_table
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field, FieldError
-from mm_interleaved.tokens.task_prompts import PARAGRAPH, TaskPrompt
+from mm_interleaved.tokens.task_prompts import PARAGRAPH, PROMPTS, TaskPrompt
+from mm_interleaved.typed_settings import Named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class Paragraphs:
     """Folder, address or tars of the images; by default the table's folder (above `annotations`)."""
     split_path: str | None = None
     """A JSON list of the image ids to take, such as `train_split.json`; None takes all."""
-    prompt: TaskPrompt = PARAGRAPH
+    prompt: Annotated[TaskPrompt, Named(PROMPTS)] = PARAGRAPH
 
     def shards(self) -> list[Shard]:
         self._wanted()

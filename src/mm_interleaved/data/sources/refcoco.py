@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from mm_interleaved.data.boxes import Edges, box_in_image, four_numbers, size_of_image
 from mm_interleaved.data.source import FilteredItem, Item, Shard, attempt
@@ -18,7 +19,8 @@ from mm_interleaved.data.storage.records import read_items, read_table
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field, FieldError, Record
-from mm_interleaved.tokens.task_prompts import GROUND, TaskPrompt, phrase
+from mm_interleaved.tokens.task_prompts import GROUND, PROMPTS, TaskPrompt, phrase
+from mm_interleaved.typed_settings import Named
 
 _KNOWN = ("id", "image_id", "split", "tokens_positive", "segmentation", "original_id")
 
@@ -32,7 +34,7 @@ class ReferringExpressions:
     """Folder, address or tars of the images; by default the file's folder (above `annotations`)."""
     split: str | None = None
     """Of lines that have a `split`, the one to take (`train`, `val`, `testA`, ...); None takes all."""
-    prompt: TaskPrompt = GROUND
+    prompt: Annotated[TaskPrompt, Named(PROMPTS)] = GROUND
 
     def shards(self) -> list[Shard]:
         return [

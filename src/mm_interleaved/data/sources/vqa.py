@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Annotated
 
 from mm_interleaved.data.source import Item, Shard, attempt
 from mm_interleaved.data.storage.files import fingerprint, found_files, stem_of
@@ -20,7 +21,8 @@ from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import UsageError
-from mm_interleaved.tokens.task_prompts import QUESTION, TaskPrompt
+from mm_interleaved.tokens.task_prompts import PROMPTS, QUESTION, TaskPrompt
+from mm_interleaved.typed_settings import Named
 
 _KNOWN = ("raw_answer", "question_id", "image_id", "answer_id")
 """Fields of the official files that say again what others say."""
@@ -41,7 +43,7 @@ class VisualQuestions:
     image_name: str | None = None
     """The name of an image, such as `COCO_train2014_{image_id:012}.jpg`. None: the question's `image`, or
     COCO's name of the questions' `data_subtype`, or `<image_id>.jpg`."""
-    prompt: TaskPrompt = QUESTION
+    prompt: Annotated[TaskPrompt, Named(PROMPTS)] = QUESTION
 
     def shards(self) -> list[Shard]:
         found_with_images(self.paths, self.images)

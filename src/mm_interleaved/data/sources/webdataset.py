@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import IO
+from typing import IO, Annotated
 
 from mm_interleaved.data.source import (
     BrokenItem,
@@ -21,7 +21,6 @@ from mm_interleaved.data.source import (
     ItemRandom,
     Shard,
     attempt,
-    check_settings,
 )
 from mm_interleaved.data.sources.pairs import caption_of, pair_parts
 from mm_interleaved.data.storage.files import (
@@ -36,6 +35,7 @@ from mm_interleaved.data.storage.tar_files import Member, member_bytes, tar_memb
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.strict_json import Field, FieldError, decoded, parse_strict
 from mm_interleaved.errors import InputError, escape
+from mm_interleaved.typed_settings import NUMBER, SEED, SHARE, check
 
 _IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _ABOUT = ("json",)
@@ -57,17 +57,17 @@ class PairTars:
     """Pairs out of tars; the defaults are those of the released model's training."""
 
     paths: str | tuple[str, ...]
-    image_first_share: float = 0.5
+    image_first_share: Annotated[float, SHARE] = 0.5
     """The image stands before its caption in this share (0 to 1) of the documents."""
     lower_case: bool = True
     """Captions in lower case."""
     min_characters: int = 1
     """Pairs with a shorter caption are left out."""
-    seed: int = 0
-    epoch: int = 0
+    seed: Annotated[int, SEED] = 0
+    epoch: Annotated[int, NUMBER] = 0
 
     def __post_init__(self):
-        check_settings(self, "image_first_share")
+        check(self)
 
     def shards(self) -> list[Shard]:
         paths = found_files(self.paths)

@@ -43,7 +43,7 @@ from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.tokens.prompts import conversation_pieces
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.parameter_groups import synchronizer_rules
-from mm_interleaved.training.settings import to_record
+from mm_interleaved.typed_settings import to_record
 
 PICTURE_SIZE = 64
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from mm_interleaved.training.settings import FACTOR, PROCESSES, RATE, SEED, SIZE, StageConfig, check_ranges
+from mm_interleaved.training.settings import FACTOR, PROCESSES, RATE, SIZE, StageConfig, check_ranges
+from mm_interleaved.typed_settings import SEED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
