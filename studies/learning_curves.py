@@ -17,7 +17,7 @@ from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import find_model
 from mm_interleaved.recipes.storyworld.batches import DocumentBatches, storyworld_pixels
 from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
-from mm_interleaved.recipes.storyworld.recipe import IMAGE_MIXTURES, TEXT_MIXTURES, StoryWorldConfig
+from mm_interleaved.recipes.storyworld.recipe import IMAGE_BATCHES, TEXT_BATCHES, StoryWorldConfig
 from mm_interleaved.recipes.storyworld.stage_cost import average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
@@ -240,8 +240,8 @@ def flops_a_step(model_name: str, config: StoryWorldConfig) -> dict[str, float]:
     model, processor = load_model(folder, dtype="float32"), MMInterleavedProcessor.from_pretrained(folder)
     settings = {"batch_size": config.image_batch_size, "pool_batches": 24, "repeats": 4}
 
-    def documents(mixtures: Any, **options: bool) -> DocumentBatches:
-        return DocumentBatches(processor, mixtures, seed=config.seed, **options)
+    def documents(kinds: Any, **options: bool) -> DocumentBatches:
+        return DocumentBatches(processor, kinds, seed=config.seed, **options)
 
     # Later stages freeze what earlier ones train: each is counted as soon as it is made.
     makers: dict[str, Any] = {
@@ -252,9 +252,9 @@ def flops_a_step(model_name: str, config: StoryWorldConfig) -> dict[str, float]:
         "vision": lambda: VisionSideStage(
             model.vision, seed=config.seed, batch_size=config.vision_batch_size
         ),
-        "text": lambda: TextSideStage(model, documents(TEXT_MIXTURES)),
-        "painter": lambda: PainterStage(model, documents(IMAGE_MIXTURES, target_pixels=True), **settings),
-        "image": lambda: ImageSideStage(model, documents(IMAGE_MIXTURES, target_pixels=True), **settings),
+        "text": lambda: TextSideStage(model, documents(TEXT_BATCHES)),
+        "painter": lambda: PainterStage(model, documents(IMAGE_BATCHES, target_pixels=True), **settings),
+        "image": lambda: ImageSideStage(model, documents(IMAGE_BATCHES, target_pixels=True), **settings),
     }  # fmt: skip
     found = {}
     for name, make in makers.items():

@@ -13,6 +13,7 @@ import numpy as np
 T = TypeVar("T")
 
 _WORDS_PER_REFILL = 64
+_PARTS_OF_ONE = 1 << 32
 
 
 class SeededRandom:
@@ -48,11 +49,13 @@ class SeededRandom:
         left = list(items)
         return [left.pop(self.below(len(left))) for _ in range(count)]
 
-    def weighted(self, items: Sequence[T], weights: Sequence[int]) -> T:
-        """One of the items, in proportion to its integer weight."""
-        ticket = self.below(sum(weights))
+    def weighted(self, items: Sequence[T], weights: Sequence[float]) -> T:
+        """One of the items, in proportion to its weight (0 or more, not all 0)."""
+        # Exact for integer weights below 2^20: a ticket then has at most 52 bits, which float64 holds.
+        ticket = self.below(_PARTS_OF_ONE) / _PARTS_OF_ONE * sum(weights)
         for item, weight in zip(items, weights, strict=True):
             if ticket < weight:
                 return item
             ticket -= weight
-        raise AssertionError("a ticket lies below the sum of the weights")
+        # Sums of fractions are rounded: what is beyond the last weight belongs to it.
+        return next(item for item, weight in zip(reversed(items), reversed(weights), strict=True) if weight)

@@ -19,7 +19,7 @@ from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.files import make_folder, new_folder
 from mm_interleaved.generation.loading import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.recipe import save_model
 from mm_interleaved.recipes.storyworld.stage_cost import average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
@@ -41,17 +41,17 @@ logger = logging.getLogger(__name__)
 
 TWINS_NAME = "twins"
 
-READER_MIXTURES = (
-    Mixture(share=5, batch_size=16, tasks={INTERVIEW: 1}),
-    Mixture(share=2, batch_size=16, tasks={"edit": 1}),
-    Mixture(share=2, batch_size=6, tasks={"story": 1}),
-    Mixture(share=1, batch_size=16, tasks={"story": 1}, is_blind=True),
+READER_BATCHES = (
+    BatchKind(share=5, batch_size=16, tasks={INTERVIEW: 1}),
+    BatchKind(share=2, batch_size=16, tasks={"edit": 1}),
+    BatchKind(share=2, batch_size=6, tasks={"story": 1}),
+    BatchKind(share=1, batch_size=16, tasks={"story": 1}, is_blind=True),
 )
 """What readers learn from: questions about a picture, and heroes who come again."""
 
-PAINTER_MIXTURES = (
-    Mixture(share=1, batch_size=24, tasks={"edit": 1}),
-    Mixture(share=2, batch_size=8, tasks={"story": 1}),
+PAINTER_BATCHES = (
+    BatchKind(share=1, batch_size=24, tasks={"edit": 1}),
+    BatchKind(share=2, batch_size=8, tasks={"story": 1}),
 )
 """What painters learn from: pictures that follow from earlier ones."""
 
@@ -122,7 +122,7 @@ class Workshop:
         """A model whose language model reads."""
         model = self._build(reader, Painter(levels=NO_LEVELS))
         model.vision.load_state_dict(self.see(reader).vision.state_dict())
-        documents = DocumentBatches(self._processor(reader.num_slots), READER_MIXTURES, seed=reader.seed)
+        documents = DocumentBatches(self._processor(reader.num_slots), READER_BATCHES, seed=reader.seed)
         stage = TextSideStage(model, documents)
         rules = synchronizer_rules(stage, self.config.synchronizer_learning_rate)
         self._run(stage, self.config.text, reader.name, reader.seed, rules)
@@ -134,7 +134,7 @@ class Workshop:
         reader = Reader(num_slots=1, levels=NO_LEVELS, seed=painter.seed)
         model = self._build(reader, painter)
         documents = DocumentBatches(
-            self._processor(1), PAINTER_MIXTURES, seed=painter.seed, target_pixels=True
+            self._processor(1), PAINTER_BATCHES, seed=painter.seed, target_pixels=True
         )
         stage = PainterStage(
             model,

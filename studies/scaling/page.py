@@ -25,7 +25,7 @@ from studies.provenance import read_cost
 from studies.scaling.recipe import ScalingConfig, size_folder
 
 _WINDOW = 5
-"""Lines of the log that a point of a curve is the mean of: steps differ in their mixtures."""
+"""Lines of the log that a point of a curve is the mean of: steps differ in what their batches hold."""
 _WARM = 0.2
 """Share of each curve that is left out of the fit: the start says nothing about the end."""
 FACTORS = (10, 1000)

@@ -7,13 +7,13 @@ import torch
 
 from mm_interleaved.documents.document import Text
 from mm_interleaved.models.config import ResamplerConfig
-from mm_interleaved.recipes.storyworld.batches import Mixture
+from mm_interleaved.recipes.storyworld.batches import BatchKind
 from mm_interleaved.recipes.storyworld.tokenizer import train_tokenizer
 from mm_interleaved.storyworld.training_documents import training_document
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import tiny_model
 
-DRAWINGS = Mixture(share=1, batch_size=2, tasks={"draw": 1})
+DRAWINGS = BatchKind(share=1, batch_size=2, tasks={"draw": 1})
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.run import RECIPES, run_recipe
-from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.stage_cost import average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.training.loop import StoppedBySignal, trained_parameters
@@ -23,7 +23,7 @@ from studies.recipes import STUDY_RECIPES
 from studies.scaling.recipe import ScalingConfig, size_folder
 
 TINY_STAGE = ("steps=1", "warmup_steps=1", "log_every=1", "use_bfloat16=false", "ema_decay=0.0")
-READS = Mixture(share=1, batch_size=1, tasks={"edit": 1})
+READS = BatchKind(share=1, batch_size=1, tasks={"edit": 1})
 
 
 def stage_settings(*stages):

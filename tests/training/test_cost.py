@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 import torch
 
-from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.stage_cost import COUNTING, average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
@@ -15,8 +15,8 @@ from mm_interleaved.training.metrics import count_flops
 from mm_interleaved.training.settings import StageConfig
 from studies.provenance import read_cost, with_cost
 
-EDITS = Mixture(share=1, batch_size=2, tasks={"edit": 1})
-STORIES = Mixture(share=2, batch_size=1, tasks={"story": 1})
+EDITS = BatchKind(share=1, batch_size=2, tasks={"edit": 1})
+STORIES = BatchKind(share=2, batch_size=1, tasks={"story": 1})
 
 
 def flops_of(stage, step):
@@ -61,11 +61,11 @@ def test_a_pool_is_read_once_for_all_its_steps(model, processor):
     assert counted == pytest.approx(mean(flops_of(stage, step) for step in range(4)), rel=1e-9)
 
 
-def test_each_mixture_of_texts_weighs_its_share(model, processor):
-    mixtures = (EDITS, Mixture(share=3, batch_size=2, tasks={"draw": 1}, is_blind=True))
-    batches = DocumentBatches(processor, mixtures, seed=1)
+def test_each_kind_of_batch_weighs_its_share(model, processor):
+    kinds = (EDITS, BatchKind(share=3, batch_size=2, tasks={"draw": 1}, is_blind=True))
+    batches = DocumentBatches(processor, kinds, seed=1)
     stage = TextSideStage(model, batches)
-    steps = [next(s for s in range(40) if batches.mixture_of(s) is mixture) for mixture in mixtures]
+    steps = [next(s for s in range(40) if batches.kind_of(s) is kind) for kind in kinds]
     edits, blind = (flops_of(stage, step) for step in steps)
     assert edits != blind
     assert average_flops(stage, num_examples=1) == pytest.approx(edits / 4 + 3 * blind / 4, rel=1e-9)

@@ -6,7 +6,7 @@ from elsewhere import ELSEWHERE, TwoDevicesError, elsewhere
 
 from mm_interleaved.devices import rank_device
 from mm_interleaved.errors import UsageError
-from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture, storyworld_pixels
+from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches, storyworld_pixels
 from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
@@ -15,15 +15,15 @@ from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
 from mm_interleaved.training.devices import device_of
 from studies.ablation.slot_stage import SlotSideStage
 
-MIXTURES = (
-    Mixture(share=1, batch_size=2, tasks={"edit": 1}),
-    Mixture(share=1, batch_size=1, tasks={"story": 1}, is_blind=True),
+KINDS = (
+    BatchKind(share=1, batch_size=2, tasks={"edit": 1}),
+    BatchKind(share=1, batch_size=1, tasks={"story": 1}, is_blind=True),
 )
 POOL = {"batch_size": 3, "pool_batches": 1, "repeats": 2, "badge_weight": 20.0}
 
 
 def documents(processor):
-    return DocumentBatches(processor, MIXTURES, seed=1, target_pixels=True)
+    return DocumentBatches(processor, KINDS, seed=1, target_pixels=True)
 
 
 STAGES = {
@@ -50,7 +50,7 @@ def test_a_stage_computes_where_its_model_lies(name, make_model, processor, monk
     steps = [0]
     if name == "text":
         batches = documents(processor)
-        steps = [next(s for s in range(20) if batches.mixture_of(s) is mixture) for mixture in MIXTURES]
+        steps = [next(s for s in range(20) if batches.kind_of(s) is kind) for kind in KINDS]
     torch.manual_seed(0)
     stage = STAGES[name](make_model(), processor)
     here = [learn(stage, step).detach() for step in steps]

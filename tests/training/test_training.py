@@ -21,7 +21,7 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import (
     badge_cells,
     cell_labels,
 )
-from mm_interleaved.recipes.storyworld.batches import DocumentBatch, DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatch, DocumentBatches
 from mm_interleaved.recipes.storyworld.coreference_supervision import (
     ANSWERS_OF_MENTION,
     OF_MENTION,
@@ -44,7 +44,7 @@ from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_wei
 from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
 from mm_interleaved.training.settings import StageConfig
 
-ONE_DRAWING = Mixture(share=1, batch_size=1, tasks={"draw": 1})
+ONE_DRAWING = BatchKind(share=1, batch_size=1, tasks={"draw": 1})
 QUICK = StageConfig(steps=6, learning_rate=3e-3, warmup_steps=2, ema_decay=0.9, save_every=3, log_every=2)
 
 
@@ -76,7 +76,7 @@ def test_the_denoising_loss_of_one_document_falls(model, processor, tmp_path):
 
 def test_the_image_stage_changes_nothing_that_reads(model, processor, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    stories = Mixture(share=1, batch_size=1, tasks={"story": 1})
+    stories = BatchKind(share=1, batch_size=1, tasks={"story": 1})
     batches = DocumentBatches(processor, (stories,), seed=0, target_pixels=True)
     stage = ImageSideStage(model, batches, batch_size=2, pool_batches=1, repeats=3)
     train_stage(stage, QUICK, tmp_path, seed=0)
@@ -302,7 +302,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(model, processor, tmp_path, opt
     config = replace(QUICK, optimizer=optimizer)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = DocumentBatches(
-        processor, (Mixture(share=1, batch_size=2, tasks={"draw": 1, "story": 1}),), seed=1
+        processor, (BatchKind(share=1, batch_size=2, tasks={"draw": 1, "story": 1}),), seed=1
     )
     train_stage(TextSideStage(model, batches), config, tmp_path / "whole", seed=7)
     handed_on = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -327,21 +327,21 @@ def test_resumed_equals_uninterrupted_to_the_bit(model, processor, tmp_path, opt
 
 
 def test_a_batch_is_a_function_of_seed_and_step(processor):
-    mixtures = (
-        Mixture(share=1, batch_size=2, tasks={"interview": 1}),
-        Mixture(share=1, batch_size=3, tasks={"story": 1}),
+    kinds = (
+        BatchKind(share=1, batch_size=2, tasks={"interview": 1}),
+        BatchKind(share=1, batch_size=3, tasks={"story": 1}),
     )
-    batches, again = (DocumentBatches(processor, mixtures, seed=4) for _ in range(2))
+    batches, again = (DocumentBatches(processor, kinds, seed=4) for _ in range(2))
     assert batches(5).document_ids == again(5).document_ids
     assert torch.equal(batches(5).batch.pixel_values, again(5).batch.pixel_values)
     assert batches(5).document_ids != batches(6).document_ids
-    assert DocumentBatches(processor, mixtures, seed=5)(5).document_ids != batches(5).document_ids
+    assert DocumentBatches(processor, kinds, seed=5)(5).document_ids != batches(5).document_ids
 
 
 def test_pictures_of_a_pool_are_what_the_model_would_paint_from(model, processor):
     """The stage's own path (pools) computes the loss that the model's forward computes."""
     documents = DocumentBatches(
-        processor, (Mixture(share=1, batch_size=2, tasks={"story": 1}),), seed=3, target_pixels=True
+        processor, (BatchKind(share=1, batch_size=2, tasks={"story": 1}),), seed=3, target_pixels=True
     )
     model.eval()
     inputs = documents(0).batch

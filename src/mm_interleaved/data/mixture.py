@@ -15,7 +15,6 @@ from mm_interleaved.tokens.sequence import LearningRule
 
 # Domain of the seeds, so that no two kinds of choices share their random numbers.
 _ROW_DOMAIN = 31
-_PARTS_OF_ONE = 1 << 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +80,8 @@ class Mixture:
 
     def source_of_row(self, seed: int, lane: int, row: int) -> MixtureSource:
         """The source that fills the row of a lane."""
-        ticket = SeededRandom(_ROW_DOMAIN, seed, lane, row).below(_PARTS_OF_ONE) / _PARTS_OF_ONE
-        ticket *= sum(entry.weight for entry in self.sources)
-        for entry in self.sources:
-            if ticket < entry.weight:
-                return entry
-            ticket -= entry.weight
-        return next(entry for entry in reversed(self.sources) if entry.weight > 0)
+        rng = SeededRandom(_ROW_DOMAIN, seed, lane, row)
+        return rng.weighted(self.sources, [entry.weight for entry in self.sources])
 
     def find_shards(self) -> dict[str, tuple[Shard, ...]]:
         """The shards of every source that has a weight.

@@ -51,11 +51,11 @@ def storyworld_pixels(seed: int):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mixture:
-    """Documents of about the same length, so that rows of one step need little padding."""
+class BatchKind:
+    """What a batch may be of: documents of about the same length, so that its rows need little padding."""
 
     share: int
-    """How often a step takes this mixture, against the shares of the others."""
+    """How often a step draws this kind, against the shares of the others."""
     batch_size: int
     """Documents a step."""
     tasks: Mapping[str, int]
@@ -65,7 +65,7 @@ class Mixture:
 
 
 class DocumentBatches:
-    """Batches with one document a row; each step draws one of the mixtures.
+    """Batches with one document a row; each step draws one of the kinds.
 
     Args:
         target_pixels: also make what the image decoder has to paint.
@@ -75,28 +75,28 @@ class DocumentBatches:
     def __init__(
         self,
         processor: MMInterleavedProcessor,
-        mixtures: Sequence[Mixture],
+        kinds: Sequence[BatchKind],
         *,
         seed: int,
         target_pixels: bool = False,
         max_images: int | None = None,
     ) -> None:
-        self.processor, self.mixtures, self.seed = processor, tuple(mixtures), seed
+        self.processor, self.kinds, self.seed = processor, tuple(kinds), seed
         self.target_pixels, self.max_images = target_pixels, max_images
-        self._stride = max(mixture.batch_size for mixture in mixtures)
+        self._stride = max(kind.batch_size for kind in kinds)
 
-    def mixture_of(self, step: int) -> Mixture:
-        """The mixture that a step draws."""
+    def kind_of(self, step: int) -> BatchKind:
+        """The kind of batch that a step draws."""
         rng = SeededRandom(_STEP_DOMAIN, self.seed, step)
-        return rng.weighted(self.mixtures, [mixture.share for mixture in self.mixtures])
+        return rng.weighted(self.kinds, [kind.share for kind in self.kinds])
 
     def documents(self, step: int) -> list[Document]:
         """The documents of a step."""
-        mixture = self.mixture_of(step)
+        kind = self.kind_of(step)
         first = step * self._stride
         documents, num_images = [], 0
-        for index in range(first, first + mixture.batch_size):
-            document = training_document(self.seed, index, mixture.tasks)
+        for index in range(first, first + kind.batch_size):
+            document = training_document(self.seed, index, kind.tasks)
             num_images += sum(isinstance(part, Image) for part in document.parts)
             if documents and self.max_images is not None and num_images > self.max_images:
                 break
@@ -108,7 +108,7 @@ class DocumentBatches:
         documents = self.documents(step)
         batch = self.processor(documents, eos=True, target_pixels=self.target_pixels)
         words = tuple(tuple(self._words[token] for token in row) for row in batch.input_ids.tolist())
-        return DocumentBatch(batch, tuple(documents), words, self.mixture_of(step).is_blind)
+        return DocumentBatch(batch, tuple(documents), words, self.kind_of(step).is_blind)
 
     @cached_property
     def _words(self) -> list[str]:

@@ -28,7 +28,7 @@ from mm_interleaved.models.config import (
     SynchronizerConfig,
 )
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture, storyworld_pixels
+from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches, storyworld_pixels
 from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
 from mm_interleaved.recipes.storyworld.initialisation import open_to_images, open_to_learning
 from mm_interleaved.recipes.storyworld.settings import SizesConfig, StoryWorldConfig
@@ -47,12 +47,12 @@ from mm_interleaved.typed_settings import to_record
 
 PICTURE_SIZE = 64
 
-TEXT_MIXTURES = (
-    Mixture(share=4, batch_size=16, tasks={INTERVIEW: 66, "caption": 10, "paragraph": 4, "ground": 20}),
-    Mixture(share=4, batch_size=8, tasks={"story": 86, "few_shot": 6, "edit": 4, "segmentation": 4}),
-    Mixture(share=2, batch_size=24, tasks={"edit": 1}),
-    Mixture(share=2, batch_size=16, tasks={"story": 1}, is_blind=True),
-    Mixture(share=1, batch_size=40, tasks={"draw": 1}, is_blind=True),
+TEXT_BATCHES = (
+    BatchKind(share=4, batch_size=16, tasks={INTERVIEW: 66, "caption": 10, "paragraph": 4, "ground": 20}),
+    BatchKind(share=4, batch_size=8, tasks={"story": 86, "few_shot": 6, "edit": 4, "segmentation": 4}),
+    BatchKind(share=2, batch_size=24, tasks={"edit": 1}),
+    BatchKind(share=2, batch_size=16, tasks={"story": 1}, is_blind=True),
+    BatchKind(share=1, batch_size=40, tasks={"draw": 1}, is_blind=True),
 )
 """What the text side learns from; interviews stand for vqa and dialogue."""
 
@@ -62,19 +62,19 @@ GENERATION_SETTINGS = {"scheduler": "unipc", "num_inference_steps": 8, "guidance
 Eight steps of UniPC score as 25 of DDIM do, but for one picture in a hundred (LOG.md).
 """
 
-IMAGE_MIXTURES = (
-    Mixture(share=2, batch_size=24, tasks={"draw": 50, "segmentation": 5, "edit": 45}),
-    Mixture(share=4, batch_size=8, tasks={"story": 1}),
+IMAGE_BATCHES = (
+    BatchKind(share=2, batch_size=24, tasks={"draw": 50, "segmentation": 5, "edit": 45}),
+    BatchKind(share=4, batch_size=8, tasks={"story": 1}),
 )
 """What the image side learns from: pictures that follow from text and earlier pictures."""
 
 
 def tokenizer_texts(seed: int) -> list[str]:
     """The texts of two thousand documents of the world, which hold all of its words."""
-    mixture = {**TASK_WEIGHTS, INTERVIEW: 10}
+    weights = {**TASK_WEIGHTS, INTERVIEW: 10}
     texts = []
     for index in range(2000):
-        parts = training_document(seed, index, mixture).parts
+        parts = training_document(seed, index, weights).parts
         if any(part.role for part in parts):
             parts = tuple(piece.part for piece in conversation_pieces(parts))
         texts += [part.text for part in parts if isinstance(part, Text)]
@@ -223,14 +223,14 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     documents = partial(DocumentBatches, processor)
 
     # 2. All that reads and writes.
-    text = TextSideStage(model, documents(TEXT_MIXTURES, seed=config.seed))
+    text = TextSideStage(model, documents(TEXT_BATCHES, seed=config.seed))
     # As fast as the rest, synchronizers say nothing before they have learned where to look, and the language
     # model stops listening to them for good (LOG.md).
     slower = synchronizer_rules(text, config.synchronizer_learning_rate)
     run(text, config.text, folder / "text", rules=slower)
 
     # 3. All that paints: first from codes of scenes, then from what the language model has read.
-    pictures = documents(IMAGE_MIXTURES, seed=config.seed, target_pixels=True)
+    pictures = documents(IMAGE_BATCHES, seed=config.seed, target_pixels=True)
     settings = {
         "batch_size": config.image_batch_size,
         "pool_batches": 24,

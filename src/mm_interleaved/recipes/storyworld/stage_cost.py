@@ -1,7 +1,8 @@
 """What a stage costs: multiplications of an average step, by PyTorch's own count of all that a step may be.
 
-Steps are not alike: each draws one of several mixtures, and painting stages read a whole pool of documents
-once for many steps. So each kind of work is counted by itself, and weighs as much as training does of it.
+Steps are not alike: each draws one of several kinds of batches, and painting stages read a whole pool of
+documents once for many steps. So each kind of work is counted by itself, and weighs as much as training does
+of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_interleaved.recipes.storyworld.batches import DocumentBatches, Mixture
+from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.denoising_stage import PaintingStage, PaintingTask
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.training.loop import Stage
@@ -56,7 +57,7 @@ def _works(stage: Stage, num_examples: int) -> list[Work]:
     if isinstance(stage, PaintingStage):
         return _painting(stage, num_examples)
     if isinstance(stage, TextSideStage) and isinstance(stage.batches, DocumentBatches):
-        return _of_mixtures(stage, stage.batches, num_examples)
+        return _of_kinds(stage, stage.batches, num_examples)
     # All batches have the same shapes.
     return [Work(1.0, (_learning(stage, 0, stage.make_batch),))]
 
@@ -71,20 +72,20 @@ def _painting(stage: PaintingStage, num_examples: int) -> list[Work]:
     return [Work(1.0 / steps_a_pool, (lambda: pool.extend(stage.read_pool(0)),)), Work(1.0, steps)]
 
 
-def _of_mixtures(stage: TextSideStage, batches: DocumentBatches, num_examples: int) -> list[Work]:
-    """The first steps of each mixture, which weighs its share."""
-    shares = sum(mixture.share for mixture in batches.mixtures)
+def _of_kinds(stage: TextSideStage, batches: DocumentBatches, num_examples: int) -> list[Work]:
+    """The first steps of each kind of batch, which weighs its share."""
+    shares = sum(kind.share for kind in batches.kinds)
     works = []
-    for mixture in batches.mixtures:
-        if mixture.share:
-            steps = islice(_steps_of(batches, mixture), num_examples)
+    for kind in batches.kinds:
+        if kind.share:
+            steps = islice(_steps_of(batches, kind), num_examples)
             examples = tuple(_learning(stage, step, stage.make_batch) for step in steps)
-            works.append(Work(mixture.share / shares, examples))
+            works.append(Work(kind.share / shares, examples))
     return works
 
 
-def _steps_of(batches: DocumentBatches, mixture: Mixture) -> Iterator[int]:
-    return (step for step in count() if batches.mixture_of(step) is mixture)
+def _steps_of(batches: DocumentBatches, kind: BatchKind) -> Iterator[int]:
+    return (step for step in count() if batches.kind_of(step) is kind)
 
 
 def _learning(stage: Stage, step: int, make_batch: Callable[[int], Any]) -> Callable[[], object]:
