@@ -5,7 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mm_interleaved.recipes.run import Recipe
+from mm_interleaved.recipes.registry import Recipe
 from studies.ablation import settings as ablation_settings
 from studies.scaling import settings as scaling_settings
 

@@ -53,13 +53,18 @@ def build_twin(
     model = MMInterleavedForConditionalGeneration(twin_config(config, sizes, reader, painter))
     open_to_images(model)
     open_to_learning(model)
-    kept = ("vision.", "image_decoder.unet.", "image_decoder.vae.", "image_decoder.negative_conditioning")
-    made_anew = ("vision.resampler.", "vision.slot_projection.")
-    weights = {
-        name: tensor
-        for name, tensor in finished.state_dict().items()
-        if name.startswith(kept) and not name.startswith(made_anew)
-    }
-    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
-    assert not unknown, f"a twin lacks {unknown[:3]}"
+    for new, old in zip(_kept_parts(model), _kept_parts(finished), strict=True):
+        new.load_state_dict(old.state_dict())
+    # The tables of the vision tower itself, as the finished model's file rounds them.
+    for name, table in finished.vision.named_buffers(recurse=False):
+        getattr(model.vision, name).copy_(table)
+    decoder = model.image_decoder
+    decoder.negative_conditioning.data.copy_(finished.image_decoder.negative_conditioning)
     return model.train()
+
+
+def _kept_parts(model: MMInterleavedForConditionalGeneration) -> tuple[torch.nn.Module, ...]:
+    """What is taken from the finished model: all but slots, language model, synchronizers, conditioning."""
+    vision, decoder = model.vision, model.image_decoder
+    tokens = (vision.token_projection, vision.token_norm, vision.position_norm)
+    return vision.clip, vision.adapter, *tokens, decoder.unet, decoder.vae

@@ -124,7 +124,7 @@ class Workshop:
         model.vision.load_state_dict(self.see(reader).vision.state_dict())
         documents = DocumentBatches(self._processor(reader.num_slots), READER_BATCHES, seed=reader.seed)
         stage = TextSideStage(model, documents)
-        rules = synchronizer_rules(stage, self.config.synchronizer_learning_rate)
+        rules = synchronizer_rules(stage.trained_parts(), self.config.synchronizer_learning_rate)
         self._run(stage, self.config.text, reader.name, reader.seed, rules)
         return model
 

@@ -18,7 +18,7 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import (
     naming_losses,
 )
 from mm_interleaved.recipes.storyworld.vision_stage import NamedPictures, SlotReader, named_pictures
-from mm_interleaved.training.devices import device_of, fast_attention
+from mm_interleaved.training.computation import device_of, fast_attention
 from mm_interleaved.training.loop import Losses
 
 

@@ -14,6 +14,7 @@ from mm_interleaved.errors import ModelFileError, StorageError
 from mm_interleaved.training import checkpoints as store
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.settings import StageConfig
+from saved_checkpoints import load_newest_checkpoint
 
 KEPT = StageConfig(
     steps=4, learning_rate=1e-2, save_every=2, log_every=1, keep_checkpoints=3, use_float16=True
@@ -163,7 +164,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, trained, caplo
     assert f"now damaged-{STEPS[1]}" in caplog.text
     names = sorted(path.name for path in folder.iterdir())
     assert names == [f"damaged-{STEPS[1]}", "log.jsonl", *STEPS]
-    again, wanted = (store.load_newest_checkpoint(place) for place in (folder, trained))
+    again, wanted = (load_newest_checkpoint(place) for place in (folder, trained))
     weights = again.tensors["weights"]
     assert again.step == 4
     assert all(torch.equal(tensor, weights[name]) for name, tensor in wanted.tensors["weights"].items())

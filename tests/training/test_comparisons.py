@@ -10,7 +10,8 @@ import torch
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.recipes.run import RECIPES, run_recipe
+from mm_interleaved.recipes.registry import RECIPES
+from mm_interleaved.recipes.run import run_recipe
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.stage_cost import average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
@@ -128,6 +129,6 @@ def test_what_may_change_is_a_setting():
 
 def test_rules_of_synchronizers_are_theirs_alone(model, processor):
     stage = TextSideStage(model, DocumentBatches(processor, (READS,), seed=0))
-    rules = synchronizer_rules(stage, 1e-3)
+    rules = synchronizer_rules(stage.trained_parts(), 1e-3)
     assert rules.keys() == {name for name in trained_parameters(stage) if ".synchronizer." in name}
     assert rules and {rule.learning_rate for rule in rules.values()} == {1e-3}

@@ -15,6 +15,7 @@ from line_stage import CONFIG, Line
 from mm_interleaved.errors import NumericalError, StorageError, UsageError
 from mm_interleaved.training import checkpoints as store
 from mm_interleaved.training.loop import StoppedBySignal, train_stage
+from saved_checkpoints import load_newest_checkpoint
 
 
 def train(folder):
@@ -133,9 +134,9 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkey
 
 def test_an_average_that_is_asked_for_on_the_way_begins_with_the_weights_of_then(tmp_path):
     train_stage(Line(), replace(CONFIG, steps=3, learning_rate=1.0, ema_decay=0.0), tmp_path, seed=3)
-    then = store.load_newest_checkpoint(tmp_path).tensors["weights"]
+    then = load_newest_checkpoint(tmp_path).tensors["weights"]
     train_stage(Line(), replace(CONFIG, steps=4, learning_rate=0.0, ema_decay=0.99), tmp_path, seed=3)
-    average = store.load_newest_checkpoint(tmp_path).tensors["average"]
+    average = load_newest_checkpoint(tmp_path).tensors["average"]
     assert all(torch.allclose(average[name], weight) for name, weight in then.items())
 
 
@@ -216,10 +217,10 @@ def test_an_overflow_in_float16_skips_the_step_and_halves_the_scale_that_is_kept
     train_stage(Steep(), config, tmp_path, seed=3)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert "skipped" not in lines[0] and lines[1]["skipped"] == 1
-    saved = store.load_newest_checkpoint(tmp_path)
+    saved = load_newest_checkpoint(tmp_path)
     assert saved.state["loss_scale"] == {"factor": 2.0**15, "good_steps": 0}
     # The scale goes on where it was; in float32 the same gradient ends the run.
     train_stage(Gentle(), replace(config, steps=3), tmp_path, seed=3)
-    assert store.load_newest_checkpoint(tmp_path).state["loss_scale"] == {"factor": 2.0**15, "good_steps": 1}
+    assert load_newest_checkpoint(tmp_path).state["loss_scale"] == {"factor": 2.0**15, "good_steps": 1}
     with pytest.raises(NumericalError, match="gradient norm"):
         train_stage(Steep(), replace(config, use_float16=False), tmp_path / "float32", seed=3)

@@ -12,7 +12,7 @@ from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
 from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
 from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normalise_latents
 from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
-from mm_interleaved.training.devices import device_of
+from mm_interleaved.training.computation import device_of
 from studies.ablation.slot_stage import SlotSideStage
 
 KINDS = (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.training.optimizer import build_optimizer
+from mm_interleaved.training.optimizer import MuonWithAdamW
 from mm_interleaved.training.parameter_groups import (
     PART_NAMES,
     PartConfig,
@@ -48,7 +48,7 @@ def test_only_the_chosen_parts_change_each_at_its_own_rate(model):
     assert trained.keys() == rules.keys()
     assert {rule.part for rule in rules.values()} == {"unet", "gates"}
     config = StageConfig(steps=10, learning_rate=1e-3, weight_decay=0.05, warmup_steps=0, decay_fraction=0.0)
-    optimizer = build_optimizer(trained, {"model": model}, config, rules)
+    optimizer = MuonWithAdamW(trained, frozenset(), config, rules)
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     for parameter in trained.values():
         parameter.grad = torch.ones_like(parameter)

@@ -13,7 +13,8 @@ from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.errors import InputError, ModelFileError, StorageError, UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.documents import train_documents
-from mm_interleaved.recipes.run import RECIPES, export, run_recipe
+from mm_interleaved.recipes.registry import RECIPES
+from mm_interleaved.recipes.run import export, run_recipe
 from mm_interleaved.recipes.tasks import task_recipes
 from mm_interleaved.training.adaptation import (
     add_low_rank,

@@ -11,7 +11,8 @@ import pytest
 
 from line_stage import CONFIG, Line
 from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
-from mm_interleaved.recipes.run import RECIPES, run_recipe
+from mm_interleaved.recipes.registry import RECIPES
+from mm_interleaved.recipes.run import run_recipe
 from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.settings import StageConfig

@@ -39,10 +39,11 @@ from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.training_documents import training_document
 from mm_interleaved.storyworld.world import BADGES, POSITIONS, SPECIES, scene_from_record
 from mm_interleaved.storyworld.world import NAMES as WHO
-from mm_interleaved.training.checkpoints import load_newest_checkpoint
-from mm_interleaved.training.loop import Losses, StoppedBySignal, load_stage_weights, train_stage
-from mm_interleaved.training.optimizer import build_optimizer, inner_matrices, learning_rate
+from mm_interleaved.training.loop import Losses, StoppedBySignal, train_stage
+from mm_interleaved.training.optimizer import MuonWithAdamW, learning_rate
+from mm_interleaved.training.parameter_groups import LinearProbe, inner_matrices
 from mm_interleaved.training.settings import StageConfig
+from saved_checkpoints import load_newest_checkpoint
 
 ONE_DRAWING = BatchKind(share=1, batch_size=1, tasks={"draw": 1})
 QUICK = StageConfig(steps=6, learning_rate=3e-3, warmup_steps=2, ema_decay=0.9, save_every=3, log_every=2)
@@ -271,14 +272,14 @@ def test_muon_makes_updates_of_inner_matrices_orthogonal():
     matrices.
     """
     torch.manual_seed(0)
-    parts = {"inner": nn.Conv2d(8, 6, 3), "text_head": nn.Linear(4, 4), "table": nn.Embedding(4, 4)}
+    parts = {"inner": nn.Conv2d(8, 6, 3), "probe": LinearProbe(4, 4), "table": nn.Embedding(4, 4)}
     assert inner_matrices(parts) == {"inner.weight"}
     parts = {"network": nn.ModuleDict(parts)}
     assert inner_matrices(parts) == {"network.inner.weight"}
     kernel = parts["network"]["inner"].weight
     parameters = {f"network.{name}": p for name, p in parts["network"].named_parameters()}
     config = StageConfig(steps=1, learning_rate=0.1, optimizer="muon", weight_decay=0.0)
-    optimizer = build_optimizer(parameters, parts, config)
+    optimizer = MuonWithAdamW(parameters, inner_matrices(parts), config)
     before = kernel.detach().clone()
     kernel.grad = torch.randn(6, 1, 1, 1) * torch.randn(1, 8, 3, 3) + 0.05 * torch.randn(6, 8, 3, 3)
     values = torch.linalg.svdvals(kernel.grad.flatten(1))
@@ -286,6 +287,16 @@ def test_muon_makes_updates_of_inner_matrices_orthogonal():
     optimizer.step()
     values = torch.linalg.svdvals((kernel.detach() - before).flatten(1))
     assert values.max() < 2.5 * values.min()
+
+
+def test_inner_matrices_are_inside_the_networks_and_not_where_something_goes_in_or_comes_out(model):
+    parts = {"model": model}
+    inner = inner_matrices(parts)
+    outside = ("conv_in.", "conv_out.", "patch_embedding.", "text_head.", "synchronizer.", "synchronizers.")
+    assert not [name for name in inner if any(f".{place}" in name for place in outside)]
+    others = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    others = {f"model.{name}.weight" for name in others} - inner
+    assert others and all(any(f".{place}" in name for place in outside) for name in others)
 
 
 class Interrupted(TextSideStage):
@@ -399,7 +410,7 @@ def test_only_the_newest_checkpoints_stay_and_a_damaged_one_is_put_aside(tmp_pat
     train_stage(Diverging(), config, tmp_path, seed=0)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000002"]
     damage(tmp_path / "step-00000002")
-    assert load_stage_weights(Diverging(), tmp_path) == 1
+    assert load_newest_checkpoint(tmp_path).step == 1
     train_stage(Diverging(), replace(config, keep_checkpoints=1), tmp_path, seed=0)
     assert "damaged-step-00000002; going on from step 1" in caplog.text
     names = sorted(path.name for path in tmp_path.glob("*step-*"))

@@ -1,4 +1,4 @@
-"""A recipe by name: its settings resolved, its stages run, resumable. What `mm-interleaved train` calls.
+"""A recipe run by its name: settings resolved, stages trained, resumable. What `mm-interleaved train` calls.
 
 PyTorch is loaded when the settings are known to be right.
 """
@@ -6,18 +6,15 @@ PyTorch is loaded when the settings are known to be right.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from mm_interleaved.devices import rank_device
 from mm_interleaved.errors import MMInterleavedError, StorageError, UsageError
 from mm_interleaved.files import locked_folder, make_folder, remove_temporary_files, write_file
-from mm_interleaved.recipes.storyworld.settings import StoryWorldConfig
-from mm_interleaved.recipes.tasks import task_recipes
+from mm_interleaved.recipes.registry import RECIPES, Recipe
 from mm_interleaved.spelling import unknown_name
 from mm_interleaved.training.config import TrainConfig
 from mm_interleaved.training.settings import LOG_NAME, stages
@@ -26,39 +23,6 @@ from mm_interleaved.typed_settings import flat_record, from_record, override, to
 logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "settings.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What can be trained under a name."""
-
-    settings: Callable[[], Any]
-    """The default settings, a frozen dataclass."""
-    train: Callable[..., Path]
-    """(settings, folder, show_progress=) → the folder of the finished model."""
-    may_change: frozenset[str] | None = None
-    """Settings that a run may be resumed with another value of; none = all. Where finished parts are compared
-    with each other, all must have been trained alike."""
-
-
-def _train_storyworld(settings: Any, folder: Path, *, show_progress: bool) -> Path:
-    from mm_interleaved.recipes.storyworld.recipe import train
-
-    return train(settings, folder, show_progress=show_progress)
-
-
-def _train_documents(settings: Any, folder: Path, *, show_progress: bool) -> Path:
-    from mm_interleaved.recipes.documents import train_documents
-
-    return train_documents(settings, folder, show_progress=show_progress)
-
-
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "storyworld": Recipe(StoryWorldConfig, _train_storyworld),
-    }
-    | {name: Recipe(settings, _train_documents) for name, settings in task_recipes().items()}
-)
 
 
 def run_recipe(

@@ -257,12 +257,6 @@ def open_checkpoint(folder: Path, ranks: Ranks = ALONE) -> CheckedFolder:
     return CheckedFolder(folder, step, state, frozenset(names))
 
 
-def load_newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint below `root` with all of its tensors; errors as `newest_checkpoint`."""
-    found = newest_checkpoint(root)
-    return None if found is None else _read_all(found)
-
-
 def rotate(root: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints; the newest has to be known to be whole."""
     for old in _candidates(root)[:-keep]:
@@ -273,11 +267,6 @@ def remove_leftovers(root: Path) -> None:
     """Deletes what an interrupted save or rotation left below `root`."""
     for path in [*root.glob(".tmp-step-*"), *root.glob(".del-step-*")]:
         remove_any(path)
-
-
-def _read_all(checked: CheckedFolder) -> Checkpoint:
-    tensors = {group: checked.read(group) for group in sorted(checked.groups)}
-    return Checkpoint(checked.step, tensors, checked.state)
 
 
 def _write_shares(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -217,7 +217,7 @@ class TrainConfig:
     """A run on documents: one name below, e.g. `training.steps`, is what `--set` takes."""
 
     start_from: str = ""
-    """The model to train: `storyworld`, or a folder that `compose`, `convert` or a run made."""
+    """The model to train: a folder that `compose`, `convert` or a run made, or a shipped model's name."""
     seed: Annotated[int, SEED] = 0
     """Seed of data order, noise and new weights."""
     num_threads: Annotated[int, PROCESSES] = 0

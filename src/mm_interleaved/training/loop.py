@@ -25,22 +25,21 @@ from mm_interleaved.files import remove_temporary_files
 from mm_interleaved.training.checkpoints import (
     CheckedFolder,
     Checkpoint,
-    load_newest_checkpoint,
     newest_checkpoint,
     remove_leftovers,
     save_checkpoint,
     tidy,
 )
-from mm_interleaved.training.devices import autocast
+from mm_interleaved.training.computation import LossScale, autocast
 from mm_interleaved.training.metrics import LinesFile, Log, LogWriter, Meter, count_flops
 from mm_interleaved.training.optimizer import (
     AveragedWeights,
+    MuonWithAdamW,
     ParameterRule,
-    build_optimizer,
     learning_rate,
 )
 from mm_interleaved.training.parallel import ALONE, Ranks, whole
-from mm_interleaved.training.precision import LossScale
+from mm_interleaved.training.parameter_groups import inner_matrices
 from mm_interleaved.training.settings import LOG_NAME, StageConfig
 
 logger = logging.getLogger(__name__)
@@ -310,7 +309,8 @@ class _StageRun:
         self.norm = 0.0
         self.parameters = trained_parameters(stage)
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = build_optimizer(self.parameters, stage.trained_parts(), config, rules)
+        matrices = inner_matrices(stage.trained_parts()) if config.optimizer == "muon" else frozenset[str]()
+        self.optimizer = MuonWithAdamW(self.parameters, matrices, config, rules)
         self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
         self.number_format = config.number_format(self.device).name
         self.scale = LossScale(self.number_format == "float16")
@@ -465,22 +465,6 @@ def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> No
     )
     for name, tensor in source.items():
         destination[name].copy_(tensor)
-
-
-def load_stage_weights(stage: Stage, folder: Path) -> int:
-    """Puts the newest checkpoint's weights (the averaged ones, where kept) into a stage's modules; returns
-    its step.
-
-    Raises:
-        StorageError: there is no checkpoint.
-        ModelFileError: there is none that is whole.
-    """
-    checkpoint = load_newest_checkpoint(folder)
-    if checkpoint is None:
-        raise StorageError(f"{folder}: expected a checkpoint, found none")
-    weights = checkpoint.tensors.get("average", checkpoint.tensors["weights"])
-    _copy(weights, trained_parameters(stage))
-    return checkpoint.step
 
 
 @contextmanager

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from mm_interleaved.training.settings import StageConfig
 
-_NOT_INNER = ("conv_in", "conv_out", "text_head", "patch_embedding", "synchronizer", "readers")
-"""Layers between a network and what goes in or comes out of it, and those that say where to look."""
-
 
 class ParameterRule(NamedTuple):
     """How one parameter learns, where that differs from the stage's configuration."""
@@ -34,7 +31,7 @@ class MuonWithAdamW:
 
     Args:
         parameters: what is trained, by name.
-        matrices: names of those that are Muon's, see `inner_matrices`.
+        matrices: names of those that are Muon's; AdamW takes all else.
         rules: learning rates and decays of parameters that have their own, by name.
     """
 
@@ -43,7 +40,7 @@ class MuonWithAdamW:
         parameters: Mapping[str, nn.Parameter],
         matrices: frozenset[str],
         config: StageConfig,
-        rules: Mapping[str, ParameterRule],
+        rules: Mapping[str, ParameterRule] = MappingProxyType({}),
     ) -> None:
         self._parameters = dict(parameters)
         self._views = {
@@ -130,28 +127,6 @@ class MuonWithAdamW:
                     else torch.zeros_like(parameter.detach())
                 )
                 owners[parameter].state[parameter][key] = room
-
-
-def inner_matrices(parts: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Names of the weights that are Muon's: of linear layers and convolutions inside the networks."""
-    return frozenset(
-        name
-        for part, module in parts.items()
-        for layer_name, layer in module.named_modules(prefix=part)
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-        and not any(end in (name := f"{layer_name}.weight") for end in _NOT_INNER)
-    )
-
-
-def build_optimizer(
-    parameters: Mapping[str, nn.Parameter],
-    parts: Mapping[str, nn.Module],
-    config: StageConfig,
-    rules: Mapping[str, ParameterRule] = MappingProxyType({}),
-) -> MuonWithAdamW:
-    """The optimizer that the configuration names, for the trained parameters of a stage's parts."""
-    matrices = inner_matrices(parts) if config.optimizer == "muon" else frozenset()
-    return MuonWithAdamW(parameters, matrices, config, rules)
 
 
 def _groups(

@@ -8,17 +8,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from diffusers import UNet2DConditionModel
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import nn
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.adapter import DeformableAttention
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.language import TextHead
 from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
+from mm_interleaved.models.unet import MapSynchronizer
 from mm_interleaved.training.config import PartConfig, PartsConfig
-from mm_interleaved.training.loop import Stage
 from mm_interleaved.training.optimizer import ParameterRule
 
 PART_NAMES = tuple(part.name for part in fields(PartsConfig))
+
+
+class LinearProbe(nn.Linear):
+    """A linear layer that learns beside the model to guess something out of its features, and is thrown away:
+    what it can guess, the features hold in a form that other linear layers can use.
+    """
 
 
 def parameters_by_part(
@@ -59,15 +69,41 @@ def choose_trained(model: MMInterleavedForConditionalGeneration, config: PartsCo
     return rules
 
 
-def synchronizer_rules(stage: Stage, learning_rate: float) -> dict[str, ParameterRule]:
-    """A learning rate for all that looks into images among a stage's parts, by its name there."""
+def synchronizer_rules(parts: Mapping[str, nn.Module], learning_rate: float) -> dict[str, ParameterRule]:
+    """A learning rate for all synchronizers among a stage's trained parts, by the parameters' names there."""
     return {
         f"{place}.{name}": ParameterRule("synchronizers", learning_rate)
-        for part, module in stage.trained_parts().items()
+        for part, module in parts.items()
         for place, layer in module.named_modules(prefix=part)
         if isinstance(layer, FeatureSynchronizer | GatedSynchronizer)
         for name, _ in layer.named_parameters()
     }
+
+
+def inner_matrices(parts: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Names of the weights, among a stage's trained parts, that Muon is made for: those of linear layers and
+    convolutions inside the networks.
+
+    Layers between a network and what goes in or comes out of it are better off with AdamW (Jordan et al.,
+    2024), and so are synchronizers, whose layers say where to sample.
+    """
+    outer = {layer for module in parts.values() for layer in _outer_layers(module)}
+    return frozenset(
+        f"{name}.weight"
+        for part, module in parts.items()
+        for name, layer in module.named_modules(prefix=part)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer not in outer
+    )
+
+
+def _outer_layers(module: nn.Module) -> Iterator[nn.Module]:
+    for part in module.modules():
+        if isinstance(part, UNet2DConditionModel | Encoder | Decoder):
+            yield from (part.conv_in, part.conv_out)
+        elif isinstance(part, CLIPVisionEmbeddings):
+            yield part.patch_embedding
+        elif isinstance(part, TextHead | FeatureSynchronizer | MapSynchronizer | LinearProbe):
+            yield from part.modules()
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:

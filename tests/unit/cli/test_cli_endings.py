@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from mm_interleaved.cli import data as data_commands
 from mm_interleaved.cli.main import create_app, run
-from mm_interleaved.recipes import run as run_module
+from mm_interleaved.recipes.registry import RECIPES, Recipe
+from mm_interleaved.recipes.run import run_recipe
 
 
 @pytest.mark.parametrize(
@@ -71,11 +72,11 @@ def test_train_hides_the_bars_of_libraries(monkeypatch, tmp_path):
     def bars_are_shown(settings, folder, *, show_progress):
         return transformers_logging.is_progress_bar_enabled()
 
-    recipe = run_module.Recipe(run_module.RECIPES["storyworld"].settings, bars_are_shown)
+    recipe = Recipe(RECIPES["storyworld"].settings, bars_are_shown)
     transformers_logging.enable_progress_bar()
     for number, hides in enumerate((False, True)):
         out = tmp_path / str(number)
         assert (
-            run_module.run_recipe("storyworld", out=out, show_progress=hides, recipes={"storyworld": recipe})
+            run_recipe("storyworld", out=out, show_progress=hides, recipes={"storyworld": recipe})
             is not hides
         )

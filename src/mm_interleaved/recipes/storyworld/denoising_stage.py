@@ -22,7 +22,7 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import badge_cells
 from mm_interleaved.recipes.storyworld.batches import DocumentBatch
 from mm_interleaved.recipes.storyworld.vae_stage import detail
 from mm_interleaved.tokens.visibility import NO_IMAGE, context_images
-from mm_interleaved.training.devices import autocast, device_of, fast_attention
+from mm_interleaved.training.computation import autocast, device_of, fast_attention
 from mm_interleaved.training.loop import Losses
 
 

@@ -226,7 +226,7 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     text = TextSideStage(model, documents(TEXT_BATCHES, seed=config.seed))
     # As fast as the rest, synchronizers say nothing before they have learned where to look, and the language
     # model stops listening to them for good (LOG.md).
-    slower = synchronizer_rules(text, config.synchronizer_learning_rate)
+    slower = synchronizer_rules(text.trained_parts(), config.synchronizer_learning_rate)
     run(text, config.text, folder / "text", rules=slower)
 
     # 3. All that paints: first from codes of scenes, then from what the language model has read.

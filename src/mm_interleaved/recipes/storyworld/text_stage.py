@@ -30,8 +30,9 @@ from mm_interleaved.recipes.storyworld.coreference_supervision import (
 )
 from mm_interleaved.tokens.batch import Batch
 from mm_interleaved.tokens.visibility import NO_IMAGE
-from mm_interleaved.training.devices import device_of, fast_attention
+from mm_interleaved.training.computation import device_of, fast_attention
 from mm_interleaved.training.loop import Losses
+from mm_interleaved.training.parameter_groups import LinearProbe
 
 LEARNED = ("text", "naming", "distance", "introductions", "mentions")
 """The losses whose sum is learned."""
@@ -68,7 +69,7 @@ class TextSideStage:
         self.first, self.middle = layers[0], layers[len(layers) // 2]
         dim = model.config.text_config.hidden_size
         sizes = {"first": len(CHARACTERS), "middle": sum(SIZES_OF_MENTION), "last": sum(SIZES_OF_MENTION)}
-        readers = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
+        readers = nn.ModuleDict({name: LinearProbe(dim, size) for name, size in sizes.items()})
         self.readers = readers.to(device_of(model))
         for weight in self.readers.parameters():
             nn.init.zeros_(weight)  # so that every run starts from the same

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from mm_interleaved.training.devices import device_of
+from mm_interleaved.training.computation import device_of
 from mm_interleaved.training.loop import Losses
 
 

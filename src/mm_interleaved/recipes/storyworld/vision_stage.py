@@ -26,8 +26,9 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import (
 )
 from mm_interleaved.storyworld.renderer import render_batch, scene_at
 from mm_interleaved.storyworld.world import POSITIONS
-from mm_interleaved.training.devices import device_of, fast_attention
+from mm_interleaved.training.computation import device_of, fast_attention
 from mm_interleaved.training.loop import Losses
+from mm_interleaved.training.parameter_groups import LinearProbe
 
 LEVELS = (0, 1, 2)
 """Levels of the pyramid that are read: those into which synchronizers look."""
@@ -64,11 +65,11 @@ class SlotReader(nn.Module):
         self.slots_at_position = (num_slots - 1) // len(POSITIONS)
         num_placed = self.slots_at_position * len(POSITIONS)
         if num_placed:
-            self.at_position = nn.Linear(self.slots_at_position * slot_dim, sum(SIZES_AT_POSITION))
+            self.at_position = LinearProbe(self.slots_at_position * slot_dim, sum(SIZES_AT_POSITION))
             in_setting = sum(SIZES) - len(POSITIONS) * sum(SIZES_AT_POSITION)
-            self.setting = nn.Linear((num_slots - num_placed) * slot_dim, in_setting)
+            self.setting = LinearProbe((num_slots - num_placed) * slot_dim, in_setting)
         else:
-            self.together = nn.Linear(num_slots * slot_dim, sum(SIZES))
+            self.together = LinearProbe(num_slots * slot_dim, sum(SIZES))
 
     def forward(self, slots_ISD: Tensor) -> Tensor:
         if not self.slots_at_position:
@@ -112,7 +113,7 @@ class VisionSideStage:
         self.vision, self.seed, self.batch_size = vision, seed, batch_size
         num_slots, slot_dim = vision.resampler.queries.shape[-2], vision.slot_projection.out_features
         self.readers = nn.ModuleDict({
-            "cells": nn.Linear(vision.token_projection.in_features, sum(SIZES_AT_POSITION)),
+            "cells": LinearProbe(vision.token_projection.in_features, sum(SIZES_AT_POSITION)),
             "slots": SlotReader(num_slots, slot_dim),
         }).to(device_of(vision))  # fmt: skip
 
