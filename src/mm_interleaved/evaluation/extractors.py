@@ -1,0 +1,109 @@
+"""What turns images and texts into features for metrics: Inception, CLIP, or the truth of StoryWorld.
+
+Extractors are given by path or hub id and never fetched unasked. Letters: N images or texts, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mm_interleaved.errors import ModelFileError, escape
+
+INCEPTION_SIZE = 299
+INCEPTION_FEATURES = 2048
+
+
+class Embedder(Protocol):
+    """Texts and images into one space."""
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """(N, D) float32, unit vectors."""
+        ...
+
+    def images(self, images: Sequence[PILImage.Image]) -> np.ndarray:
+        """(N, D) float32, unit vectors."""
+        ...
+
+
+class InceptionFeatures(nn.Module):
+    """Pooled features of a TorchScript Inception: (N, 3, H, W) uint8 → (N, 2048).
+
+    Args:
+        path: the TorchScript file that published FID code uses (`pt_inception-2015-12-05`), or one that takes
+            (N, 3, 299, 299) floats in [-1, 1] and returns (N, 2048).
+
+    Raises:
+        ModelFileError: there is no such file, or it is no TorchScript module.
+    """
+
+    num_features = INCEPTION_FEATURES
+
+    def __init__(self, path: Path):
+        super().__init__()
+        if not path.is_file():
+            raise ModelFileError(
+                f"inception: {escape(str(path))!r} is no file; FID needs its weights as TorchScript"
+            )
+        try:
+            self.network = torch.jit.load(str(path), map_location="cpu").eval()
+        except RuntimeError as error:
+            raise ModelFileError(f"inception: {escape(str(path))!r} is no TorchScript module") from error
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = F.interpolate(
+            images.float(),
+            (INCEPTION_SIZE, INCEPTION_SIZE),
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )
+        return self.network(pixels / 127.5 - 1).flatten(1)
+
+
+class ClipEmbedder:
+    """A CLIP of transformers, in float32 on the CPU.
+
+    Args:
+        model: a folder or a hub id.
+
+    Raises:
+        ModelFileError: it is not there (offline, a hub id must have been fetched before).
+    """
+
+    def __init__(self, model: str | Path):
+        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+        try:
+            self.model: Any = CLIPModel.from_pretrained(model, dtype=torch.float32).eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelFileError(
+                f"clip: {escape(str(model))!r} cannot be loaded ({escape(reason, 300)})"
+            ) from error
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        found = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        pooled = self.model.text_model(**found).pooler_output
+        return _unit(self.model.text_projection(pooled))
+
+    @torch.no_grad()
+    def images(self, images: Sequence[PILImage.Image]) -> np.ndarray:
+        pixels = self.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return _unit(self.model.visual_projection(pooled))
+
+
+def _unit(features_ND: Tensor) -> np.ndarray:
+    return F.normalize(features_ND, dim=-1).numpy()

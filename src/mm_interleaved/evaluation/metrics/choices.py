@@ -1,0 +1,70 @@
+"""Questions with given choices: letters (SEED-Bench and the like) and yes or no (POPE, arXiv 2305.10355)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+_LETTER = re.compile(r"^\W*([A-Z])\b(?![a-z'])")
+_ANSWER_IS = re.compile(r"\banswer(?:\s+is)?\s*:?\s*\(?([A-Z])\b", re.IGNORECASE)
+_NO = re.compile(r"\b(no|not)\b|n't\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YesNoScores:
+    """POPE's five numbers, 0 to 1; "yes" is the positive class."""
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+    """How often yes was answered: hallucinating models say it too often."""
+
+
+def choice_of(answer: str, options: Sequence[str]) -> int | None:
+    """Which option an answer names, by its letter or by its text; None where it names none or several.
+
+    Args:
+        options: texts of the options A, B, C, ...
+    """
+    for pattern in (_ANSWER_IS, _LETTER):
+        match = pattern.search(answer.strip())
+        if match is not None:
+            index = ord(match[1].upper()) - ord("A")
+            return index if index < len(options) else None
+    said = answer.strip().strip(".").lower()
+    equal = [index for index, option in enumerate(options) if option.strip().strip(".").lower() == said]
+    held = [index for index, option in enumerate(options) if option.strip().lower() in said]
+    found = equal or held
+    return found[0] if len(found) == 1 else None
+
+
+def choice_accuracy(chosen: Sequence[int | None], gold: Sequence[int]) -> float:
+    """Share of right choices; no choice is wrong."""
+    return fmean(one == right for one, right in zip(chosen, gold, strict=True)) if gold else 0.0
+
+
+def says_yes(answer: str) -> bool:
+    """POPE's reading: the first sentence counts, and whatever does not deny is a yes."""
+    first = answer.split(".")[0].replace(",", " ")
+    return _NO.search(first) is None
+
+
+def yes_no_scores(answers: Sequence[bool], truths: Sequence[bool]) -> YesNoScores:
+    """Scores of yes and no. Ratios with nothing below the line are 0."""
+    pairs = list(zip(answers, truths, strict=True))
+    if not pairs:
+        raise ValueError("answers: found none")
+    hits = sum(answer and truth for answer, truth in pairs)
+    said, true = sum(answers), sum(truths)
+    precision, recall = hits / said if said else 0.0, hits / true if true else 0.0
+    return YesNoScores(
+        accuracy=fmean(answer == truth for answer, truth in pairs),
+        precision=precision,
+        recall=recall,
+        f1=2 * precision * recall / (precision + recall) if hits else 0.0,
+        yes_ratio=said / len(pairs),
+    )

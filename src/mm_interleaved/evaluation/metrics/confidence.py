@@ -1,0 +1,46 @@
+"""How sure a mean is: bootstrap confidence intervals (Efron, 1979) over the cases that it is a mean of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A mean and the bounds between which it lies in so many of a hundred resamples."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """The percentile interval of the mean of `values`; the same for the same values.
+
+    Raises:
+        ValueError: no values, or a level outside of 0 to 1.
+    """
+    if not len(values) or not 0 < level < 1:
+        raise ValueError(f"expected values and a level between 0 and 1, found {len(values)} and {level}")
+    found = np.asarray(values, float)
+    chosen = np.random.default_rng(seed).integers(0, len(found), size=(resamples, len(found)))
+    means = found[chosen].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(found.mean()), float(low), float(high))
+
+
+def paired_interval(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The interval of the mean of `first - second`, case by case: whether one model is better."""
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    return bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)

@@ -1,0 +1,117 @@
+"""Judge-free metrics of interleaved documents: what can be said of an answer without asking a large model.
+
+Each is a pure function of one answer's parts (and of the wanted layout or the prompt), from 0 to 1, 1 being
+best unless its name says otherwise. Embeddings come from whatever encodes texts and images into one space, as
+unit vectors.
+Letters: I images, T texts, D channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from itertools import combinations
+from statistics import fmean
+
+import numpy as np
+
+TEXT, IMAGE = "T", "I"
+_WORD = re.compile(r"\w+", re.UNICODE)
+
+
+def structure(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """How far the parts are those wanted, in order: 2 * matches / (parts found + parts wanted).
+
+    Args:
+        found, wanted: "T" and "I" in order; texts that follow each other count as one.
+    """
+    first, second = _merged(found), _merged(wanted)
+    if not first and not second:
+        return 1.0
+    matches = sum(block.size for block in SequenceMatcher(None, first, second, False).get_matching_blocks())
+    return 2 * matches / (len(first) + len(second))
+
+
+def count_agreement(found: int, wanted: int) -> float:
+    """Of the number of images: the smaller over the larger; 1 where none is wanted and none there."""
+    return min(found, wanted) / max(found, wanted) if found or wanted else 1.0
+
+
+def agreement(text_TD: np.ndarray, image_TD: np.ndarray) -> float:
+    """Mean cosine of each text with the image that belongs to it, -1 to 1; 0 without any pair."""
+    _check_pairs(text_TD, image_TD)
+    return float(np.einsum("td,td->t", text_TD, image_TD).mean()) if len(text_TD) else 0.0
+
+
+def retrieval_agreement(text_TD: np.ndarray, image_TD: np.ndarray) -> float:
+    """How often the own image is nearer to a text than another image of the document, 0 to 1.
+
+    Unlike a cosine it needs no scale: 0.5 is chance. 1 where there is one image only.
+    """
+    _check_pairs(text_TD, image_TD)
+    if len(text_TD) < 2:
+        return 1.0
+    scores_TT = text_TD @ image_TD.T
+    own = np.diag(scores_TT)[:, None]
+    wins = (own > scores_TT) + 0.5 * (own == scores_TT)
+    others = ~np.eye(len(scores_TT), dtype=bool)
+    return float(wins[others].mean())
+
+
+def consistency(image_ID: np.ndarray) -> float:
+    """Mean cosine of all pairs of images that show one subject, -1 to 1; 1 for fewer than two."""
+    if len(image_ID) < 2:
+        return 1.0
+    return fmean(float(image_ID[i] @ image_ID[j]) for i, j in combinations(range(len(image_ID)), 2))
+
+
+def copy_rate(
+    images: Sequence[np.ndarray], earlier: Sequence[np.ndarray], tolerance: float = 2 / 255
+) -> float:
+    """Share of images that are the same as an earlier one: who copies keeps everything and tells nothing.
+
+    Args:
+        images: (H, W, 3) float, 0 to 1, the generated ones in order.
+        earlier: those of the prompt.
+        tolerance: mean absolute difference up to which two images are the same.
+    """
+    seen, copies = list(earlier), 0
+    for image in images:
+        copies += any(
+            image.shape == other.shape and float(np.abs(image - other).mean()) <= tolerance for other in seen
+        )
+        seen.append(image)
+    return copies / len(images) if images else 0.0
+
+
+def repetition(texts: Sequence[str], n: int = 4) -> float:
+    """Share of n-grams of words that occurred before in the document (as seq-rep-n, arXiv 1908.04319)."""
+    grams = [gram for text in texts for gram in _ngrams(text, n)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def word_overlap(first: str, second: str) -> float:
+    """F1 of words, 0 to 1: how far a caption of a generated image says what it was generated from."""
+    one, other = Counter(_words(first)), Counter(_words(second))
+    shared = sum((one & other).values())
+    return 2 * shared / (one.total() + other.total()) if shared else 0.0
+
+
+def _merged(kinds: Sequence[str]) -> list[str]:
+    return [kind for i, kind in enumerate(kinds) if not (kind == TEXT and i and kinds[i - 1] == TEXT)]
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = _words(text)
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _check_pairs(text_TD: np.ndarray, image_TD: np.ndarray) -> None:
+    if text_TD.shape != image_TD.shape:
+        raise ValueError(f"embeddings: found shapes {text_TD.shape} and {image_TD.shape}, expected the same")
