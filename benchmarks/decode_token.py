@@ -21,7 +21,7 @@ from benchmarks.machine import Rates, rates
 from benchmarks.models import IMAGE_SIZE, random_model, writer_config
 from benchmarks.sizes import LANGUAGE, SynchronizerSize
 from benchmarks.textbook import textbook_layers
-from mm_interleaved.generation.batched import side_by_side
+from mm_interleaved.generation.text_batch import side_by_side
 from mm_interleaved.models.prefix_cache import PrefixCache
 
 ROWS = 4

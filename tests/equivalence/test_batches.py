@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Finished, ImageDone
-from mm_interleaved.generation.images import side_by_side
+from mm_interleaved.generation.image_batch import side_by_side
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.image_decoder import ImageDecoder
 from tiny import tiny_model, tiny_processor

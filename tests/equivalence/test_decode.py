@@ -15,7 +15,7 @@ from mm_interleaved.errors import (
     TooLongError,
     UsageError,
 )
-from mm_interleaved.generation.batched import write_together
+from mm_interleaved.generation.text_batch import write_together
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Failed, Finished, TextDelta
 from mm_interleaved.generation.session import InterleavedSession

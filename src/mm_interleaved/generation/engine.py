@@ -36,7 +36,7 @@ from mm_interleaved.generation.events import (
     ImageStarted,
     TextDelta,
 )
-from mm_interleaved.generation.images import ImageRequest, Pictures
+from mm_interleaved.generation.image_batch import ImageRequest, Pictures
 from mm_interleaved.generation.notices import Notices
 from mm_interleaved.generation.session import (
     EncodeRequest,
@@ -53,7 +53,7 @@ from mm_interleaved.generation.text import (
     is_released,
     score_options,
 )
-from mm_interleaved.generation.together import Request, Steps, failing_alone, stream_together
+from mm_interleaved.generation.batched import Request, Steps, failing_alone, stream_together
 from mm_interleaved.generation.token_budget import text_share
 from mm_interleaved.models.acceleration import Adapter
 from mm_interleaved.models.evaluation_mode import evaluation_mode, steps_in_evaluation_mode

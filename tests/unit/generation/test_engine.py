@@ -166,7 +166,7 @@ def test_text_does_not_depend_on_how_its_ids_came_in_runs(
             request.session.accept(run)
             yield number, TextRun(run, None, end >= len(ids))
 
-    monkeypatch.setattr("mm_interleaved.generation.together.write_together", in_runs)
+    monkeypatch.setattr("mm_interleaved.generation.batched.write_together", in_runs)
     stream = InterleavedGenerator(model, processor).stream(Document(id="d", parts=[Text("a")]), layout="T")
     events = list(stream)
     text = processor.vocabulary.decode(ids)
