@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from benchmarks.harness import HALF, Case, Setting, compare
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.generation.loading import find_model, load_generator
+from mm_interleaved.generation.loading import load_generator
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.storyworld.tasks import document
 
 AT_ONCE = 8

@@ -21,7 +21,7 @@ from benchmarks.machine import Rates, rates
 from benchmarks.models import IMAGE_SIZE, random_model, writer_config
 from benchmarks.sizes import LANGUAGE, SynchronizerSize
 from benchmarks.textbook import textbook_layers
-from mm_interleaved.generation.text_batch import side_by_side
+from mm_interleaved.generation.text_batch import join_caches
 from mm_interleaved.models.prefix_cache import PrefixCache
 
 ROWS = 4
@@ -198,7 +198,7 @@ def batch_case(setting: Setting, model: Any, context: int, images: int) -> Case:
     lengths = [context - SHORTER * row for row in range(ROWS)]
     caches = [filled_cache(model, length, images) for length in lengths]
     token_BTD = _normal(model, ROWS, 1, model.config.text_config.hidden_size)
-    joined = side_by_side(caches, model.config.text_config, context + 1)
+    joined = join_caches(caches, model.config.text_config, context + 1)
     length_B = torch.tensor(lengths, device=model.device)
     place_T = torch.arange(context + 1, device=model.device)
     mask_BT = (place_T >= context - length_B[:, None]).long()

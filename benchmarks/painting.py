@@ -17,10 +17,11 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from benchmarks.harness import HALF, Case, Setting, compare
-from mm_interleaved.generation import diffusion
-from mm_interleaved.generation.loading import find_model, load_generator
+from mm_interleaved.generation import diffusion, schedulers
+from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.models.acceleration import compile_painter, use_channels_last
 from mm_interleaved.models.image_decoder import EarlierImages, ImageDecoder
 
@@ -58,7 +59,7 @@ class Easel:
         height, width = diffusion.default_size(decoder)
         steps = diffusion.denoise(
             decoder,
-            diffusion.build_scheduler(chosen.scheduler, self.scheduler_config),
+            schedulers.build_scheduler(chosen.scheduler, self.scheduler_config),
             diffusion.initial_latents(decoder, height, width, [generator]),
             self.conditioning,
             self.earlier,
@@ -130,7 +131,7 @@ def lossy_case(
         torch.equal(a[0], b[0]) for a, b in zip(exact, lossy, strict=True)
     )
     errors = [
-        diffusion.pixel_error(*(diffusion.decode_pictures(easel.decoder, each[-1])[0] for each in pair))
+        diffusion.pixel_error(*(diffusion.decode_images(easel.decoder, each[-1])[0] for each in pair))
         for pair in zip(lossy, exact, strict=True)
     ]
     result = compare(

@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.harness import TOLERANCE, Case, Setting, compare
 from benchmarks.models import BOS, random_model, writer_config
 from benchmarks.story import counted, picture, text_of
+from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import InterleavedSession
-from mm_interleaved.generation.text import score_options
 
 RELEASED_BATCH = 4
 CONTEXT = 149

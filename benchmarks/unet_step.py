@@ -24,7 +24,7 @@ from benchmarks.models import random_painter, synchronizer_sizes, unet_settings
 from benchmarks.painting import painting_cases
 from benchmarks.sizes import SynchronizerSize
 from benchmarks.textbook import textbook_between
-from mm_interleaved.generation.diffusion import build_scheduler
+from mm_interleaved.generation.schedulers import build_scheduler
 from mm_interleaved.models.unet import Between, unet_forward
 
 PUBLISHED = ((320, 640, 1280, 1280), 64, 1024)

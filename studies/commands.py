@@ -166,7 +166,7 @@ def attention_maps(
 ):
     """Show where the model looks in earlier pictures while it names a badge, and while it paints it."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.generation.loading import find_model
+    from mm_interleaved.model_files.resolve import find_model
     from studies.attention_pages import show_sight
 
     numbers = show_sight(load_quietly(find_model(model), device=device, dtype=dtype), seed, story, output)
@@ -195,7 +195,7 @@ def gallery(
 ):
     """Paint the first prompts of StoryWorld's test split, and show every picture on one sheet."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.generation.loading import find_model
+    from mm_interleaved.model_files.resolve import find_model
     from studies.gallery import show_gallery
 
     generator = load_quietly(find_model(model), device=device, dtype=dtype)
@@ -217,7 +217,7 @@ def oracle(
 ):
     """Measure how often the oracle errs: on clean pictures, and on those out of the model's VAE."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.generation.loading import find_model
+    from mm_interleaved.model_files.resolve import find_model
     from studies.oracle_error import oracle_errors
 
     generator = load_quietly(find_model(model), device=device, dtype=dtype)

@@ -14,7 +14,7 @@ from typing import Any
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.errors import InputError
 from mm_interleaved.files import make_folder, write_file
-from mm_interleaved.generation.loading import find_model
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.recipes.storyworld.batches import DocumentBatches, storyworld_pixels
 from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
 from mm_interleaved.recipes.storyworld.recipe import IMAGE_BATCHES, TEXT_BATCHES, StoryWorldConfig

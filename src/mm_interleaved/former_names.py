@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import MappingProxyType, ModuleType
+from typing import Any
 
 MOVED = MappingProxyType(
     {
@@ -33,6 +34,18 @@ MOVED = MappingProxyType(
     }
 )
 
+DIVIDED = MappingProxyType(
+    {
+        "mm_interleaved.model_source": (
+            "mm_interleaved.generation.defaults",
+            "mm_interleaved.model_files.config",
+            "mm_interleaved.model_files.hashing",
+            "mm_interleaved.model_files.resolve",
+        )
+    }
+)
+"""Where the rest of a former module went that is now several."""
+
 
 class FormerNames(MetaPathFinder, Loader):
     """Finds a module by its former name and hands out what the module of today holds."""
@@ -52,10 +65,15 @@ class FormerNames(MetaPathFinder, Loader):
             DeprecationWarning,
             stacklevel=2,
         )
-        found = import_module(now)
-        module.__doc__ = found.__doc__
-        module.__dict__["__getattr__"] = lambda name: getattr(found, name)
-        module.__dict__["__dir__"] = lambda: dir(found)
+        found = [import_module(each) for each in (now, *DIVIDED.get(module.__name__, ()))]
+
+        def find(name: str) -> Any:
+            holder = next((each for each in found if hasattr(each, name)), found[0])
+            return getattr(holder, name)
+
+        module.__doc__ = found[0].__doc__
+        module.__dict__["__getattr__"] = find
+        module.__dict__["__dir__"] = lambda: sorted({name for each in found for name in dir(each)})
 
 
 def keep_former_names() -> None:

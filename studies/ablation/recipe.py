@@ -17,7 +17,7 @@ import torch
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.files import make_folder, new_folder
-from mm_interleaved.generation.loading import find_model
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.recipe import save_model

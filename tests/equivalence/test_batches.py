@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Finished, ImageDone
-from mm_interleaved.generation.image_batch import side_by_side
+from mm_interleaved.generation.image_batch import join_earlier_images
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.image_decoder import ImageDecoder
 from tiny import tiny_model, tiny_processor
@@ -136,7 +136,7 @@ def test_pictures_look_at_their_own_earlier_images_in_a_batch(counts):
         pyramid = model.encode_images(pixels).pyramid if count else model.vision.empty_pyramid()
         earlier.append(model.look_at(pyramid, torch.arange(count)[None]))
     step = torch.tensor(500)
-    together = decoder.predict(latents, step, conditioning, side_by_side(earlier))
+    together = decoder.predict(latents, step, conditioning, join_earlier_images(earlier))
     for place, one in enumerate(earlier):
         own = slice(place, place + 1)
         alone = decoder.predict(latents[own], step, conditioning[own], one)

@@ -15,12 +15,14 @@ from mm_interleaved.errors import (
     TooLongError,
     UsageError,
 )
-from mm_interleaved.generation.text_batch import write_together
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Failed, Finished, TextDelta
+from mm_interleaved.generation.logits import TextRules
+from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.generation.text import TextRequest, TextRules, score_options, write_text
+from mm_interleaved.generation.text import TextRequest, write_text
+from mm_interleaved.generation.text_batch import write_text_batch
 from mm_interleaved.models.cache_layers import GrowingTensor
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.transformers_versions import CHUNKS_CONTINUE
@@ -292,7 +294,7 @@ def test_documents_written_in_one_pass_are_as_if_alone(model, pictures, room, na
     expected = {number: list(write_text(each)) for number, each in requests(alone).items()}
     passes, hook = count_passes(model)
     found = {number: [] for number in expected}
-    for number, run in write_together(requests(together)):
+    for number, run in write_text_batch(requests(together)):
         found[number].append(run)
     hook.remove()
     for number, runs in expected.items():

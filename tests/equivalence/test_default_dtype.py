@@ -8,7 +8,7 @@ import torch
 
 from mm_interleaved import Document, InterleavedGenerator, Text
 from mm_interleaved.generation.default_dtype import single_precision
-from mm_interleaved.generation.diffusion import SCHEDULERS
+from mm_interleaved.generation.schedulers import SCHEDULERS
 from tiny import BOS, image_ids, tiny_model, tiny_processor
 
 

@@ -3,17 +3,14 @@
 import pytest
 import torch
 
-from mm_interleaved.generation import diffusion
+from mm_interleaved.generation import diffusion, schedulers
+from mm_interleaved.generation.logits import TextRules
+from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.generation.text import (
-    TextRequest,
-    TextRules,
-    generate_text_batch,
-    score_options,
-    write_text,
-)
+from mm_interleaved.generation.text import TextRequest, write_text
 from mm_interleaved.tokens.visibility import context_images
+from prompt_batches import generate_text_batch
 from tiny import BOS, EOS, tiny_model
 
 EXACT = 1e-10
@@ -84,7 +81,7 @@ def test_latents_of_a_later_image_equal_a_full_recomputation(model, pictures, ru
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def paint(conditioning, earlier):
-        scheduler = diffusion.build_scheduler("ddim", model.config.scheduler_config)
+        scheduler = schedulers.build_scheduler("ddim", model.config.scheduler_config)
         steps = diffusion.denoise(
             model.image_decoder,
             scheduler,
@@ -198,7 +195,7 @@ def test_the_loop_reads_like_the_formula_of_guidance(model, pictures):
     decoder, earlier = model.image_decoder, session.earlier_images("all")
     wanted, unwanted = session.conditioning(), decoder.negative_conditioning
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    scheduler = diffusion.build_scheduler("ddpm", model.config.scheduler_config)
+    scheduler = schedulers.build_scheduler("ddpm", model.config.scheduler_config)
     steps = diffusion.denoise(
         decoder, scheduler, latents, wanted, earlier, num_inference_steps=3, guidance_scale=3.0,
         generator=torch.Generator().manual_seed(4),
@@ -222,7 +219,7 @@ def test_strength_zero_equals_no_earlier_images_and_one_is_the_default(model, pi
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def paint(earlier, **options):
-        scheduler = diffusion.build_scheduler("ddim", model.config.scheduler_config)
+        scheduler = schedulers.build_scheduler("ddim", model.config.scheduler_config)
         decoder = model.image_decoder
         steps = diffusion.denoise(
             decoder, scheduler, latents, conditioning, earlier, num_inference_steps=1, **options
@@ -244,7 +241,7 @@ def test_images_painted_together_equal_images_painted_alone(model, pictures):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         steps = diffusion.denoise(
             model.image_decoder,
-            diffusion.build_scheduler("ddpm", model.config.scheduler_config),
+            schedulers.build_scheduler("ddpm", model.config.scheduler_config),
             diffusion.initial_latents(model.image_decoder, 24, 40, generators),
             conditioning.expand(len(seeds), -1, -1),
             earlier.repeat(len(seeds)),

@@ -4,7 +4,7 @@ import pytest
 from safetensors import safe_open
 
 from mm_interleaved.errors import ModelFileError
-from mm_interleaved.generation.loading import find_model
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig, train
 from mm_interleaved.typed_settings import override
 

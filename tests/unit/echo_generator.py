@@ -17,7 +17,7 @@ from mm_interleaved.generation.settings import GenerationSettings
 class EchoGenerator:
     """Writes its seed and draws noise; refuses documents that say "too long"."""
 
-    def tell_of_unknown_words(self, documents):
+    def warn_of_unknown_words(self, documents):
         """Knows all words."""
 
     def stream_batch(self, documents: Sequence[Document], settings: Sequence[GenerationSettings]):

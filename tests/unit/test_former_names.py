@@ -18,6 +18,23 @@ def test_a_module_is_found_by_its_former_name_and_says_so(former, monkeypatch):
     assert names and all(getattr(module, name) is getattr(now, name) for name in names)
 
 
+def test_a_module_that_is_several_now_is_still_whole(monkeypatch):
+    monkeypatch.delitem(sys.modules, "mm_interleaved.model_source", raising=False)
+    with pytest.warns(DeprecationWarning):
+        from mm_interleaved import model_source
+    for name in (
+        "find_model",
+        "generation_defaults",
+        "hash_model",
+        "load_generator",
+        "read_config",
+        "SHIPPED",
+    ):
+        assert name in dir(model_source) and getattr(model_source, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = model_source.no_such_name
+
+
 def test_a_class_of_both_names_is_one_class(monkeypatch):
     monkeypatch.delitem(sys.modules, "mm_interleaved.document", raising=False)
     with pytest.warns(DeprecationWarning):

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from mm_interleaved.documents.strict_json import FieldError
 from mm_interleaved.errors import MMInterleavedError, ModelFileError, StorageError, escape, memory_wanted
+from mm_interleaved.model_files.config import read_own_config
 from mm_interleaved.model_files.headers import read_json, tensor_headers
 from mm_interleaved.model_files.resolve import CONFIG
 from mm_interleaved.model_files.values import check_kinds, check_object
@@ -82,14 +83,9 @@ def load_model(
 
 
 def read_model_config(folder: Path) -> MMInterleavedConfig:
-    """The configuration of a model folder. Raises ModelFileError."""
+    """The configuration of a model folder, from which a model can be built. Raises ModelFileError."""
     path = folder / CONFIG
-    settings = read_json(path)
-    found = settings.get("model_type") if isinstance(settings, dict) else None
-    if found != MMInterleavedConfig.model_type:
-        raise ModelFileError(
-            f"{path}: model_type {escape(str(found))!r}, expected {MMInterleavedConfig.model_type!r}"
-        )
+    settings = read_own_config(folder)
     if "auto_map" in settings:
         raise ModelFileError(f"{path}: asks for code of its own (auto_map), which is never run")
     if settings.get("quantization_config") is not None:

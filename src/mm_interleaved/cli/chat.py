@@ -56,8 +56,10 @@ def chat(
     /image PATH shows it a picture, /draw TEXT asks for one; /help lists all commands of the conversation.
     """
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.generation.loading import find_model, generation_defaults, read_config
+    from mm_interleaved.generation.defaults import generation_defaults
     from mm_interleaved.generation.settings import settings_for
+    from mm_interleaved.model_files.config import read_config
+    from mm_interleaved.model_files.resolve import find_model
 
     folder = find_model(model)
     settings = settings_for(Document(id="chat", parts=()), generation_defaults(read_config(folder)), flags)

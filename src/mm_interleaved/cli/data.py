@@ -276,7 +276,7 @@ def _token_counter(model: str) -> CountTokens:
     def processor() -> MMInterleavedProcessor:
         from transformers.utils import logging as transformers_logging
 
-        from mm_interleaved.generation.loading import find_model
+        from mm_interleaved.model_files.resolve import find_model
         from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
         # It warns of a model type that it need not know, to find the tokenizer.

@@ -159,7 +159,8 @@ def replay(
 
     What was changed in the folder since the run ended is named too.
     """
-    from mm_interleaved.generation.loading import find_model, hash_model
+    from mm_interleaved.model_files.hashing import hash_model
+    from mm_interleaved.model_files.resolve import find_model
     from mm_interleaved.runs.folder import changed_files, check_input
     from mm_interleaved.runs.generate import facts_that_differ
     from mm_interleaved.runs.manifest import batch_size_of, read_manifest

@@ -47,8 +47,10 @@ def info(
 
 def describe_model(name: str) -> dict[str, Any]:
     """Parts, parameter counts, sizes and limits of a model, from its configuration and file headers."""
-    from mm_interleaved.generation.loading import find_model, generation_defaults, read_config
+    from mm_interleaved.generation.defaults import generation_defaults
+    from mm_interleaved.model_files.config import read_config
     from mm_interleaved.model_files.headers import tensor_headers
+    from mm_interleaved.model_files.resolve import find_model
 
     folder = find_model(name)
     config = read_config(folder)

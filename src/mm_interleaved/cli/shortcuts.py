@@ -207,8 +207,10 @@ def _answers(
 ) -> Iterator[str | MMInterleavedError]:
     """The answer to each question, in order, as batches of them are done; or what was wrong with it."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.generation.loading import find_model, generation_defaults, read_config
+    from mm_interleaved.generation.defaults import generation_defaults
     from mm_interleaved.generation.settings import settings_for
+    from mm_interleaved.model_files.config import read_config
+    from mm_interleaved.model_files.resolve import find_model
     from mm_interleaved.runs.generate import continue_in_batches
 
     folder = find_model(model)

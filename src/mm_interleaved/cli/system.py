@@ -140,8 +140,10 @@ def _numbers_of(model: str) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, 
 
         released = released_config(**RELEASED)
         return json.loads(released.to_json_string(use_diff=False)), model_shapes(released)
-    from mm_interleaved.generation.loading import find_model, generation_defaults, read_config
+    from mm_interleaved.generation.defaults import generation_defaults
+    from mm_interleaved.model_files.config import read_config
     from mm_interleaved.model_files.headers import tensor_headers
+    from mm_interleaved.model_files.resolve import find_model
 
     folder = find_model(model)
     config = read_config(folder)

@@ -24,7 +24,8 @@ from mm_interleaved.documents.images import open_image as load_image
 from mm_interleaved.documents.strict_json import FieldError, Record, read_records
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.files import make_folder, remove_temporary_files, write_file
-from mm_interleaved.generation.loading import find_model, load_generator
+from mm_interleaved.generation.loading import load_generator
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.runs.generate import OnEvent, RunRequest, run_documents
 from mm_interleaved.runs.page import OpenImage, render_page
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mm_interleaved.errors import NumericalError
-from mm_interleaved.generation import diffusion
+from mm_interleaved.generation import diffusion, schedulers
 from mm_interleaved.generation.events import ImagePreview
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.finite import check_finite
@@ -28,7 +28,7 @@ DENOISING_SETTINGS = (
 )  # fmt: skip
 """Settings that images of one batch have in common."""
 
-Pictures = list[PILImage.Image]
+GeneratedImages = list[PILImage.Image]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,12 +49,12 @@ class ImageRequest:
     earlier: EarlierImages | None
     """What they look at; of one image part."""
     is_published: bool = False
-    """See `diffusion.scheduler_for`."""
+    """See `schedulers.scheduler_for`."""
     preview_every: int = 0
     """Steps between two previews; 0 is none."""
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def batch_key(self) -> tuple[Any, ...]:
         """What requests must have in common to share a batch."""
         settings = (getattr(self.settings, name) for name in DENOISING_SETTINGS)
         return id(self.decoder), self.size, self.is_published, self.preview_every, *settings
@@ -68,16 +68,17 @@ class _Noise(NamedTuple):
 
 
 @torch.no_grad()
-def denoise_together(
+def denoise_batch(
     requests: Mapping[int, ImageRequest],
-) -> Iterator[tuple[int, Pictures | NumericalError | ImagePreview]]:
+) -> Iterator[tuple[int, GeneratedImages | NumericalError | ImagePreview]]:
     """The pictures of each request, by its number; previews before, if they are wanted.
 
     Args:
-        requests: of one kind. A picture whose numbers are not finite is the error of its own request alone.
+        requests: of one `batch_key`. A picture whose numbers are not finite is the error of its own request
+            alone.
     """
     noises = [_Noise(number, seed) for number, request in requests.items() for seed in request.seeds]
-    found: dict[int, Pictures] = {number: [] for number in requests}
+    found: dict[int, GeneratedImages] = {number: [] for number in requests}
     failed: dict[int, NumericalError] = {}
     for start in range(0, len(noises), IMAGES_AT_ONCE):
         group = noises[start : start + IMAGES_AT_ONCE]
@@ -86,7 +87,7 @@ def denoise_together(
             decoder = requests[noise.number].decoder
             try:
                 check_finite(latents_1Xyx, "the latents of a generated image")
-                found[noise.number] += diffusion.decode_pictures(decoder, latents_1Xyx)
+                found[noise.number] += diffusion.decode_images(decoder, latents_1Xyx)
             except NumericalError as error:
                 failed.setdefault(noise.number, error)
     for number, pictures in found.items():
@@ -103,7 +104,7 @@ def _denoise(
     latents = diffusion.initial_latents(decoder, *first.size, generators)
     steps = diffusion.denoise(
         decoder,
-        diffusion.scheduler_for(
+        schedulers.scheduler_for(
             settings.scheduler,
             first.scheduler_config,
             settings.num_inference_steps,
@@ -111,7 +112,7 @@ def _denoise(
         ),
         latents,
         torch.cat([request.conditioning for request in requests]),
-        side_by_side([request.earlier for request in requests]),
+        join_earlier_images([request.earlier for request in requests]),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         negative_conditioning=torch.cat([_negative(request) for request in requests]),
@@ -124,7 +125,7 @@ def _denoise(
         latents = step.latents
         is_last = step.number == settings.num_inference_steps
         if first.preview_every and step.number % first.preview_every == 0 and not is_last:
-            [picture] = diffusion.decode_pictures(decoder, step.clean[:1])
+            [picture] = diffusion.decode_images(decoder, step.clean[:1])
             yield noises[0].number, ImagePreview(picture, step.number)
     return latents
 
@@ -135,7 +136,7 @@ def _negative(request: ImageRequest) -> Tensor:
     return request.decoder.learned_negative(request.conditioning).expand_as(request.conditioning)
 
 
-def side_by_side(earlier: Sequence[EarlierImages | None]) -> EarlierImages | None:
+def join_earlier_images(earlier: Sequence[EarlierImages | None]) -> EarlierImages | None:
     """What each of several images looks at, one image each, as one batch. What is shared is kept once."""
     given = [one for one in earlier if one is not None]
     if not given:

@@ -1,11 +1,10 @@
-"""What a model's files tell unread; the loaded generator.
+"""A model's name in, a generator that is ready to continue documents out.
 
 Which folder a name means, see `model_files.resolve`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.devices import FORMATS, slowness, torch_device, weight_format
-from mm_interleaved.documents.strict_json import FieldError
 from mm_interleaved.errors import ModelFileError, NumericalError, UsageError, escape
-from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.model_files.headers import read_json, saved_format
-from mm_interleaved.model_files.resolve import CONFIG, SHIPPED, find_model, model_files
-from mm_interleaved.model_files.values import check_object
+from mm_interleaved.model_files.hashing import hash_model
+from mm_interleaved.model_files.headers import saved_format
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.spelling import guess
 
 if TYPE_CHECKING:
@@ -28,32 +25,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What commands read of a configuration without building anything of it.
-_SYNCHRONIZER = dict.fromkeys(("every", "max_images", "num_heads", "value_dim"), int) | {"levels": list[int]}
-_NEEDED: Mapping[str, Mapping[str, Any]] = {
-    "text_config": dict.fromkeys(
-        ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
-         "num_hidden_layers", "vocab_size"),
-        int,
-    ),
-    "vision_config": dict.fromkeys(("hidden_size", "image_size", "num_hidden_layers", "patch_size"), int),
-    "slot_resampler": {"num_queries": int},
-}  # fmt: skip
-_WHERE_THERE: Mapping[str, Mapping[str, Any]] = {
-    "text_synchronizer": _SYNCHRONIZER,
-    "image_synchronizer": _SYNCHRONIZER,
-    "conditioning_resampler": {"num_queries": int},
-    "unet_config": {"block_out_channels": list[int]},
-    "vae_config": {"block_out_channels": list[int]},
-    "scheduler_config": {},
-    "generation_settings": {},
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acceleration:
-    """What is done to a model so that it paints faster, see `models.acceleration`, or writes faster:
-    weights in few bits, see `models.quantization`.
+    """What is done to a model so that it generates images faster, see `models.acceleration`, or takes less
+    memory: weights in few bits, see `models.quantization`.
     """
 
     channels_last: bool = False
@@ -62,31 +38,33 @@ class Acceleration:
     quantization: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """What a manifest tells of it: what is not as it is by default, an adapter with its hash.
+        """What a manifest records of it: what differs from the default, an adapter with its hash.
 
         Raises:
             ModelFileError: the adapter is no folder.
         """
-        told: dict[str, Any] = {name: True for name in ("channels_last", "compile") if getattr(self, name)}
+        recorded: dict[str, Any] = {
+            name: True for name in ("channels_last", "compile") if getattr(self, name)
+        }
         if self.adapter is not None:
             if not self.adapter.is_dir():
                 raise ModelFileError(f"adapter {escape(str(self.adapter))!r}: there is no such folder")
-            told["adapter"] = {"folder": str(self.adapter), "sha256": hash_model(self.adapter)}
+            recorded["adapter"] = {"folder": str(self.adapter), "sha256": hash_model(self.adapter)}
         if self.quantization is not None:
-            told["quantization"] = self.quantization
-        return told
+            recorded["quantization"] = self.quantization
+        return recorded
 
     @classmethod
-    def of_record(cls, told: Mapping[str, Any]) -> Acceleration:
+    def of_record(cls, recorded: Mapping[str, Any]) -> Acceleration:
         """The same again. Raises ModelFileError if the adapter's files have changed."""
-        adapter = told.get("adapter")
+        adapter = recorded.get("adapter")
         found = cls(
-            channels_last=told.get("channels_last", False),
-            compile=told.get("compile", False),
+            channels_last=recorded.get("channels_last", False),
+            compile=recorded.get("compile", False),
             adapter=None if adapter is None else Path(adapter["folder"]),
-            quantization=told.get("quantization"),
+            quantization=recorded.get("quantization"),
         )
-        if found.record() != dict(told):
+        if found.record() != dict(recorded):
             raise ModelFileError(
                 f"adapter {escape(str(found.adapter))!r}: its files are not those of the run"
             )
@@ -94,67 +72,6 @@ class Acceleration:
 
 
 AS_IT_IS = Acceleration()
-
-__all__ = [
-    "AS_IT_IS",
-    "SHIPPED",
-    "Acceleration",
-    "find_model",
-    "generation_defaults",
-    "hash_model",
-    "load_generator",
-    "read_config",
-]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model's configuration as JSON. Raises ModelFileError."""
-    config = read_json(folder / CONFIG)
-    found = config.get("model_type") if isinstance(config, dict) else None
-    if found != "mm_interleaved":
-        raise ModelFileError(
-            f"{folder / CONFIG}: model_type {escape(repr(found))}, expected 'mm_interleaved'"
-        )
-    try:
-        check_object(config, {}, "")
-        for part, needed in {**_NEEDED, **_WHERE_THERE}.items():
-            if part in _NEEDED or config.get(part) is not None:
-                _check_fields(config.get(part), needed, part)
-    except FieldError as error:
-        raise ModelFileError(f"{folder / CONFIG}: {error}", field=error.path) from error
-    return config
-
-
-def _check_fields(part: Any, needed: Mapping[str, Any], name: str) -> None:
-    """Refuses a part of a configuration that lacks what is needed of it. Raises FieldError."""
-    check_object(part, needed, name)
-    missing = [field for field in needed if field not in part]
-    if missing:
-        raise FieldError(f"{name}.{missing[0]}", "missing")
-
-
-def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation settings that a model prefers over the general defaults. Raises ModelFileError."""
-    found = config.get("generation_settings") or {}
-    if not isinstance(found, Mapping):
-        raise ModelFileError(
-            f"{CONFIG}: generation_settings: found {escape(repr(found))}, expected an object"
-        )
-    try:
-        GenerationSettings.combine(found)
-    except UsageError as error:
-        raise ModelFileError(f"{CONFIG}: generation_settings: {error}", field=error.field) from error
-    return dict(found)
-
-
-def hash_model(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model's files: the same hash, the same output."""
-    total = hashlib.sha256()
-    for path in model_files(folder):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
-    return total.hexdigest()
 
 
 def load_generator(
@@ -170,8 +87,8 @@ def load_generator(
 
     Raises:
         ModelFileError: no model of ours, or an adapter that does not fit it.
-        UsageError: what cannot be had here: the device, an adapter without PEFT, a model that does not paint,
-            weights in few bits without the library that they need.
+        UsageError: what cannot be had here: the device, an adapter without PEFT, a model that generates no
+            images, weights in few bits without the library that they need.
         NumericalError: weights that are no finite numbers.
     """
     from mm_interleaved import InterleavedGenerator, MMInterleavedProcessor
@@ -219,7 +136,7 @@ def _accelerate(model: Any, acceleration: Acceleration) -> Any:
     if replace(acceleration, quantization=None) == AS_IT_IS:
         return None
     if model.image_decoder is None:
-        raise UsageError("channels_last, compile, adapter: this model does not paint")
+        raise UsageError("channels_last, compile, adapter: this model generates no images")
     adapter = None if acceleration.adapter is None else ways.load_adapter(model, acceleration.adapter)
     if acceleration.channels_last:
         ways.use_channels_last(model.image_decoder)

@@ -24,7 +24,7 @@ class Notices:
         self._words: set[str] = set()
         self._sizes: set[tuple[int, int]] = set()
 
-    def tell_of_words(self, texts: Iterable[str]) -> None:
+    def warn_of_words(self, texts: Iterable[str]) -> None:
         """Warns of the words of texts that the model was not trained on."""
         if self.known_words is None:
             return
@@ -41,7 +41,7 @@ class Notices:
                 FILE_NAME,
             )
 
-    def tell_of_size(self, size: tuple[int, int], trained: tuple[int, int]) -> None:
+    def warn_of_size(self, size: tuple[int, int], trained: tuple[int, int]) -> None:
         """Warns of images that are not of the size that the model was trained on.
 
         Args:

@@ -23,7 +23,7 @@ from mm_interleaved.models.vision import ImageFeatures
 from mm_interleaved.tokens.visibility import context_images
 
 
-class SeenImage(NamedTuple):
+class EncodedImage(NamedTuple):
     """`pixel_values`: RGB in [0, 1], (1, 3, H, W), as given. `features`: what the model makes of it."""
 
     pixel_values: Tensor
@@ -42,20 +42,20 @@ class EncodeRequest:
     pixel_values: Tensor
 
     @property
-    def kind(self) -> tuple[object, ...]:
+    def batch_key(self) -> tuple[object, ...]:
         """What requests must have in common to share a batch."""
         return id(self.model), self.pixel_values.shape[1:]
 
 
-def encode_together(requests: Mapping[int, EncodeRequest]) -> Iterator[tuple[int, list[SeenImage]]]:
+def encode_batch(requests: Mapping[int, EncodeRequest]) -> Iterator[tuple[int, list[EncodedImage]]]:
     """The images of each request as the model sees them, by its number.
 
     Args:
-        requests: of one kind.
+        requests: of one `batch_key`.
     """
     model = next(iter(requests.values())).model
     pixels = torch.cat([request.pixel_values for request in requests.values()])
-    seen = [image for group in pixels.split(IMAGES_AT_ONCE) for image in see_images(model, group)]
+    seen = [image for group in pixels.split(IMAGES_AT_ONCE) for image in encode_each(model, group)]
     first = 0
     for number, request in requests.items():
         count = len(request.pixel_values)
@@ -64,14 +64,14 @@ def encode_together(requests: Mapping[int, EncodeRequest]) -> Iterator[tuple[int
 
 
 @torch.no_grad()
-def see_images(model: MMInterleavedForConditionalGeneration, pixel_values: Tensor) -> list[SeenImage]:
+def encode_each(model: MMInterleavedForConditionalGeneration, pixel_values: Tensor) -> list[EncodedImage]:
     """What the model sees of images, in one pass: RGB in [0, 1], (I, 3, H, W), square."""
     if not len(pixel_values):
         return []
     features = model.encode_images(pixel_values.to(model.device))
     pyramids = zip(*(level.split(1) for level in features.pyramid), strict=True)
     return [
-        SeenImage(pixels, ImageFeatures(slots, pyramid))
+        EncodedImage(pixels, ImageFeatures(slots, pyramid))
         for pixels, slots, pyramid in zip(
             pixel_values.split(1), features.slots.split(1), pyramids, strict=True
         )
@@ -101,7 +101,7 @@ class InterleavedSession:
         model, text = self.model, self.model.config.text_config
         self.ids: list[int] = []
         self.image_starts: list[int] = []
-        self.images: list[SeenImage] = []
+        self.images: list[EncodedImage] = []
         self.cache = PrefixCache(text, device=model.device, max_cache_len=self._max_cache_len)
         self._projected = ProjectedImages(self._project)
         self._weights = WeightsState(model)
@@ -154,12 +154,12 @@ class InterleavedSession:
 
     def finish_image(self, pixel_values: Tensor) -> None:
         """The slots of the image just started: RGB in [0, 1], (1, 3, H, W), square. Encoded once."""
-        [image] = see_images(self.model, pixel_values)
-        self.finish_seen_image(image)
+        [image] = encode_each(self.model, pixel_values)
+        self.finish_encoded_image(image)
 
     @torch.no_grad()
-    def finish_seen_image(self, image: SeenImage) -> None:
-        """The same for an image that has been encoded already, see `see_images`."""
+    def finish_encoded_image(self, image: EncodedImage) -> None:
+        """The same for an image that has been encoded already, see `encode_each`."""
         start = torch.tensor([[self.image_starts[-1]]], device=self.model.device)
         features = image.features
         # The synchronizers must know the image before its slots are read: slots look at their own image.

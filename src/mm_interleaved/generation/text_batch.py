@@ -14,24 +14,26 @@ from torch.nn import functional as F
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from mm_interleaved.errors import NumericalError
-from mm_interleaved.generation.text import (
-    FAST_STREAM_EVERY,
+from mm_interleaved.generation.logits import (
     LOGITS,
     FiniteRows,
     OnTextAlone,
+    decoder_start,
+    logits_processors,
+)
+from mm_interleaved.generation.text import (
+    FAST_STREAM_EVERY,
     TextRequest,
     TextRun,
     call_generate,
     cut_at_stop,
-    decoder_start,
-    logits_processors,
     write_text,
 )
 from mm_interleaved.models.prefix_cache import PrefixCache, static_room
 from mm_interleaved.tokens.visibility import NO_IMAGE
 
 
-def write_together(
+def write_text_batch(
     requests: dict[int, TextRequest], assistant_model: PreTrainedModel | None = None
 ) -> Iterator[tuple[int, TextRun | NumericalError]]:
     """The runs of text parts, each as `write_text` gives them, several rows to a pass; the error of a row
@@ -40,7 +42,7 @@ def write_together(
     Beams and guessed words are written one document after another.
 
     Args:
-        requests: by number; of one kind.
+        requests: by number; of one `batch_key`.
         assistant_model: see `write_text`; only for whoever writes alone.
     """
     first = next(iter(requests.values()))
@@ -77,7 +79,7 @@ class _Batch:
         self.length = max(len(session.ids) for session in sessions)
         caches = [session.cache for session in sessions]
         room = self.length + max(request.rules.max_new_tokens for request in requests.values())
-        self.cache = side_by_side(caches, self.first.model.config.text_config, room)
+        self.cache = join_caches(caches, self.first.model.config.text_config, room)
 
     def write_run(self) -> Iterator[tuple[int, TextRun | NumericalError]]:
         """The next run of each row; rows that are done leave the batch."""
@@ -102,7 +104,7 @@ class _Batch:
                 continue
             self.written[number] += ids
             is_last = stop is not None or len(ids) == limit
-            hand_back(self.cache, row, self.length - 1, min(length, len(ids) + 1), request.session.cache)
+            append_row(self.cache, row, self.length - 1, min(length, len(ids) + 1), request.session.cache)
             request.session.accept(ids)
             runs.append((number, TextRun(ids, stop, is_last)))
             if not is_last:
@@ -155,7 +157,7 @@ class _Batch:
         return F.pad(found, (0, length - found.shape[1]), value=rules.stop_ids[0]).tolist()
 
 
-def side_by_side(caches: Sequence[PrefixCache], config: Any, room: int) -> PrefixCache:
+def join_caches(caches: Sequence[PrefixCache], config: Any, room: int) -> PrefixCache:
     """Memories of one row each as the rows of one, padded on the left. Hidden states are left behind.
 
     Args:
@@ -221,7 +223,7 @@ def _join_images(caches: Sequence[PrefixCache], pads: Sequence[int], joined: Pre
     joined.append_images(start_BN, values)
 
 
-def hand_back(joined: PrefixCache, row: int, first: int, count: int, to: PrefixCache) -> None:
+def append_row(joined: PrefixCache, row: int, first: int, count: int, to: PrefixCache) -> None:
     """Append what a row has read, `count` tokens from `first` on, to the memory of its own document."""
     for index, layer in enumerate(joined.layers):
         assert layer.keys is not None and layer.values is not None

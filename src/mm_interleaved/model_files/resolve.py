@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.errors import ModelFileError, escape
-from mm_interleaved.model_files.known_words import FILE_NAME
 from mm_interleaved.spelling import nearest
 
 SHIPPED = ("storyworld",)
@@ -22,7 +21,6 @@ CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.model", "*.txt")
 """Everything of a model but its weights."""
 ALL_FILES = (*SMALL_FILES, "*.safetensors")
-_SUFFIXES = tuple(pattern.removeprefix("*") for pattern in ALL_FILES)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 """What says, in transformers' terms, where files of the hub come from."""
 
@@ -61,16 +59,6 @@ def find_folder(
     if not isinstance(name, str) or os.path.exists(name):
         return Path(name)
     return _from_hub(name, files, hub or {})
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files of a model's folder on which its output depends, sorted."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        # The list of known words makes warnings, and no output.
-        if path.suffix in _SUFFIXES and path.name != FILE_NAME and path.is_file()
-    ]
 
 
 def shipped_folder(name: str) -> Path:

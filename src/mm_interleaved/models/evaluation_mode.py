@@ -4,60 +4,38 @@ In training mode the layers of transformers drop activations at random and, with
 the cache empty: what is generated would not be what the model says.
 """
 
-import threading
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
-
-class _Modes:
-    """How many callers need a model in evaluation mode, and which of its modules were in training mode."""
-
-    def __init__(self, model: nn.Module):
-        self.callers = 0
-        self.training = [module for module in model.modules() if module.training]
+from mm_interleaved.models.shared_change import SharedChange, Undo
 
 
-_lock = threading.Lock()
-_in_use: "WeakKeyDictionary[nn.Module, _Modes]" = WeakKeyDictionary()
+def _evaluate(model: nn.Module) -> Undo | None:
+    # Not all modules are asked: that would take longer than a token does.
+    if not any(module.training for module in (model, *model.children())):
+        return None
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+
+    def undo() -> None:
+        for module in in_training:
+            module.training = True
+
+    return undo
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+_evaluation = SharedChange(_evaluate)
+
+
+def evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """The model in evaluation mode; each of its modules gets its own mode back when the last caller is done.
 
     Any number of threads may be inside at once. A model counts as training if it or one of its parts does.
     """
-    modes = _enter(model)
-    try:
-        yield
-    finally:
-        if modes is not None:
-            _leave(model, modes)
-
-
-def _enter(model: nn.Module) -> _Modes | None:
-    with _lock:
-        modes = _in_use.get(model)
-        # Not all modules are asked: that would take longer than a word does.
-        if modes is None and any(module.training for module in (model, *model.children())):
-            modes = _in_use[model] = _Modes(model)
-            model.eval()
-        if modes is not None:
-            modes.callers += 1
-        return modes
-
-
-def _leave(model: nn.Module, modes: _Modes) -> None:
-    with _lock:
-        modes.callers -= 1
-        if modes.callers == 0:
-            del _in_use[model]
-            for module in modes.training:
-                module.training = True
+    return _evaluation.of(model)
 
 
 def steps_in_evaluation_mode(model: nn.Module, steps: Generator[Any, Any, Any]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from mm_interleaved.data.loader import state_counts
 from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError
 from mm_interleaved.files import new_folder, remove_folder
-from mm_interleaved.generation.loading import find_model
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.models.finite import damaged_weight
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.samples import SampleDrawer, sample_documents

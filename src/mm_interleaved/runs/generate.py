@@ -15,17 +15,13 @@ from mm_interleaved.devices import torch_device
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.images import open_image
 from mm_interleaved.errors import NumericalError, UsageError
+from mm_interleaved.generation.defaults import generation_defaults
 from mm_interleaved.generation.events import Event, Failed, Finished
-from mm_interleaved.generation.loading import (
-    AS_IT_IS,
-    Acceleration,
-    find_model,
-    generation_defaults,
-    hash_model,
-    load_generator,
-    read_config,
-)
+from mm_interleaved.generation.loading import AS_IT_IS, Acceleration, load_generator
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
+from mm_interleaved.model_files.config import read_config
+from mm_interleaved.model_files.hashing import hash_model
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.runs.folder import RunFolder, RunIdentity, open_run
 from mm_interleaved.runs.manifest import batch_size_of
 from mm_interleaved.runs.page import render_page, title_of
@@ -155,7 +151,7 @@ def run_documents(
                 dtype=request.model.dtype,
                 acceleration=request.model.acceleration,
             )
-            generator.tell_of_unknown_words(pending)
+            generator.warn_of_unknown_words(pending)
             for start in range(0, len(request.documents), batch_size):
                 batch = request.documents[start : start + batch_size]
                 _continue(run, generator, batch, [settings[document.id] for document in batch], on_event)

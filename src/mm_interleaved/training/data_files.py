@@ -29,7 +29,7 @@ from mm_interleaved.data.storage.files import (
 from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import InputError, MMInterleavedError, escape
 from mm_interleaved.files import make_folder, put_aside, write_file
-from mm_interleaved.model_files.resolve import model_files
+from mm_interleaved.model_files.hashing import model_files
 from mm_interleaved.training.parallel import Ranks
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import torch
 from golden import Golden, shared
 from torch import Tensor
 
-from mm_interleaved.generation.diffusion import build_scheduler, denoise
+from mm_interleaved.generation.diffusion import denoise
+from mm_interleaved.generation.schedulers import build_scheduler
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.tokens.visibility import NO_IMAGE, context_images
 

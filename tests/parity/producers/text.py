@@ -7,9 +7,11 @@ import torch
 from golden import Golden, shared
 from torch import Tensor
 
+from mm_interleaved.generation.logits import TextRules
+from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.generation.text import TextBatch, TextRules, generate_text_batch, score_options
+from prompt_batches import TextBatch, generate_text_batch
 
 # Defaults of the official generation functions (GOLDEN.md, section 4.9).
 DEFAULTS = {

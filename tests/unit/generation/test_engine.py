@@ -10,7 +10,8 @@ from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import InputError, ModelFileError, NumericalError, TooLongError, UsageError
-from mm_interleaved.generation.engine import InterleavedGenerator, part_seed
+from mm_interleaved.generation.continuation import part_seed
+from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Finished, ImageDone, ImagePreview, ImageStarted, TextDelta
 from mm_interleaved.generation.settings import SCHEDULERS, GenerationSettings, settings_for
 from mm_interleaved.generation.text import TextRun
@@ -166,7 +167,7 @@ def test_text_does_not_depend_on_how_its_ids_came_in_runs(
             request.session.accept(run)
             yield number, TextRun(run, None, end >= len(ids))
 
-    monkeypatch.setattr("mm_interleaved.generation.batched.write_together", in_runs)
+    monkeypatch.setattr("mm_interleaved.generation.batched.write_text_batch", in_runs)
     stream = InterleavedGenerator(model, processor).stream(Document(id="d", parts=[Text("a")]), layout="T")
     events = list(stream)
     text = processor.vocabulary.decode(ids)
@@ -211,10 +212,10 @@ def test_of_several_candidates_the_first_is_the_one_painted_alone(generator, doc
     def keep_all(continuation, pictures, text_ids):
         seen.extend(pictures)
         assert generator.processor.vocabulary.decode(text_ids) == " you"
-        [image] = yield from continuation._look_at(continuation._pixels(pictures[2]))
+        [image] = yield from continuation._encode(continuation._pixels(pictures[2]))
         return 2, image
 
-    monkeypatch.setattr("mm_interleaved.generation.engine._Continuation._best_for", keep_all)
+    monkeypatch.setattr("mm_interleaved.generation.continuation.Continuation._best_for", keep_all)
     chosen = generator.generate(document, num_candidates=3, **settings)
     assert np.abs(np.asarray(seen[0]).astype(int) - pixels(alone)[0]).max() <= 1
     assert np.array_equal(pixels(chosen)[0], np.asarray(seen[2]))
@@ -331,13 +332,13 @@ def test_a_model_that_does_not_paint_only_writes(document):
     )
     writer = InterleavedGenerator(model, tiny_processor(model.config))
     assert letters(writer.generate(document, min_new_tokens=3, **FAST)) == "T"
-    with pytest.raises(UsageError, match="does not paint"):
+    with pytest.raises(UsageError, match="generates no images"):
         writer.generate(document, layout="T I")
 
 
 def test_numbers_that_are_none_are_reported(generator, document, says):
     says(A_LETTER, float("nan"))
-    with pytest.raises(NumericalError, match="next word"):
+    with pytest.raises(NumericalError, match="next token"):
         generator.generate(document, layout="T", **FAST)
 
 
@@ -367,7 +368,7 @@ def test_images_that_the_painter_no_longer_sees_are_told(generator, document, ca
     generator.generate(document, layout=layout, **FAST)
     assert not caplog.text  # the model's own rule is no news
     generator.generate(document, layout=layout, context_images="all", **FAST)
-    told = f"image {limit + 1} is painted from the newest {limit} of the {limit + 1} images before it"
+    told = f"image {limit + 1} is generated from the newest {limit} of the {limit + 1} images before it"
     assert told in caplog.text and caplog.text.count("painted from") == 1
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import InputError, UsageError
-from mm_interleaved.generation import diffusion, settings
+from mm_interleaved.generation import schedulers, settings
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.models import config
 
@@ -164,4 +164,4 @@ def test_wrong_argument_of_a_document_is_named_where_it_stands(own, layout, fiel
 def test_rules_of_the_settings_are_those_of_the_configuration():
     # Written twice, because the settings make the flags of a help that must not load transformers.
     assert settings.CONTEXT_RULES == config.CONTEXT_RULES
-    assert tuple(diffusion.SCHEDULERS) == settings.SCHEDULERS
+    assert tuple(schedulers.SCHEDULERS) == settings.SCHEDULERS

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from mm_interleaved import devices, register
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.errors import ModelFileError, UsageError
-from mm_interleaved.generation.loading import find_model, load_generator
+from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.model_files.headers import tensor_headers
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.models.build import build_vision_tower
 from mm_interleaved.models.config import MMInterleavedConfig
 from mm_interleaved.models.image_decoder import DiffusionDraws

@@ -5,7 +5,7 @@ import torch
 
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import UsageError
-from mm_interleaved.generation import diffusion
+from mm_interleaved.generation import diffusion, schedulers
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.settings import DISTILLED, MAX_DISTILLED_STEPS, SCHEDULERS
 from mm_interleaved.models.prediction_types import PREDICTION_TYPES
@@ -30,7 +30,7 @@ def test_every_number_of_steps_goes_from_noise_to_the_picture(name, spacing):
     is_full = spacing == "leading" and name in ("ddpm", "unipc")
     counts = {*range(1, most + 1, 1 if is_full else 13), 61, 501, 998, 999, 1000}
     for count in (count for count in counts if count <= most):
-        steps = diffusion.scheduler_for(name, config, count).timesteps.double()
+        steps = schedulers.scheduler_for(name, config, count).timesteps.double()
         assert len(steps) == count
         assert steps[-1] >= 0 and steps[0] <= 999 and bool((steps.diff() < 0).all()), count
         assert 999 - steps[0] <= 1000 / count + 50, f"{count} steps begin at {steps[0]}"
@@ -42,7 +42,9 @@ def test_short_schedules_are_gone_through_or_refused(name, trained):
     done = set()
     for count in range(1, trained + 3):
         try:
-            steps = diffusion.scheduler_for(name, LEADING | {"num_train_timesteps": trained}, count).timesteps
+            steps = schedulers.scheduler_for(
+                name, LEADING | {"num_train_timesteps": trained}, count
+            ).timesteps
         except ValueError as error:
             assert f"cannot do {count} of {trained} steps" in str(error) and "\n" not in str(error)
             continue
@@ -54,16 +56,16 @@ def test_short_schedules_are_gone_through_or_refused(name, trained):
 
 def test_usual_numbers_keep_the_spacing_that_the_model_was_published_with():
     for count in (1, 2, 8, 20, 25, 30, 50, 100, 250):
-        ours = diffusion.scheduler_for("ddpm", LEADING, count).timesteps
-        stock = diffusion.build_scheduler("ddpm", LEADING)
+        ours = schedulers.scheduler_for("ddpm", LEADING, count).timesteps
+        stock = schedulers.build_scheduler("ddpm", LEADING)
         stock.set_timesteps(count)
         assert torch.equal(ours, stock.timesteps)
 
 
 def test_the_published_rule_keeps_its_spacing_wherever_it_begins_but_not_beyond_the_end():
-    assert diffusion.scheduler_for("ddpm", LEADING, 501, is_published=True).timesteps[0] == 501
+    assert schedulers.scheduler_for("ddpm", LEADING, 501, is_published=True).timesteps[0] == 501
     with pytest.raises(ValueError, match="cannot do 1000 of 1000 steps"):
-        diffusion.scheduler_for("ddpm", LEADING, 1000, is_published=True)
+        schedulers.scheduler_for("ddpm", LEADING, 1000, is_published=True)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -72,8 +74,8 @@ def test_a_perfect_prediction_of_any_kind_ends_in_the_picture(name, prediction_t
     """A U-Net that knows the clean latents: the sampler must arrive at them, whatever it was told."""
     from mm_interleaved.models.losses import denoising_target
 
-    scheduler = diffusion.scheduler_for(name, LEADING | {"prediction_type": prediction_type}, 20)
-    training = diffusion.build_scheduler("ddpm", LEADING | {"prediction_type": prediction_type})
+    scheduler = schedulers.scheduler_for(name, LEADING | {"prediction_type": prediction_type}, 20)
+    training = schedulers.build_scheduler("ddpm", LEADING | {"prediction_type": prediction_type})
     clean = torch.linspace(-1, 1, 16).view(1, 1, 4, 4).double()
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(clean.shape, generator=generator, dtype=torch.float64) * scheduler.init_noise_sigma
@@ -101,7 +103,7 @@ def test_a_number_that_no_sampler_can_do_is_refused_before_anything_runs(setting
 
 def test_a_scheduler_of_ones_own_is_looked_at_too():
     model = tiny_model()
-    scheduler = diffusion.build_scheduler("ddpm", LEADING)
+    scheduler = schedulers.build_scheduler("ddpm", LEADING)
     with pytest.raises(ValueError, match="found 1000 time steps from 1000 to 1, expected 1000 that fall"):
         next(
             diffusion.denoise(
@@ -113,4 +115,4 @@ def test_a_scheduler_of_ones_own_is_looked_at_too():
 
 def test_a_prediction_that_nobody_knows_is_refused():
     with pytest.raises(ValueError, match="prediction_type: found 'flow_prediction', expected one of epsilon"):
-        diffusion.build_scheduler("ddim", LEADING | {"prediction_type": "flow_prediction"})
+        schedulers.build_scheduler("ddim", LEADING | {"prediction_type": "flow_prediction"})

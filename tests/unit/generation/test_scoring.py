@@ -5,8 +5,8 @@ import torch
 
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.generation.engine import InterleavedGenerator
+from mm_interleaved.generation.scoring import TOKENS_AT_ONCE, score_options
 from mm_interleaved.generation.session import InterleavedSession
-from mm_interleaved.generation.text import TOKENS_AT_ONCE, score_options
 from tiny import BOS, tiny_model, tiny_processor
 
 

@@ -17,7 +17,8 @@ from PIL import Image as PILImage
 from mm_interleaved.documents.document import Document, Image, Text, document_to_record
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.generation.engine import InterleavedGenerator
-from mm_interleaved.generation.loading import find_model, load_generator
+from mm_interleaved.generation.loading import load_generator
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.models.acceleration import load_adapter
 from mm_interleaved.training.adaptation import add_low_rank
 from mm_interleaved.training.config import LoraConfig

@@ -17,7 +17,9 @@ from mm_interleaved.cli.main import run
 from mm_interleaved.documents.strict_json import FieldError
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.generation.loading import generation_defaults, load_generator, read_config
+from mm_interleaved.generation.defaults import generation_defaults
+from mm_interleaved.generation.loading import load_generator
+from mm_interleaved.model_files.config import read_config
 from mm_interleaved.model_files.resolve import shipped_folder
 from mm_interleaved.model_files.values import COUNTS, SIZES, check_object, fits
 from mm_interleaved.tokens.processor import MMInterleavedProcessor

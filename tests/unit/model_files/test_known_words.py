@@ -9,8 +9,9 @@ import pytest
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import ModelFileError
 from mm_interleaved.generation.engine import InterleavedGenerator
-from mm_interleaved.generation.loading import find_model, hash_model
+from mm_interleaved.model_files.hashing import hash_model
 from mm_interleaved.model_files.known_words import FILE_NAME, KnownWords
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.storyworld.tasks import TASKS, document
 from tiny import tiny_model, tiny_processor
 

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from mm_interleaved.documents.document import Document, Image, Text, document_to_record
 from mm_interleaved.documents.formats import read_documents
 from mm_interleaved.errors import InputError, ModelFileError, UsageError
-from mm_interleaved.generation import diffusion
+from mm_interleaved.generation import diffusion, schedulers
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import ImageDone
 from mm_interleaved.generation.loading import Acceleration
@@ -55,7 +55,7 @@ def predict(painter, timestep=500, shift=0.0, **more):
 @torch.no_grad()
 def paint(painter, **more):
     model, latents, conditioning, earlier = painter
-    scheduler = diffusion.build_scheduler("ddim", model.config.scheduler_config)
+    scheduler = schedulers.build_scheduler("ddim", model.config.scheduler_config)
     steps = diffusion.denoise(
         model.image_decoder, scheduler, latents, conditioning, earlier,
         num_inference_steps=5, guidance_scale=3.0, **more,
@@ -160,7 +160,7 @@ def test_guidance_that_does_not_change_may_be_used_again(painter):
             return torch.where(is_negative[:, None, None, None], 0.3, 0.5).expand_as(latents).double()
 
     def run(**caches):
-        scheduler = diffusion.build_scheduler("ddim", model.config.scheduler_config)
+        scheduler = schedulers.build_scheduler("ddim", model.config.scheduler_config)
         return list(
             diffusion.denoise(
                 Still(), scheduler, latents, conditioning, None,

@@ -76,13 +76,13 @@ def test_previews_are_no_black_pictures_either():
 def test_pixels_beyond_all_bounds_are_no_white_picture():
     model = tiny_model()
     with pytest.raises(NumericalError, match="pixels"):
-        diffusion.decode_pictures(model.image_decoder, torch.full((1, 4, 8, 8), math.inf))
+        diffusion.decode_images(model.image_decoder, torch.full((1, 4, 8, 8), math.inf))
 
 
 def test_sampling_that_leaves_the_range_of_numbers_is_refused():
     model = tiny_model()
     generator = InterleavedGenerator(model, tiny_processor(model.config))
-    with pytest.raises(NumericalError, match="the chances of the next word"):
+    with pytest.raises(NumericalError, match="the probabilities of the next token"):
         generator.generate(DOCUMENT, layout="T", do_sample=True, temperature=1e-44, **FAST)
 
 

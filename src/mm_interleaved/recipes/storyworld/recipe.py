@@ -19,8 +19,8 @@ from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.documents.document import Text
 from mm_interleaved.errors import UsageError, escape
 from mm_interleaved.files import new_folder, remove_folder
-from mm_interleaved.generation.loading import find_model
 from mm_interleaved.model_files.known_words import KnownWords
+from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.models.config import (
     AdapterConfig,
     MMInterleavedConfig,

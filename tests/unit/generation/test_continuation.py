@@ -4,8 +4,8 @@ import pytest
 
 from mm_interleaved.documents.layout import canonical_layout, parse_layout
 from mm_interleaved.errors import UsageError
+from mm_interleaved.generation.continuation import text_share
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.generation.token_budget import text_share
 
 
 @pytest.mark.parametrize("layout", ["auto", "AUTO", " auto "])

@@ -1,0 +1,158 @@
+"""What changes the logits of the next token, in order, and how a token is sampled from them.
+
+Letters: B rows, S steps so far, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.models.finite import check_finite
+from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+
+LOGITS = "the logits of the next token"
+RELEASED_TOP_K = 50
+"""transformers' default of the time, which nobody had switched off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRules:
+    """The frame of one text part, whatever the settings of its search."""
+
+    stop_ids: tuple[int, ...]
+    """Ids that end it; they are no part of it."""
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    forbidden_ids: tuple[int, ...] = ()
+
+
+def is_released(model: MMInterleavedForConditionalGeneration, settings: GenerationSettings) -> bool:
+    """Whether the published rules hold: asked for, or the model's own (converted checkpoints)."""
+    return "released" in (settings.compat, model.config.compat)
+
+
+def decoder_start(model: MMInterleavedForConditionalGeneration, settings: GenerationSettings) -> list[int]:
+    """Ids that stand before the written ones in the eyes of penalties and length rules.
+
+    The released code starts the written part with a bos of its own, penalised and counted like any word.
+    """
+    return [model.config.bos_token_id] if is_released(model, settings) else []
+
+
+def logits_processors(
+    model: MMInterleavedForConditionalGeneration,
+    settings: GenerationSettings,
+    rules: TextRules,
+    generators: Sequence[torch.Generator | None] = (None,),
+    *,
+    finite: LogitsProcessor | None = None,
+) -> LogitsProcessorList:
+    """Everything that changes the logits, in order; it looks at the text part alone, never at the prompt.
+
+    Args:
+        generators: where sampled words come from, see `SampledToken`.
+        finite: what looks whether they are numbers; by default it refuses those that are not.
+    """
+    processors = LogitsProcessorList([finite or FiniteOnly()])
+    if settings.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if rules.min_new_tokens:
+        min_length = rules.min_new_tokens + len(decoder_start(model, settings))
+        stop_ids = list(rules.stop_ids)
+        processors.append(MinLengthLogitsProcessor(min_length, stop_ids, device=str(model.device)))
+    if rules.forbidden_ids:
+        forbidden = list(rules.forbidden_ids)
+        processors.append(SuppressTokensLogitsProcessor(forbidden, device=str(model.device)))
+    if not settings.do_sample:
+        return processors
+    if settings.temperature != 1:
+        processors.append(TemperatureLogitsWarper(settings.temperature))
+    top_k = settings.top_k or (RELEASED_TOP_K if is_released(model, settings) else None)
+    if top_k is not None:
+        processors.append(TopKLogitsWarper(top_k))
+    if settings.top_p < 1:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    processors.append(SampledToken(generators))
+    return processors
+
+
+class FiniteOnly(LogitsProcessor):
+    """Lets logits pass, unless they are no numbers: the words drawn from those would be arbitrary."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return check_finite(scores, LOGITS)
+
+
+class FiniteRows(LogitsProcessor):
+    """The same for rows that do not know of each other: one whose logits are no numbers goes on with others
+    in their place, and is told afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._failed_BS: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        failed_B = ~scores.isfinite().all(-1)
+        self._failed_BS.append(failed_B)
+        return scores.masked_fill(failed_B[:, None], 0.0)
+
+    def good_words(self) -> list[int]:
+        """How many words of each row come from numbers, from the first one on."""
+        failed_BS = torch.stack(self._failed_BS, dim=1)
+        return (failed_BS.long().cumsum(1) == 0).sum(1).tolist()
+
+
+class OnTextAlone(LogitsProcessor):
+    """Shows to others the text part alone, never the prompt.
+
+    Args:
+        num_before: tokens before the text part, padding included.
+        start_ids: what stands in the place of the prompt, see `decoder_start`.
+    """
+
+    def __init__(self, others: LogitsProcessorList, num_before: int, start_ids: Sequence[int] = ()):
+        self.others, self.num_before, self.start_ids = others, num_before, list(start_ids)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        start = torch.tensor(
+            [self.start_ids] * len(input_ids), dtype=input_ids.dtype, device=input_ids.device
+        )
+        ids: Any = torch.cat([start, input_ids[:, self.num_before :]], dim=1)
+        return self.others(ids, scores)
+
+
+class SampledToken(LogitsProcessor):
+    """Draws the next word of each row from its own generator, and leaves no other choice.
+
+    `generate(do_sample=True)` draws from the global generator, which other threads and libraries use too.
+
+    Args:
+        generators: of each row, or one of all; on the CPU, so that words are the same on any device.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator | None]):
+        self.generators = generators
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probability_SV = check_finite(scores.softmax(-1), "the probabilities of the next token").cpu()
+        parts = probability_SV.tensor_split(len(self.generators))
+        words = [
+            torch.multinomial(part, 1, generator=generator)
+            for part, generator in zip(parts, self.generators, strict=True)
+        ]
+        word = torch.cat(words).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, word, 0.0)
