@@ -21,7 +21,7 @@ def test_a_module_is_found_by_its_former_name_and_says_so(former, monkeypatch):
 def test_a_module_that_is_several_now_is_still_whole(monkeypatch):
     monkeypatch.delitem(sys.modules, "mm_interleaved.model_source", raising=False)
     with pytest.warns(DeprecationWarning):
-        from mm_interleaved import model_source
+        model_source = import_module("mm_interleaved.model_source")
     for name in (
         "find_model",
         "generation_defaults",

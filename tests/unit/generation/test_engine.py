@@ -204,7 +204,7 @@ def test_two_sittings_equal_one(generator, document):
         assert np.array_equal(ours, theirs)
 
 
-def test_of_several_candidates_the_first_is_the_one_painted_alone(generator, document, monkeypatch):
+def test_of_several_candidates_the_first_is_the_one_generated_alone(generator, document, monkeypatch):
     settings = {"layout": "I", "seed": 3, **FAST}
     alone = generator.generate(document, **settings)
     seen = []
@@ -230,10 +230,10 @@ def test_the_candidate_that_explains_the_text_before_it_best_is_kept(generator, 
         asked.append((list(session.ids[:2]), options))
         return torch.tensor([next(likelihoods)])
 
-    monkeypatch.setattr("mm_interleaved.generation.engine.score_options", score)
+    monkeypatch.setattr("mm_interleaved.generation.continuation.score_options", score)
     completed = generator.generate(document, layout="I", num_candidates=3, seed=3, **FAST)
-    painted = part_seed(settings_for(document, {}, {"seed": 3}).seed, 3)
-    assert completed.parts[-1].seed == part_seed(painted, 1)
+    own = part_seed(settings_for(document, {}, {"seed": 3}).seed, 3)
+    assert completed.parts[-1].seed == part_seed(own, 1)
     vocabulary = generator.processor.vocabulary
     assert asked == [([BOS, vocabulary.image_start], [vocabulary.encode_text(" you")])] * 3
 
@@ -326,7 +326,7 @@ def test_every_image_argument_changes_the_image(generator, document):
     assert np.array_equal(plain, pixels(generator.generate(document, **{**base, "context_images": "0"}))[0])
 
 
-def test_a_model_that_does_not_paint_only_writes(document):
+def test_a_model_without_an_image_decoder_only_writes(document):
     model = tiny_model(
         unet_config=None, vae_config=None, conditioning_resampler=None, image_synchronizer=None
     )
@@ -355,21 +355,21 @@ def test_the_model_is_still_a_model(generator):
     assert not generator.model.training
 
 
-def test_context_images_that_are_not_there_are_told(generator, document, caplog):
+def test_context_images_that_are_not_there_are_warned_of(generator, document, caplog):
     generator.generate(document, layout="I I", context_images="0,1", **FAST)
     assert not caplog.text
     generator.generate(document, layout="I I", context_images="0,2,7", **FAST)
     assert "'d': context_images: nothing has the index 2, 7; 2 images stood before" in caplog.text
 
 
-def test_images_that_the_painter_no_longer_sees_are_told(generator, document, caplog):
+def test_images_that_the_decoder_no_longer_sees_are_warned_of(generator, document, caplog):
     limit = generator.model.max_context_images
     layout = " ".join("I" * (limit + 1))
     generator.generate(document, layout=layout, **FAST)
     assert not caplog.text  # the model's own rule is no news
     generator.generate(document, layout=layout, context_images="all", **FAST)
-    told = f"image {limit + 1} is generated from the newest {limit} of the {limit + 1} images before it"
-    assert told in caplog.text and caplog.text.count("painted from") == 1
+    warning = f"image {limit + 1} is generated from the newest {limit} of the {limit + 1} images before it"
+    assert warning in caplog.text and caplog.text.count("generated from") == 1
 
 
 @pytest.mark.parametrize("given", ["A red dog.", ["A red dog."], {"content": "A red dog."}, None])

@@ -340,7 +340,7 @@ def test_a_manifest_tells_an_adapter_by_its_content(tmp_path):
 
 def test_a_sampler_loads_no_library_that_only_others_need():
     code = (
-        "import sys; from mm_interleaved.generation.diffusion import build_scheduler; "
+        "import sys; from mm_interleaved.generation.schedulers import build_scheduler; "
         "build_scheduler('ddim', {}); print('diffusers.schedulers.scheduling_unipc_multistep' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
