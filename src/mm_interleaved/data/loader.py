@@ -1,6 +1,7 @@
 """The rows of each step of a training run, for any number of ranks and worker processes.
 
-Each worker reads some of its rank's lanes and gives one row of each a step, with the lane's state after it.
+Each worker reads some of its rank's row streams and gives one row of each a step, with the stream's state
+after it.
 So the loader always knows where the steps that were taken end, however far workers have read ahead, and can
 go on from there with other numbers of ranks and workers.
 """
@@ -9,21 +10,21 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from mm_interleaved.data.encoding import Skip
+from mm_interleaved.data.loader_state import STATE_VERSION, current_state, state_counts
 from mm_interleaved.data.mixture import Mixture
-from mm_interleaved.data.row_streams import LaneReader
-from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
-from mm_interleaved.files import forget_locks
+from mm_interleaved.data.row_streams import RowStreams
+from mm_interleaved.data.row_workers import PixelRow, RowDataset, as_it_is, begin_worker, next_rows
+from mm_interleaved.errors import InputError, UsageError, escape
 from mm_interleaved.tokens.batch import Batch, blank_batch, stack_batches
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 BLANK_ROW = -1
 """Number of a row that is no row of the data, see `TrainingLoader`."""
-STATE_VERSION = 1
 _BAD_KINDS = ("broken", "image", "refused")
 _TOLERATED = 10
 _LOGGED_EACH = 100
@@ -117,16 +117,16 @@ class TrainingLoader:
         self.mixture, self.processor, self.seed = mixture, processor, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         rows = global_batch_size // num_ranks
-        self.lanes = range(rank * rows, (rank + 1) * rows)
+        self.stream_indices = range(rank * rows, (rank + 1) * rows)
         self.num_workers = min(num_workers, rows)
         self.target_pixels, self.fixed_length = target_pixels, fixed_length
         self.add_blank_image, self.prefetch_steps = add_blank_image, prefetch_steps
         self.max_bad_fraction = max_bad_fraction
-        self.reader = LaneReader(
+        self.row_streams = RowStreams(
             mixture=mixture,
             shards=mixture.find_shards(),
             vocabulary=processor.vocabulary,
-            num_lanes=global_batch_size,
+            num_streams=global_batch_size,
             seed=seed,
         )
         self._step = 0
@@ -143,7 +143,9 @@ class TrainingLoader:
             InputError: too much of the data is bad, or a source gives nothing that can be used.
             StorageError: the storage or a worker process failed.
         """
-        dataset = _LaneRows(self.reader, self.processor, self.lanes, dict(self._states), self.target_pixels)
+        dataset = RowDataset(
+            self.row_streams, self.processor, self.stream_indices, dict(self._states), self.target_pixels
+        )
         # Each process gives a list of rows a step, in turn; nothing is left to collate.
         workers: dict[str, Any] = {"prefetch_factor": self.prefetch_steps} if self.num_workers else {}
         items: list[Iterator[Any]] = [
@@ -152,8 +154,8 @@ class TrainingLoader:
                     dataset,
                     batch_size=None,
                     num_workers=self.num_workers,
-                    collate_fn=_as_it_is,
-                    worker_init_fn=_begin_worker,
+                    collate_fn=as_it_is,
+                    worker_init_fn=begin_worker,
                     **workers,
                 )
             )
@@ -164,13 +166,13 @@ class TrainingLoader:
         loaded = self._loaded
         try:
             while True:
-                rows = list(chain.from_iterable(_next(items[0]) for _ in range(max(1, self.num_workers))))
+                rows = list(chain.from_iterable(next_rows(items[0]) for _ in range(max(1, self.num_workers))))
                 if loaded != self._loaded:
                     raise RuntimeError("the loader's state was loaded while its steps were being read")
-                rows.sort(key=lambda row: row.lane)
+                rows.sort(key=lambda row: row.stream_index)
                 step = self._step
                 self._step += 1
-                self._states.update({row.lane: row.state for row in rows})
+                self._states.update({row.stream_index: row.state for row in rows})
                 skips = tuple(skip for row in rows for skip in row.skips)
                 self._log(skips)
                 self._check_quality()
@@ -180,9 +182,9 @@ class TrainingLoader:
         finally:
             let_go()
 
-    def _micro_batch(self, step: int, rows: Sequence[_PixelRow]) -> MicroBatch:
+    def _micro_batch(self, step: int, rows: Sequence[PixelRow]) -> MicroBatch:
         batches = [row.batch for row in rows]
-        numbers = [step * self.global_batch_size + row.lane for row in rows]
+        numbers = [step * self.global_batch_size + row.stream_index for row in rows]
         if self.add_blank_image and not any(batch.num_images for batch in batches):
             target = self.processor.target_pixels if self.target_pixels else None
             batches.append(blank_batch(self.processor.vocabulary, self.processor.encoder_pixels, target))
@@ -203,19 +205,18 @@ class TrainingLoader:
             "version": STATE_VERSION,
             "step": self._step,
             "settings": self._settings(),
-            "lanes": {str(lane): state for lane, state in sorted(self._states.items())},
+            "row_streams": {str(index): state for index, state in sorted(self._states.items())},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where a state was taken, of one rank or merged of all.
 
         Raises:
-            UsageError: the state belongs to other data or another global batch, or lacks lanes of this rank.
+            UsageError: the state belongs to other data or another global batch, or lacks row streams of this
+                rank.
             ValueError: it has another form than `state_dict` gives.
         """
-        if state.get("version") != STATE_VERSION:
-            raise UsageError(f"data state: expected version {STATE_VERSION}, found {state.get('version')!r}")
-        _check_form(state)
+        state = current_state(state)
         then, now = state["settings"], self._settings()
         for name in {**then, **now}:
             if then.get(name) != now.get(name):
@@ -223,18 +224,19 @@ class TrainingLoader:
                     f"data state: {name} was {then.get(name)!r} and is {now.get(name)!r} now; "
                     "rows go on only with the same data and the same global batch"
                 )
-        missing = [lane for lane in self.lanes if str(lane) not in state["lanes"]] if state["step"] else []
-        if missing:
+        streams = state["row_streams"]
+        missing = [index for index in self.stream_indices if str(index) not in streams]
+        if missing and state["step"]:
             raise UsageError(
-                f"data state: it lacks lane {missing[0]} of this rank; merge the states of all ranks"
+                f"data state: it lacks row stream {missing[0]} of this rank; merge the states of all ranks"
             )
         self._step = int(state["step"])
-        self._states = {lane: state["lanes"][str(lane)] for lane in self.lanes} if self._step else {}
+        self._states = {index: streams[str(index)] for index in self.stream_indices} if self._step else {}
         self._loaded += 1
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """What this rank's lanes have read so far, by source: see `lanes.LaneRow.state`."""
-        return state_counts({"lanes": self._states})
+        """What this rank's row streams have read so far, by source: see `row_streams.StreamRow.state`."""
+        return state_counts({"row_streams": self._states})
 
     def _settings(self) -> dict[str, Any]:
         """What rows depend on, flat, as JSON."""
@@ -248,7 +250,7 @@ class TrainingLoader:
             for name in (field.name for field in fields(entry)):
                 if name not in ("name", "source"):
                     settings[f"{entry.name}.{name}"] = getattr(entry, name)
-            settings[f"{entry.name}.shards"] = len(self.reader.shards.get(entry.name, ()))
+            settings[f"{entry.name}.shards"] = len(self.row_streams.shards.get(entry.name, ()))
         return json.loads(json.dumps(settings, default=asdict))
 
     # ---- Skips -----------------------------------------------------------------------------------
@@ -278,124 +280,3 @@ class TrainingLoader:
                     f"source {source!r}: {bad} of {read} items are bad, expected at most a share of "
                     f"{self.max_bad_fraction} (max_bad_fraction); the log names them"
                 )
-
-
-def _check_form(state: Mapping[str, Any]) -> None:
-    """Refuses a state of which some part is missing or is something else."""
-    numbers = [state["step"]]
-    for lane, own in state["lanes"].items():
-        numbers += [int(lane), own["rows"]]
-        for source in own["sources"].values():
-            block, *rest = source["cursor"]
-            if (len(block), len(rest)) != (3, 4):
-                raise ValueError(f"cursor: expected three numbers and four, found {source['cursor']}")
-            numbers += [*block, *rest, *source["counts"].values()]
-    wrong = [number for number in numbers if type(number) is not int or number < 0]
-    if wrong or not isinstance(state["settings"], Mapping):
-        raise ValueError(f"data state: expected whole numbers from 0, found {wrong[:1] or state['settings']}")
-
-
-def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks as one, for any number of ranks.
-
-    Raises:
-        ValueError: they do not belong to one step of one run.
-    """
-    first = states[0]
-    for state in states:
-        if any(state[name] != first[name] for name in ("version", "step", "settings")):
-            raise ValueError(f"ranks are at different steps: {[state['step'] for state in states]}")
-    lanes = {lane: own for state in states for lane, own in state["lanes"].items()}
-    return {**first, "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
-
-
-def state_counts(state: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """The counts in a state, summed over its lanes: {source: {counter: number}}."""
-    totals: dict[str, Counter[str]] = {}
-    for lane in state["lanes"].values():
-        for name, source in lane["sources"].items():
-            totals.setdefault(name, Counter()).update(source["counts"])
-    return {name: dict(counts) for name, counts in totals.items()}
-
-
-class _PixelRow(NamedTuple):
-    """A row as a batch of one, with what the loader has to know about it."""
-
-    lane: int
-    batch: Batch
-    source: str
-    document_ids: tuple[str, ...]
-    skips: tuple[Skip, ...]
-    state: Mapping[str, Any]
-
-
-class _Failure(NamedTuple):
-    """An error of a worker, handed over without the traceback that a worker's exceptions carry as text.
-
-    In parts: an exception that a frame of its own traceback holds lives until the garbage is collected, and
-    with it the loader, whose processes then wait for each other.
-    """
-
-    kind: type[MMInterleavedError]
-    message: str
-    field: str | None
-
-
-@dataclass(frozen=True)
-class _LaneRows(IterableDataset):
-    """One list of rows a step: of all lanes that this process reads."""
-
-    reader: LaneReader
-    processor: MMInterleavedProcessor
-    lanes: Sequence[int]
-    states: Mapping[int, Mapping[str, Any]]
-    target_pixels: bool
-
-    def __iter__(self) -> Iterator[list[_PixelRow | _Failure]]:
-        worker = get_worker_info()
-        own = self.lanes if worker is None else self.lanes[worker.id :: worker.num_workers]
-        streams = [self.reader.rows(lane, self.states.get(lane)) for lane in own]
-        while True:
-            try:
-                rows = [next(stream) for stream in streams]
-                batches = [
-                    self.processor.collate([list(row.sequences)], target_pixels=self.target_pixels)
-                    for row in rows
-                ]
-            except MMInterleavedError as error:
-                yield [_Failure(type(error), str(error), error.field)]
-                return
-            yield [
-                _PixelRow(row.lane, batch, row.source, row.document_ids, row.skips, row.state)
-                for row, batch in zip(rows, batches, strict=True)
-            ]
-
-
-def _begin_worker(_: int) -> None:
-    """Who stops a run tells all of its processes; this one ends when the one it works for says so, or is no
-    more: and then the run's folder is to be free at once.
-    """
-    forget_locks()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _as_it_is(rows: Any) -> Any:
-    return rows
-
-
-def _next(items: Iterator[list[_PixelRow | _Failure]]) -> list[_PixelRow]:
-    """The rows that one process has for a step."""
-    try:
-        found = next(items)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        # Out of memory, mostly: the system ends the process without a word.
-        raise StorageError(f"a process that reads the data ended ({str(error).splitlines()[0]})") from error
-    rows = []
-    for row in found:
-        if isinstance(row, _Failure):
-            raise row.kind(row.message, field=row.field)
-        rows.append(row)
-    return rows

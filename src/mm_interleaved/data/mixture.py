@@ -78,9 +78,9 @@ class Mixture:
             keep_pairs=entry.keep_pairs,
         )
 
-    def source_of_row(self, seed: int, lane: int, row: int) -> MixtureSource:
-        """The source that fills the row of a lane."""
-        rng = SeededRandom(_ROW_DOMAIN, seed, lane, row)
+    def source_of_row(self, seed: int, stream_index: int, row: int) -> MixtureSource:
+        """The source that fills a row of a row stream."""
+        rng = SeededRandom(_ROW_DOMAIN, seed, stream_index, row)
         return rng.weighted(self.sources, [entry.weight for entry in self.sources])
 
     def find_shards(self) -> dict[str, tuple[Shard, ...]]:

@@ -1,9 +1,9 @@
 """Streams of rows without end, each the same in whatever process it is read.
 
-The rows of a training run stand in lanes, one for each row of the global batch: lane k gives row k of every
-step. A lane has its own part of each corpus. It reads a block of documents, shuffles it, merges some
-(few-shot), and fills rows. So what has been read is a few numbers for each lane and corpus: where the block
-begins, and how much of it has gone into rows. A lane that goes on reads its block again and nothing else.
+A training run has a row stream for each row of the global batch: stream k gives row k of every step. A stream
+has its own part of each corpus. It reads a block of documents, shuffles it, merges some (few-shot), and fills
+rows. So what has been read is a few numbers for each stream and corpus: where the block begins, and how much
+of it has gone into rows. A stream that goes on reads its block again and nothing else.
 """
 
 from __future__ import annotations
@@ -38,70 +38,72 @@ _MAX_IDLE = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class LaneRow:
-    """A row, and the state of its lane after it."""
+class StreamRow:
+    """A row, and the state of its stream after it."""
 
-    lane: int
+    stream_index: int
     number: int
-    """Number of the row in its lane, from 0."""
+    """Number of the row in its stream, from 0."""
     source: str
     sequences: tuple[TokenSequence, ...]
     document_ids: tuple[str, ...]
     skips: tuple[Skip, ...]
     """What was passed over on the way to this row."""
     state: dict[str, Any]
-    """JSON: where the lane stands in each source, and its `counts`: `documents` in rows, `skipped_<kind>`,
+    """JSON: where the stream stands in each source, and its `counts`: `documents` in rows, `skipped_<kind>`,
     `filtered_<rule>`, `rows`, `tokens`, `images`, `cut`, `tokens_left_out`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LaneReader:
-    """Reads any of the lanes of a run."""
+class RowStreams:
+    """Reads any of the row streams of a run."""
 
     mixture: Mixture
     shards: Mapping[str, tuple[Shard, ...]]
     """Result of `Mixture.find_shards`."""
     vocabulary: Vocabulary
-    num_lanes: int
+    num_streams: int
     seed: int
 
-    def rows(self, lane: int, state: Mapping[str, Any] | None = None) -> Iterator[LaneRow]:
-        """The rows of a lane after the one whose state is given, without end.
+    def rows(self, stream_index: int, state: Mapping[str, Any] | None = None) -> Iterator[StreamRow]:
+        """The rows of a stream after the one whose state is given, without end.
 
         Raises:
             InputError: a source gives nothing that can be used.
             StorageError: the storage failed again and again.
         """
         number, states = (0, {}) if state is None else (int(state["rows"]), state["sources"])
-        streams = {
-            entry.name: _SourceStream(self, entry, lane, states.get(entry.name))
+        sources = {
+            entry.name: _SourceSequences(self, entry, stream_index, states.get(entry.name))
             for entry in self.mixture.sources
             if entry.weight > 0
         }
         while True:
-            entry = self.mixture.source_of_row(self.seed, lane, number)
-            stream = streams[entry.name]
-            row = stream.next_row()
+            entry = self.mixture.source_of_row(self.seed, stream_index, number)
+            sequences = sources[entry.name]
+            row = sequences.next_row()
             number += 1
-            states = {**states, entry.name: stream.state()}
-            yield LaneRow(
-                lane,
+            states = {**states, entry.name: sequences.state()}
+            yield StreamRow(
+                stream_index,
                 number - 1,
                 entry.name,
                 tuple(row),
-                stream.documents_of_row(),
-                stream.drain_skips(),
+                sequences.documents_of_row(),
+                sequences.drain_skips(),
                 {"rows": number, "sources": states},
             )
 
-    def items(self, entry: MixtureSource, lane: int, begin: _Place) -> Iterator[tuple[_Place, Item | None]]:
-        """The items of a source that are this lane's, each with the place behind it; None ends an epoch."""
+    def items(
+        self, entry: MixtureSource, stream_index: int, begin: _Place
+    ) -> Iterator[tuple[_Place, Item | None]]:
+        """The items of a source that are this stream's, each with the place behind it; None ends an epoch."""
         number = [other.name for other in self.mixture.sources].index(entry.name)
         epoch, first, start = begin
         while True:
             source = in_epoch(entry.source, epoch)
             shuffled = _shuffled(self.shards[entry.name], _SHARD_DOMAIN, self.seed, number, epoch)
-            shares = lane_shares(shuffled, lane + epoch, self.num_lanes)
+            shares = stream_shares(shuffled, stream_index + epoch, self.num_streams)
             for index in range(first, len(shares)):
                 share = shares[index]
                 for position, item in _read_on(source, share.shard, start):
@@ -113,40 +115,41 @@ class LaneReader:
 
 
 class Share(NamedTuple):
-    """What a lane reads of a shard: the items whose position, divided by `parts`, leaves `part`."""
+    """What a stream reads of a shard: the items whose position, divided by `parts`, leaves `part`."""
 
     shard: Shard
     part: int
     parts: int
 
 
-def lane_shares(shards: Sequence[Shard], turn: int, num_lanes: int) -> list[Share]:
-    """What one lane reads in an epoch; the lanes together read every item once.
+def stream_shares(shards: Sequence[Shard], turn: int, num_streams: int) -> list[Share]:
+    """What one stream reads in an epoch; the streams together read every item once.
 
     Whole shards if there are enough of them, parts of shards otherwise.
 
     Args:
-        turn: number of the lane; lanes change places from epoch to epoch, so that none stays without items.
+        turn: number of the stream; streams change places from epoch to epoch, so that none stays without
+            items.
     """
-    turn %= num_lanes
-    if len(shards) >= num_lanes:
-        return [Share(shard, 0, 1) for shard in shards[turn::num_lanes]]
+    turn %= num_streams
+    if len(shards) >= num_streams:
+        return [Share(shard, 0, 1) for shard in shards[turn::num_streams]]
     index = turn % len(shards)
-    return [Share(shards[index], turn // len(shards), len(range(index, num_lanes, len(shards))))]
+    return [Share(shards[index], turn // len(shards), len(range(index, num_streams, len(shards))))]
 
 
 class _Place(NamedTuple):
-    """Where a lane stands in a source."""
+    """Where a stream stands in a source."""
 
     epoch: int = 0
     share: int = 0
-    """Number of the shard, or part of one, in the lane's list of the epoch."""
+    """Number of the shard, or part of one, in the stream's list of the epoch."""
     position: int = 0
     """Of the next item in it."""
 
 
 class _Cursor(NamedTuple):
-    """Where the rows of a lane stand in a source."""
+    """Where the rows of a stream stand in a source."""
 
     block: _Place = _Place()
     """Where the block of documents begins."""
@@ -160,15 +163,17 @@ class _Cursor(NamedTuple):
     """and of the next token in it."""
 
 
-class _SourceStream:
-    """The sequences of one source in one lane, without end (`packing.Sequences`)."""
+class _SourceSequences:
+    """The sequences of one source in one row stream, without end (`packing.Sequences`)."""
 
-    def __init__(self, reader: LaneReader, entry: MixtureSource, lane: int, state: Mapping[str, Any] | None):
-        self.reader, self.entry, self.lane = reader, entry, lane
-        self.rule = reader.mixture.row_rule(entry)
+    def __init__(
+        self, streams: RowStreams, entry: MixtureSource, stream_index: int, state: Mapping[str, Any] | None
+    ):
+        self.streams, self.entry, self.stream_index = streams, entry, stream_index
+        self.rule = streams.mixture.row_rule(entry)
         self.prepare = Preparation(
             source=entry.name,
-            vocabulary=reader.vocabulary,
+            vocabulary=streams.vocabulary,
             rule=self.rule,
             learn=entry.learn,
             few_shot=entry.few_shot,
@@ -179,7 +184,7 @@ class _SourceStream:
             self.counts.update(state["counts"])
             block, *rest = state["cursor"]
             self.cursor = _Cursor(_Place(*block), *rest)
-        self._items = reader.items(entry, lane, self.cursor.block)
+        self._items = streams.items(entry, stream_index, self.cursor.block)
         self._behind = self.cursor.block
         self._groups: list[tuple[Document, ...]] | None = None
         self._prepared: Prepared | None = None
@@ -197,7 +202,7 @@ class _SourceStream:
         first_epoch = self.cursor.block.epoch
         while True:
             self._documents = {}
-            row = fill_row(self, self.rule, self.reader.vocabulary.num_slots)
+            row = fill_row(self, self.rule, self.streams.vocabulary.num_slots)
             num_images = sum(len(sequence.images) for sequence in row)
             if num_images or self.rule.compat != "released":
                 self.counts.update(rows=1, tokens=sum(map(len, row)), images=num_images)
@@ -282,7 +287,7 @@ class _SourceStream:
         self.cursor = self.cursor._replace(is_counted=1)
         block = self.cursor.block
         rng = SeededRandom(
-            _BLOCK_DOMAIN, self.reader.seed, self.lane, block.epoch, block.share, block.position
+            _BLOCK_DOMAIN, self.streams.seed, self.stream_index, block.epoch, block.share, block.position
         )
         self._groups = group_documents(rng.sample(documents, len(documents)), self.entry.few_shot, rng)
         return self._groups
@@ -307,8 +312,8 @@ class _SourceStream:
         raise InputError(f"source {self.entry.name!r}: {why} ({found or 'no items'})")
 
     def _is_hopeless(self, num_epochs: int) -> bool:
-        """Within so many epochs the lane has had each part of the source once."""
-        return num_epochs > self.reader.num_lanes + 1
+        """Within so many epochs the stream has had each part of the source once."""
+        return num_epochs > self.streams.num_streams + 1
 
 
 def _read_on(source: Any, shard: Shard, start: int) -> Iterator[tuple[int, Item]]:

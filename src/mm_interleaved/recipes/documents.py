@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from mm_interleaved.checkpoint.load import DTYPES, load_model
-from mm_interleaved.data.loader import state_counts
+from mm_interleaved.data.loader_state import state_counts
 from mm_interleaved.devices import rank_device, use_threads
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError
 from mm_interleaved.files import new_folder, remove_folder

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from mm_interleaved.data.few_shot import FewShot
-from mm_interleaved.data.loader import MicroBatch, StepRows, TrainingLoader, merge_states
+from mm_interleaved.data.loader import MicroBatch, StepRows, TrainingLoader
+from mm_interleaved.data.loader_state import merge_states
 from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.data.registry import make_source
 from mm_interleaved.data.source import Source, WholeDocuments

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from corpora import BROKEN, FILTERED, UNREADABLE, MemoryCorpus, corpus, pair, picture
-from mm_interleaved.data import row_streams as lanes
+from mm_interleaved.data import row_streams
 from mm_interleaved.data.few_shot import FewShot
-from mm_interleaved.data.loader import BLANK_ROW, TrainingLoader, merge_states
+from mm_interleaved.data.loader import BLANK_ROW, TrainingLoader
+from mm_interleaved.data.loader_state import merge_states
 from mm_interleaved.data.mixture import Mixture, MixtureSource
-from mm_interleaved.data.row_streams import lane_shares
+from mm_interleaved.data.row_streams import stream_shares
 from mm_interleaved.data.sources.documents import DocumentFiles
 from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import InputError, StorageError, UsageError
@@ -95,7 +96,9 @@ def uninterrupted(processor):
 
 def test_rows_are_numbered_without_a_gap_and_mixed_by_weight(processor, uninterrupted):
     assert sorted(uninterrupted) == list(range(4 * STEPS))
-    many = Counter(mixture().source_of_row(5, lane, row).name for lane in range(4) for row in range(300))
+    many = Counter(
+        mixture().source_of_row(5, stream_index, row).name for stream_index in range(4) for row in range(300)
+    )
     for name, share in (("pairs", 1 / 3.5), ("stories", 2 / 3.5), ("words", 0.5 / 3.5)):
         assert many[name] / 1200 == pytest.approx(share, abs=0.05)
 
@@ -162,6 +165,24 @@ def test_a_run_can_be_interrupted_behind_any_row(processor, seed, compat):
         assert again.counts() == counts[index + 1]
 
 
+STATE_OF_0_1 = Path(__file__).parent / "state_of_0.1.json"
+"""What the first release wrote after five steps of `loader(processor)`; `lanes` are row streams by now."""
+
+
+def test_a_state_of_the_first_release_goes_on(processor, uninterrupted):
+    state = json.loads(STATE_OF_0_1.read_text(encoding="utf-8"))
+    assert state["version"] == 1 and "lanes" in state
+    own = loader(processor)
+    own.load_state_dict(state)
+    assert 0 < state["step"] < STEPS
+    rest = rows_of(take(own, STEPS - state["step"]))
+    assert rest == {number: row for number, row in uninterrupted.items() if number >= 4 * state["step"]}
+    # It is written on in today's form.
+    again = loader(processor)
+    again.load_state_dict(own.state_dict())
+    assert own.state_dict()["version"] == 2 and again.state_dict() == own.state_dict()
+
+
 def take_with(loader, count):
     """One step after the other, for looking at the loader in between."""
     iterator = iter(loader)
@@ -189,8 +210,8 @@ def test_a_state_of_other_data_is_refused_naming_old_and_new(processor):
     ):
         with pytest.raises(UsageError, match=message):
             loader(processor, **change).load_state_dict(state)
-    with pytest.raises(UsageError, match="lacks lane 0"):
-        loader(processor).load_state_dict({**state, "lanes": {}})
+    with pytest.raises(UsageError, match="lacks row stream 0"):
+        loader(processor).load_state_dict({**state, "row_streams": {}})
     with pytest.raises(ValueError, match=r"different steps: \[2, 3\]"):
         take(own, 1)
         merge_states([state, own.state_dict()])
@@ -205,14 +226,14 @@ def test_a_state_that_is_loaded_under_way_stops_the_old_steps(processor):
         next(iterator)
 
 
-@pytest.mark.parametrize("sizes, num_lanes", [([3, 1, 5], 8), ([2] * 9, 4), ([1], 5), ([4, 4], 2)])
-def test_in_an_epoch_all_lanes_together_read_every_item_once(sizes, num_lanes):
+@pytest.mark.parametrize("sizes, num_streams", [([3, 1, 5], 8), ([2] * 9, 4), ([1], 5), ([4, 4], 2)])
+def test_in_an_epoch_all_row_streams_together_read_every_item_once(sizes, num_streams):
     shards = corpus("x", sizes).shards()
     for epoch in range(3):
         seen = Counter(
             (share.shard.name, position)
-            for lane in range(num_lanes)
-            for share in lane_shares(shards, lane + epoch, num_lanes)
+            for stream_index in range(num_streams)
+            for share in stream_shares(shards, stream_index + epoch, num_streams)
             for position in range(sizes[int(share.shard.name[-1])])
             if position % share.parts == share.part
         )
@@ -244,7 +265,7 @@ def test_every_item_of_an_epoch_is_in_a_row_or_counted_by_the_reason_it_is_not(p
             seen.update(step.micro_batches[0].document_ids)
             skipped += step.skips
             counts = own.counts()["s"]
-            (epoch, *_), _, group, *_ = own.state_dict()["lanes"]["0"]["sources"]["s"]["cursor"]
+            (epoch, *_), _, group, *_ = own.state_dict()["row_streams"]["0"]["sources"]["s"]["cursor"]
             # Two items of an epoch are no documents, 13 are.
             assert counts["skipped_broken"] == counts["filtered_no_image"] == epoch + 1
             kinds = ("image", "no_target", "too_long", "refused")
@@ -321,7 +342,7 @@ def test_more_ranks_than_shards_or_documents_take_equal_steps(processor):
 
 
 def test_storage_that_fails_is_tried_again_and_then_named(processor, monkeypatch):
-    monkeypatch.setattr(lanes, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(row_streams, "RETRY_SECONDS", (0.0, 0.0))
     items = (tuple(pair(f"p{i}") for i in range(5)),)
     whole = rows_of(take(loader(processor, mixture=one_source(items), batch=1), 4))
     flaky = one_source(items)

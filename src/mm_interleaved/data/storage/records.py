@@ -48,7 +48,7 @@ MAX_TABLE_BYTES = 2 << 30
 """Of a JSON file that is read whole."""
 REMEMBERED_TABLES = 32
 """Tables that a process keeps: more than a mixture has, since one that falls out is parsed again for each
-lane that begins to read it. Worker processes that are forked inherit those that `shards` has read."""
+row stream that begins to read it. Worker processes that are forked inherit those that `shards` has read."""
 _MAX_RATIO = 200
 """A zip that promises to become more times larger than this is refused; JSON shrinks to a tenth or so."""
 _SMALL_BYTES = 64 << 20
