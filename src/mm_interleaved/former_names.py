@@ -36,12 +36,13 @@ MOVED = MappingProxyType(
 
 DIVIDED = MappingProxyType(
     {
+        "mm_interleaved.document_formats": ("mm_interleaved.documents.document_files",),
         "mm_interleaved.model_source": (
             "mm_interleaved.generation.defaults",
             "mm_interleaved.model_files.config",
             "mm_interleaved.model_files.hashing",
             "mm_interleaved.model_files.resolve",
-        )
+        ),
     }
 )
 """Where the rest of a former module went that is now several."""

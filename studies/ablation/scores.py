@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.documents.document import Document, Image
-from mm_interleaved.documents.formats import read_documents, write_documents
+from mm_interleaved.documents.document_files import read_documents, write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.registry import TASKS
 from mm_interleaved.evaluation.runner import evaluate_model, read_predictions

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 
 from faults.filesystem import KILLED, every_event, full_from, killed_at, limited
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.documents.formats import read_documents
+from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError, StorageError, escape
 from mm_interleaved.files import put_aside
 from mm_interleaved.runs.folder import changed_files, check_input

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mm_interleaved.cli.main import run
-from mm_interleaved.documents.formats import write_documents
+from mm_interleaved.documents.document_files import write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder
 from mm_interleaved.generation import InterleavedGenerator

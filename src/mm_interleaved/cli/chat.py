@@ -184,7 +184,7 @@ class _Pictures:
         return path
 
     def write(self, documents: list[Document]):
-        from mm_interleaved.documents.formats import write_documents
+        from mm_interleaved.documents.document_files import write_documents
         from mm_interleaved.files import make_folder
 
         make_folder(self.folder)

@@ -16,7 +16,7 @@ from mm_interleaved.cli.command import Flags, command, typed_in_order
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.cli.places import folder_to_write
 from mm_interleaved.documents.document import Document, Image, Part, Text, part_records
-from mm_interleaved.documents.formats import read_documents
+from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.documents.strict_json import STANDARD_INPUT
 from mm_interleaved.errors import InputError, ModelFileError, SomeFailedError, UsageError
 from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, TextDelta

@@ -55,7 +55,7 @@ class Slot:
     """Where it came from in its record, and what stands there in place of an image; for messages."""
 
 
-Piece = Text | Image | Slot
+PartOrSlot = Text | Image | Slot
 
 
 def first_placeholder(text: str) -> str | None:
@@ -68,7 +68,7 @@ def _may_hold_markup(text: str) -> bool:
     return "<" in text or "[" in text or "{" in text
 
 
-def with_slots(pieces: Sequence[Piece], num_images: int) -> list[Piece] | None:
+def with_slots(pieces: Sequence[PartOrSlot], num_images: int) -> list[PartOrSlot] | None:
     """The pieces with their placeholders as slots, if some spelling occurs as often as there are images.
 
     Args:
@@ -88,7 +88,7 @@ def with_slots(pieces: Sequence[Piece], num_images: int) -> list[Piece] | None:
     return list(pieces) if wanted == 0 else None
 
 
-def _split(pieces: Sequence[Piece], pattern: re.Pattern[str]) -> Iterator[Piece]:
+def _split(pieces: Sequence[PartOrSlot], pattern: re.Pattern[str]) -> Iterator[PartOrSlot]:
     for piece in pieces:
         is_searched = isinstance(piece, Text) and _may_hold_markup(piece.text)
         if not is_searched or not (matches := list(pattern.finditer(piece.text))):
@@ -111,7 +111,7 @@ def _is_complete(slots: Sequence[Slot]) -> bool:
     return not numbers or any(numbers == list(range(first, first + len(slots))) for first in (0, 1))
 
 
-def filled(pieces: Sequence[Piece], images: Sequence[Image | None]) -> list[Part]:
+def filled(pieces: Sequence[PartOrSlot], images: Sequence[Image | None]) -> list[Part]:
     """The parts: each slot is the image of its number, or the next one; None is an image left out."""
     numbers = [piece.index for piece in pieces if isinstance(piece, Slot) and piece.index is not None]
     first = min(numbers, default=0)
@@ -127,7 +127,7 @@ def filled(pieces: Sequence[Piece], images: Sequence[Image | None]) -> list[Part
     return parts
 
 
-def images_first(pieces: Sequence[Piece], images: Sequence[Image | None]) -> list[Part]:
+def images_first(pieces: Sequence[PartOrSlot], images: Sequence[Image | None]) -> list[Part]:
     """The parts with all images before the first text that is no system sentence."""
     at = next((place for place, piece in enumerate(pieces) if piece.role != "system"), len(pieces))
     role = pieces[at].role if at < len(pieces) else None

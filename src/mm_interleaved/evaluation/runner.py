@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.documents.document import Document, Image, document_to_record, part_records
-from mm_interleaved.documents.formats import read_documents, read_record
+from mm_interleaved.documents.document_files import read_documents
+from mm_interleaved.documents.formats import read_record
 from mm_interleaved.documents.image_references import ImageFolder
 from mm_interleaved.documents.images import open_image as load_image
 from mm_interleaved.documents.strict_json import FieldError, Record, read_records

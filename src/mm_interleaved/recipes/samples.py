@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, document_to_record
-from mm_interleaved.documents.formats import read_documents
+from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import MMInterleavedError
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation import InterleavedGenerator

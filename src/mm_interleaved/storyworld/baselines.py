@@ -21,7 +21,7 @@ from statistics import mean
 import numpy as np
 
 from mm_interleaved.documents.document import Document, Image, Part, Text
-from mm_interleaved.documents.formats import write_documents
+from mm_interleaved.documents.document_files import write_documents
 from mm_interleaved.files import make_folder
 from mm_interleaved.storyworld.scores import score
 from mm_interleaved.storyworld.tasks import document, part_pixels

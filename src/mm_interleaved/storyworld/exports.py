@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.documents.formats import write_documents
+from mm_interleaved.documents.document_files import write_documents
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder, new_folder, write_file

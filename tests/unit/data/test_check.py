@@ -20,7 +20,7 @@ from mm_interleaved.data.check import Look, histogram, summary
 from mm_interleaved.data.check_page import render_contact_sheet
 from mm_interleaved.data.pickled_annotations import PICKLED
 from mm_interleaved.data.registry import SOURCES, make_source
-from mm_interleaved.documents.formats import read_documents
+from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError
 from mm_interleaved.storyworld.exports import write_storyworld
 from mm_interleaved.tokens.task_prompts import PROMPTS

@@ -13,7 +13,7 @@ from mm_interleaved.data.convert import convert_source
 from mm_interleaved.data.registry import SOURCES, make_source, source_name_of
 from mm_interleaved.data.source import BrokenItem, FilteredItem, Source
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.documents.formats import read_documents
+from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
 from mm_interleaved.storyworld.tasks import document
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Text, document_to_record
-from mm_interleaved.documents.formats import document_from_record
+from records import document_from_record
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 roles = st.sampled_from([None, "user", "assistant"])
@@ -116,7 +116,7 @@ def test_a_document_grows_without_changing():
 
 def test_documents_and_their_files_are_read_without_torch_and_transformers():
     code = (
-        "import sys, mm_interleaved.documents.formats; "
+        "import sys, mm_interleaved.documents.document_files; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.documents.formats import document_from_record, read_documents, write_documents
+from mm_interleaved.documents.document_files import read_documents, write_documents
 from mm_interleaved.documents.record_rules import AS_TEXT
 from mm_interleaved.errors import ImageError, InputError
+from records import document_from_record
 
 
 def png(colour="red"):

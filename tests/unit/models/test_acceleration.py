@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Text, document_to_record
-from mm_interleaved.documents.formats import read_documents
+from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError, ModelFileError, UsageError
 from mm_interleaved.generation import diffusion, schedulers
 from mm_interleaved.generation.engine import InterleavedGenerator

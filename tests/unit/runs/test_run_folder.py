@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from faults.filesystem import KILLED, killed_at
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.documents.formats import read_documents
+from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError, NumericalError, StorageError, UsageError
 from mm_interleaved.files import locked_folder, repair_tail
 from mm_interleaved.generation.events import Failed, Finished

@@ -8,7 +8,7 @@ import pytest
 
 from mm_interleaved.cli import shortcuts
 from mm_interleaved.documents.document import Image, Text
-from mm_interleaved.documents.formats import read_documents
+from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
 from mm_interleaved.storyworld.oracle import attribute_matches, read_scene

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document
-from mm_interleaved.documents.formats import write_documents
+from mm_interleaved.documents.document_files import write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder
 from mm_interleaved.storyworld.tasks import part_pixels

@@ -23,7 +23,7 @@ from mm_interleaved.data.storage.files import (
 )
 from mm_interleaved.data.storage.image_stores import found_with_images, image_store
 from mm_interleaved.documents.document import Document, Image, Part, Text
-from mm_interleaved.documents.formats import obelics_pairs
+from mm_interleaved.documents.forms.obelics import obelics_pairs
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field
 from mm_interleaved.errors import InputError, MMInterleavedError, UsageError, escape
