@@ -250,7 +250,7 @@ def test_no_foreign_class_or_module_is_patched():
     "program",
     [
         "import mm_interleaved",
-        "import mm_interleaved.documents.document_files, mm_interleaved.errors, mm_interleaved.model_files.headers",
+        "import mm_interleaved.documents.document_files, mm_interleaved.model_files.headers",
         "from mm_interleaved.cli.main import run; run(['--help'])",
         "from mm_interleaved.cli.main import run; run(['generate', '--help'])",
         "from mm_interleaved.cli.main import run; run(['convert', '--help'])",
