@@ -31,7 +31,8 @@ from mm_interleaved.cli.places import picture_to_write
 from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.images import FORMAT_NAMES
 from mm_interleaved.errors import InputError, MMInterleavedError, UsageError
-from mm_interleaved.tokens.boxes import BOX_RANGE, CAPTION_PROMPT, GROUND_PROMPT, read_box
+from mm_interleaved.tokens.boxes import BOX_RANGE, read_box
+from mm_interleaved.tokens.task_prompts import CAPTION_PROMPT, GROUND_PROMPT
 
 PicturePath = Annotated[Path, typer.Argument(metavar="IMAGE", help=f"A picture: {FORMAT_NAMES}.")]
 

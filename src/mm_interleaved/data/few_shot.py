@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from mm_interleaved.documents.document import Document, Part, Text
 from mm_interleaved.seeded_random import SeededRandom
-from mm_interleaved.tokens.prompts import ANSWERING_ROLE
+from mm_interleaved.tokens.conversation_format import ANSWERING_ROLE
 
 _PARTS_OF_ONE = 1 << 30
 

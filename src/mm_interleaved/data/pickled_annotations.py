@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from mm_interleaved.data.boxes import four_numbers
 from mm_interleaved.documents.strict_json import Field, FieldError, parse_strict
 from mm_interleaved.errors import InputError, UsageError, escape
+from mm_interleaved.tokens.boxes import four_numbers
 
 _MAX_BYTES = 2 << 30
 _MAX_DEPTH = 20

@@ -36,8 +36,8 @@ from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import static_room
 from mm_interleaved.tokens.batch import check_fits
+from mm_interleaved.tokens.conversation_format import ANSWERING_ROLE
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
-from mm_interleaved.tokens.prompts import ANSWERING_ROLE
 
 logger = logging.getLogger(__name__)
 

@@ -47,13 +47,8 @@ from mm_interleaved.storyworld.world import (
     scene_to_record,
     split_of,
 )
-from mm_interleaved.tokens.boxes import (
-    BOX_RANGE,
-    CAPTION_PROMPT,
-    GROUND_PROMPT,
-    PARAGRAPH_PROMPT,
-    write_box,
-)
+from mm_interleaved.tokens.boxes import BOX_RANGE, write_box
+from mm_interleaved.tokens.task_prompts import CAPTION_PROMPT, GROUND_PROMPT, PARAGRAPH_PROMPT
 
 _DOCUMENT_DOMAIN = 3
 NUM_CANDIDATES = 10

@@ -26,17 +26,12 @@ from mm_interleaved.model_files.processor_settings import (
 )
 from mm_interleaved.model_files.resolve import CONFIG, HUB_ARGUMENTS, SMALL_FILES, find_folder
 from mm_interleaved.tokens.batch import Batch, collate
-from mm_interleaved.tokens.conversations import (
-    RenderedPrompt,
-    is_conversation,
-    read_messages,
-    rendered,
-    text_pieces,
-    with_images,
-)
-from mm_interleaved.tokens.prompts import Piece, chat_pieces
+from mm_interleaved.tokens.chat_messages import is_conversation, read_messages
+from mm_interleaved.tokens.conversation_format import PromptPiece, chat_pieces
+from mm_interleaved.tokens.prompt_features import prompt_features
 from mm_interleaved.tokens.sequence import Sequence, encode_document, encode_pieces
-from mm_interleaved.tokens.vocabulary import IMAGE_TOKEN, Vocabulary
+from mm_interleaved.tokens.text_prompts import RenderedPrompt, rendered, text_pieces, with_images
+from mm_interleaved.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +59,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         known_words: the words of a model whose language is closed; None where any word may be known.
     """
 
-    # Conversations are written by `prompts`, so that no text in them can become markup.
+    # Conversations are written by `conversation_format`, so that no text in them can become markup.
     chat_template = None
 
     def __init__(
@@ -144,7 +139,7 @@ class MMInterleavedProcessor(ProcessorMixin):
             padding_side: default "right" for documents, "left" for texts, which are prompts.
             text: one text or several. `image_token` marks the places of a text's images; without one they
                 stand at its beginning. Whatever else a text spells is text.
-            images: see `conversation.text_pieces`.
+            images: see `text_prompts.text_pieces`.
             add_special_tokens: begin each text with bos.
             return_tensors: of texts: "pt", "np", or None for lists.
             padding, truncation: rows are always padded, and never cut.
@@ -191,7 +186,7 @@ class MMInterleavedProcessor(ProcessorMixin):
     @property
     def image_token(self) -> str:
         """What stands for an image in prompts that are shown or given as text."""
-        return self.vocabulary.spelling(self.vocabulary.image) or IMAGE_TOKEN
+        return self.vocabulary.image_token
 
     @property
     def image_token_id(self) -> int:
@@ -222,12 +217,12 @@ class MMInterleavedProcessor(ProcessorMixin):
         padding_side: str | None = None,
         **settings: Any,
     ) -> Any:
-        """Conversations as prompts, in the one form that our models know (see `prompts`).
+        """Conversations as prompts, in the one form that our models know (see `conversation_format`).
 
         What a message spells never becomes markup: `</s>` or an image token typed by a user are text.
 
         Args:
-            conversation: messages, or a list of conversations; see `conversation.read_messages`.
+            conversation: messages, or a list of conversations; see `chat_messages.read_messages`.
             add_generation_prompt: end with the assistant's marker.
             continue_final_message: leave the assistant's last message open.
             tokenize: ids instead of text.
@@ -281,7 +276,8 @@ class MMInterleavedProcessor(ProcessorMixin):
         if any(isinstance(each, Iterable) for each in ids):
             return self.batch_decode(ids, skip_special_tokens)
         ids = [int(i) for i in ids]
-        return self.vocabulary.decode(ids) if skip_special_tokens else self._spelled(ids)
+        vocabulary = self.vocabulary
+        return vocabulary.decode(ids) if skip_special_tokens else vocabulary.decode_with_specials(ids)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **settings: Any) -> list[str]:
         """The texts of rows of ids, see `decode`."""
@@ -294,28 +290,15 @@ class MMInterleavedProcessor(ProcessorMixin):
         rows = generated_outputs if getattr(generated_outputs, "ndim", 2) > 1 else [generated_outputs]
         return self.batch_decode(rows, skip_special_tokens, **settings)
 
-    def _rendered(self, pieces: list[Piece]) -> RenderedPrompt:
+    def _rendered(self, pieces: list[PromptPiece]) -> RenderedPrompt:
         spell = self.vocabulary.spelling
         return rendered(
             pieces, bos=spell(self.vocabulary.bos), eos=spell(self.vocabulary.eos), image=self.image_token
         )
 
-    def _spelled(self, ids: list[int]) -> str:
-        """Text with special tokens spelled out; of an image its slots alone, as one."""
-        vocabulary, text, run = self.vocabulary, "", []
-        for before, token in zip([None, *ids], [*ids, None], strict=True):
-            if token is not None and token not in vocabulary.reserved_ids:
-                run.append(token)
-                continue
-            text, run = text + vocabulary.decode(run), []
-            is_further_slot = token == vocabulary.image == before
-            if token is not None and token != vocabulary.image_start and not is_further_slot:
-                text += self.image_token if token == vocabulary.image else vocabulary.spelling(token)
-        return text
-
     def _prompt_batch(
         self,
-        prompts: list[list[Piece]],
+        prompts: list[list[PromptPiece]],
         padding_side: str | None,
         return_tensors: Any,
         *,
@@ -325,19 +308,7 @@ class MMInterleavedProcessor(ProcessorMixin):
         """Rows of pieces as `model.generate` takes them."""
         rows = [encode_pieces(with_images(pieces, None), self.vocabulary, bos=bos) for pieces in prompts]
         batch = self.collate(rows, padding_side=padding_side or "left")
-        data = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
-        if batch.num_images:
-            data |= {"pixel_values": batch.pixel_values, "image_start": batch.image_start}
-        if masks:
-            data["assistant_masks"] = batch.text_target.long()
-        kind = getattr(return_tensors, "value", return_tensors)
-        if kind not in ("pt", "np", "auto", None):
-            raise ValueError(f"return_tensors: expected 'pt', 'np' or None, found {return_tensors!r}")
-        if kind != "pt":
-            data = {name: tensor.numpy() for name, tensor in data.items()}
-        if kind not in ("pt", "np"):
-            data = {name: value if name == "pixel_values" else value.tolist() for name, value in data.items()}
-        return BatchFeature(data)
+        return prompt_features(batch, return_tensors, has_masks=masks)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that `processor_config.json` holds."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mm_interleaved.documents.document import Document, Image, Part, Text
+from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.tokens.prompts import Piece, conversation_pieces
+from mm_interleaved.tokens.conversation_format import PromptPiece, conversation_pieces
 from mm_interleaved.tokens.vocabulary import Vocabulary
 
 
@@ -149,7 +149,7 @@ def encode_document(
     return builder.build()
 
 
-def encode_pieces(pieces: SequenceABC[Piece], vocabulary: Vocabulary, *, bos: bool = True) -> Sequence:
+def encode_pieces(pieces: SequenceABC[PromptPiece], vocabulary: Vocabulary, *, bos: bool = True) -> Sequence:
     """The tokens of a prompt's pieces.
 
     Raises:
@@ -160,34 +160,6 @@ def encode_pieces(pieces: SequenceABC[Piece], vocabulary: Vocabulary, *, bos: bo
         builder.add([vocabulary.bos], is_target=False)
     builder.add_pieces(pieces)
     return builder.build()
-
-
-def decode_sequence(
-    ids: SequenceABC[int] | np.ndarray,
-    image_starts: SequenceABC[int] | np.ndarray,
-    vocabulary: Vocabulary,
-    images: SequenceABC[Image],
-) -> tuple[Part, ...]:
-    """The parts that ids stand for: text between images, and the images. Special ids are left out.
-
-    Two texts that touch come back as one; conversation markers come back as text.
-    """
-    if len(image_starts) != len(images):
-        raise ValueError(f"found {len(images)} images for {len(image_starts)} image starts, expected as many")
-    parts: list[Part] = []
-
-    def add_text(begin: int, end: int):
-        text = vocabulary.decode(ids[begin:end])
-        if text:
-            parts.append(Text(text))
-
-    position = 0
-    for start, image in zip(image_starts, images, strict=True):
-        add_text(position, int(start))
-        parts.append(image)
-        position = int(start) + 1 + vocabulary.num_slots
-    add_text(position, len(ids))
-    return tuple(parts)
 
 
 def slice_sequence(sequence: Sequence, begin: int, end: int, *, with_head: bool = False) -> Sequence:
@@ -227,13 +199,13 @@ def _is_conversation(document: Document) -> bool:
     return any(part.role is not None for part in document.parts)
 
 
-def _pieces(document: Document, include_target: bool) -> list[Piece]:
+def _pieces(document: Document, include_target: bool) -> list[PromptPiece]:
     target = document.target if include_target else ()
     if _is_conversation(document):
         pieces = conversation_pieces(document.parts, target)
     else:
-        pieces = [Piece(part, is_target=not target) for part in document.parts]
-        pieces += [Piece(part, is_target=True) for part in target]
+        pieces = [PromptPiece(part, is_target=not target) for part in document.parts]
+        pieces += [PromptPiece(part, is_target=True) for part in target]
     if document.target and not include_target:
         return [replace(piece, is_target=False) for piece in pieces]
     return pieces
@@ -256,7 +228,7 @@ class _Builder:
         if len(self.input_ids) not in self.part_starts[-1:]:
             self.part_starts.append(len(self.input_ids))
 
-    def add_pieces(self, pieces: SequenceABC[Piece]):
+    def add_pieces(self, pieces: SequenceABC[PromptPiece]):
         num_before = len(self.input_ids)
         for piece in pieces:
             self.begin_part()

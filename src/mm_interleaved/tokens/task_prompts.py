@@ -13,7 +13,11 @@ from types import MappingProxyType
 
 from mm_interleaved.documents.document import Image, Part, Text
 from mm_interleaved.documents.strict_json import FieldError
-from mm_interleaved.tokens.boxes import CAPTION_PROMPT, GROUND_PROMPT, PARAGRAPH_PROMPT
+
+CAPTION_PROMPT = "Describe the picture."
+PARAGRAPH_PROMPT = "Describe the picture in a paragraph."
+GROUND_PROMPT = "Where is the {phrase}?"
+"""What the shipped model was trained on, word for word."""
 
 _IMAGE = "{image}"
 _TEXT = "{text}"

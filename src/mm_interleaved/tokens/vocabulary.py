@@ -137,6 +137,19 @@ class Vocabulary:
             kept.pop()
         return self._text(kept).rstrip(INCOMPLETE)
 
+    def decode_with_specials(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens spelled out; an image is its slots alone, as one token."""
+        text, run = "", []
+        for before, token in zip([None, *ids], [*ids, None], strict=True):
+            if token is not None and token not in self._reserved:
+                run.append(token)
+                continue
+            text, run = text + self.decode(run), []
+            is_further_slot = token == self.image == before
+            if token is not None and token != self.image_start and not is_further_slot:
+                text += self.image_token if token == self.image else self.spelling(token)
+        return text
+
     def _kept(self, ids: Iterable[int]) -> list[int]:
         size = len(self.tokenizer)
         return [int(i) for i in ids if int(i) not in self._reserved and 0 <= int(i) < size]
@@ -174,3 +187,8 @@ class Vocabulary:
             return ""
         token: str | Sequence[str] | None = self.tokenizer.convert_ids_to_tokens(special)
         return token if isinstance(token, str) else ""
+
+    @property
+    def image_token(self) -> str:
+        """What stands for an image in texts."""
+        return self.spelling(self.image) or IMAGE_TOKEN

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 import mm_interleaved
-from mm_interleaved.data.boxes import Box
 from mm_interleaved.data.check import Look
 from mm_interleaved.data.convert import convert_source
 from mm_interleaved.data.registry import SOURCES, make_source
@@ -31,6 +30,7 @@ from mm_interleaved.data.source import (
 from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.documents.record_rules import AS_TEXT, is_content_name
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError
+from mm_interleaved.tokens.boxes import Box
 
 SIZE = (64, 48)
 NAMES = ("a.jpg", "b.jpg", "c.jpg")

@@ -13,8 +13,8 @@ from transformers import AutoProcessor, BatchFeature
 
 from mm_interleaved import Document, Image, Text, register
 from mm_interleaved.errors import ImageError
-from mm_interleaved.tokens.conversations import RenderedPrompt
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
+from mm_interleaved.tokens.text_prompts import RenderedPrompt
 from tiny import BOS, EOS, image_ids, tiny_config, tiny_model, tiny_processor
 
 SPELLINGS = ["<s>", "</s>", "<pad>", "<|image|>", "<|beginofimage|>", "<image>", "USER:", "ASSISTANT:"]

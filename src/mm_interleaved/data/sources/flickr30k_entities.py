@@ -12,7 +12,6 @@ from functools import partial
 from typing import Annotated
 from xml.etree import ElementTree
 
-from mm_interleaved.data.boxes import Edges, box_in_image, size_of_image
 from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, Shard, attempt
 from mm_interleaved.data.storage.files import (
     check_against_manifest,
@@ -26,6 +25,7 @@ from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field
 from mm_interleaved.errors import InputError, escape
+from mm_interleaved.tokens.boxes import Edges, box_in_image, size_of_image
 from mm_interleaved.tokens.task_prompts import GROUND, PROMPTS, TaskPrompt, phrase
 from mm_interleaved.typed_settings import Named
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-from mm_interleaved.data.boxes import Edges, box_in_image, four_numbers, size_of_image
 from mm_interleaved.data.source import FilteredItem, Item, Shard, attempt
 from mm_interleaved.data.storage.files import name_of, stem_of
 from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
@@ -19,6 +18,7 @@ from mm_interleaved.data.storage.records import read_items, read_table
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field, FieldError, Record
+from mm_interleaved.tokens.boxes import Edges, box_in_image, four_numbers, size_of_image
 from mm_interleaved.tokens.task_prompts import GROUND, PROMPTS, TaskPrompt, phrase
 from mm_interleaved.typed_settings import Named
 

@@ -39,8 +39,8 @@ from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normali
 from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
 from mm_interleaved.storyworld.tasks import TASK_WEIGHTS
 from mm_interleaved.storyworld.training_documents import INTERVIEW, training_document
+from mm_interleaved.tokens.conversation_format import conversation_pieces
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
-from mm_interleaved.tokens.prompts import conversation_pieces
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.parameter_groups import synchronizer_rules
 from mm_interleaved.typed_settings import to_record

@@ -17,7 +17,7 @@ _MARKERS = {"system": "", "user": "USER:", ANSWERING_ROLE: "ASSISTANT:"}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PromptPiece:
     """A part as it will be encoded: each text piece is tokenized by itself."""
 
     part: Part
@@ -27,7 +27,7 @@ class Piece:
     """An eos follows."""
 
 
-def conversation_pieces(parts: Sequence[Part], target: Sequence[Part] = ()) -> list[Piece]:
+def conversation_pieces(parts: Sequence[Part], target: Sequence[Part] = ()) -> list[PromptPiece]:
     """The pieces of a conversation; where the last word is not the assistant's, its marker ends them.
 
     Only what the assistant says is a target; where the document has a `target`, only what it says there. An
@@ -41,7 +41,7 @@ def conversation_pieces(parts: Sequence[Part], target: Sequence[Part] = ()) -> l
     return pieces
 
 
-def chat_pieces(parts: Sequence[Part], *, asks: bool, goes_on: bool) -> list[Piece]:
+def chat_pieces(parts: Sequence[Part], *, asks: bool, goes_on: bool) -> list[PromptPiece]:
     """The pieces of a conversation as transformers' chat templates end it.
 
     Args:
@@ -56,9 +56,9 @@ def chat_pieces(parts: Sequence[Part], *, asks: bool, goes_on: bool) -> list[Pie
     return pieces
 
 
-def _pieces_of_turns(said: Sequence[tuple[Part, str, bool]]) -> tuple[list[Piece], str]:
+def _pieces_of_turns(said: Sequence[tuple[Part, str, bool]]) -> tuple[list[PromptPiece], str]:
     """Pieces of (part, role, whether it may count), and who spoke last."""
-    pieces: list[Piece] = []
+    pieces: list[PromptPiece] = []
     role = ""
     for next_role, turn in groupby(said, key=lambda item: item[1]):
         if role == ANSWERING_ROLE:
@@ -69,16 +69,16 @@ def _pieces_of_turns(said: Sequence[tuple[Part, str, bool]]) -> tuple[list[Piece
             if index == 0 and not is_answer and isinstance(part, Text):
                 _append_text(pieces, part.text)
             else:
-                pieces.append(Piece(part, is_target=is_answer and may_be_target))
+                pieces.append(PromptPiece(part, is_target=is_answer and may_be_target))
     return pieces, role
 
 
-def _append_text(pieces: list[Piece], text: str):
+def _append_text(pieces: list[PromptPiece], text: str):
     """Continues the prompt's last piece of text, after a space, or begins one."""
     if not text:
         return
     last = pieces[-1] if pieces else None
     if last is not None and isinstance(last.part, Text) and not last.is_target and not last.ends_turn:
-        pieces[-1] = Piece(Text(f"{last.part.text} {text}"), is_target=False)
+        pieces[-1] = PromptPiece(Text(f"{last.part.text} {text}"), is_target=False)
     else:
-        pieces.append(Piece(Text(text), is_target=False))
+        pieces.append(PromptPiece(Text(text), is_target=False))
