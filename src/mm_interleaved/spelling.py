@@ -142,6 +142,15 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {escape(name)!r}: {hint(name, known)}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural but for one.
+
+    >>> counted(1, "document"), counted(0, "document")
+    ('1 document', '0 documents')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _spellings(known: Iterable[str]) -> dict[str, str]:
     """Each known name by the letters of every spelling of it; a known name's own spelling comes first."""
     found = {_letters(right): right for right in known}

@@ -18,10 +18,11 @@ from mm_interleaved.cli.generate import SOME_FAILED
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.documents.strict_json import STANDARD_INPUT, is_lines, standard_input
 from mm_interleaved.errors import InputError, StorageError, UsageError, escape
-from mm_interleaved.spelling import hint
+from mm_interleaved.spelling import counted, hint
 
 if TYPE_CHECKING:
-    from mm_interleaved.data.check import CountTokens, Look, Report
+    from mm_interleaved.data.check import CountTokens, Inspection
+    from mm_interleaved.data.check_report import Report
     from mm_interleaved.data.source import Shard, Source
     from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
@@ -78,27 +79,29 @@ def check(
     equal faults once with their number; fields that nothing uses and markup for images that matches none
     are counted by name. FILE may be - for what is piped in.
     """
-    from mm_interleaved.data.check import Look
+    from mm_interleaved.data.check import Inspection
     from mm_interleaved.data.check_page import render_contact_sheet
     from mm_interleaved.files import make_folder, write_file
 
     count_tokens = None if model == "none" else _token_counter(model)
-    looks = [
-        Look(path, count_tokens=count_tokens, opens_images=opens_images, max_items=limit) for path in paths
+    inspections = [
+        Inspection(path, count_tokens=count_tokens, opens_images=opens_images, max_items=limit)
+        for path in paths
     ]
     endings: set[int] = set()
-    for look in looks:
+    for inspection in inspections:
         try:
-            shards = _look_through(look, form, image_root, settings)
+            shards = _inspect(inspection, form, image_root, settings)
         except (InputError, StorageError) as error:
             say_error(str(error))
             endings.add(error.exit_code)
             continue
-        if writes_manifest and not look.report.broken:
+        if writes_manifest and not inspection.report.broken:
             _write_manifests([shard.name for shard in shards])
-        endings.add(_ending(look.report))
-        say(json.dumps(look.report.to_json(), ensure_ascii=False) if as_json else _told(look.report))
-    seen = [look.report for look in looks if look.is_finished]
+        endings.add(_ending(inspection.report))
+        report = inspection.report
+        say(json.dumps(report.to_json(), ensure_ascii=False) if as_json else _report_text(report))
+    seen = [inspection.report for inspection in inspections if inspection.is_finished]
     if page is not None and seen:
         make_folder(page.parent)
         write_file(page, render_contact_sheet(seen))
@@ -141,7 +144,7 @@ def convert(
     pickled annotations and write lines for the formats pororosv, flintstonessv and refcoco; of RefCOCO's
     two files of references --set split_by=unc (google, umd) takes one.
     """
-    from mm_interleaved.data.check import Faults
+    from mm_interleaved.data.check_report import Faults
     from mm_interleaved.data.convert import convert_source, write_lines
     from mm_interleaved.data.pickled_annotations import PICKLED, unpickled_records
     from mm_interleaved.data.source import BrokenItem, shards_of
@@ -167,11 +170,11 @@ def convert(
         )
     for fault in faults:
         say_error(str(fault))
-    told = [f"{out}: {done.num_documents} documents"]
-    told += [f"{count} left out ({rule})" for rule, count in sorted(done.filtered.items())]
-    told += [f"{done.num_renamed} with an id that was taken"] if done.num_renamed else []
-    told += [f"{done.num_broken} broken"] if done.num_broken else []
-    say(", ".join(told))
+    figures = [f"{out}: {counted(done.num_documents, 'document')}"]
+    figures += [f"{count} left out ({rule})" for rule, count in sorted(done.filtered.items())]
+    figures += [f"{done.num_renamed} with an id that was taken"] if done.num_renamed else []
+    figures += [f"{done.num_broken} broken"] if done.num_broken else []
+    say(", ".join(figures))
     return SOME_FAILED if done.num_broken else 0
 
 
@@ -193,7 +196,7 @@ def storyworld(
     if split not in SPLITS:
         raise UsageError(f"--split: found {escape(split)!r}, {hint(split, SPLITS)}", field="split")
     path = write_storyworld(out, documents, seed, split, form)
-    say(f"{path}: {documents} documents of the {split} split")
+    say(f"{path}: {counted(documents, 'document')} of the {split} split")
 
 
 def _source(path: str, form: str | None, image_root: str | None, settings: list[str] | None) -> Source:
@@ -242,20 +245,21 @@ def _value(text: str) -> Any:
         return text
 
 
-def _look_through(
-    look: Look, form: str | None, image_root: str | None, settings: list[str] | None
+def _inspect(
+    inspection: Inspection, form: str | None, image_root: str | None, settings: list[str] | None
 ) -> list[Shard]:
     """All items of a FILE; then what is broken is named, equal faults once. Returns its shards."""
     from mm_interleaved.data.source import shards_of
 
-    source = _source(look.report.name, form, image_root, settings)
+    source = _source(inspection.report.name, form, image_root, settings)
     shards = shards_of(source)
     try:
-        with progress(_num_items(shards, look.max_items), look.report.name) as bar:
-            for _ in look.through(source, shards):
-                bar.advance(f"{look.report.name}: {look.report.num_documents} documents")
+        with progress(_num_items(shards, inspection.max_items), inspection.report.name) as bar:
+            for _ in inspection.items(source, shards):
+                documents = counted(inspection.report.num_documents, "document")
+                bar.advance(f"{inspection.report.name}: {documents}")
     finally:
-        for fault in look.report.faults:
+        for fault in inspection.report.faults:
             say_error(str(fault))
     return shards
 
@@ -286,30 +290,37 @@ def _token_counter(model: str) -> CountTokens:
     return lambda document: len(processor().encode(document, eos=True, include_target=True))
 
 
-def _told(report: Report) -> str:
-    from mm_interleaved.data.check import summary
+def _report_text(report: Report) -> str:
+    from mm_interleaved.data.distributions import summary
 
-    told = (f"{report.num_documents} documents", f"{report.num_texts} texts", f"{report.num_images} images")
+    totals = (
+        counted(report.num_documents, "document"),
+        counted(report.num_texts, "text"),
+        counted(report.num_images, "image"),
+    )
     counts = (
-        (report.num_broken, "broken items"),
-        (report.num_broken_images, "images that cannot be opened"),
-        (report.num_missing_images, "missing images"),
-        (report.num_repeated_images, "images repeated under other names"),
-        *((count, f"left out ({rule})") for rule, count in sorted(report.filtered.items())),
-        *((found.count, f"with {remark} (first: {found.first})") for remark, found in report.remarks.items()),
+        (report.num_broken, "broken item", ""),
+        (report.num_broken_images, "image", " that cannot be opened"),
+        (report.num_missing_images, "missing image", ""),
+        (report.num_repeated_images, "image", " repeated under other names"),
     )
     lines = [
-        f"{report.name}: {', '.join(told)}",
-        *(f"  {count:>9,} {words}" for count, words in counts if count),
+        f"{report.name}: {', '.join(totals)}",
+        *(f"  {count:>9,} {noun}{'' if count == 1 else 's'}{rest}" for count, noun, rest in counts if count),
+        *(f"  {count:>9,} left out ({rule})" for rule, count in sorted(report.filtered.items()) if count),
+        *(
+            f"  {found.count:>9,} with {remark} (first: {found.first})"
+            for remark, found in report.remarks.items()
+        ),
     ]
     histograms = (
         (report.tokens, "tokens a document"),
         (report.images_a_document, "images a document"),
         (report.shorter_sides, "pixels of the shorter side"),
     )
-    for counted, words in histograms:
-        if found := summary(counted):
-            numbers = ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
+    for distribution, words in histograms:
+        if figures := summary(distribution):
+            numbers = ", ".join(f"{name} {value:,.0f}" for name, value in figures.items())
             lines.append(f"  {words}: {numbers}")
     return "\n".join(lines)
 

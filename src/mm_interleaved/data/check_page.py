@@ -12,7 +12,8 @@ from string import Template
 
 from PIL import Image as PILImage
 
-from mm_interleaved.data.check import Report, Sample, SampledImage, SampledText, histogram, summary
+from mm_interleaved.data.check_report import Report, Sample, SampledImage, SampledText
+from mm_interleaved.data.distributions import histogram, summary
 
 _MAX_BROKEN = 200
 _MAX_CHARACTERS = 400
@@ -71,11 +72,11 @@ def _chart(label: str, counts: Counter[int]) -> str:
     )
     numbers = summary(counts)
     middle = f"median {numbers['median']:,.0f} · mean {numbers['mean']:,.1f}"
-    told = f"{middle} · 95 % at most {numbers['p95']:,.0f}"
+    figures = f"{middle} · 95 % at most {numbers['p95']:,.0f}"
     return (
         f"<figure><figcaption>{escape(label)}</figcaption><div class=bars>{shown}</div>"
         f"<div class=ends><span>{numbers['min']:,.0f}</span><span>{numbers['max']:,.0f}</span></div>"
-        f"<small>{told}</small></figure>"
+        f"<small>{figures}</small></figure>"
     )
 
 
@@ -97,7 +98,7 @@ def _broken(report: Report) -> str:
 
 
 def _card(sample: Sample) -> str:
-    parts = "".join(_text(part) if isinstance(part, SampledText) else _picture(part) for part in sample.parts)
+    parts = "".join(_text(part) if isinstance(part, SampledText) else _image(part) for part in sample.parts)
     return f"<article><h3>{escape(sample.id)}</h3>{parts}</article>"
 
 
@@ -107,15 +108,15 @@ def _text(part: SampledText) -> str:
     return f"<p{' class=target' if part.is_target else ''}>{role}{escape(shown)}</p>"
 
 
-def _picture(part: SampledImage) -> str:
+def _image(part: SampledImage) -> str:
     kind = " class=target" if part.is_target else ""
-    if part.picture is None:
+    if part.thumbnail is None:
         return f"<div{kind or ' class=lost'}>image that cannot be opened</div>"
     width, height = part.size
-    return f'<img{kind} alt="" title="{width} by {height}" src="{_data_url(part.picture)}">'
+    return f'<img{kind} alt="" title="{width} by {height}" src="{_data_url(part.thumbnail)}">'
 
 
-def _data_url(picture: PILImage.Image) -> str:
+def _data_url(image: PILImage.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="WEBP", quality=80)
+    image.save(buffer, format="WEBP", quality=80)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -49,7 +49,7 @@ def test_check_looks_at_every_file(capsys, tmp_path):
 
     assert run(["data", "check", paths["wrong"], paths["good"], paths["bad"]]) == 3
     told = capsys.readouterr()
-    assert "wrong.json" in told.err and "bad.png" in told.err and "good.json: 1 documents" in told.out
+    assert "wrong.json" in told.err and "bad.png" in told.err and "good.json: 1 document," in told.out
     assert run(["data", "check", paths["bad"], paths["good"]]) == 7
     assert run(["data", "check", paths["good"]]) == 0
     assert "Ends with 3" in (data_commands.check.__doc__ or "")

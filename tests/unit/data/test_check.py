@@ -16,8 +16,9 @@ from PIL import Image as PILImage
 
 from mm_interleaved.cli import data as data_commands
 from mm_interleaved.cli.main import run
-from mm_interleaved.data.check import Look, histogram, summary
+from mm_interleaved.data.check import Inspection
 from mm_interleaved.data.check_page import render_contact_sheet
+from mm_interleaved.data.distributions import histogram, summary
 from mm_interleaved.data.pickled_annotations import PICKLED
 from mm_interleaved.data.registry import SOURCES, make_source
 from mm_interleaved.documents.document_files import read_documents
@@ -45,15 +46,15 @@ def pages(tmp_path) -> Path:
     return path
 
 
-def look_through(path: Path, **settings) -> Look:
-    look = Look(str(path), count_tokens=lambda document: len(document.text), **settings)
+def inspected(path: Path, **settings) -> Inspection:
+    inspection = Inspection(str(path), count_tokens=lambda document: len(document.text), **settings)
     source = make_source("mmc4", {"paths": str(path)})
-    assert len(list(look.through(source, source.shards()))) == 6
-    return look
+    assert len(list(inspection.items(source, source.shards()))) == 6
+    return inspection
 
 
-def test_a_look_counts_everything(pages):
-    report = look_through(pages).report
+def test_an_inspection_counts_everything(pages):
+    report = inspected(pages).report
     told = report.to_json()
     assert (told["documents"], told["texts"], told["images"]) == (4, report.num_texts, 9)
     assert (told["broken_items"], told["broken_images"], told["missing_images"]) == (1, 1, 1)
@@ -70,21 +71,21 @@ def test_a_document_that_no_tokenizer_takes_is_broken_and_no_document(pages):
     def refuse(document):
         raise InputError("text: found what has no tokens")
 
-    look = Look("refused", count_tokens=refuse)
+    inspection = Inspection("refused", count_tokens=refuse)
     source = make_source("mmc4", {"paths": str(pages)})
-    items = list(look.through(source, source.shards()))
-    report = look.report
+    items = list(inspection.items(source, source.shards()))
+    report = inspection.report
     assert (report.num_documents, report.num_broken, len(items)) == (0, 5, 6)
     assert "has no tokens" in str(report.broken[0])
 
 
 def test_images_are_opened_only_where_they_are_wanted(pages):
-    report = look_through(pages, opens_images=False, num_samples=1).report
+    report = inspected(pages, opens_images=False, num_samples=1).report
     assert report.shorter_sides.total() < 9 and report.num_images == 9 and len(report.samples) == 1
 
 
 def test_the_contact_sheet_needs_nothing_but_itself(pages):
-    page = render_contact_sheet([look_through(pages).report]).decode()
+    page = render_contact_sheet([inspected(pages).report]).decode()
     assert "<script" not in page and not re.search(r"(?:src|href)=\"(?!data:)", page)
     assert page.count('src="data:image/webp;base64,') == 8 and "cannot be opened" in page
     assert "&lt;b&gt;One&lt;/b&gt;." in page and "<b>One</b>" not in page
@@ -98,10 +99,10 @@ def test_samples_are_spread_and_the_same_each_time(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = []
     for _ in range(2):
-        look = Look("many", num_samples=20)
+        inspection = Inspection("many", num_samples=20)
         source = make_source("documents", {"paths": str(path)})
-        list(look.through(source, source.shards()))
-        found.append([int(sample.id) for sample in look.report.samples])
+        list(inspection.items(source, source.shards()))
+        found.append([int(sample.id) for sample in inspection.report.samples])
     assert found[0] == found[1] and len(set(found[0])) == 20
     assert sum(number >= 150 for number in found[0]) in range(5, 16)
 
@@ -146,7 +147,7 @@ def test_check_tells_and_ends(capsys, tmp_path, pages):
     capsys.readouterr()
     command = ["data", "check", str(pages), "--model", "none", "--limit", "1", "--set"]
     assert run([*command, "max_images=1"]) == 0
-    assert "1 documents, 2 texts, 1 images" in capsys.readouterr().out.replace("1 texts", "2 texts")
+    assert "1 document, 2 texts, 1 image\n" in capsys.readouterr().out.replace("1 text,", "2 texts,")
     assert run([*command, "max_imges=1"]) == 2 and "did you mean 'max_images'" in capsys.readouterr().err
     assert run(["data", "check", str(pages), "--format", "mmc"]) == 2
     assert "did you mean 'mmc4'" in capsys.readouterr().err
@@ -206,12 +207,12 @@ def test_what_is_piped_in_is_read_like_a_file(capsys, tmp_path, monkeypatch, dat
         data_commands._spooled.cache_clear()
         assert run(["data", "check", "-", "--model", "none"]) == 0
         told = capsys.readouterr()
-        assert "-: 1 documents, 1 texts, 1 images" in told.out and not told.err
+        assert "-: 1 document, 1 text, 1 image\n" in told.out and not told.err
         assert run(["data", "convert", "-", "out.jsonl"]) == 0
         assert read_documents(tmp_path / "out.jsonl")[0].images[0].name == "a.png"
 
 
-def test_one_storage_that_fails_does_not_end_the_look_at_others(capsys, tmp_path, pages):
+def test_one_storage_that_fails_does_not_end_the_inspection_of_others(capsys, tmp_path, pages):
     assert run(["data", "check", "ftp://127.0.0.1:9/x.jsonl", str(pages), "--model", "none"]) == 6
     told = capsys.readouterr()
     assert "ftp://127.0.0.1:9/x.jsonl: does not answer" in told.err and "4 documents" in told.out

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 import mm_interleaved
-from mm_interleaved.data.check import Look
+from mm_interleaved.data.check import Inspection
 from mm_interleaved.data.convert import convert_source
 from mm_interleaved.data.registry import SOURCES, make_source
 from mm_interleaved.data.source import (
@@ -368,8 +368,8 @@ def test_a_source_that_fails_outside_of_an_item_ends_no_command(tmp_path):
     [(_, first), (position, last)] = items_of(source, Shard("a.json"))
     assert isinstance(first, Document) and position == 1
     assert str(last) == "a.json: cannot be read on (IndexError: list index out of range)"
-    look = Look("a")
-    assert len(list(look.through(source, shards_of(source)))) == 2 and look.report.num_broken == 1
+    inspection = Inspection("a")
+    assert len(list(inspection.items(source, shards_of(source)))) == 2 and inspection.report.num_broken == 1
     with pytest.raises(InputError, match="cannot be read on"):
         convert_source(source, tmp_path / "out.jsonl")
 
