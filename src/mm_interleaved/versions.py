@@ -10,7 +10,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 """Of this package; pyproject.toml says the same."""
 
 PACKAGE = "mm-interleaved"
@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, or None."""
+    """The version of an installed distribution, or None; of this package that of the code that runs."""
+    if package == PACKAGE:
+        return __version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
