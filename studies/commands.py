@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mm_interleaved.cli.command import command
-from mm_interleaved.cli.generate import Device, Dtype, Model
+from mm_interleaved.cli.options import Device, Dtype, Model
 from mm_interleaved.cli.output import progress, say
 from mm_interleaved.cli.places import folder_to_write, picture_to_write
 from mm_interleaved.documents.document import Document

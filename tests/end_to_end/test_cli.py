@@ -411,10 +411,10 @@ def test_one_bad_picture_fails_alone(capsys, tmp_path, tiny_folder, picture):
 def test_a_second_run_says_that_nothing_was_left(capsys, tmp_path, tiny_folder):
     command = ["draw", "a lamp", "-o", str(tmp_path / "deep" / "er"), "--model", str(tiny_folder)]
     assert run(command) == 0
-    assert "1 document, 1 picture drawn" in capsys.readouterr().out
+    assert "1 document, 1 image generated" in capsys.readouterr().out
     assert run(command) == 0
     told = capsys.readouterr().out
-    assert "nothing was left to do, 1 document finished before" in told and "drawn" not in told
+    assert "nothing was left to do, 1 document finished before" in told and "generated" not in told
 
 
 def test_every_output_takes_the_spelling_of_earlier_versions(capsys, tmp_path, monkeypatch):

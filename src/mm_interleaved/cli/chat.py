@@ -1,4 +1,4 @@
-"""`chat`: a conversation in the terminal; words as they come, pictures as files."""
+"""`chat`: a conversation in the terminal; text as it comes, images as files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mm_interleaved.cli.command import Flags, command
-from mm_interleaved.cli.generate import Device, Dtype, Model, checked_file
+from mm_interleaved.cli.generate import checked_file
+from mm_interleaved.cli.options import Device, Dtype, Model
 from mm_interleaved.cli.output import say, say_error
 from mm_interleaved.cli.places import folder_to_write
 from mm_interleaved.documents.document import Document, Image, Text
@@ -21,18 +22,20 @@ from mm_interleaved.generation.events import Event, ImageDone, TextDelta
 from mm_interleaved.spelling import unknown_name
 
 if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
     from mm_interleaved.generation import InterleavedGenerator
     from mm_interleaved.generation.settings import GenerationSettings
 
 _COMMANDS = {
-    "/image": "/image PATH shows the model a picture; /image PATH QUESTION asks about it at once.",
-    "/draw": "/draw TEXT draws a picture of a text; after /image PATH, it changes that picture.",
+    "/image": "/image PATH gives the model an image; /image PATH QUESTION asks about it at once.",
+    "/draw": "/draw TEXT generates an image of a text; after /image PATH, it changes that image.",
     "/new": "/new forgets the conversation.",
     "/help": "/help lists these commands.",
     "/quit": "/quit ends, as the end of the input does.",
 }
 _HELP = "Say something, or use a command:\n" + "\n".join(f"  {line}" for line in _COMMANDS.values())
-_PICTURE_NAME = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
+_IMAGE_NAME = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 
 
 def add_to(app: typer.Typer):
@@ -43,7 +46,7 @@ def add_to(app: typer.Typer):
 def chat(
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="Folder for pictures.", metavar="DIR", callback=folder_to_write),
+        typer.Option("-o", "--output", help="Folder for images.", metavar="DIR", callback=folder_to_write),
     ] = Path("out/chat"),
     model: Model = "storyworld",
     device: Device = "auto",
@@ -51,9 +54,9 @@ def chat(
     *,
     flags: Flags,
 ):
-    """Talk with the model. Pictures and the conversation (conversation.jsonl) are saved in DIR.
+    """Talk with the model. Images and the conversation (conversation.jsonl) are saved in DIR.
 
-    /image PATH shows it a picture, /draw TEXT asks for one; /help lists all commands of the conversation.
+    /image PATH gives it an image, /draw TEXT asks for one; /help lists all commands of the conversation.
     """
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.generation.defaults import generation_defaults
@@ -74,20 +77,17 @@ def chat(
 
 
 class _Conversation:
-    """What was said, shown and drawn so far, and what each line does to it."""
+    """The conversation so far, with the images given and generated, and what each line does to it."""
 
     def __init__(self, generator: InterleavedGenerator, settings: GenerationSettings, folder: Path):
-        self.generator, self.settings, self.saved = generator, settings, _Pictures(folder)
+        self.generator, self.settings, self.saved = generator, settings, _Saved(folder)
         self.turn, self.is_line_open = 0, False
-        self.earlier, self.said, self.drawn = (
-            list[Document](),
-            Document(id="chat", parts=()),
-            list[Document](),
-        )
+        self.current = Document(id="chat", parts=())
+        self.earlier, self.drawn = list[Document](), list[Document]()
         self.forget()
 
     def take(self, line: str):
-        """One line of the user's: a command, or words to the model."""
+        """One line of the user's: a command, or text for the model."""
         name, _, rest = line.partition(" ")
         if not line.startswith("/"):
             self.ask(line)
@@ -106,32 +106,32 @@ class _Conversation:
 
     def forget(self):
         """Begins a new conversation; the one before stays in the file."""
-        if self.said.parts:
-            self.earlier.append(self.said)
-            self.said = Document(id=f"chat-{len(self.earlier) + 1}", parts=())
-        self.shown, self.newest = list[Image](), list[Image]()
+        if self.current.parts:
+            self.earlier.append(self.current)
+            self.current = Document(id=f"chat-{len(self.earlier) + 1}", parts=())
+        self.given, self.newest = list[Image](), list[Image]()
 
     def show(self, rest: str):
-        """A picture, and what is asked about it, if anything."""
+        """An image, and what is asked about it, if anything."""
         path, question = split_path(rest)
-        picture = Image(checked_file(path, "/image"), role="user", name=str(path))
-        picture.load()
-        self.shown.append(picture)
+        image = Image(checked_file(path, "/image"), role="user", name=str(path))
+        image.load()
+        self.given.append(image)
         if question:
             self.ask(question)
 
     def ask(self, text: str):
-        """Words to the model, after the pictures shown since the last ones, or the one drawn; its answer."""
-        asked = self.said.extended(*(self.shown or self.newest), Text(text, role="user"))
-        self.said = self._complete(asked, layout=self.settings.layout)
+        """Text for the model, after the images given since the last one, or the one generated; its answer."""
+        asked = self.current.extended(*(self.given or self.newest), Text(text, role="user"))
+        self.current = self._complete(asked, layout=self.settings.layout)
         self._save()
 
     def draw(self, text: str):
-        """A picture of a text, which is a document of its own: models learn to draw what is told."""
+        """An image of a text, which is a document of its own: models are trained on images of captions."""
         if not text:
             raise UsageError("/draw: found no text, expected /draw TEXT")
-        pictures = [Image(picture.source, name=picture.name) for picture in self.shown]
-        document = Document(id=f"drawing-{len(self.drawn) + 1}", parts=(*pictures, Text(text)))
+        images = [Image(image.source, name=image.name) for image in self.given]
+        document = Document(id=f"drawing-{len(self.drawn) + 1}", parts=(*images, Text(text)))
         self.drawn.append(self._complete(document, layout="I"))
         self._save()
         self.newest = [Image(self.drawn[-1].images[-1].source, role="user")]
@@ -140,16 +140,16 @@ class _Conversation:
         from mm_interleaved.generation.settings import GenerationSettings
         from mm_interleaved.runs.generate import complete
 
-        # Each turn draws from a seed of its own, else the same words would always get the same picture.
+        # Each turn has a seed of its own, else the same text would always get the same image.
         self.turn += 1
         own = {"layout": layout, "seed": self.settings.seed + self.turn}
         settings = GenerationSettings.combine(self.settings.to_dict(), own)
-        completed = complete(self.generator, document, settings, self._tell)
+        completed = complete(self.generator, document, settings, self._show)
         if self.is_line_open:
             self._say("")
         return completed
 
-    def _tell(self, event: Event):
+    def _show(self, event: Event):
         if isinstance(event, TextDelta):
             say(event.text, end="")
             self.is_line_open = True
@@ -162,25 +162,25 @@ class _Conversation:
         self.is_line_open = False
 
     def _save(self):
-        said = [each for each in (*self.earlier, self.said) if each.parts]
-        self.saved.write([*said, *self.drawn])
-        self.shown, self.newest = [], []
+        talks = [each for each in (*self.earlier, self.current) if each.parts]
+        self.saved.write([*talks, *self.drawn])
+        self.given, self.newest = [], []
 
 
-class _Pictures:
-    """Numbered pictures in a folder; conversations and drawings, a document a line, beside them."""
+class _Saved:
+    """Numbered images in a folder; conversations and generated images, a document a line, beside them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.file: Path | None = None
 
-    def add(self, picture) -> Path:
+    def add(self, image: PILImage.Image) -> Path:
         from mm_interleaved.documents.images import to_png
         from mm_interleaved.files import make_folder, write_file
 
         make_folder(self.folder)
         path = self._free("picture-{}.png", 1)
-        write_file(path, to_png(picture))
+        write_file(path, to_png(image))
         return path
 
     def write(self, documents: list[Document]):
@@ -201,10 +201,10 @@ class _Pictures:
 
 
 def split_path(rest: str) -> tuple[Path, str]:
-    """The path that `rest` begins with, and the words after it.
+    """The path that `rest` begins with, and the text after it.
 
     A path may stand in quotes. Otherwise it is as long as there is such a file, so that it may hold blanks,
-    escaped or not; where there is none, as far as the name of a picture goes.
+    escaped or not; where there is none, as far as the name of an image goes.
     """
     if not rest:
         raise UsageError("/image: found no path, expected /image PATH or /image PATH QUESTION")
@@ -212,7 +212,7 @@ def split_path(rest: str) -> tuple[Path, str]:
         return _path(quoted[2]), rest[quoted.end() :].strip()
     ends = [len(rest), *(match.start() for match in reversed(list(re.finditer(r"\s+", rest))))]
     of_files = (end for end in ends if os.path.isfile(_path(rest[:end])))
-    of_names = (end for end in ends if _PICTURE_NAME.search(rest[:end]))
+    of_names = (end for end in ends if _IMAGE_NAME.search(rest[:end]))
     end = next(of_files, next(of_names, ends[-1]))
     return _path(rest[:end]), rest[end:].strip()
 

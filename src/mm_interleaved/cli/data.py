@@ -1,4 +1,4 @@
-"""`data`: look at documents, rewrite them, make StoryWorld corpora."""
+"""`data`: check documents, rewrite them, make StoryWorld data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mm_interleaved.cli.command import CommandGroup, command
-from mm_interleaved.cli.generate import SOME_FAILED
 from mm_interleaved.cli.output import progress, say, say_error
+from mm_interleaved.cli.report import SOME_FAILED
 from mm_interleaved.documents.strict_json import STANDARD_INPUT, is_lines, standard_input
 from mm_interleaved.errors import InputError, StorageError, UsageError, escape
 from mm_interleaved.spelling import counted, hint
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Form = Annotated[
     str | None,
-    typer.Option("--format", help="mmc4, webdataset, captions, vqa ... (default: told by the file)."),
+    typer.Option("--format", help="mmc4, webdataset, captions, vqa ... (default: found from the file)."),
 ]
 ImageRoot = Annotated[
     str | None,
@@ -42,7 +42,7 @@ Settings = Annotated[
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    data = typer.Typer(cls=CommandGroup, help="Look at, convert and make documents.", no_args_is_help=True)
+    data = typer.Typer(cls=CommandGroup, help="Check, convert and make documents.", no_args_is_help=True)
     for name, function in (("check", check), ("convert", convert), ("storyworld", storyworld)):
         command(data, name)(function)
     app.add_typer(data, name="data", rich_help_panel="Data, training, evaluation")
@@ -62,7 +62,7 @@ def check(
     model: Annotated[
         str, typer.Option(help="Whose tokens are counted; none counts no tokens.")
     ] = "storyworld",
-    limit: Annotated[int | None, typer.Option(min=1, help="Look at so many items of each shard.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read so many items of each shard.")] = None,
     opens_images: Annotated[
         bool, typer.Option("--open-images/--no-open-images", help="Open each image.")
     ] = True,
@@ -72,9 +72,9 @@ def check(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON, a line a FILE.")] = False,
 ) -> int:
-    """Look through corpora of any format, open every image; say what is there and what is wrong.
+    """Check data of any format, open every image; report what is there and what is wrong.
 
-    Every file is looked at. Ends with 3 if one of them is no file of documents or has a broken item, else
+    Every file is read. Ends with 3 if one of them is no file of documents or has a broken item, else
     with 7 if an image cannot be opened, else with 0; with 6 if a storage failed. What is broken is named,
     equal faults once with their number; fields that nothing uses and markup for images that matches none
     are counted by name. FILE may be - for what is piped in.
@@ -138,7 +138,7 @@ def convert(
         bool, typer.Option("--skip-broken", help="Leave out what is broken, naming it, and end with 7.")
     ] = False,
 ) -> int:
-    """Rewrite a corpus in the canonical form, one document a line.
+    """Rewrite data in the canonical form, one document a line.
 
     Formats pororosv-pickles, flintstonessv-pickles and refcoco-pickles take the folder of the published,
     pickled annotations and write lines for the formats pororosv, flintstonessv and refcoco; of RefCOCO's
@@ -182,7 +182,7 @@ def storyworld(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
     documents: Annotated[int, typer.Option(min=1, help="How many.")] = 120,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other documents.")] = 0,
-    split: Annotated[str, typer.Option(help="train, validation or test; they share no picture.")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation or test; they share no image.")] = "test",
     form: Annotated[
         str, typer.Option("--format", help="jsonl, mmc4, obelics, llava, coco, vqav2, annt, webdataset ...")
     ] = "jsonl",

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mm_interleaved.cli.command import Flags, command
-from mm_interleaved.cli.generate import SOME_FAILED, BatchSize, Device, Dtype, Model, NewRun, event_words
+from mm_interleaved.cli.options import BatchSize, Device, Dtype, Model, NewRun
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.cli.places import folder_to_write
+from mm_interleaved.cli.report import SOME_FAILED, show_events
 from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import UsageError, escape
 from mm_interleaved.generation.events import Event
 from mm_interleaved.spelling import hint, unknown_name
+
+if TYPE_CHECKING:
+    from mm_interleaved.runs.generate import RunRequest
 
 TASK_NAMES = ("storyworld",)
 """Kept here too, so that the help does not import what scores."""
@@ -27,24 +31,27 @@ def add_to(app: typer.Typer):
     command(app, panel="Data, training, evaluation")(evaluate)
 
 
+Tasks = Annotated[list[str], typer.Argument(metavar="TASK...", help=f"Out of: {', '.join(TASK_NAMES)}.")]
+Data = Annotated[Path, typer.Option(help="Folder of the task's documents.", metavar="DIR")]
+OutputFolder = Annotated[
+    Path,
+    typer.Option("-o", "--output", help="Folder for the results.", metavar="DIR", callback=folder_to_write),
+]
+Predictions = Annotated[Path | None, typer.Option(help="Score these answers; no model runs.", metavar="FILE")]
+Predictor = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Score a trivial answer instead of a model's: {', '.join(PREDICTOR_NAMES)}.", metavar="NAME"
+    ),
+]
+
+
 def evaluate(
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help=f"Out of: {', '.join(TASK_NAMES)}.")],
-    data: Annotated[Path, typer.Option(help="Folder of the task's documents.", metavar="DIR")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--output", help="Folder for the results.", metavar="DIR", callback=folder_to_write
-        ),
-    ],
-    predictions: Annotated[
-        Path | None, typer.Option(help="Score these answers; no model runs.", metavar="FILE")
-    ] = None,
-    predictor: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Score a trivial answer instead of a model's: {', '.join(PREDICTOR_NAMES)}.", metavar="NAME"
-        ),
-    ] = None,
+    tasks: Tasks,
+    data: Data,
+    output: OutputFolder,
+    predictions: Predictions = None,
+    predictor: Predictor = None,
     model: Model = "storyworld",
     new_run: NewRun = False,
     batch_size: BatchSize = None,
@@ -54,6 +61,33 @@ def evaluate(
     flags: Flags,
 ) -> int:
     """Answer a task's documents and score the answers: predictions.jsonl, scores.json, report.html."""
+    _check_names(tasks, predictions, predictor)
+    from mm_interleaved.evaluation.registry import TASKS
+    from mm_interleaved.runs.generate import ModelChoice, RunRequest
+
+    num_failed = 0
+    for name in tasks:
+        out = output if len(tasks) == 1 else output / name
+        if predictor is not None or predictions is not None:
+            scores = _scores_without_model(TASKS[name], data, out, predictions, predictor)
+        else:
+            request = RunRequest(
+                documents=(),
+                output=out,
+                model=ModelChoice(name=model, device=device, dtype=dtype),
+                flags=flags,
+                new_run=new_run,
+                batch_size=batch_size,
+            )
+            scores, failed = _scores_of_model(TASKS[name], data, request)
+            num_failed += failed
+        for metric, value in scores.items():
+            say(f"{metric:<24} {value:.4f}")
+        say(f"report: {out / 'report.html'}")
+    return SOME_FAILED if num_failed else 0
+
+
+def _check_names(tasks: list[str], predictions: Path | None, predictor: str | None):
     for task in tasks:
         if task not in TASK_NAMES:
             raise UsageError(unknown_name("task", task, TASK_NAMES))
@@ -61,45 +95,32 @@ def evaluate(
         raise UsageError(f"--predictor: found {escape(predictor)!r}, {hint(predictor, PREDICTOR_NAMES)}")
     if predictor is not None and predictions is not None:
         raise UsageError("give either --predictor or --predictions, found both")
+
+
+def _scores_without_model(
+    task: Any, data: Path, output: Path, predictions: Path | None, predictor: str | None
+) -> dict[str, float]:
+    """Scores of answers in a file, or of those of a trivial predictor, which are written first."""
+    from mm_interleaved.evaluation.runner import evaluate_predictions
+
+    if predictor is not None:
+        from mm_interleaved.storyworld.baselines import write_predictions
+
+        predictions = write_predictions(predictor, task.read_gold(data), output)
+    return evaluate_predictions(task, data, predictions, output)
+
+
+def _scores_of_model(task: Any, data: Path, request: RunRequest) -> tuple[dict[str, float], int]:
+    """Scores of a model's answers, and how many documents failed."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.evaluation.registry import TASKS
-    from mm_interleaved.evaluation.runner import evaluate_model, evaluate_predictions
-    from mm_interleaved.runs.generate import ModelChoice, RunRequest
+    from mm_interleaved.evaluation.runner import evaluate_model
 
-    num_failed = 0
-    for name in tasks:
-        out = output if len(tasks) == 1 else output / name
-        task = TASKS[name]
-        if predictor is not None:
-            from mm_interleaved.storyworld.baselines import write_predictions
+    with progress(len(task.read_gold(data)), "reading the model") as bar:
+        show = show_events(bar)
 
-            answers = write_predictions(predictor, task.read_gold(data), out)
-            scores = evaluate_predictions(task, data, answers, out)
-        elif predictions is not None:
-            scores = evaluate_predictions(task, data, predictions, out)
-        else:
-            chosen = ModelChoice(name=model, device=device, dtype=dtype)
-            request = RunRequest(
-                documents=(),
-                output=out,
-                model=chosen,
-                flags=flags,
-                new_run=new_run,
-                batch_size=batch_size,
-            )
-            with progress(len(task.read_gold(data)), "reading the model") as bar:
+        def on_event(document: Document, event: Event | str):
+            if event == "failed":
+                say_error(f"document {document.id!r} failed; it counts as wrong")
+            show(document, event)
 
-                def on_event(document: Document, event: Event | str, bar=bar):
-                    if event == "failed":
-                        say_error(f"document {document.id!r} failed; it counts as wrong")
-                    if event in ("finished", "failed"):
-                        bar.advance("")
-                    else:
-                        bar.tell(f"{document.id}: {event_words(event)}")
-
-                scores, failed = evaluate_model(task, data, request, on_event, load=load_quietly)
-                num_failed += failed
-        for metric, value in scores.items():
-            say(f"{metric:<24} {value:.4f}")
-        say(f"report: {out / 'report.html'}")
-    return SOME_FAILED if num_failed else 0
+        return evaluate_model(task, data, request, on_event, load=load_quietly)

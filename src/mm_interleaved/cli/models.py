@@ -91,7 +91,7 @@ def model_limits(config: Mapping[str, Any]) -> dict[str, Any]:
         "context_tokens": text.get("max_position_embeddings"),
         "tokens_per_image": (config.get("slot_resampler") or {}).get("num_queries"),
         "images_a_document": None if rows["text"] is None else rows["text"] - 1,
-        "images_the_painter_sees": None if rows["image"] is None else rows["image"] - 1,
+        "images_the_image_decoder_sees": None if rows["image"] is None else rows["image"] - 1,
         "image_input_pixels": vision.get("image_size"),
         "image_output_pixels": _output_pixels(unet, vae),
         "vocabulary": text.get("vocab_size"),
@@ -122,7 +122,7 @@ def convert(
         bool, typer.Option("--allow-non-finite", help="Take NaN and infinite weights too.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only map the names and say what does not fit.")
+        bool, typer.Option("--dry-run", help="Only map the names and report what does not fit.")
     ] = False,
 ):
     """Turn the official checkpoint into a folder that --model takes."""

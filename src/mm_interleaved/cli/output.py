@@ -1,6 +1,6 @@
-"""What the commands say: results on stdout, everything else on stderr.
+"""What the commands print: results on stdout, everything else on stderr.
 
-What is said may come from a model or a file: no control sequence of theirs reaches the terminal.
+What is printed may come from a model or a file: no control sequence of theirs reaches the terminal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Of a log that tells how far a command is."""
+"""Of a log that reports how far a command is."""
 
 
 def say(text: str = "", *, end: str = "\n"):
@@ -42,7 +42,7 @@ class Progress:
         self._done += 1
         self._show(self._done, text)
 
-    def tell(self, text: str):
+    def show(self, text: str):
         """What is going on."""
         self._show(self._done, text)
 

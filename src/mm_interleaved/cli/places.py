@@ -20,7 +20,7 @@ def folder_to_write(path: Path | None) -> Path | None:
     return path
 
 
-def picture_to_write(path: Path | None) -> Path | None:
+def image_to_write(path: Path | None) -> Path | None:
     """A PNG file. Raises UsageError for a folder and for the names of other kinds of files."""
     if path is None:
         return None

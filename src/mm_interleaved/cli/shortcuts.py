@@ -4,37 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mm_interleaved.cli.command import Flags, command
 from mm_interleaved.cli.generate import (
-    SOME_FAILED,
-    BatchSize,
-    Device,
-    Dtype,
-    Model,
-    NewRun,
-    Output,
-    Pictures,
-    Texts,
     checked_file,
     checked_text,
     default_output,
-    run_and_report,
     typed_document,
     typed_parts,
 )
+from mm_interleaved.cli.options import BatchSize, Device, Dtype, Images, Model, NewRun, Output, Texts
 from mm_interleaved.cli.output import say, say_error
-from mm_interleaved.cli.places import picture_to_write
+from mm_interleaved.cli.places import image_to_write
+from mm_interleaved.cli.report import SOME_FAILED, run_and_report
 from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.images import FORMAT_NAMES
 from mm_interleaved.errors import InputError, MMInterleavedError, UsageError
 from mm_interleaved.tokens.boxes import BOX_RANGE, read_box
 from mm_interleaved.tokens.task_prompts import CAPTION_PROMPT, GROUND_PROMPT
 
-PicturePath = Annotated[Path, typer.Argument(metavar="IMAGE", help=f"A picture: {FORMAT_NAMES}.")]
+if TYPE_CHECKING:
+    from mm_interleaved.runs.generate import RunRequest
+
+ImagePath = Annotated[Path, typer.Argument(metavar="IMAGE", help=f"An image: {FORMAT_NAMES}.")]
 
 
 def add_to(app: typer.Typer):
@@ -44,7 +39,7 @@ def add_to(app: typer.Typer):
 
 
 def caption(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help=f"Pictures: {FORMAT_NAMES}.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help=f"Images: {FORMAT_NAMES}.")],
     prompt: Annotated[str, typer.Option(help="What is asked of the model.")] = CAPTION_PROMPT,
     model: Model = "storyworld",
     batch_size: BatchSize = None,
@@ -53,7 +48,7 @@ def caption(
     *,
     flags: Flags,
 ) -> int:
-    """Describe pictures, one line each. One that cannot be read fails alone, and the command ends with 7."""
+    """Describe images, one line each. One that cannot be read fails alone, and the command ends with 7."""
     documents = [_question(path, prompt, "--prompt") for path in images]
     answers = _answers(documents, model, device, dtype, flags, batch_size)
     num_failed = 0
@@ -69,21 +64,21 @@ def caption(
 
 
 def vqa(
-    image: PicturePath,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="A question about the picture.")],
+    image: ImagePath,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="A question about the image.")],
     model: Model = "storyworld",
     device: Device = "auto",
     dtype: Dtype = "auto",
     *,
     flags: Flags,
 ):
-    """Answer a question about a picture."""
+    """Answer a question about an image."""
     answer = _answer(_question(image, question, "QUESTION"), model, device, dtype, flags)
     say(answer)
 
 
 def ground(
-    image: PicturePath,
+    image: ImagePath,
     phrase: Annotated[str, typer.Argument(metavar="PHRASE", help="What to look for: red ball.")],
     prompt: Annotated[str, typer.Option(help="The question; {phrase} stands for PHRASE.")] = GROUND_PROMPT,
     output: Annotated[
@@ -91,9 +86,9 @@ def ground(
         typer.Option(
             "-o",
             "--output",
-            help="File for the picture with the box drawn.",
+            help="File for the image with the box drawn.",
             metavar="PNG",
-            callback=picture_to_write,
+            callback=image_to_write,
         ),
     ] = None,
     model: Model = "storyworld",
@@ -102,23 +97,23 @@ def ground(
     *,
     flags: Flags,
 ) -> int:
-    """Find a thing in a picture: left, top, right, bottom in pixels."""
+    """Find a thing in an image: left, top, right, bottom in pixels."""
     question = prompt.replace("{phrase}", checked_text(phrase, "PHRASE"))
     document = _question(image, question, "--prompt")
     answer = _answer(document, model, device, dtype, flags)
-    picture = document.images[0].load()
-    box = box_in_pixels(answer, picture.size)
+    pixels = document.images[0].load()
+    box = box_in_pixels(answer, pixels.size)
     if box is None:
         say(f"no box in the answer {answer!r}")
         return SOME_FAILED
     say(" ".join(map(str, box)))
     if output is not None:
-        _draw_box(picture, box, output)
+        _draw_box(pixels, box, output)
     return 0
 
 
 def draw(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the picture shows.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the image shows.")],
     output: Output = None,
     model: Model = "storyworld",
     new_run: NewRun = False,
@@ -127,10 +122,10 @@ def draw(
     *,
     flags: Flags,
 ) -> int:
-    """Draw a picture of a text."""
+    """Generate an image of a text."""
     documents = [typed_document("picture", [Text(checked_text(prompt, "PROMPT"))], layout="I")]
     output = output or default_output("picture", documents, model, flags)
-    return run_and_report(documents, output, model, device, dtype, flags, new_run=new_run)
+    return run_and_report(_request(documents, output, model, device, dtype, flags, new_run))
 
 
 def story(
@@ -138,10 +133,10 @@ def story(
     opening: Annotated[
         str | None, typer.Argument(metavar="OPENING", help="The first sentence; or use --text and --image.")
     ] = None,
-    panels: Annotated[int, typer.Option(min=1, max=64, help="Pictures in the whole story.")] = 4,
+    panels: Annotated[int, typer.Option(min=1, max=64, help="Images in the whole story.")] = 4,
     output: Output = None,
     text: Texts = None,
-    image: Pictures = None,
+    image: Images = None,
     model: Model = "storyworld",
     new_run: NewRun = False,
     device: Device = "auto",
@@ -149,22 +144,37 @@ def story(
     *,
     flags: Flags,
 ) -> int:
-    """Tell and draw a story from its opening; without one, StoryWorld gives the first panel (by --seed)."""
+    """Continue a story from its opening; without one, StoryWorld gives the first panel (by --seed)."""
     parts: list[Part] = [] if opening is None else [Text(checked_text(opening, "OPENING"))]
     parts += typed_parts(context, text, image)
     parts = parts or _storyworld_opening(int(flags.get("seed", 0)))
     documents = [typed_document("story", parts, layout=story_layout(parts, panels))]
     output = output or default_output("story", documents, model, flags)
-    return run_and_report(documents, output, model, device, dtype, flags, new_run=new_run)
+    return run_and_report(_request(documents, output, model, device, dtype, flags, new_run))
+
+
+def _request(
+    documents: list[Document],
+    output: Path,
+    model: str,
+    device: str,
+    dtype: str,
+    flags: Flags,
+    new_run: bool,
+) -> RunRequest:
+    from mm_interleaved.runs.generate import ModelChoice, RunRequest
+
+    choice = ModelChoice(name=model, device=device, dtype=dtype)
+    return RunRequest(documents=documents, output=output, model=choice, flags=flags, new_run=new_run)
 
 
 def story_layout(parts: list[Part], num_panels: int) -> str:
-    """The layout that brings a story of texts and pictures to `num_panels` pictures."""
+    """The layout that brings a story of texts and images to `num_panels` images."""
     missing = num_panels - sum(isinstance(part, Image) for part in parts)
     if missing < 1:
-        raise UsageError(f"--panels {num_panels}: the opening already has that many pictures", field="panels")
-    begins_with_picture = isinstance(parts[-1], Text)
-    letters = ["I", *["T", "I"] * (missing - 1)] if begins_with_picture else ["T", "I"] * missing
+        raise UsageError(f"--panels {num_panels}: the opening already has that many images", field="panels")
+    begins_with_image = isinstance(parts[-1], Text)
+    letters = ["I", *["T", "I"] * (missing - 1)] if begins_with_image else ["T", "I"] * missing
     return " ".join(letters)
 
 
@@ -172,7 +182,7 @@ def box_in_pixels(answer: str, size: tuple[int, int]) -> tuple[int, int, int, in
     """The box of an answer such as `(102,355)(480,910)`, which counts thousandths of the model's square view.
 
     Args:
-        size: width and height of the picture; the model saw its central square.
+        size: width and height of the image in pixels; the model was given its central square.
     """
     found = read_box(answer)
     if found is None:
@@ -184,10 +194,10 @@ def box_in_pixels(answer: str, size: tuple[int, int]) -> tuple[int, int, int, in
 
 
 def _question(path: Path, question: str, name: str) -> Document:
-    """A picture and what is asked about it; `name` is the argument that asks."""
-    picture = Image(checked_file(path, "IMAGE"), role="user", name=str(path))
+    """An image and what is asked about it; `name` is the argument that asks."""
+    image = Image(checked_file(path, "IMAGE"), role="user", name=str(path))
     asked = Text(checked_text(question, name), role="user")
-    return Document(id=str(path), parts=(picture, asked), layout="T")
+    return Document(id=str(path), parts=(image, asked), layout="T")
 
 
 def _answer(document: Document, model: str, device: str, dtype: str, flags: Mapping[str, Any]) -> str:
@@ -220,19 +230,19 @@ def _answers(
     # Before a model is read for them.
     answers: dict[int, str | MMInterleavedError] = _unreadable(documents)
     asked = [place for place in range(len(documents)) if place not in answers]
-    num_told = 0
+    num_yielded = 0
     if asked:
         generator = load_quietly(folder, device=device, dtype=dtype)
         questions = [documents[place] for place in asked]
         events = continue_in_batches(generator, questions, [settings[place] for place in asked], batch_size)
         for number, event in events:
-            answer = _said(event, len(questions[number].parts))
+            answer = _outcome(event, len(questions[number].parts))
             if answer is not None:
                 answers[asked[number]] = answer
-            while num_told in answers:
-                yield answers[num_told]
-                num_told += 1
-    yield from (answers[place] for place in range(num_told, len(documents)))
+            while num_yielded in answers:
+                yield answers[num_yielded]
+                num_yielded += 1
+    yield from (answers[place] for place in range(num_yielded, len(documents)))
 
 
 def _unreadable(documents: list[Document]) -> dict[int, Any]:
@@ -247,14 +257,14 @@ def _unreadable(documents: list[Document]) -> dict[int, Any]:
     return errors
 
 
-def _said(event: Any, num_given: int) -> str | MMInterleavedError | None:
-    """The words of a document that is finished, behind those given, or its error; None before its end."""
+def _outcome(event: Any, num_given: int) -> str | MMInterleavedError | None:
+    """The generated text of a document that is finished, or its error; None before its end."""
     from mm_interleaved.generation.events import Failed, Finished
 
     match event:
         case Finished(document=completed):
-            said = [part.text for part in completed.parts[num_given:] if isinstance(part, Text)]
-            return " ".join(said).strip()
+            texts = [part.text for part in completed.parts[num_given:] if isinstance(part, Text)]
+            return " ".join(texts).strip()
         case Failed(error=error):
             return error
     return None
@@ -266,13 +276,13 @@ def _storyworld_opening(seed: int) -> list[Part]:
     return list(document("test", seed, 0, "story").parts)
 
 
-def _draw_box(picture: Any, box: tuple[int, int, int, int], path: Path):
+def _draw_box(image: Any, box: tuple[int, int, int, int], path: Path):
     from PIL import ImageDraw
 
     from mm_interleaved.documents.images import to_png
     from mm_interleaved.files import make_folder, write_file
 
     make_folder(path.parent)
-    marked = picture.copy()
+    marked = image.copy()
     ImageDraw.Draw(marked).rectangle(box, outline=(255, 60, 40), width=max(1, min(marked.size) // 100))
     write_file(path, to_png(marked))

@@ -119,7 +119,7 @@ def plan(
         generating, training = _size(needs.memory(dtype)), _size(needs.training_memory(dtype))
         say(f"{'':<18} {dtype:<10} {generating:>14} {training:>14}")
     say()
-    say(f"{'time, about':<18} {'':<10} {'a picture':>14} {'tokens/s':>14}")
+    say(f"{'time, about':<18} {'':<10} {'an image':>14} {'tokens/s':>14}")
     for device in DEVICES:
         for dtype in device.flops:
             seconds = needs.seconds_a_picture(device, dtype)
@@ -127,7 +127,7 @@ def plan(
             words = needs.words_a_second(device, dtype)
             say(f"{device.name:<18} {dtype:<10} {picture:>14} {words:>14,.0f}")
     say()
-    say(f"A picture takes {needs.steps} guided steps. Time is right within a factor of a few.")
+    say(f"An image takes {needs.steps} guided steps. Time is right within a factor of a few.")
     if gpus:
         _say_training_plan(config, shapes, needs.tokens, gpus)
 
@@ -147,7 +147,7 @@ def _numbers_of(model: str) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, 
 
     folder = find_model(model)
     config = read_config(folder)
-    # How many steps a picture takes is one of them.
+    # How many steps an image takes is one of them.
     generation_defaults(config)
     return config, {name: header.shape for name, header in tensor_headers(folder).items()}
 

@@ -8,7 +8,7 @@
     index.html        the page
 
 A run that was killed anywhere is finished by the same command: what has no line in the results is made again.
-So is what was changed since it was committed: a line, or a picture, that is not what its hash says is put
+So is what was changed since it was committed: a line, or an image, that is not what its hash says is put
 aside under another name. Nothing is read that does not lie in the folder itself.
 """
 
@@ -82,7 +82,7 @@ class RunIdentity:
     device: str = "auto"
     dtype: str = "auto"
     acceleration: Mapping[str, Any] = field(default_factory=dict)
-    """What was done to the model so that it paints faster."""
+    """What was done to the model so that it generates images faster."""
 
 
 @dataclass(slots=True)
@@ -104,7 +104,7 @@ class RunFolder:
 
     @property
     def failed(self) -> dict[str, dict[str, Any]]:
-        """The finished records that tell of an error."""
+        """The finished records that hold an error."""
         return {key: record for key, record in self.finished.items() if "error" in record}
 
     def pending(self) -> list[Document]:
@@ -113,16 +113,16 @@ class RunFolder:
 
     def commit(self, document: Document):
         """Write a completed document: its images first, then its line."""
-        pictures = {
+        images = {
             f"{IMAGES}/{self.stems[document.id]}_{index}.png": to_png(image.load())
             for index, image in enumerate(_images(document))
         }
         make_folder(self.path / IMAGES)
-        for name, data in pictures.items():
+        for name, data in images.items():
             write_file(self.path / name, data)
-        names = list(pictures)
+        names = list(images)
         record = document_to_record(document, lambda image, index: names[index])
-        self._append(record, {name: sha256_of(data) for name, data in pictures.items()})
+        self._append(record, {name: sha256_of(data) for name, data in images.items()})
 
     def commit_error(self, document: Document, error: MMInterleavedError):
         """Write that a document failed, and why."""
@@ -182,7 +182,8 @@ def open_run(
     """Begin a run in an empty folder, or go on with the one that stands there.
 
     Args:
-        facts: what else the manifest of a new run tells (seeds, versions, threads); a rerun keeps the first.
+        facts: what else the manifest of a new run records (seeds, versions, threads); a rerun keeps the
+            first.
         new_run: move what stands there to `earlier/<n>/` and begin anew.
         retry_errors: make failed documents again.
 
@@ -232,7 +233,7 @@ def changed_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
         if key not in records or record_hash(records[key]) != outputs["records"].get(key)
     ]
     changed += [escape(name) for name, digest in outputs["images"].items() if file_hash(path, name) != digest]
-    # Earlier versions did not tell of the page.
+    # Earlier versions did not record the page.
     if "page" in outputs and file_hash(path, PAGE) != outputs["page"]:
         changed.append(PAGE)
     return changed
@@ -352,7 +353,7 @@ def _shown(value: Any) -> str:
 
 
 def _put_aside(path: Path):
-    """Move an earlier run's files to `earlier/<n>/`: --new-run costs nobody their pictures."""
+    """Move an earlier run's files to `earlier/<n>/`: --new-run costs nobody their images."""
     present = [path / name for name in _OURS if os.path.lexists(path / name)]
     if not present:
         return

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ class RunRequest:
 
 MOST_AT_ONCE, MEMORY_A_DOCUMENT = 16, 4 * 2**30
 """Of documents on a GPU, and bytes of its memory for each: in the published size one remembers about 2 GB of
-a full context, and takes 1 GB while a picture of 512 pixels is drawn.
+a full context, and takes 1 GB while an image of 512 pixels is denoised.
 """
 
 
@@ -92,7 +92,7 @@ class RunOutcome:
     made: Sequence[Mapping[str, Any]]
     """Those of the records that this request made; the others were finished before."""
     is_lossy: bool = False
-    """Whether pictures were drawn with something left out, or with an adapter."""
+    """Whether images were generated with something left out, or with an adapter."""
 
 
 def run_documents(
@@ -105,7 +105,7 @@ def run_documents(
     takes up again.
 
     Args:
-        on_event: is told every event of the generator, with the document it belongs to, and once more with
+        on_event: called with every event of the generator and the document it belongs to, and once more with
             "finished" or "failed".
         load: makes the generator from a model's folder; called only if there is something to do.
     """
@@ -115,36 +115,18 @@ def run_documents(
     settings = {
         document.id: settings_for(document, defaults, request.flags) for document in request.documents
     }
-    identity = RunIdentity(
-        model=request.model.name,
-        weights=hash_model(folder),
-        settings=run_settings.to_dict(),
-        flags=request.flags,
-        device=request.model.device,
-        dtype=request.model.dtype,
-        acceleration=request.model.acceleration.record(),
-    )
-
-    def facts() -> dict[str, Any]:
-        seeds = {key: chosen.seed for key, chosen in settings.items()}
-        chosen = request.batch_size or default_batch_size(torch_device(request.model.device))
-        return {"seeds": seeds, "batch_size": chosen, **machine_facts(request.model.device)}
-
     with open_run(
         request.output,
         request.documents,
-        identity,
-        facts,
+        _identity(request, folder, run_settings),
+        lambda: _facts(request, settings),
         new_run=request.new_run,
         retry_errors=request.retry_errors,
     ) as run:
         pending = run.pending()
         batch_size = _batch_size(run, request.batch_size)
         if pending:
-            for difference in facts_that_differ(run.manifest, machine_facts(request.model.device)):
-                logger.warning(
-                    "%s: %s; what is still to be made may differ in its last bits", run.path, difference
-                )
+            _warn_of_differences(run, request.model.device)
             generator = load(
                 folder,
                 device=request.model.device,
@@ -156,16 +138,49 @@ def run_documents(
                 batch = request.documents[start : start + batch_size]
                 _continue(run, generator, batch, [settings[document.id] for document in batch], on_event)
         run.close(lambda records: _page(records, run.path, request.model.name, run_settings.seed))
-        return RunOutcome(
-            output=request.output,
-            num_documents=len(request.documents),
-            num_failed=len(run.failed),
-            num_already_finished=len(request.documents) - len(pending),
-            records=list(run.finished.values()),
-            made=[run.finished[document.id] for document in pending],
-            is_lossy=request.model.acceleration.adapter is not None
-            or any(chosen.is_lossy for chosen in settings.values()),
-        )
+        return _outcome(request, run, pending, settings.values())
+
+
+def _identity(request: RunRequest, folder: Path, settings: GenerationSettings) -> RunIdentity:
+    return RunIdentity(
+        model=request.model.name,
+        weights=hash_model(folder),
+        settings=settings.to_dict(),
+        flags=request.flags,
+        device=request.model.device,
+        dtype=request.model.dtype,
+        acceleration=request.model.acceleration.record(),
+    )
+
+
+def _facts(request: RunRequest, settings: Mapping[str, GenerationSettings]) -> dict[str, Any]:
+    """What the manifest of a new run says beside its identity."""
+    seeds = {key: chosen.seed for key, chosen in settings.items()}
+    batch_size = request.batch_size or default_batch_size(torch_device(request.model.device))
+    return {"seeds": seeds, "batch_size": batch_size, **machine_facts(request.model.device)}
+
+
+def _warn_of_differences(run: RunFolder, device: str):
+    for difference in facts_that_differ(run.manifest, machine_facts(device)):
+        logger.warning("%s: %s; what is still to be made may differ in its last bits", run.path, difference)
+
+
+def _outcome(
+    request: RunRequest,
+    run: RunFolder,
+    pending: Sequence[Document],
+    settings: Iterable[GenerationSettings],
+) -> RunOutcome:
+    return RunOutcome(
+        output=request.output,
+        num_documents=len(request.documents),
+        num_failed=len(run.failed),
+        num_already_finished=len(request.documents) - len(pending),
+        records=list(run.finished.values()),
+        made=[run.finished[document.id] for document in pending],
+        is_lossy=request.model.acceleration.adapter is not None
+        or any(chosen.is_lossy for chosen in settings),
+    )
 
 
 def continue_in_batches(
@@ -174,7 +189,7 @@ def continue_in_batches(
     settings: Sequence[GenerationSettings],
     batch_size: int | None = None,
 ) -> Iterator[tuple[int, Event]]:
-    """What happens in each document, by its place: `batch_size` of them at once, then the next.
+    """The events of each document, by its place: `batch_size` documents at once, then the next.
 
     Args:
         settings: of each.
@@ -203,7 +218,7 @@ def complete(
     settings: GenerationSettings,
     on_event: Callable[[Event], None],
 ) -> Document:
-    """The completed document, its events told on the way."""
+    """The completed document; `on_event` is called with its events on the way."""
     for event in generator.stream(document, settings=settings):
         on_event(event)
         if isinstance(event, Finished):
@@ -215,7 +230,7 @@ def default_batch_size(device: torch.device) -> int:
     """Documents to be continued at once on a device.
 
     Eight on a CPU, where one core makes eight captions of the shipped model in a quarter of the time that
-    they take one by one, and eight stories of two pictures in half of it (2026-11, `python -m benchmarks
+    they take one by one, and eight stories of two images in half of it (2026-11, `python -m benchmarks
     batch`). On a GPU, which reads its weights once for all of them, as many as its memory holds of the
     published size.
     """

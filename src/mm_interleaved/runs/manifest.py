@@ -46,7 +46,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def batch_size_of(manifest: Mapping[str, Any]) -> int:
-    """How many documents a run continues at once; runs of before there were batches do not tell."""
+    """How many documents a run continues at once; runs from before there were batches do not say."""
     return manifest.get("batch_size", 1)
 
 

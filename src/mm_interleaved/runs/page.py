@@ -1,4 +1,4 @@
-"""Records in, one page out: a picture book that needs nothing but itself.
+"""Records in, one page out: an illustrated story that needs nothing but itself.
 
 Images are inlined, nothing is loaded from anywhere, there is no script; all text is escaped. What the model
 made is marked with a small star.
@@ -28,9 +28,9 @@ OpenImage = Callable[[str], PILImage.Image]
 
 @dataclass(slots=True)
 class Panel:
-    """One page of the book: at most one picture, and the texts that belong to it."""
+    """One page of the book: at most one image, and the texts that belong to it."""
 
-    picture: Mapping[str, Any] | None = None
+    image: Mapping[str, Any] | None = None
     texts: list[Mapping[str, Any]] = field(default_factory=list)
 
 
@@ -46,7 +46,7 @@ def render_page(
 
     Args:
         records: canonical records, or failed ones with `error`.
-        open_image: the picture at a path that a record names.
+        open_image: the image at a path that a record names.
         made_by: the line under the title: model, seed, settings.
         scores: metrics from 0 to 1, shown above the documents.
     """
@@ -68,20 +68,20 @@ def title_of(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def panels(parts: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """Parts grouped into pages: a picture with the text before it, or after it where a picture begins."""
-    begins_with_picture = bool(parts) and parts[0]["type"] == "image"
+    """Parts grouped into pages: an image with the text before it, or after it where an image begins."""
+    begins_with_image = bool(parts) and parts[0]["type"] == "image"
     pages = [Panel()]
     for part in parts:
-        is_picture = part["type"] == "image"
-        begins_page = is_picture if begins_with_picture else not is_picture
-        is_full = pages[-1].picture is not None and (is_picture or begins_page)
+        is_image = part["type"] == "image"
+        begins_page = is_image if begins_with_image else not is_image
+        is_full = pages[-1].image is not None and (is_image or begins_page)
         if is_full:
             pages.append(Panel())
-        if is_picture:
-            pages[-1].picture = part
+        if is_image:
+            pages[-1].image = part
         else:
             pages[-1].texts.append(part)
-    return [page for page in pages if page.picture or page.texts]
+    return [page for page in pages if page.image or page.texts]
 
 
 def _score_table(scores: Mapping[str, float]) -> str:
@@ -110,17 +110,17 @@ def _document(record: Mapping[str, Any], open_image: OpenImage, *, with_heading:
 
 
 def _leaf(page: Panel, number: int, open_image: OpenImage) -> str:
-    picture = _picture(page.picture, open_image) if page.picture else ""
+    image = _figure(page.image, open_image) if page.image else ""
     texts = "".join(_paragraphs(text) for text in page.texts)
-    kind = "leaf" if page.picture else "leaf words"
+    kind = "leaf" if page.image else "leaf words"
     return (
-        f'<section class="{kind}">{picture}<div class="text">{texts}</div><footer>{number}</footer></section>'
+        f'<section class="{kind}">{image}<div class="text">{texts}</div><footer>{number}</footer></section>'
     )
 
 
 def _turn(message: Mapping[str, Any], open_image: OpenImage) -> str:
     inner = "".join(
-        _paragraphs(part) if part["type"] == "text" else _picture(part, open_image)
+        _paragraphs(part) if part["type"] == "text" else _figure(part, open_image)
         for part in message["content"]
     )
     role = escape(str(message["role"]))
@@ -133,27 +133,27 @@ def _paragraphs(part: Mapping[str, Any]) -> str:
     return "".join(f"<p>{escape(text)}{mark if text is texts[-1] else ''}</p>" for text in texts)
 
 
-def _picture(part: Mapping[str, Any], open_image: OpenImage) -> str:
+def _figure(part: Mapping[str, Any], open_image: OpenImage) -> str:
     is_generated = bool(part.get("generated"))
-    picture = open_image(part["image"])
-    width, height = picture.size
+    image = open_image(part["image"])
+    width, height = image.size
     kind = "crisp" if max(width, height) <= _CRISP_SIDE else "smooth"
     what = "a picture made by the model" if is_generated else "a given picture"
     mark = _STAR if is_generated else ""
     size = f'width="{width}" height="{height}"'
-    return f'<figure><img class="{kind}" src="{_data_url(picture)}" {size} alt="{what}">{mark}</figure>'
+    return f'<figure><img class="{kind}" src="{_data_url(image)}" {size} alt="{what}">{mark}</figure>'
 
 
-def _data_url(picture: PILImage.Image) -> str:
-    """A small picture without loss; a large one reduced, as a JPEG."""
+def _data_url(image: PILImage.Image) -> str:
+    """A small image without loss; a large one reduced, as a JPEG."""
     buffer = io.BytesIO()
-    if max(picture.size) <= _MAX_SIDE // 2:
-        picture.save(buffer, format="PNG", optimize=True)
+    if max(image.size) <= _MAX_SIDE // 2:
+        image.save(buffer, format="PNG", optimize=True)
         kind = "png"
     else:
-        picture = picture.copy()
-        picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
-        picture.save(buffer, format="JPEG", quality=88)
+        image = image.copy()
+        image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+        image.save(buffer, format="JPEG", quality=88)
         kind = "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 

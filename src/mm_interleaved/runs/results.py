@@ -1,7 +1,7 @@
 """The records of a run on disk, and whether they still are as they were committed.
 
 A run appends a line of hashes to `hashes.jsonl`, then the line of the results. A record can be reused if both
-are there and agree, and its pictures too. Nothing is opened that does not lie in the run's folder.
+are there and agree, and its images too. Nothing is opened that does not lie in the run's folder.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def problem_of(
         return "is no result"
     key = record["id"]
     if key not in hashes:
-        return f"{escape(key)!r} cannot be checked ({HASHES} does not tell of it)"
+        return f"{escape(key)!r} cannot be checked ({HASHES} has no line of it)"
     if sha256_of(line + b"\n") != hashes[key].line:
         return f"{escape(key)!r} is not as it was committed"
     names = names_of(record)
@@ -87,7 +87,7 @@ def problem_of(
 
 
 def changed_images(folder: Path, record: Mapping[str, Any], hashes: RecordHashes) -> list[str]:
-    """Those of a record's pictures that are not as they were committed, or not there."""
+    """Those of a record's images that are not as they were committed, or not there."""
     return [name for name in names_of(record) if file_hash(folder, name) != hashes.images.get(name)]
 
 
@@ -100,8 +100,8 @@ def committed_hashes(
     path = folder / HASHES
     if path.exists():
         with storage_errors(path, "read"):
-            said = [_read_hashes(line) for line in path.read_bytes().splitlines()]
-        return {key: hashes for key, hashes in filter(None, said)}
+            found = [_read_hashes(line) for line in path.read_bytes().splitlines()]
+        return {key: hashes for key, hashes in filter(None, found)}
     outputs = manifest.get("outputs", {"records": {}, "images": {}})
     return {
         record["id"]: RecordHashes(
@@ -116,12 +116,12 @@ def committed_hashes(
 def _read_hashes(line: bytes) -> tuple[str, RecordHashes] | None:
     """A line of `hashes.jsonl`; None where it is damaged: then its record counts as changed."""
     try:
-        said = json.loads(line)
-        images = said["images"]
-        is_whole = all(isinstance(text, str) for text in (said["id"], said["line"], *images.values()))
+        entry = json.loads(line)
+        images = entry["images"]
+        is_whole = all(isinstance(text, str) for text in (entry["id"], entry["line"], *images.values()))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    return (said["id"], RecordHashes(said["line"], images)) if is_whole else None
+    return (entry["id"], RecordHashes(entry["line"], images)) if is_whole else None
 
 
 def names_of(record: Mapping[str, Any]) -> list[str]:

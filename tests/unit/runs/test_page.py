@@ -26,7 +26,7 @@ def page_of(*records, **more):
 
 def letters(parts):
     return [
-        ("I" if panel.picture else "") + "".join(words["text"] for words in panel.texts)
+        ("I" if panel.image else "") + "".join(words["text"] for words in panel.texts)
         for panel in panels(parts)
     ]
 
