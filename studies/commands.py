@@ -10,7 +10,7 @@ import typer
 from mm_interleaved.cli.command import command
 from mm_interleaved.cli.options import Device, Dtype, Model
 from mm_interleaved.cli.output import progress, say
-from mm_interleaved.cli.places import folder_to_write, picture_to_write
+from mm_interleaved.cli.places import folder_to_write, image_to_write
 from mm_interleaved.documents.document import Document
 from mm_interleaved.generation.events import Event
 
@@ -182,7 +182,7 @@ def attention_maps(
 def gallery(
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="File for the sheet.", metavar="PNG", callback=picture_to_write),
+        typer.Option("-o", "--output", help="File for the sheet.", metavar="PNG", callback=image_to_write),
     ],
     count: Annotated[
         int, typer.Option(help="How many prompts of the test split, the first ones.", min=1)

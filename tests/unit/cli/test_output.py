@@ -26,6 +26,6 @@ def test_a_log_gets_a_line_now_and_then(capsys, monkeypatch, total, told):
         shown.advance("at once")
         assert capsys.readouterr().err == ""
         now += output.SECONDS_BETWEEN_LINES
-        shown.tell("next")
-        shown.tell("soon after")
+        shown.show("next")
+        shown.show("soon after")
     assert capsys.readouterr().err == f"mm-interleaved: {told}\n"
