@@ -1,7 +1,7 @@
 """Files that are whole or absent: atomic writes, appended lines, a folder that one process holds.
 
 Every function turns a failing disk into StorageError and leaves what was there before. What a killed process
-was writing has a name that begins with `.tmp-` and its number; the kernel's lock on it tells whether its
+was writing has a name that begins with `.tmp-` and its number; the kernel's lock on it shows whether its
 writer lives, so that it can be removed by whoever writes there next.
 """
 
@@ -256,7 +256,7 @@ def _make_anew(folder: Path):
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; a second process is refused and told who holds it.
+    """Hold a folder for this process; a second process is refused, with the name of who holds it.
 
     The kernel drops the lock when its holder dies, however it dies, so a stale lock cannot be left behind.
 
@@ -299,7 +299,7 @@ def forget_locks():
 def disk_failure(error: BaseException) -> str | None:
     """Why the disk refused, in its own words; None where an error is of another kind.
 
-    Writers in Rust (safetensors, tokenizers) raise classes of their own, whose words tell the number.
+    Writers in Rust (safetensors, tokenizers) raise classes of their own, whose messages hold the number.
     """
     if isinstance(error, StorageError):
         return str(error)

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.data.registry import make_source
 from mm_interleaved.data.sources.storyworld import StoryWorldSource
-from mm_interleaved.data.storage.files import manifest_of
+from mm_interleaved.data.storage.manifests import manifest_of
 from mm_interleaved.errors import InputError, StorageError
 from mm_interleaved.training import data_files
 from mm_interleaved.training.data_files import DATA_NAME, check_data

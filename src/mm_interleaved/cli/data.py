@@ -160,13 +160,13 @@ def convert(
     faults = Faults()
     with progress(_num_items(shards, None), source) as bar:
 
-        def tell(item):
+        def report(item):
             if isinstance(item, BrokenItem):
                 faults.add(item)
             bar.advance(source)
 
         done = convert_source(
-            made, out, shards, copies_images=not refers_to_images, skips_broken=skips_broken, tell=tell
+            made, out, shards, copies_images=not refers_to_images, skips_broken=skips_broken, report=report
         )
     for fault in faults:
         say_error(str(fault))
@@ -327,7 +327,8 @@ def _report_text(report: Report) -> str:
 
 def _write_manifests(paths: list[str]):
     """A `shards.json` into each folder of local files, all of them sound."""
-    from mm_interleaved.data.storage.files import MANIFEST, folder_of, is_address
+    from mm_interleaved.data.storage.files import folder_of, is_address
+    from mm_interleaved.data.storage.manifests import MANIFEST
 
     for folder in dict.fromkeys(map(folder_of, paths)):
         if is_address(folder):
@@ -338,7 +339,7 @@ def _write_manifests(paths: list[str]):
 
 
 def _write_manifest(folder: str, paths: list[str]):
-    from mm_interleaved.data.storage.files import MANIFEST, manifest_bytes, manifest_of
+    from mm_interleaved.data.storage.manifests import MANIFEST, manifest_bytes, manifest_of
     from mm_interleaved.files import write_file
 
     write_file(Path(folder, MANIFEST), manifest_bytes(manifest_of(folder, paths)))

@@ -53,7 +53,7 @@ def convert_source(
     *,
     copies_images: bool = True,
     skips_broken: bool = False,
-    tell: Callable[[BrokenItem | Document | FilteredItem], None] = lambda item: None,
+    report: Callable[[BrokenItem | Document | FilteredItem], None] = lambda item: None,
 ) -> Conversion:
     """Writes the documents of a source, in its order; the file is whole or not there.
 
@@ -62,7 +62,7 @@ def convert_source(
         copies_images: put images that do not lie in the folder of `out` into `images/` there, as they are;
             otherwise they are named by their absolute paths (those out of tars and tables are copied anyway).
         skips_broken: leave out what is broken; otherwise the first such item ends it all.
-        tell: is called with each item when it is done.
+        report: is called with each item when it is done.
 
     Raises:
         InputError: a broken item, or no document at all.
@@ -95,7 +95,7 @@ def convert_source(
                                 f"{item} (--skip-broken leaves such items out)", field=item.field
                             )
                         done.num_broken += 1
-                    tell(item)
+                    report(item)
             if not done.num_documents:
                 raise InputError(f"{out}: found no document to write, expected at least one")
     except BaseException:

@@ -52,9 +52,9 @@ class Preparation:
     few_shot: FewShot | None
 
     def __call__(self, group: SequenceABC[Document]) -> Prepared:
-        """The sequences of documents that are to be merged, with their pictures opened.
+        """The sequences of documents that are to be merged, with their images opened.
 
-        Pictures are opened here and not when a batch is made: a document is left out before it is in a row.
+        Images are opened here and not when a batch is made: a document is left out before it is in a row.
         """
         readable, skips = [], []
         for document in group:
@@ -114,7 +114,7 @@ class Preparation:
 
 
 def _with_open_images(document: Document) -> Document:
-    """The document with its pictures in memory. Raises ImageError."""
+    """The document with its images in memory. Raises ImageError."""
 
     def opened(part):
         return replace(part, source=part.load()) if isinstance(part, Image) else part

@@ -66,7 +66,7 @@ def group_documents(
 def merge_documents(documents: Sequence[Document], separator: str = "\n") -> Document:
     """One document that asks the last one's question after answering all others'.
 
-    What a document has as its `target` is said in full where it is an example; the merged document has the
+    What a document has as its `target` stands in full where it is an example; the merged document has the
     last one's. So of documents with a target only the last answer counts in the losses; of others (pairs,
     conversations with their answers), all that counted before.
     """
@@ -100,5 +100,5 @@ def _answered(document: Document) -> tuple[Part, ...]:
 
 
 def _extend(parts: list[Part], more: Sequence[Part]):
-    """Adds parts, but no system sentence that has been said."""
+    """Adds parts, but no system sentence that is there already."""
     parts += [part for part in more if part.role != "system" or part not in parts]

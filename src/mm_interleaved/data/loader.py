@@ -72,7 +72,7 @@ class TrainingLoader:
             accumulation.
         rank, num_ranks: the slice of each global batch that this loader gives.
         num_workers: worker processes; 0 reads in this one. Of no use are more than a rank has rows.
-        target_pixels: also make what the image decoder has to paint.
+        target_pixels: also make what the image decoder has to generate.
         fixed_length: pad all rows to the mixture's length, so that all batches have one shape.
         add_blank_image: a micro-batch without any image gets a row with a blank one, which counts in no loss:
             all parameters then take part in every step on every rank.
@@ -81,7 +81,7 @@ class TrainingLoader:
             which (and above 10 of them) the run stops.
 
     Raises:
-        UsageError: numbers that do not divide each other; pixels to paint of a model that does not paint.
+        UsageError: numbers that do not divide each other; target pixels of a model without image decoder.
         InputError: a source without shards.
     """
 
@@ -113,7 +113,9 @@ class TrainingLoader:
                 f"{micro_batch_size} times {num_ranks} ranks"
             )
         if target_pixels and processor.target_pixels is None:
-            raise UsageError("target_pixels: the model's processor has no target_size, it does not paint")
+            raise UsageError(
+                "target_pixels: the model's processor has no target_size: it has no image decoder"
+            )
         self.mixture, self.processor, self.seed = mixture, processor, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         rows = global_batch_size // num_ranks

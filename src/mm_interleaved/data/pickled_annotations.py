@@ -38,7 +38,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode(encoding)
 
 
-# The functions that NumPy's own pickles name, taken from where NumPy says so.
+# The functions that NumPy's own pickles name, taken from where NumPy itself looks them up.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _SCALAR = np.float64(0).__reduce__()[0]
 _ALLOWED: Mapping[tuple[str, str], Any] = MappingProxyType(

@@ -1,4 +1,13 @@
-"""Sources by name, for settings and for the command line; and which one a file is for."""
+"""Sources by name, for settings and for the command line; and which one a file is for.
+
+To add a source:
+1. a file in `sources/`: a frozen, keyword-only dataclass with `paths`, `shards()` and `read()` (see
+   `source`), which makes its items by `attempt`; each field states its type, its range and its help;
+2. a line in `SOURCES` below, and in `_name_of_record` the fields that its records are recognised by;
+3. a sample in `tests/unit/data/test_source_rules.py` (`SAMPLES`), on which all rules for sources are tried;
+4. a row in the table of `docs/data.md`.
+The tests fail as long as 3 or 4 is missing.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +94,7 @@ def source_name_of(path: str) -> str:
     """Which source a file is for, by its name and its first record.
 
     Raises:
-        UsageError: the file has no form that tells.
+        UsageError: the form of the file is none of those known.
     """
     lower = name_of(path).lower()
     for suffix, name in ((".tar", "webdataset"), (".parquet", "obelics")):
@@ -93,7 +102,7 @@ def source_name_of(path: str) -> str:
             return name
     record = first_record(path)
     if record is None:
-        # What is wrong with it is said when it is read.
+        # What is wrong with it is reported when it is read.
         return "documents"
     found = _name_of_record(set(record.value) if isinstance(record.value, dict) else set(), lower)
     if found == "table":

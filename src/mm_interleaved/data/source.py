@@ -1,6 +1,6 @@
 """What a source is: named shards, each a sequence of items that can be read on from any position.
 
-An item is a document, or says by name why it gives none. The items of a shard, and their positions, are a
+An item is a document, or states by name why it gives none. The items of a shard, and their positions, are a
 pure function of the files and of the source's settings (`seed` and `epoch` among them), so that a reader that
 stopped after position p goes on with `read(shard, p + 1)`, in whatever process.
 """
@@ -161,7 +161,7 @@ def shards_of(source: Source) -> list[Shard]:
     except Exception as error:
         logger.debug("the source failed", exc_info=True)
         paths = escape(str(getattr(source, "paths", type(source).__name__)))
-        raise InputError(f"{paths}: cannot be read ({_said_by(error)})") from error
+        raise InputError(f"{paths}: cannot be read ({_description(error)})") from error
 
 
 def items_of(source: Source, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
@@ -178,10 +178,10 @@ def items_of(source: Source, shard: Shard, start: int = 0) -> Iterator[tuple[int
         raise
     except Exception as error:
         logger.debug("%s: the source failed", escape(shard.name), exc_info=True)
-        yield position + 1, BrokenItem(shard.name, f"cannot be read on ({_said_by(error)})")
+        yield position + 1, BrokenItem(shard.name, f"cannot be read on ({_description(error)})")
 
 
-def _said_by(error: Exception) -> str:
+def _description(error: Exception) -> str:
     return f"{type(error).__name__}: {escape(str(error), 200)}"
 
 
@@ -225,4 +225,4 @@ def attempt(
     except Exception as error:
         # A fault of the source, not of the command: the item is named and counted like any other broken one.
         logger.debug("%s: the reader failed", escape(place), exc_info=True)
-        return BrokenItem(place, f"cannot be read ({_said_by(error)})")
+        return BrokenItem(place, f"cannot be read ({_description(error)})")

@@ -34,7 +34,7 @@ class Text:
 class Image:
     """One image, by reference.
 
-    `source` is a picture in memory, the path of a file (already checked against the allowed root by whoever
+    `source` is an image in memory, the path of a file (already checked against the allowed root by whoever
     read it), or the bytes of an encoded file. Given may also be what else Python keeps images in, see
     `image_source`.
 
@@ -49,7 +49,7 @@ class Image:
     name: str | None = None
     """The image's name where it came from, for messages and pages."""
     pixel_error: float | None = None
-    """Of a generated image: mean difference, in levels of 0 to 255, from the one that is drawn from the
+    """Of a generated image: mean difference, in levels of 0 to 255, from the one that is generated from the
     same noise with nothing left out; where it was measured (`report_error`).
     """
 
@@ -57,7 +57,7 @@ class Image:
         object.__setattr__(self, "source", image_source(self.source))
 
     def load(self) -> PILImage.Image:
-        """The picture as 8-bit RGB, upright. Raises ImageError where it cannot be read."""
+        """The image as 8-bit RGB, upright. Raises ImageError where it cannot be read."""
         return open_image(self.source, name=self.name)
 
 
@@ -132,7 +132,7 @@ def document_to_record(document: Document, image_path: ImagePath) -> dict[str, A
     """The canonical JSON record of a document.
 
     Args:
-        image_path: says where the k-th image stands (counted over the parts, then the target): a path
+        image_path: states where the k-th image stands (counted over the parts, then the target): a path
             relative to the file that the record goes into, or a `data:` URL.
 
     Returns:

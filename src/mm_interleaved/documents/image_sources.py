@@ -1,4 +1,4 @@
-"""What callers have an image in, as one of the three things that an `Image` holds: picture, path or bytes."""
+"""What callers have an image in, as an `Image` holds it: an image in memory, a path or bytes."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def _of_array(array: np.ndarray) -> PILImage.Image:
     is_colour = array.ndim == 3 and array.shape[2] in _CHANNELS
     if array.dtype != np.uint8 or not (array.ndim == 2 or is_colour) or 0 in array.shape:
         raise TypeError(f"image: found {_described(array)}, expected {EXPECTED}")
-    picture = array[..., 0] if is_colour and array.shape[2] == 1 else array
-    return PILImage.fromarray(np.array(picture, order="C"))
+    pixels = array[..., 0] if is_colour and array.shape[2] == 1 else array
+    return PILImage.fromarray(np.array(pixels, order="C"))
 
 
 def _described(source: Any) -> str:

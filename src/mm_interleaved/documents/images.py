@@ -36,7 +36,7 @@ _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
-"""Orientations of EXIF whose pictures stand on their side in the file."""
+"""Orientations of EXIF whose images stand on their side in the file."""
 
 _Result = TypeVar("_Result")
 
@@ -74,24 +74,24 @@ _KNOWN_STARTS = (
 )
 
 
-def to_png(picture: PILImage.Image) -> bytes:
-    """A picture as the bytes of a PNG file: lossless, the same bytes for the same pixels."""
+def to_png(image: PILImage.Image) -> bytes:
+    """An image as the bytes of a PNG file: lossless, the same bytes for the same pixels."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def open_image(
     source: str | Path | bytes | PILImage.Image, *, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> PILImage.Image:
-    """The picture as 8-bit RGB, turned as its EXIF orientation says, alpha over white.
+    """The image as 8-bit RGB, turned as its EXIF orientation says, alpha over white.
 
     Of an animation or of several pages, the first; the others are never decoded. Colour profiles are ignored:
     pixels are taken as sRGB. 16-bit values are scaled (not clipped) to 8 bits.
 
     Args:
         source: path of a regular file, bytes of an encoded file (`FORMAT_NAMES`, whatever its name says), or
-            a picture in memory.
+            an image in memory.
         name: how messages call it; the path otherwise.
 
     Raises:
@@ -203,7 +203,7 @@ def describe_bytes(data: bytes) -> str:
 
 
 def fit_square(image: PILImage.Image, size: int) -> PILImage.Image:
-    """The central square of a picture at `size` x `size` pixels, by the rule of the released model.
+    """The central square of an image at `size` x `size` pixels, by the rule of the released model.
 
     Halved with a box filter while the shorter side is at least twice the target, then bicubic until the
     shorter side fits, then cropped in the centre.
@@ -220,7 +220,7 @@ def fit_square(image: PILImage.Image, size: int) -> PILImage.Image:
 
 @dataclass(frozen=True, slots=True)
 class SquareCrop:
-    """A picture as pixels of one fixed square size.
+    """An image as pixels of one fixed square size.
 
     `released` is the rule of the released model (`fit_square`); `clip` is that of CLIP's own processor, for
     models composed of stock parts.
@@ -235,13 +235,13 @@ class SquareCrop:
         if self.size < 1:
             raise ValueError(f"image size: expected at least 1 pixel, found {self.size}")
 
-    def __call__(self, picture: PILImage.Image) -> np.ndarray:
-        """(C=3, H=size, W=size) float32 in [0, 1] of an RGB picture."""
+    def __call__(self, image: PILImage.Image) -> np.ndarray:
+        """(C=3, H=size, W=size) float32 in [0, 1] of an RGB image."""
         if self.rule == "released":
-            return to_array(fit_square(picture, self.size))
-        return self._clip(_without_long_ends(picture))
+            return to_array(fit_square(image, self.size))
+        return self._clip(_without_long_ends(image))
 
-    def _clip(self, picture: PILImage.Image) -> np.ndarray:
+    def _clip(self, image: PILImage.Image) -> np.ndarray:
         from transformers import CLIPImageProcessorPil
 
         square = {"height": self.size, "width": self.size}
@@ -249,13 +249,13 @@ class SquareCrop:
         processor = CLIPImageProcessorPil(
             size={"shortest_edge": self.size}, crop_size=square, do_normalize=False
         )
-        return np.asarray(processor(picture, return_tensors="np")["pixel_values"][0], dtype=np.float32)
+        return np.asarray(processor(image, return_tensors="np")["pixel_values"][0], dtype=np.float32)
 
 
 def to_array(image: PILImage.Image) -> np.ndarray:
-    """(C=3, H, W) float32 in [0, 1] of an RGB picture."""
+    """(C=3, H, W) float32 in [0, 1] of an RGB image."""
     if image.mode != "RGB":
-        raise ValueError(f"expected an RGB picture, found mode {image.mode!r}: open it with open_image")
+        raise ValueError(f"expected an RGB image, found mode {image.mode!r}: open it with open_image")
     return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 255)
 
 

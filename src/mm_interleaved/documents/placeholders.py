@@ -46,7 +46,7 @@ _ANY = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place for the next image of a record (None), or for that of an index, said by a part of its own."""
+    """A place for the next image of a record (None), or for that of an index, stated by a part of its own."""
 
     role: str | None
     index: int | None = None

@@ -23,13 +23,13 @@ _MEDIA = {
     *("pixel", "jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "mp4", "webm", "mov", "avi", "mkv"),
     *("mp3", "wav", "flac", "ogg", "m4a"),
 }
-_SAID = {
+_WORDING = {
     *("system", "instruction", "prompt", "question", "query", "answer", "response", "completion", "reply"),
     *("output", "solution", "rationale", "explanation", "message", "conversation", "dialog", "dialogue"),
     *("turn", "chat", "caption", "text", "sentence", "paragraph", "story", "content", "target", "chosen"),
     *("assistant", "human", "gpt", "user", "bot", "input", "txt", "hint", "choice", "tool"),
 }
-_CONTENT = _MEDIA | _SAID
+_CONTENT = _MEDIA | _WORDING
 _OFTEN = ("image", "picture", "photo", "video", "audio", "prompt", "answer", "response", "instruction")
 _FILE_WORDS = {"file", "filename", "filepath"}
 _ADDED = {
@@ -91,8 +91,8 @@ def finished(
         FieldError: content that was not used.
     """
     others = [field for record in records for field in record.unused() if _name(field) not in known]
-    told = _told(document)
-    _refuse_content(field for field in others if not _is_told(field.value, told))
+    contents = _contents(document)
+    _refuse_content(field for field in others if not _repeats(field.value, contents))
     remarks = [f"unused field {name!r}" for name in dict.fromkeys(map(_shape, others))]
     parts = (*document.parts, *document.target)
     if not is_plain_text and any(first_placeholder(text) for text in _texts(parts)):
@@ -115,16 +115,17 @@ def _refuse_content(unused: Iterable[Field]):
         )
 
 
-def _told(document: Document) -> set[str]:
-    """The texts of a document and the names of its images: a field that says them again loses nothing."""
+def _contents(document: Document) -> set[str]:
+    """The texts of a document and the names of its images: a field that repeats them loses nothing."""
     parts = (*document.parts, *document.target)
     return {(part.text if isinstance(part, Text) else part.name or "").strip().casefold() for part in parts}
 
 
-def _is_told(value: Any, told: Collection[str]) -> bool:
+def _repeats(value: Any, contents: Collection[str]) -> bool:
+    """Whether a value of JSON holds nothing but what the document has."""
     if isinstance(value, list):
-        return all(_is_told(item, told) for item in value)
-    return isinstance(value, str) and value.strip().casefold() in told
+        return all(_repeats(item, contents) for item in value)
+    return isinstance(value, str) and value.strip().casefold() in contents
 
 
 def reason_to_leave_out(document: Document) -> str | None:

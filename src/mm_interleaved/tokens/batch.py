@@ -79,15 +79,15 @@ class Batch(Mapping[str, "Tensor | None"]):
 
 
 class PixelRule(Protocol):
-    """Makes pixels of one fixed square size out of a picture (`images.SquareCrop` is one)."""
+    """Makes pixels of one fixed square size out of an image (`images.SquareCrop` is one)."""
 
     @property
     def size(self) -> int:
         """Pixels a side."""
         ...
 
-    def __call__(self, picture: PILImage.Image) -> np.ndarray:
-        """(3, size, size) float32 in [0, 1] of an RGB picture."""
+    def __call__(self, image: PILImage.Image) -> np.ndarray:
+        """(3, size, size) float32 in [0, 1] of an RGB image."""
         ...
 
 
@@ -110,8 +110,8 @@ def collate(
     """One batch of rows; a row is a sequence, or several packed one after the other.
 
     Args:
-        encoder_pixels: what the encoder sees of a picture.
-        target_pixels: what the decoder has to paint of it; None where images are not learned.
+        encoder_pixels: what the encoder sees of an image.
+        target_pixels: what the decoder has to generate of it; None where images are not learned.
         padding_side: "right", or "left" for generating text in a batch.
 
     Raises:
@@ -209,7 +209,7 @@ def _widened(table_BX: Tensor, width: int, value: int) -> Tensor:
 
 
 def check_slots(input_ids_BT: Tensor, image_start_BN: Tensor, vocabulary: Vocabulary):
-    """Makes sure that image starts and slots stand exactly where the slot table says, and nowhere else.
+    """Makes sure that image starts and slots stand exactly where the slot table has them, and nowhere else.
 
     A count would not do: one slot id out of user text and one slot lost would balance, and every later image
     would be bound to the wrong place. Raises ValueError with the first position that disagrees.
@@ -270,10 +270,10 @@ def _pixels(
     encoder, target = [], []
     for sequence in sequences:
         for image in sequence.images:
-            picture = image.load()
-            encoder.append(encoder_pixels(picture))
+            opened = image.load()
+            encoder.append(encoder_pixels(opened))
             if target_pixels is not None:
-                target.append(target_pixels(picture))
+                target.append(target_pixels(opened))
     return _stacked(encoder, encoder_pixels), None if target_pixels is None else _stacked(
         target, target_pixels
     )

@@ -32,7 +32,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]], image_root: str | Path 
 
     Args:
         messages: objects with `role` and `content`: a string, or a list of strings and of parts of type
-            `text` (`text`) or `image` (`image`, `path`, `url` or `base64`; a picture in memory, a path, a
+            `text` (`text`) or `image` (`image`, `path`, `url` or `base64`; an image in memory, a path, a
             `data:` URL) or `image_url`.
         image_root: folder that bounds paths given as strings.
 

@@ -33,9 +33,9 @@ def conversation_pieces(parts: Sequence[Part], target: Sequence[Part] = ()) -> l
     Only what the assistant says is a target; where the document has a `target`, only what it says there. An
     answer begins a piece of its own, as it does when it is generated.
     """
-    said = [(part, part.role or "", not target) for part in parts]
-    said += [(part, part.role or ANSWERING_ROLE, True) for part in target]
-    pieces, last_role = _pieces_of_turns(said)
+    turns = [(part, part.role or "", not target) for part in parts]
+    turns += [(part, part.role or ANSWERING_ROLE, True) for part in target]
+    pieces, last_role = _pieces_of_turns(turns)
     if last_role != ANSWERING_ROLE:
         _append_text(pieces, _MARKERS[ANSWERING_ROLE])
     return pieces
@@ -56,11 +56,11 @@ def chat_pieces(parts: Sequence[Part], *, asks: bool, goes_on: bool) -> list[Pro
     return pieces
 
 
-def _pieces_of_turns(said: Sequence[tuple[Part, str, bool]]) -> tuple[list[PromptPiece], str]:
+def _pieces_of_turns(parts: Sequence[tuple[Part, str, bool]]) -> tuple[list[PromptPiece], str]:
     """Pieces of (part, role, whether it may count), and who spoke last."""
     pieces: list[PromptPiece] = []
     role = ""
-    for next_role, turn in groupby(said, key=lambda item: item[1]):
+    for next_role, turn in groupby(parts, key=lambda item: item[1]):
         if role == ANSWERING_ROLE:
             pieces[-1] = replace(pieces[-1], ends_turn=True)
         role, is_answer = next_role, next_role == ANSWERING_ROLE

@@ -51,7 +51,7 @@ class MMInterleavedProcessor(ProcessorMixin):
     Args:
         tokenizer: a tokenizer of transformers.
         image_size: pixels a side that the encoder sees.
-        target_size: pixels a side that the decoder paints in training; None for a model that does not paint.
+        target_size: pixels a side that the decoder learns to generate; None for a model without one.
         num_slots: tokens per image.
         resize: `released` or `clip`, see `images.SquareCrop`.
         special_ids: ids of `image_start`, `image`, `bos`, `eos`, `pad`; by default those that the tokenizer
@@ -348,7 +348,7 @@ class MMInterleavedProcessor(ProcessorMixin):
 
         Args:
             folder: a model's name, see `model_files.resolve`: "storyworld", a folder, or a hub id.
-            of_transformers: what `AutoProcessor` hands to every processor. What says where files of the hub
+            of_transformers: what `AutoProcessor` hands to every processor. What names where files of the hub
                 come from (`revision`, `cache_dir`, `token`, ...) is used; the rest does not matter here.
 
         Raises:

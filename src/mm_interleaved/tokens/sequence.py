@@ -25,8 +25,8 @@ from mm_interleaved.tokens.vocabulary import Vocabulary
 class LearningRule:
     """What of a document may count in the losses, beyond what its roles and its target say.
 
-    A document says it in `meta["learn"]`, as an object with these fields; a corpus says it for all of its
-    documents that do not.
+    A document states it in `meta["learn"]`, as an object with these fields; a corpus states it for all of
+    its documents that do not.
     """
 
     text: str = "all"
@@ -55,7 +55,7 @@ _LEARNED_IMAGES = ("all", "last", "none")
 
 
 def learning_rule(document: Document, default: LearningRule | None = None) -> LearningRule:
-    """What counts of a document: what its `meta["learn"]` says, else `default`, else everything.
+    """What counts of a document: what its `meta["learn"]` states, else `default`, else everything.
 
     Raises:
         InputError: `meta["learn"]` is not such a rule.

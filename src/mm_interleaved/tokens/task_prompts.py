@@ -26,7 +26,7 @@ _ARTICLE = re.compile(r"(the|an?)\s+", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class TaskPrompt:
-    """What is said about an image before the answer."""
+    """What is asked about an image."""
 
     words: str
     """`{image}` (once) and `{text}` stand for the image and for the item's own words, say its question."""
@@ -45,8 +45,8 @@ class TaskPrompt:
         if _TEXT in self.words and not text.strip():
             raise FieldError("", "found nothing but blanks, expected a question or a phrase")
         before, after = (side.replace(_TEXT, text).strip() for side in self.words.split(_IMAGE))
-        said = [Text(words, role=self.role) if words else None for words in (before, after)]
-        return tuple(part for part in (said[0], image, said[1]) if part is not None)
+        texts = [Text(words, role=self.role) if words else None for words in (before, after)]
+        return tuple(part for part in (texts[0], image, texts[1]) if part is not None)
 
     def answer(self, text: str) -> tuple[Part, ...]:
         """The gold answer as a target."""

@@ -17,7 +17,7 @@ NO_IMAGE = -1
 IGNORED = -100
 """The label that cross entropy leaves out (torch's default)."""
 SHORTEST_CONTEXT = 2
-"""Tokens of a context that says nothing: the document's start and the image-start token."""
+"""Tokens of a context that holds nothing: the document's start and the image-start token."""
 
 
 def visible_images(document_start_BT: Tensor, image_start_BN: Tensor, first_position: int = 0) -> Tensor:
@@ -77,13 +77,13 @@ def context_images(
     rule: str | Sequence[int],
     max_images: int,
 ) -> Tensor:
-    """Which earlier images the painter of each image looks at.
+    """Which earlier images the decoder of each image attends to.
 
     Args:
         rule: `"previous"`, the one image directly before (the released checkpoint); `"all"`, the newest
             `max_images` before it (the paper); or the indices, within its document, of the images wanted, of
             which only those before it are taken.
-        max_images: how many images the painter can tell apart. Of more, the newest are taken.
+        max_images: how many images the image decoder can tell apart. Of more, the newest are taken.
 
     Returns:
         (I, K) int64, indices into the I images of the batch, oldest first, padded behind with NO_IMAGE. K is
@@ -112,7 +112,7 @@ def context_images(
 def announced_images(document_start_BT: Tensor, image_start_BN: Tensor) -> Tensor:
     """Which images something stands before: (I,) bool.
 
-    A context of the document's start and the image's own start token alone says nothing about the image, so
+    A context of the document's start and the image's own start token alone holds nothing about the image, so
     such images do not count in the image loss.
     """
     document_start_BN = document_start_BT.gather(1, image_start_BN.clamp(min=0))

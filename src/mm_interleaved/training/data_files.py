@@ -18,14 +18,8 @@ from typing import Any, NamedTuple
 
 from mm_interleaved.data.mixture import Mixture
 from mm_interleaved.data.source import Shard, Source, WholeDocuments, items_of
-from mm_interleaved.data.storage.files import (
-    file_size,
-    found_files,
-    is_address,
-    listed_hash,
-    open_file,
-    reading,
-)
+from mm_interleaved.data.storage.files import file_size, found_files, is_address, open_file, reading
+from mm_interleaved.data.storage.manifests import listed_hash
 from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import InputError, MMInterleavedError, escape
 from mm_interleaved.files import make_folder, put_aside, write_file

@@ -522,7 +522,7 @@ def test_numbers_that_do_not_divide_each_other_are_refused(processor, numbers, m
 
 def test_a_model_that_does_not_paint_is_given_nothing_to_paint(byte_level_tokenizer):
     writer = MMInterleavedProcessor(byte_level_tokenizer, 8, None, 3)
-    with pytest.raises(UsageError, match="it does not paint"):
+    with pytest.raises(UsageError, match="it has no image decoder"):
         loader(writer, target_pixels=True)
 
 

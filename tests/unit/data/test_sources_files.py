@@ -21,10 +21,10 @@ from mm_interleaved.data.pickled_annotations import read_pickled
 from mm_interleaved.data.registry import SOURCES, make_source, source_name_of
 from mm_interleaved.data.source import BrokenItem, Shard, in_epoch
 from mm_interleaved.data.storage import files, records
-from mm_interleaved.data.storage.files import (
+from mm_interleaved.data.storage.files import found_files
+from mm_interleaved.data.storage.manifests import (
     MANIFEST,
     check_against_manifest,
-    found_files,
     manifest_bytes,
     manifest_of,
 )

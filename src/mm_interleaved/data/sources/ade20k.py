@@ -1,6 +1,6 @@
-"""ADE20K: a coloured segmentation map and a caption, answered by the picture they belong to.
+"""ADE20K: a coloured segmentation map and a caption, answered by the image they belong to.
 
-Files: a list of `{"image_id", "caption"}`, the maps in `annotations_with_color/`, the pictures in `images/`,
+Files: a list of `{"image_id", "caption"}`, the maps in `annotations_with_color/`, the images in `images/`,
 both directly or in a folder named after the list (`training`, `validation`).
 """
 
@@ -23,7 +23,7 @@ _SUFFIXES = (".png", ".jpg", "")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentationPairs:
-    """Map and caption are given, the picture is the target."""
+    """Map and caption are given, the image is the target."""
 
     paths: str | tuple[str, ...]
     images: str | None = None

@@ -43,7 +43,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionTables:
-    """A question for a description, answered by a caption; or a picture to be drawn after one."""
+    """A question for a description, answered by a caption; or an image to be generated from one."""
 
     paths: str | tuple[str, ...]
     images: str | None = None
@@ -182,7 +182,7 @@ def _listed_rows(table: Field, one_per_image: bool) -> list[_Row]:
         return [_Row(record.path, record) for record in table.list()]
     for record in table.list():
         try:
-            assert record["image"], "missing in some entries of a list: told of each"
+            assert record["image"], "missing in some entries of a list: reported of each"
             rows += _own_rows(record, _listed(record["caption"]), one_per_image)
         except FieldError as error:
             rows.append(_Row(record.path, problem=error))

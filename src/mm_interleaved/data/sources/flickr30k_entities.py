@@ -13,14 +13,9 @@ from typing import Annotated
 from xml.etree import ElementTree
 
 from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, Shard, attempt
-from mm_interleaved.data.storage.files import (
-    check_against_manifest,
-    file_exists,
-    folder_of,
-    open_file,
-    reading,
-)
+from mm_interleaved.data.storage.files import file_exists, folder_of, open_file, reading
 from mm_interleaved.data.storage.image_stores import first_image, found_with_images, image_store
+from mm_interleaved.data.storage.manifests import check_against_manifest
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.strict_json import Field

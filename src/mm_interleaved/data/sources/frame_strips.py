@@ -2,7 +2,7 @@
 
 Read is what `data convert` makes of the published (pickled) annotations, a line a story:
 `{"id", "split", "frames": [{"image", "caption"}]}`. A strip holds square frames side by side or one below
-the other, as its shape says; of each strip one frame is taken.
+the other, as its shape shows; of each strip one frame is taken.
 """
 
 from __future__ import annotations

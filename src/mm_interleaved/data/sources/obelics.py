@@ -15,13 +15,9 @@ from functools import partial
 from typing import Any
 
 from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, Shard, attempt
-from mm_interleaved.data.storage.files import (
-    check_against_manifest,
-    is_address,
-    open_file,
-    stem_of,
-)
+from mm_interleaved.data.storage.files import is_address, open_file, stem_of
 from mm_interleaved.data.storage.image_stores import found_with_images, image_store
+from mm_interleaved.data.storage.manifests import check_against_manifest
 from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.forms.obelics import obelics_pairs
 from mm_interleaved.documents.image_references import ImageStore
@@ -148,7 +144,7 @@ def _num_rows(path: str) -> int | None:
         with open_file(path) as file, _naming_damage(path):
             return _opened(file, path).metadata.num_rows
     except InputError:
-        return None  # what is wrong with it is said when it is read
+        return None  # what is wrong with it is reported when it is read
 
 
 def _opened(file: Any, path: str) -> Any:

@@ -73,10 +73,10 @@ class ReferringExpressions:
             raise FieldError(f"{annotation.path}.image_id", "found no image with this id")
         reference = image["file_name"]
         names = [reference.text(), reference.text().replace("COCO_train2014_", "")]
-        picture = first_image(store, names, reference.path, self.prompt.role)
+        found = first_image(store, names, reference.path, self.prompt.role)
         left, top, width, height = four_numbers(annotation["bbox"])
         edges = (left, top, left + width, top + height)
-        return self._document(picture, image["caption"].text(), edges, image, annotation["bbox"], name)
+        return self._document(found, image["caption"].text(), edges, image, annotation["bbox"], name)
 
     def _document(
         self, image: Image, sentence: str, edges: Edges, sized: Field, field: Field, name: str
@@ -93,7 +93,7 @@ class ReferringExpressions:
 
 
 def _recorded_size(record: Field) -> tuple[int, int] | None:
-    """Width and height in pixels; None where the record does not say them."""
+    """Width and height in pixels; None where the record does not state them."""
     width, height = record.get("width"), record.get("height")
     return width and height and (width.integer(1, 10**6), height.integer(1, 10**6))
 

@@ -1,4 +1,4 @@
-"""What all stories in pictures share: panels of a caption and an image, and where the given part ends."""
+"""What all illustrated stories share: panels of a caption and an image, and where the given part ends."""
 
 from __future__ import annotations
 

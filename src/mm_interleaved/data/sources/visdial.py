@@ -107,7 +107,7 @@ class VisualDialogues:
 
 
 def _id(dialog: Field) -> str:
-    """The dialogue's image; empty where it is missing, which is told when the document is made."""
+    """The dialogue's image; empty where it is missing, which is reported when the document is made."""
     given = dialog.get("image_id")
     return "" if given is None else str(given.value)
 
@@ -127,10 +127,10 @@ def _conversation(image: Image, caption: str, turns: _Turns) -> tuple[Part, ...]
 
 def _text(image: Image, caption: str, turns: _Turns) -> tuple[Part, ...]:
     """The published prompt."""
-    said = [f"caption: {caption}."] if caption else []
-    said += [f"question: {_asked(question)} answer: {answer}." for question, answer in turns[:-1]]
-    said.append(f"question: {_asked(turns[-1][0])} answer:")
-    return image, Text(" ".join(said))
+    texts = [f"caption: {caption}."] if caption else []
+    texts += [f"question: {_asked(question)} answer: {answer}." for question, answer in turns[:-1]]
+    texts.append(f"question: {_asked(turns[-1][0])} answer:")
+    return image, Text(" ".join(texts))
 
 
 def _asked(question: str) -> str:

@@ -66,14 +66,14 @@ class VisualStories:
 
         if story.problem is not None:
             raise story.problem
-        said = [
+        captioned = [
             (
                 panel["caption" if "caption" in panel else "text"].text().strip(),
                 first_image(store, _names(panel), panel.path),
             )
             for panel in sorted(panels.list(), key=order)
         ]
-        return story_document(name, said, self.num_given, story.path)
+        return story_document(name, captioned, self.num_given, story.path)
 
 
 def _names(panel: Field) -> list[str]:

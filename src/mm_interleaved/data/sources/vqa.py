@@ -165,7 +165,7 @@ def _annotations(key: tuple[str, int, int]) -> Mapping[str, Field | None]:
     found: dict[str, Field | None] = {}
     try:
         for record in read_table(path, "annotations", "questions")["annotations"].list():
-            # One without an id leaves its question without an annotation, which is told there.
+            # One without an id leaves its question without an annotation, which is reported there.
             number = _id(record)
             found[number] = None if number in found else record
     except FieldError as error:

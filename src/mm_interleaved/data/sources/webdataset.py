@@ -23,14 +23,8 @@ from mm_interleaved.data.source import (
     attempt,
 )
 from mm_interleaved.data.sources.pairs import caption_of, pair_parts
-from mm_interleaved.data.storage.files import (
-    check_against_manifest,
-    found_files,
-    open_file,
-    reading,
-    stem_of,
-    warn_of_unlisted,
-)
+from mm_interleaved.data.storage.files import found_files, open_file, reading, stem_of
+from mm_interleaved.data.storage.manifests import check_against_manifest, warn_of_unlisted
 from mm_interleaved.data.storage.tar_files import Member, member_bytes, tar_members
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.strict_json import Field, FieldError, decoded, parse_strict
@@ -39,7 +33,7 @@ from mm_interleaved.typed_settings import NUMBER, SEED, SHARE, check
 
 _IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _ABOUT = ("json",)
-"""What img2dataset says about a pair; of no use where its caption stands in a `.txt`."""
+"""What img2dataset records about a pair; of no use where its caption stands in a `.txt`."""
 _REFUSED_KINDS = ("pkl", "pickle", "pyd", "pth", "pt", "npy")
 
 

@@ -22,8 +22,8 @@ from mm_interleaved.data.storage.files import (
     local_path_of,
     open_file,
     reading,
-    warn_of_unlisted,
 )
+from mm_interleaved.data.storage.manifests import warn_of_unlisted
 from mm_interleaved.data.storage.tar_files import member_bytes, tar_index
 from mm_interleaved.documents.document import Image
 from mm_interleaved.documents.image_references import ImageFolder, ImageStore, embedded_image, encoded_image

@@ -22,15 +22,8 @@ from types import MappingProxyType
 from typing import IO, Any, NoReturn, TypeAlias
 
 from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, attempt
-from mm_interleaved.data.storage.files import (
-    check_against_manifest,
-    file_size,
-    fingerprint,
-    is_hidden,
-    name_of,
-    open_file,
-    reading,
-)
+from mm_interleaved.data.storage.files import file_size, fingerprint, is_hidden, name_of, open_file, reading
+from mm_interleaved.data.storage.manifests import check_against_manifest
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.record_rules import refuse_content_beside
 from mm_interleaved.documents.strict_json import (
@@ -61,7 +54,7 @@ _BOM = b"\xef\xbb\xbf"
 _ZIP_DAMAGE = (zipfile.BadZipFile, *GZIP_DAMAGE, zlib.error, struct.error, ValueError)
 """What zipfile and gzip raise where the bytes make no sense; zipfile an OSError too."""
 
-_Piece: TypeAlias = tuple[str, int, bytes]
+_RawValue: TypeAlias = tuple[str, int, bytes]
 """Place for messages, number from 1 (a line's, or a place in a list), the bytes of one JSON value."""
 
 
@@ -73,7 +66,7 @@ def read_records(path: str, start: int = 0) -> Iterator[tuple[int, Record | Brok
     """
     position = -1
     try:
-        for position, (place, number, data) in enumerate(_pieces(path)):
+        for position, (place, number, data) in enumerate(_raw_values(path)):
             if position >= start:
                 yield position, _record(place, number, data)
     except InputError as error:
@@ -183,11 +176,11 @@ def _record(place: str, number: int, data: bytes) -> Record | BrokenItem:
 
 
 def _without_place(error: InputError, place: str) -> str:
-    """What an error says behind its place, with the column named as one."""
+    """What an error states behind its place, with the column named as one."""
     return _COLUMN.sub(r"column \1: ", str(error).removeprefix(place).lstrip(": "))
 
 
-def _pieces(path: str) -> Iterator[_Piece]:
+def _raw_values(path: str) -> Iterator[_RawValue]:
     with ExitStack() as stack:
         check_against_manifest(path)
         file, name = stack.enter_context(open_file(path)), name_of(path).lower()
@@ -239,7 +232,7 @@ def _unpacked(stack: ExitStack, file: IO[bytes], path: str) -> Any:
 
 
 class _Unpacked:
-    """A gzip file that is read no further than an honest one goes; nothing in it says how far that is."""
+    """A gzip file that is read no further than an honest one goes; nothing in it states how far that is."""
 
     def __init__(self, file: gzip.GzipFile, limit: int, path: str):
         self.file, self.limit, self.path = file, limit, path
@@ -256,7 +249,7 @@ class _Unpacked:
         return data
 
 
-def _lines(file: IO[bytes], path: str) -> Iterator[_Piece]:
+def _lines(file: IO[bytes], path: str) -> Iterator[_RawValue]:
     """The lines that are not blank."""
     number = 0
     while line := file.readline(MAX_RECORD_BYTES + 1):
@@ -273,7 +266,7 @@ _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 """What spreadsheets write between values, a comma first: it is taken where nothing stands between names."""
 
 
-def _rows(file: IO[bytes], path: str) -> Iterator[_Piece]:
+def _rows(file: IO[bytes], path: str) -> Iterator[_RawValue]:
     """The rows of separated values, each as an object of the names in the first one."""
     # A row may go over several lines, each of them bounded.
     lines = enumerate(iter(partial(file.readline, MAX_RECORD_BYTES), b""), start=1)
@@ -299,7 +292,7 @@ def _separator(header: str) -> str:
     return max(_SEPARATORS, key=header.count)
 
 
-def _elements(file: IO[bytes], path: str) -> Iterator[_Piece]:
+def _elements(file: IO[bytes], path: str) -> Iterator[_RawValue]:
     """The objects of a list, or the one object that the file is."""
     text = _Text(file, path)
     if text.next_byte() != b"[":
@@ -381,7 +374,7 @@ def _end_of_value(buffer: bytes, begin: int) -> int | None:
     return None
 
 
-_READERS: Mapping[str, Callable[[IO[bytes], str], Iterator[_Piece]]] = MappingProxyType(
+_READERS: Mapping[str, Callable[[IO[bytes], str], Iterator[_RawValue]]] = MappingProxyType(
     {".json": _elements, ".csv": _rows, ".tsv": _rows}
 )
 """What reads a file, by the end of its name; others are lines of JSON."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO
 
-from mm_interleaved.data.storage.files import check_against_manifest, is_hidden, open_file, reading
+from mm_interleaved.data.storage.files import is_hidden, open_file, reading
+from mm_interleaved.data.storage.manifests import check_against_manifest
 from mm_interleaved.documents.images import MAX_FILE_BYTES
 from mm_interleaved.errors import InputError, escape
 
