@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Case, Setting
-from benchmarks.machine import commit, machine_facts, rates
+from benchmarks.machine import machine_facts, rates
+from mm_interleaved.runs.provenance import commit
 
 PARTS = (
     "decode_mmfs",
@@ -123,7 +124,7 @@ def run_part(name: str, options: argparse.Namespace, deadline: float = math.inf)
     result = {
         "benchmark": name,
         "device": device.type,
-        "commit": commit(),
+        "commit": commit(Path(__file__).parent, "../src", "."),
         "quick": setting.quick,
         "dtype": str(setting.dtype).removeprefix("torch."),
         **machine_facts(device),

@@ -1,16 +1,13 @@
 """What ran a benchmark: names and versions, and the rates that no program on it can exceed."""
 
 import os
-import platform
-import subprocess
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.harness import cpu_clock, gpu_clock
+from mm_interleaved.runs.provenance import package_versions, processor_name
 
 PACKAGES = ("torch", "transformers", "diffusers", "triton", "deformops", "numpy")
 
@@ -40,10 +37,10 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates:
 def machine_facts(device: torch.device) -> dict[str, Any]:
     """Hardware and versions. No names of hosts or people."""
     facts: dict[str, Any] = {
-        "hardware": _processor(),
+        "hardware": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": package_versions(PACKAGES),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -51,40 +48,6 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         facts["versions"]["cuda"] = torch.version.cuda
         facts["clock_mhz"] = _gpu_clock_rate(device)
     return facts
-
-
-@cache
-def commit() -> str:
-    """The commit that was measured, with a plus sign where files had changed since; read once in a run."""
-    folder = Path(__file__).parent
-    try:
-        head = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git(folder, "status", "--porcelain", "--", "../src", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    result = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-    )
-    return result.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _gpu_clock_rate(device: torch.device) -> int | None:

@@ -1,4 +1,4 @@
-"""`python -m studies NAME`: what stands behind the claims of the docs, one command each."""
+"""`python -m studies NAME`: the measurements behind the docs, one command each."""
 
 import typer
 
@@ -8,7 +8,7 @@ from studies import commands
 
 def create_app() -> typer.Typer:
     """All studies."""
-    app = empty_app("studies", "What stands behind the claims of the docs, one command each.")
+    app = empty_app("studies", "The measurements behind the docs, one command each.")
     commands.add_to(app)
     return app
 

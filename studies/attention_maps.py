@@ -1,6 +1,6 @@
-"""Sight: where a model looks in earlier images while it writes a word or paints a place.
+"""Attention maps: where synchronizers sample earlier images for a word, or for a place of a new image.
 
-    record_looks -> Looks of words and of maps -> the samples of one word, or of one place of a new image
+    record_calls -> calls for words and for maps -> the samples of one word, or of one place of a new image
                  -> how much of their weight falls where on each earlier image
 
 Letters: B rows, Q queries (tokens, or pixels of a U-Net map row by row), N earlier images, M samples.
@@ -24,14 +24,14 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """One call of one synchronizer: where all its queries looked."""
+class SynchronizerCall:
+    """One call of one synchronizer: where all its queries sampled."""
 
     place: str
     """Whose call: "layer 2" of the language model, "skip 3" or "middle" of the U-Net."""
     plan: SamplingPlan
     level_sizes: tuple[int, ...]
-    """Cells along one side of each level that was looked into."""
+    """Cells along one side of each level that was sampled."""
     map_size: tuple[int, int] | None
     """Rows and columns of the U-Net's map; None where the queries are tokens."""
 
@@ -42,7 +42,7 @@ class Look:
 
 class Samples(NamedTuple):
     """Samples of one earlier image: `location` (M, 2), (x, y) from 0 to 1; `weight` (M,), the share of all
-    that was looked at; `cell` (M,), the width of a cell of the level that was sampled, the image's being 1.
+    attention; `cell` (M,), the width of a cell of the level that was sampled, the image's being 1.
     """
 
     location: Tensor
@@ -51,25 +51,25 @@ class Samples(NamedTuple):
 
 
 @contextmanager
-def record_looks(model: MMInterleavedForConditionalGeneration) -> Iterator[list[Look]]:
-    """Within, each call of a synchronizer of the model adds a look to the list, in the order of the calls.
+def record_calls(model: MMInterleavedForConditionalGeneration) -> Iterator[list[SynchronizerCall]]:
+    """Within, each call of a synchronizer of the model is added to the list.
 
-    Nothing that the model computes changes: PyTorch tells us what a synchronizer is about to be given, and
-    its own `plan` says where it looks.
+    Nothing that the model computes changes: a hook gets what a synchronizer is about to be given, and its own
+    `plan` computes where it samples.
     """
-    looks: list[Look] = []
+    calls: list[SynchronizerCall] = []
     handles = []
     for place, module in _synchronizers(model):
 
-        def tell(called: Any, arguments: tuple, named: dict, place: str = place) -> None:
+        def record(called: Any, arguments: tuple, named: dict, place: str = place) -> None:
             given = inspect.signature(called.forward).bind(*arguments, **named).arguments
             queries, values, relative_index = list(given.values())[:3]
             if relative_index.shape[-1]:
-                looks.append(_look(place, called, queries, values, relative_index))
+                calls.append(_call(place, called, queries, values, relative_index))
 
-        handles.append(module.register_forward_pre_hook(tell, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
-        yield looks
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
@@ -86,47 +86,49 @@ def _synchronizers(model: MMInterleavedForConditionalGeneration) -> Iterator[tup
 
 
 @torch.no_grad()
-def _look(place: str, called: Any, queries: Tensor, values: ImageValues, relative_index: Tensor) -> Look:
+def _call(
+    place: str, called: Any, queries: Tensor, values: ImageValues, relative_index: Tensor
+) -> SynchronizerCall:
     map_size = (int(queries.shape[2]), int(queries.shape[3])) if queries.ndim == 4 else None
-    # On the CPU: what is drawn of it is little, and a GPU has better to do than to keep it.
+    # Kept on the CPU: little of it is needed later, and a GPU's memory is scarce.
     plan = SamplingPlan(*(part.cpu() for part in called.plan(queries, relative_index)))
-    return Look(place, plan, values.level_sizes, map_size)
+    return SynchronizerCall(place, plan, values.level_sizes, map_size)
 
 
-def by_head(look: Look) -> list[Look]:
-    """The same call, a look for each head: heads look for different things, and their mean hides it."""
-    location, weight, ignore = look.plan
+def by_head(call: SynchronizerCall) -> list[SynchronizerCall]:
+    """The same call, once for each head: heads search for different things, and their mean hides it."""
+    location, weight, ignore = call.plan
     return [
         replace(
-            look,
-            place=f"{look.place}, head {head}",
+            call,
+            place=f"{call.place}, head {head}",
             plan=SamplingPlan(*(part[:, :, head : head + 1] for part in (location, weight, ignore))),
         )
         for head in range(weight.shape[2])
     ]
 
 
-def samples_of_token(looks: Sequence[Look], position: int) -> list[Samples]:
-    """What one token of the only row looked at, of each image; the mean of its layers and their heads.
+def samples_of_token(calls: Sequence[SynchronizerCall], position: int) -> list[Samples]:
+    """Where one token of the only row sampled each image; the mean of its layers and their heads.
 
     Args:
-        looks: of one pass over the whole document.
+        calls: of one pass over the whole document.
         position: of the token, from 0.
     """
-    chosen = [look for look in looks if look.map_size is None]
-    return _samples([(look, [position]) for look in chosen])
+    chosen = [call for call in calls if call.map_size is None]
+    return _samples([(call, [position]) for call in chosen])
 
 
-def samples_of_place(looks: Sequence[Look], box: Box, min_size: int) -> list[Samples]:
-    """What a place of the image being painted looked at, of each earlier image; the mean of all denoising
-    steps, maps and heads. Of several images painted at once (guidance) the last counts.
+def samples_of_place(calls: Sequence[SynchronizerCall], box: Box, min_size: int) -> list[Samples]:
+    """Where a place of the image being generated sampled each earlier image; the mean of all denoising steps,
+    maps and heads. Of several images generated at once (guidance) the last counts.
 
     Args:
         box: the place. On each map it is the cells whose centres it holds, or the one at its own centre.
         min_size: maps of fewer cells a side do not count; their cells hold much more than the place.
     """
-    chosen = [look for look in looks if look.map_size is not None and min(look.map_size) >= min_size]
-    return _samples([(look, cells_in(box, look.map_size)) for look in chosen if look.map_size is not None])
+    chosen = [call for call in calls if call.map_size is not None and min(call.map_size) >= min_size]
+    return _samples([(call, cells_in(box, call.map_size)) for call in chosen if call.map_size is not None])
 
 
 def cells_in(box: Box, map_size: tuple[int, int]) -> list[int]:
@@ -143,18 +145,18 @@ def cells_in(box: Box, map_size: tuple[int, int]) -> list[int]:
     return found or [centre]
 
 
-def _samples(queries: Sequence[tuple[Look, list[int]]]) -> list[Samples]:
+def _samples(queries: Sequence[tuple[SynchronizerCall, list[int]]]) -> list[Samples]:
     if not queries:
         return []
-    num_images = max(look.num_images for look, _ in queries)
+    num_images = max(call.num_images for call, _ in queries)
     found: list[list[Samples]] = [[] for _ in range(num_images)]
-    for look, indices in queries:
-        location = look.plan.location[-1, indices]
-        weight = look.plan.weight[-1, indices] / (location.shape[0] * location.shape[1] * len(queries))
-        num_levels = len(look.level_sizes)
-        for image in range(look.num_images):
+    for call, indices in queries:
+        location = call.plan.location[-1, indices]
+        weight = call.plan.weight[-1, indices] / (location.shape[0] * location.shape[1] * len(queries))
+        num_levels = len(call.level_sizes)
+        for image in range(call.num_images):
             levels = slice(image * num_levels, (image + 1) * num_levels)
-            cell = torch.tensor([1 / size for size in look.level_sizes])[None, None, :, None]
+            cell = torch.tensor([1 / size for size in call.level_sizes])[None, None, :, None]
             found[image].append(
                 Samples(
                     location[:, :, levels].reshape(-1, 2).float(),
@@ -183,6 +185,6 @@ def heat_map(samples: Samples, size: int) -> Tensor:
 
 
 def weight_in(samples: Samples, box: Box, size: int) -> float:
-    """How much of what was looked at lies in a box."""
+    """How much of the attention falls into a box."""
     left, top, right, bottom = (round(edge * size) for edge in box)
     return float(heat_map(samples, size)[top:bottom, left:right].sum())

@@ -1,10 +1,10 @@
-"""Pictures of sight for one story: where the model looks while it names a badge, and while it paints it.
+"""Attention maps of one story: where the model samples while it names a badge, and while it denoises it.
 
-OUT/word.png    the picture that was asked about, under what the answer's first token weighed: all layers,
-                then each of them
-OUT/badge.png   the earlier pictures of the story, under what the badge's place in the new one weighed
-OUT/sight.json  the same as numbers: shares of the weight on images, heroes and badges, beside their areas;
-                of the word also by layer and head
+OUT/word.png        the image that was asked about, under the attention of the answer's first token: all
+                    layers, then each of them
+OUT/badge.png       the earlier images of the story, under the attention of the badge's place in the new one
+OUT/attention.json  the same as numbers: shares of the weight on images, heroes and badges, beside their
+                    areas; of the word also by layer and head
 """
 
 import json
@@ -29,11 +29,11 @@ from mm_interleaved.storyworld.tasks import document, picture
 from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
 from studies.attention_maps import (
     Box,
-    Look,
     Samples,
+    SynchronizerCall,
     by_head,
     heat_map,
-    record_looks,
+    record_calls,
     samples_of_place,
     samples_of_token,
     weight_in,
@@ -49,8 +49,8 @@ MIN_MAP_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What was looked at in one image."""
+class AttendedImage:
+    """Where one image was sampled."""
 
     image: PILImage.Image
     title: str
@@ -59,25 +59,25 @@ class Seen:
     """The hero as the image shows it, if it does."""
 
 
-def show_sight(generator: InterleavedGenerator, seed: int, index: int, out: Path) -> dict[str, Any]:
-    """Writes the pictures and numbers of one story of the test split; returns the numbers.
+def write_attention_maps(generator: InterleavedGenerator, seed: int, index: int, out: Path) -> dict[str, Any]:
+    """Writes the maps and numbers of one story of the test split; returns the numbers.
 
     Raises:
-        UsageError: the model cannot look, or nobody in the last panel has been seen before.
+        UsageError: the model has no synchronizers, or nobody in the last panel has been seen before.
     """
     model = generator.model
     if not model.language_model.synchronized_layers or model.image_decoder is None:
-        raise UsageError("sight needs a model with synchronizers that reads and paints")
+        raise UsageError("attention maps need a model with synchronizers that generates images")
     story = document("test", seed, index, "story_last")
     scenes = [scene_from_record(record) for record in story.meta["scenes"]]
     hero = _hero(scenes)
     if hero is None:
-        raise UsageError(f"story {index} of seed {seed}: nobody in its last picture stood in an earlier one")
+        raise UsageError(f"story {index} of seed {seed}: nobody in its last image stood in an earlier one")
     make_folder(out)
-    word = _look_while_naming(generator, scenes, hero, out / "word.png")
-    badge = _look_while_painting(generator, story, scenes, hero, out / "badge.png")
+    word = _map_of_answer(generator, scenes, hero, out / "word.png")
+    badge = _map_of_badge(generator, story, scenes, hero, out / "badge.png")
     numbers = {"story": story.id, "hero": hero.character.species, "word": word, "badge": badge}
-    write_file(out / "sight.json", (json.dumps(numbers, indent=2) + "\n").encode())
+    write_file(out / "attention.json", (json.dumps(numbers, indent=2) + "\n").encode())
     return numbers
 
 
@@ -91,39 +91,39 @@ def _figure_of(scene: Scene, hero: Figure) -> Figure | None:
     return next((figure for figure in scene.figures if figure.character == hero.character), None)
 
 
-def _look_while_naming(
+def _map_of_answer(
     generator: InterleavedGenerator, scenes: Sequence[Scene], hero: Figure, path: Path
 ) -> dict[str, Any]:
-    """Asks for the hero's badge in its first picture, and looks where the answer came from."""
+    """Asks for the hero's badge in its first image, and records where the answer came from."""
     scene = next(scene for scene in scenes if _figure_of(scene, hero) is not None)
     question = f"What is on the badge of the {hero.character.species}?"
     given = Document(id="word", parts=(picture(scene, "user"), Text(question, role="user")), layout="T")
     answered = generator.generate(given)
     answer = answered.text.removeprefix(given.text).strip()
-    with record_looks(generator.model) as looks:
+    with record_calls(generator.model) as calls:
         position = _read_to_answer(generator, given, answered)
     figure = _figure_of(scene, hero)
 
-    def seen_by(looks: Sequence[Look], title: str = "") -> Seen:
-        [samples] = samples_of_token(looks, position)
-        return Seen(scene_image(given), title, samples, figure)
+    def attended_by(calls: Sequence[SynchronizerCall], title: str = "") -> AttendedImage:
+        [samples] = samples_of_token(calls, position)
+        return AttendedImage(scene_image(given), title, samples, figure)
 
-    seen = seen_by(looks, "all layers")
-    layers = [seen_by([look], look.place) for look in looks]
-    heads = [head for look in looks for head in by_head(look)]
+    attended = attended_by(calls, "all layers")
+    layers = [attended_by([call], call.place) for call in calls]
+    heads = [head for call in calls for head in by_head(call)]
     title = f"{question} {answer} (truth: {hero.character.badge})"
-    write_file(path, to_png(sheet([seen, *layers], title)))
+    write_file(path, to_png(sheet([attended, *layers], title)))
     return {
         "question": question,
         "answer": answer,
         "truth": hero.character.badge,
-        "images": [numbers_of(seen)],
-        "heads": {head.place: numbers_of(seen_by([head])) for head in heads},
+        "images": [numbers_of(attended)],
+        "heads": {head.place: numbers_of(attended_by([head])) for head in heads},
     }
 
 
 def scene_image(given: Document) -> PILImage.Image:
-    """The newest picture of a document."""
+    """The newest image of a document."""
     return given.images[-1].load()
 
 
@@ -145,60 +145,64 @@ def _read_to_answer(generator: InterleavedGenerator, given: Document, answered: 
     return len(ids) - 1
 
 
-def _look_while_painting(
+def _map_of_badge(
     generator: InterleavedGenerator, story: Document, scenes: Sequence[Scene], hero: Figure, path: Path
 ) -> dict[str, Any]:
-    """Paints the story's last picture, and looks where its hero's badge came from."""
-    with record_looks(generator.model) as looks:
-        painted = generator.generate(story, layout="I")
-    new = next(part for part in reversed(painted.parts) if isinstance(part, Image)).load()
+    """Generates the story's last image, and records where its hero's badge came from."""
+    with record_calls(generator.model) as calls:
+        generated = generator.generate(story, layout="I")
+    new = next(part for part in reversed(generated.parts) if isinstance(part, Image)).load()
     place = shares_of(badge_box(hero))
-    samples = samples_of_place(looks, place, MIN_MAP_SIZE)
+    samples = samples_of_place(calls, place, MIN_MAP_SIZE)
     if not samples:
-        raise UsageError("sight needs a U-Net with synchronizers")
-    # The painter sees the newest so many of the earlier images.
+        raise UsageError("attention maps need a U-Net with synchronizers")
+    # The U-Net attends to the newest so many of the earlier images.
     shown = list(zip(story.images, scenes, strict=False))[-len(samples) :]
-    seen = [
-        Seen(image.load(), f"picture {number}", part, _figure_of(scene, hero))
+    attended = [
+        AttendedImage(image.load(), f"image {number}", part, _figure_of(scene, hero))
         for number, ((image, scene), part) in enumerate(
             zip(shown, samples, strict=True), start=len(story.images) - len(shown) + 1
         )
     ]
     title = f"the badge of the {hero.character.species} (truth: {hero.character.badge})"
-    write_file(path, to_png(sheet(seen, title, new=new, place=place)))
-    return {"truth": hero.character.badge, "images": [numbers_of(one) for one in seen]}
+    write_file(path, to_png(sheet(attended, title, new=new, place=place)))
+    return {"truth": hero.character.badge, "images": [numbers_of(one) for one in attended]}
 
 
 def shares_of(box: tuple[int, int, int, int]) -> Box:
-    """A box of pixels, all included, as shares of the picture."""
+    """A box of pixels, all included, as shares of the image."""
     left, top, right, bottom = box
     return left / PICTURE_SIZE, top / PICTURE_SIZE, (right + 1) / PICTURE_SIZE, (bottom + 1) / PICTURE_SIZE
 
 
-def numbers_of(seen: Seen) -> Mapping[str, float]:
-    """Shares of all that was looked at, and of the image's area."""
-    numbers = {"on_image": float(seen.samples.weight.sum())}
-    if seen.figure is not None:
-        boxes = {"hero": figure_box(seen.figure), "badge": badge_box(seen.figure)}
+def numbers_of(attended: AttendedImage) -> Mapping[str, float]:
+    """Shares of all attention, and of the image's area."""
+    numbers = {"on_image": float(attended.samples.weight.sum())}
+    if attended.figure is not None:
+        boxes = {"hero": figure_box(attended.figure), "badge": badge_box(attended.figure)}
         for name, box in ((name, shares_of(box)) for name, box in boxes.items()):
-            numbers[f"on_{name}"] = weight_in(seen.samples, box, PICTURE_SIZE)
+            numbers[f"on_{name}"] = weight_in(attended.samples, box, PICTURE_SIZE)
             numbers[f"area_of_{name}"] = (box[2] - box[0]) * (box[3] - box[1])
     return {name: round(value, 4) for name, value in numbers.items()}
 
 
 def sheet(
-    seen: Sequence[Seen], title: str, *, new: PILImage.Image | None = None, place: Box | None = None
+    images: Sequence[AttendedImage],
+    title: str,
+    *,
+    new: PILImage.Image | None = None,
+    place: Box | None = None,
 ) -> PILImage.Image:
     """Images in a row under their heat; the hero's badge is framed in each, and `place` in the new one."""
     side = PICTURE_SIZE * _SCALE
-    num_images = len(seen) + (new is not None)
+    num_images = len(images) + (new is not None)
     width = num_images * (side + _GAP) + _GAP
     canvas = PILImage.new("RGB", (max(width, 460), side + 2 * _STRIP), _PAPER)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(14)
     draw.text((_GAP, 8), title, fill=_INK, font=font)
-    peak = max((float(heat_map(one.samples, PICTURE_SIZE).max()) for one in seen), default=0.0)
-    for number, one in enumerate(seen):
+    peak = max((float(heat_map(one.samples, PICTURE_SIZE).max()) for one in images), default=0.0)
+    for number, one in enumerate(images):
         left = _GAP + number * (side + _GAP)
         canvas.paste(overlay(one.image, one.samples, peak), (left, _STRIP))
         if one.figure is not None:
@@ -206,11 +210,11 @@ def sheet(
         caption = f"{one.title}: {float(one.samples.weight.sum()):.0%} of the weight"
         draw.text((left, _STRIP + side + 6), caption, fill=_INK, font=font)
     if new is not None:
-        left = _GAP + len(seen) * (side + _GAP)
+        left = _GAP + len(images) * (side + _GAP)
         canvas.paste(_enlarged(new), (left, _STRIP))
         if place is not None:
             _frame(draw, place, left)
-        draw.text((left, _STRIP + side + 6), "painted now", fill=_INK, font=font)
+        draw.text((left, _STRIP + side + 6), "generated now", fill=_INK, font=font)
     return canvas
 
 

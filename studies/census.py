@@ -1,4 +1,4 @@
-"""How varied the world is, how fast it is drawn, and whether it is the same everywhere."""
+"""How varied StoryWorld is, how fast it is rendered, and whether it is the same everywhere."""
 
 import hashlib
 import time
@@ -33,7 +33,7 @@ _BATCH = 512
 
 
 def appearances() -> list[Character]:
-    """Everybody that can be drawn, whatever the name."""
+    """Every character that can be rendered, whatever the name."""
     hats = [("none", "none"), *product([hat for hat in HATS if hat != "none"], HAT_COLOURS)]
     return [
         Character(
@@ -47,7 +47,7 @@ def appearances() -> list[Character]:
 
 
 def count_appearances(split: str) -> int:
-    """How many looks a character of a split may have; in the test split also the held-out combinations."""
+    """How many appearances a character of a split may have; in the test split also the held-out ones."""
     return sum(
         split_of(character) == split
         and (split == "test" or not is_held_out(character.species, character.body_colour))
@@ -74,24 +74,24 @@ class Variety:
 
     stories: int
     scenes_and_texts: int
-    """Whole stories, pictures and words."""
+    """Whole stories, images and text."""
     texts: int
-    """Words alone."""
-    pictures: int
-    all_pictures: int
-    """Pictures in all, for comparison."""
+    """Text alone."""
+    images: int
+    all_images: int
+    """Images in all, for comparison."""
     casts: int
 
 
 def variety(stories: Sequence[Story]) -> Variety:
     """Counts what is different among them."""
-    pictures = [panel.scene for story in stories for panel in story.panels]
+    scenes = [panel.scene for story in stories for panel in story.panels]
     return Variety(
         stories=len(stories),
         scenes_and_texts=len({tuple(story.panels) for story in stories}),
         texts=len({tuple(panel.text for panel in story.panels) for story in stories}),
-        pictures=len({repr(scene) for scene in pictures}),
-        all_pictures=len(pictures),
+        images=len({repr(scene) for scene in scenes}),
+        all_images=len(scenes),
         casts=len({story.cast for story in stories}),
     )
 
@@ -101,9 +101,9 @@ def drawn_stories(count: int, seed: int) -> list[Story]:
     return [story("train", seed, index) for index in range(count)]
 
 
-def pictures_per_core_second(count: int, seed: int) -> float:
-    """How many pictures one core draws a second of its own time, scenes included."""
-    render_batch(seed, 0, _BATCH)  # drawings and backgrounds are made once and kept
+def images_per_core_second(count: int, seed: int) -> float:
+    """How many images one core renders in a second of its own time, scenes included."""
+    render_batch(seed, 0, _BATCH)  # sprites and backgrounds are made once and kept
     started = time.process_time()
     for start in range(0, count, _BATCH):
         render_batch(seed, start, min(_BATCH, count - start))

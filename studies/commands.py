@@ -1,4 +1,4 @@
-"""What stands behind the claims of the docs, one command each."""
+"""The command line of the studies: arguments in, results said; what they do stands in their own files."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ def ablation(
         ),
     ] = Path("runs/ablation"),
     assignments: Settings = None,
-    documents: Annotated[int, typer.Option(help="Test documents that each twin answers.", min=20)] = 400,
+    documents: Annotated[int, typer.Option(help="Test documents that each variant answers.", min=20)] = 400,
     docs: Docs = None,
 ):
-    """Train the twins that are missing, score them, and write the page about all that are there.
+    """Train the variants that are missing, score them, and write the page about all that are there.
 
-    Run again, it goes on where it was stopped; `--set twins=both-1,neither-1` does some of them alone.
+    Run again, it goes on where it was stopped; `--set variants=both-1,neither-1` does some of them alone.
     """
     from mm_interleaved.recipes.run import SETTINGS_NAME, run_recipe
     from mm_interleaved.typed_settings import override
     from studies.ablation.page import write_page
-    from studies.ablation.recipe import AblationConfig, chosen_twins
-    from studies.ablation.scores import check_documents, score_twins
+    from studies.ablation.recipe import AblationConfig, chosen_variants
+    from studies.ablation.scores import check_documents, score_variants
     from studies.recipes import STUDY_RECIPES
 
-    names = override(AblationConfig(), assignments or ()).twins
-    wanted = chosen_twins(names)
+    names = override(AblationConfig(), assignments or ()).variants
+    wanted = chosen_variants(names)
     check_documents(output, documents)
-    # A run that is resumed keeps its settings; which twins are wanted is told anew each time.
-    overrides = [*(assignments or ()), f"twins={','.join(names)}"]
+    # A run that is resumed keeps its settings; which variants are wanted is stated anew each time.
+    overrides = [*(assignments or ()), f"variants={','.join(names)}"]
     is_begun = (output / SETTINGS_NAME).exists()
     run_recipe("ablation", overrides, resume=is_begun, out=output, show_progress=True, recipes=STUDY_RECIPES)
     with progress(documents * len(wanted), "reading the models") as bar:
@@ -68,8 +68,8 @@ def ablation(
             if event in ("finished", "failed"):
                 bar.advance("")
 
-        score_twins(output, wanted, documents, on_event)
-    say(f"page: {write_page(output, chosen_twins(()), docs or output / 'page')}")
+        score_variants(output, wanted, documents, on_event)
+    say(f"page: {write_page(output, chosen_variants(()), docs or output / 'page')}")
 
 
 def scaling(
@@ -82,7 +82,7 @@ def scaling(
     assignments: Settings = None,
     docs: Docs = None,
 ):
-    """Train three sizes of the same reader, and draw what more compute should give."""
+    """Train a language model in three sizes, and plot the loss that more compute should give."""
     from mm_interleaved.recipes.run import SETTINGS_NAME, run_recipe
     from studies.recipes import STUDY_RECIPES
     from studies.scaling.page import write_scaling
@@ -116,47 +116,49 @@ def curves(
         bool, typer.Option(help="Count what a step of each stage of `train storyworld` takes.")
     ] = True,
 ):
-    """Draw how the shipped model learned, and count the multiplications that it took."""
+    """Plot how the shipped model learned, and count the multiplications that it took."""
     from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig
     from studies.learning_curves import costs_of, flops_a_step, read_stages, write_curves
 
     lines = [line for path in logs or [None] for line in read_stages(path)]
     flops = flops_a_step("storyworld", StoryWorldConfig()) if cost else {}
     for part in costs_of(lines, flops):
-        took = f", {part.flops_a_step:.2e} FLOPs a step, {part.flops:.2e} in all" if part.flops else ""
+        flops = f", {part.flops_a_step:.2e} FLOPs a step, {part.flops:.2e} in all" if part.flops else ""
         hours = "" if part.hours is None else f", {part.hours:.2f} hours"
-        say(f"{part.stage}, {part.run}: {part.steps} steps{took}{hours}")
+        say(f"{part.stage}, {part.run}: {part.steps} steps{flops}{hours}")
     say(f"page: {write_curves(lines, flops, output, is_shipped=not logs)}")
 
 
 def census(
     stories: Annotated[int, typer.Option(help="Stories to compare with each other.", min=1)] = 20000,
-    pictures: Annotated[int, typer.Option(help="Pictures to draw against the clock.", min=1)] = 20000,
+    images: Annotated[
+        int, typer.Option("--images", "--pictures", help="Images to render against the clock.", min=1)
+    ] = 20000,
 ):
-    """Count the world: how many stories it has, how fast it is drawn, whether it is the same everywhere."""
+    """Count StoryWorld: how many stories, rendered how fast, and whether they are the same everywhere."""
     from mm_interleaved.storyworld.world import SPLITS
     from studies import census as counting
 
     for split in SPLITS:
-        looks, told = counting.count_appearances(split), counting.count_hero_stories(split)
-        say(f"{split}: {looks:,} appearances; at least {told:.2e} stories (one hero, nothing on the ground)")
+        characters, stories_of_one = counting.count_appearances(split), counting.count_hero_stories(split)
+        say(
+            f"{split}: {characters:,} appearances; at least {stories_of_one:.2e} stories (one hero, no props)"
+        )
     found = counting.variety(counting.drawn_stories(stories, seed=0))
     say(
         f"of {found.stories:,} stories of train: {found.scenes_and_texts:,} different, "
-        f"{found.texts:,} different in words alone, {found.casts:,} different casts; "
-        f"{found.pictures:,} different of {found.all_pictures:,} pictures"
+        f"{found.texts:,} different in text alone, {found.casts:,} different casts; "
+        f"{found.images:,} different of {found.all_images:,} images"
     )
-    rate = counting.pictures_per_core_second(pictures, seed=0)
-    say(f"pictures a second: {rate:,.0f} a core, {16 * rate:,.0f} on sixteen")
+    rate = counting.images_per_core_second(images, seed=0)
+    say(f"images a second: {rate:,.0f} a core, {16 * rate:,.0f} on sixteen")
     say(f"SHA-256 of 5 documents of each split and task, seed 0: {counting.fingerprint(5, seed=0)}")
 
 
 def attention_maps(
     output: Annotated[
         Path,
-        typer.Option(
-            "-o", "--output", help="Folder for the pictures.", metavar="DIR", callback=folder_to_write
-        ),
+        typer.Option("-o", "--output", help="Folder for the maps.", metavar="DIR", callback=folder_to_write),
     ],
     story: Annotated[int, typer.Option(help="Which story of StoryWorld's test split.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the stories.", min=0)] = 0,
@@ -164,19 +166,21 @@ def attention_maps(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ):
-    """Show where the model looks in earlier pictures while it names a badge, and while it paints it."""
+    """Show where the model attends in earlier images while it names a badge, and while it denoises it."""
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.model_files.resolve import find_model
-    from studies.attention_pages import show_sight
+    from studies.attention_pages import write_attention_maps
 
-    numbers = show_sight(load_quietly(find_model(model), device=device, dtype=dtype), seed, story, output)
+    numbers = write_attention_maps(
+        load_quietly(find_model(model), device=device, dtype=dtype), seed, story, output
+    )
     word = numbers["word"]
     say(f"{word['question']} {word['answer']} (truth: {word['truth']})")
     for name in ("word", "badge"):
         for number, image in enumerate(numbers[name]["images"], start=1):
-            told = ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in image.items())
-            say(f"{name}, image {number}: {told}")
-    say(f"pictures: {output / 'word.png'}, {output / 'badge.png'}")
+            shares = ", ".join(f"{key.replace('_', ' ')} {value:.1%}" for key, value in image.items())
+            say(f"{name}, image {number}: {shares}")
+    say(f"maps: {output / 'word.png'}, {output / 'badge.png'}")
 
 
 def gallery(
@@ -187,44 +191,46 @@ def gallery(
     count: Annotated[
         int, typer.Option(help="How many prompts of the test split, the first ones.", min=1)
     ] = 50,
-    columns: Annotated[int, typer.Option(help="Pictures in a row.", min=1)] = 10,
+    columns: Annotated[int, typer.Option(help="Images in a row.", min=1)] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 0,
     model: Model = "storyworld",
     device: Device = "auto",
     dtype: Dtype = "auto",
 ):
-    """Paint the first prompts of StoryWorld's test split, and show every picture on one sheet."""
+    """Generate the first prompts of StoryWorld's test split, and show every image on one sheet."""
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.model_files.resolve import find_model
-    from studies.gallery import show_gallery
+    from studies.gallery import write_gallery
 
     generator = load_quietly(find_model(model), device=device, dtype=dtype)
     with progress(count, "reading the model") as bar:
-        scores = show_gallery(
+        scores = write_gallery(
             generator, seed, count, columns, output, lambda document: bar.advance(document.id)
         )
     for name, value in scores.items():
         say(f"{name}: {value:.3f}")
-    say(f"pictures: {output}")
+    say(f"images: {output}")
 
 
 def oracle(
-    pictures: Annotated[int, typer.Option(help="Pictures, half of train and half of test.", min=2)] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the pictures.", min=0)] = 11,
+    images: Annotated[
+        int, typer.Option("--images", "--pictures", help="Images, half of train and half of test.", min=2)
+    ] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the images.", min=0)] = 11,
     model: Model = "storyworld",
     device: Device = "auto",
     dtype: Dtype = "auto",
 ):
-    """Measure how often the oracle errs: on clean pictures, and on those out of the model's VAE."""
+    """Measure how often the oracle errs: on clean images, and on those out of the model's VAE."""
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.model_files.resolve import find_model
     from studies.oracle_error import oracle_errors
 
     generator = load_quietly(find_model(model), device=device, dtype=dtype)
-    for kind, error in oracle_errors(generator, pictures, seed).items():
+    for kind, error in oracle_errors(generator, images, seed).items():
         say(
             f"{kind}: {error.share_right:.3%} of {error.total.total():,} attributes right; "
-            f"{error.pictures - error.wrong_pictures:,} of {error.pictures:,} pictures wholly"
+            f"{error.images - error.wrong_images:,} of {error.images:,} images wholly"
         )
         for name, number in error.wrong.most_common():
             say(f"  {name}: {number:,} of {error.total[name]:,} wrong")

@@ -1,4 +1,4 @@
-"""A sheet of pictures that the model paints for the first prompts of a test set, none left out."""
+"""A sheet of the images that a model generates for the first prompts of a test set, none left out."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,31 +17,31 @@ from mm_interleaved.storyworld.tasks import document, part_pixels
 _SCALE = 2
 
 
-def show_gallery(
+def write_gallery(
     generator: InterleavedGenerator,
     seed: int,
     count: int,
     columns: int,
     path: Path,
-    on_painted: Callable[[Document], None],
+    on_generated: Callable[[Document], None],
 ) -> dict[str, float]:
-    """Paints `draw` documents 0 to `count` - 1 of the test split, row by row; returns their scores.
+    """Generates `draw` documents 0 to `count` - 1 of the test split, row by row; returns their scores.
 
     Args:
         path: the PNG to be written, its folder too if need be.
-        on_painted: called with each document when it is done.
+        on_generated: called with each document when it is done.
 
     Raises:
-        UsageError: the model paints no pictures.
+        UsageError: the model generates no images.
     """
-    gold, painted, pixels = [], [], []
+    gold, generated, pixels = [], [], []
     for index in range(count):
         gold.append(document("test", seed, index, "draw"))
-        painted.append(generator.generate(gold[-1], seed=index))
-        image = first_image(answer_parts(painted[-1]))
-        assert image is not None, "a layout of one picture gives one"
+        generated.append(generator.generate(gold[-1], seed=index))
+        image = first_image(answer_parts(generated[-1]))
+        assert image is not None, "a layout of one image gives one"
         pixels.append(part_pixels(image))
-        on_painted(painted[-1])
+        on_generated(generated[-1])
     make_folder(path.parent)
     write_file(path, to_png(PILImage.fromarray(sheet_of(np.stack(pixels), columns, _SCALE))))
-    return score(painted, gold)
+    return score(generated, gold)

@@ -1,4 +1,4 @@
-"""How the shipped model learned, and what it took: a curve a stage, and multiplications counted.
+"""How the shipped model learned, and what it took: loss curves of each stage, and multiplications counted.
 
 training_log.jsonl (lines of several runs) -> DOCS/images/learning_curves.png
 recipe's stages on the finished model -> FLOPs a step, times the steps in the log -> DOCS/learning_curves.md
@@ -16,13 +16,14 @@ from mm_interleaved.errors import InputError
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.recipes.storyworld.batches import DocumentBatches, storyworld_pixels
-from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
+from mm_interleaved.recipes.storyworld.former_names import present_line
+from mm_interleaved.recipes.storyworld.image_stage import ImageStage
 from mm_interleaved.recipes.storyworld.recipe import IMAGE_BATCHES, TEXT_BATCHES, StoryWorldConfig
 from mm_interleaved.recipes.storyworld.stage_cost import average_flops
-from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
-from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
-from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage
-from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
+from mm_interleaved.recipes.storyworld.text_stage import TextStage
+from mm_interleaved.recipes.storyworld.unet_stage import UNetStage
+from mm_interleaved.recipes.storyworld.vae_stage import VAEStage
+from mm_interleaved.recipes.storyworld.vision_stage import VisionStage
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.loop import Stage
 from studies.plots import load_pyplot, plain_axes, plain_numbers, save_figure
@@ -46,7 +47,7 @@ class RunCost:
     flops_a_step: float | None
     """Of the stage as the recipe has it now; None where it was not counted."""
     hours: float | None
-    """None where the log does not tell seconds."""
+    """None where the log has no seconds."""
 
     @property
     def flops(self) -> float | None:
@@ -55,7 +56,7 @@ class RunCost:
 
 
 def read_stages(path: Path | None) -> list[dict[str, Any]]:
-    """The lines of a log of stages; a torn one is left out.
+    """The lines of a log of stages, under the present names of stages and losses; a torn one is left out.
 
     Args:
         path: a log; None for the shipped model's.
@@ -84,7 +85,7 @@ def read_stages(path: Path | None) -> list[dict[str, Any]]:
                     f"{path}:{number}: {field}: found {found!r}, expected the {field} of a training log",
                     field=field,
                 )
-        lines.append(line)
+        lines.append(present_line(line))
     if not lines:
         raise InputError(f"{path}: found no lines, expected those of a training log")
     return lines
@@ -101,7 +102,7 @@ def by_stage(lines: Lines) -> dict[str, list[Mapping[str, Any]]]:
 def costs_of(lines: Lines, flops_a_step: Mapping[str, float]) -> list[RunCost]:
     """What each run took, stage by stage; lines that name no run are one.
 
-    Steps and seconds of a run count from its start, so its last line tells both.
+    Steps and seconds of a run count from its start, so its last line has both.
     """
     costs = []
     for stage, members in by_stage(lines).items():
@@ -143,8 +144,8 @@ def curves_text(costs: Sequence[RunCost], *, is_shipped: bool) -> str:
         rows += [_row("all of the stage", runs)] if len(runs) > 1 else []
     rows += [_row("all stages", costs)] if len({cost.stage for cost in costs}) > 1 else []
     hardware = (
-        "Hardware: two cores of a shared CPU, as the model's card says, which also tells the minutes that\n"
-        "stages took together where the log tells no seconds. An empty cell was not recorded.\n"
+        "Hardware: two cores of a shared CPU, as the model's card says, which also has the minutes that\n"
+        "stages took together where the log has no seconds. An empty cell was not recorded.\n"
         if is_shipped
         else ""
     )
@@ -159,8 +160,8 @@ Written by `python -m studies curves` out of the log of the training.
 {chr(10).join(rows)}
 
 FLOPs are multiplications and additions, forward and backward, by PyTorch's count of a few steps of the stage
-as the recipe has it now; earlier runs may have had other batches. Hours are given where the log tells
-seconds, and are "at least" so many where it tells those of some runs only.
+as the recipe has it now; earlier runs may have had other batches. Hours are given where the log has
+seconds, and are "at least" so many where it has those of some runs only.
 """
 
 
@@ -245,16 +246,16 @@ def flops_a_step(model_name: str, config: StoryWorldConfig) -> dict[str, float]:
 
     # Later stages freeze what earlier ones train: each is counted as soon as it is made.
     makers: dict[str, Any] = {
-        "vae": lambda: ImageCodecStage(
+        "vae": lambda: VAEStage(
             model.image_decoder.vae, storyworld_pixels(config.seed), batch_size=config.batch_size,
             detail_weight=config.detail_weight, kl_weight=config.kl_weight,
         ),
-        "vision": lambda: VisionSideStage(
+        "vision": lambda: VisionStage(
             model.vision, seed=config.seed, batch_size=config.vision_batch_size
         ),
-        "text": lambda: TextSideStage(model, documents(TEXT_BATCHES)),
-        "painter": lambda: PainterStage(model, documents(IMAGE_BATCHES, target_pixels=True), **settings),
-        "image": lambda: ImageSideStage(model, documents(IMAGE_BATCHES, target_pixels=True), **settings),
+        "text": lambda: TextStage(model, documents(TEXT_BATCHES)),
+        "unet": lambda: UNetStage(model, documents(IMAGE_BATCHES, target_pixels=True), **settings),
+        "image": lambda: ImageStage(model, documents(IMAGE_BATCHES, target_pixels=True), **settings),
     }  # fmt: skip
     found = {}
     for name, make in makers.items():

@@ -1,8 +1,8 @@
-"""How often the oracle errs: on clean pictures, and on those that went through a model's VAE and back.
+"""How often the oracle errs: on clean images, and on those that went through a model's VAE and back.
 
-What a model paints comes out of its VAE, so the second is the error that a score of painted pictures has at
-least. Pictures are taken in turn from the train and the test split.
-Letters: B pictures, H by W pixels.
+What a model generates comes out of its VAE, so the second is the error that a score of generated images has
+at least. Images are taken in turn from the train and the test split.
+Letters: B images, H by W pixels.
 """
 
 from collections import Counter
@@ -23,11 +23,11 @@ _BATCH = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OracleError:
-    """What was read, of pictures of one kind."""
+    """What was read, of images of one kind."""
 
-    pictures: int
-    wrong_pictures: int
-    """Pictures of which anything was read wrong."""
+    images: int
+    wrong_images: int
+    """Images of which anything was read wrong."""
     total: Counter[str]
     """How often each attribute was asked."""
     wrong: Counter[str]
@@ -39,25 +39,25 @@ class OracleError:
         return 1.0 - self.wrong.total() / self.total.total()
 
 
-def oracle_errors(generator: InterleavedGenerator, pictures: int, seed: int) -> dict[str, OracleError]:
-    """Errors by kind of picture: "clean", and "VAE", encoded and decoded by the model's."""
-    scenes = [scene_at(SPLITS[index % 2], seed, index // 2) for index in range(pictures)]
+def oracle_errors(generator: InterleavedGenerator, images: int, seed: int) -> dict[str, OracleError]:
+    """Errors by kind of image: "clean", and "VAE", encoded and decoded by the model's."""
+    scenes = [scene_at(SPLITS[index % 2], seed, index // 2) for index in range(images)]
     return {
         "clean": _errors((render_scene(scene) for scene in scenes), scenes),
         "VAE": _errors(_rebuilt(generator, scenes), scenes),
     }
 
 
-def _errors(pictures: Iterable[np.ndarray], scenes: list[Scene]) -> OracleError:
-    total, wrong, wrong_pictures = Counter[str](), Counter[str](), 0
-    for pixels_HW3, scene in zip(pictures, scenes, strict=True):
+def _errors(images: Iterable[np.ndarray], scenes: list[Scene]) -> OracleError:
+    total, wrong, wrong_images = Counter[str](), Counter[str](), 0
+    for pixels_HW3, scene in zip(images, scenes, strict=True):
         missed = Counter[str]()
         for name, is_right in _comparisons(read_scene(pixels_HW3), scene):
             total[name] += 1
             missed[name] += not is_right
         wrong += missed
-        wrong_pictures += missed.total() > 0
-    return OracleError(pictures=len(scenes), wrong_pictures=wrong_pictures, total=total, wrong=wrong)
+        wrong_images += missed.total() > 0
+    return OracleError(images=len(scenes), wrong_images=wrong_images, total=total, wrong=wrong)
 
 
 def _comparisons(reading: Reading, truth: Scene) -> Iterator[tuple[str, bool]]:
@@ -76,7 +76,7 @@ def _comparisons(reading: Reading, truth: Scene) -> Iterator[tuple[str, bool]]:
 
 @torch.no_grad()
 def _rebuilt(generator: InterleavedGenerator, scenes: list[Scene]) -> Iterator[np.ndarray]:
-    """Each scene's picture as the VAE gives it back, (H, W, 3) of whole levels as a painted one."""
+    """Each scene's image as the VAE reconstructs it, (H, W, 3) of whole levels as a generated one."""
     decoder, device = generator.model.image_decoder, generator.model.device
     for first in range(0, len(scenes), _BATCH):
         pixels_BHW3 = np.stack([render_scene(scene) for scene in scenes[first : first + _BATCH]])

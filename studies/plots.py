@@ -1,4 +1,4 @@
-"""How plots are drawn: matplotlib where it is installed, axes without a frame, the same file each time."""
+"""How the studies plot: matplotlib where it is installed, axes without a frame, the same file each time."""
 
 from collections.abc import Sequence
 from io import BytesIO

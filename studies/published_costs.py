@@ -1,4 +1,4 @@
-"""What the published studies took, out of their raw results: a part that several twins share counts once.
+"""What the published studies took, out of their raw results: a part that several variants share counts once.
 
 DOCS/ablation_results.json, DOCS/scaling_results.json -> rows of a table in DOCS/learning_curves.md
 """
@@ -16,7 +16,7 @@ STUDIES = {
     ),
     "scaling_results.json": ("sizes", "`python -m studies scaling`, [ablation.md](ablation.md#more-compute)"),
 }
-"""Each file, the name of its members, and what of the docs rests on it."""
+"""Each file, its key of the members (of the first release), and what of the docs rests on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class StudyCost:
 
 def study_costs(docs: Path) -> list[StudyCost]:
     """Those of the studies whose results lie in `docs`."""
-    paths = {docs / name: told for name, told in STUDIES.items()}
+    paths = {docs / name: study for name, study in STUDIES.items()}
     return [
         _cost_of(json.loads(path.read_text()), members, name)
         for path, (members, name) in paths.items()
@@ -56,7 +56,7 @@ def _cost_of(results: Mapping[str, Any], members: str, name: str) -> StudyCost:
 
 
 def costs_text(costs: Sequence[StudyCost]) -> str:
-    """A section of Markdown; empty where there is nothing to tell."""
+    """A section of Markdown; empty without any."""
     if not costs:
         return ""
     rows = [
@@ -67,8 +67,8 @@ def costs_text(costs: Sequence[StudyCost]) -> str:
     return f"""
 ## What the studies took
 
-Training alone; a part that several twins share counts once. Hours are the clock's, parts one after another.
-Costs of what is scored and drawn stand in [ablation.md](ablation.md#what-the-figures-cost).
+Training alone; a part that several variants share counts once. Hours are the clock's, parts one after
+another. Costs of scoring and generating stand in [ablation.md](ablation.md#what-the-figures-cost).
 
 | study | parts | FLOPs | core hours | hours | hardware |
 | --- | --- | --- | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""What the studies train, by name: recipes beside those of the library."""
+"""What the studies train, by name: recipes beside those of `mm_interleaved.recipes.registry`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,14 @@ def _train_scaling(settings: Any, folder: Path, *, show_progress: bool) -> Path:
 
 STUDY_RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "ablation": Recipe(ablation_settings.AblationConfig, _train_ablation, ablation_settings.MAY_CHANGE),
-        "scaling": Recipe(scaling_settings.ScalingConfig, _train_scaling, scaling_settings.MAY_CHANGE),
+        "ablation": Recipe(
+            ablation_settings.AblationConfig,
+            _train_ablation,
+            may_change=ablation_settings.MAY_CHANGE,
+            former_names=ablation_settings.FORMER_NAMES,
+        ),
+        "scaling": Recipe(
+            scaling_settings.ScalingConfig, _train_scaling, may_change=scaling_settings.MAY_CHANGE
+        ),
     }
 )

@@ -1,7 +1,7 @@
-"""Badges over several pictures: does who stood in an earlier picture still wear the right one?
+"""Badges over several images: does who stood in an earlier image still wear the right one?
 
-drawn   the oracle reads it in the picture that was painted
-told    the conditioning that the language model hands on to the painter names it
+drawn   the oracle reads it in the image that was generated
+told    the conditioning that the language model hands on to the U-Net holds it
 
 Both are shares, by task: "<task>.drawn_badge", "<task>.told_badge". Letter: N attributes of a scene.
 """
@@ -14,17 +14,17 @@ import torch
 
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.recipes.storyworld.attribute_embedding import SceneCode
-from mm_interleaved.recipes.storyworld.attribute_supervision import NAMES, SIZES, painting_labels
+from mm_interleaved.recipes.storyworld.attribute_embedding import AttributeEmbedding
+from mm_interleaved.recipes.storyworld.attribute_supervision import ATTRIBUTES, NUM_VALUES, known_labels
 from mm_interleaved.storyworld.oracle import read_scene
 from mm_interleaved.storyworld.scores import answer_parts, first_image
 from mm_interleaved.storyworld.tasks import part_pixels
 from mm_interleaved.storyworld.world import Figure, scene_from_record
 
 
-def badges_drawn(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
-    """Of those in the painted picture who stood in an earlier one, how many wear their badge, where the truth
-    has them; a picture that is missing shows none.
+def generated_badges(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
+    """Of those in the generated image who stood in an earlier one, how many wear their badge, where the truth
+    has them; an image that is missing shows none.
     """
     by_id = {prediction.id: prediction for prediction in predictions}
     found: dict[str, list[bool]] = {}
@@ -32,19 +32,19 @@ def badges_drawn(predictions: Sequence[Document], gold: Sequence[Document]) -> d
         image = first_image(answer_parts(by_id[truth.id])) if truth.id in by_id else None
         figures = {} if image is None else {f.position: f for f in read_scene(part_pixels(image)).figures}
         for figure in known:
-            drawn = figures.get(figure.position)
-            is_right = drawn is not None and drawn.badge == figure.character.badge
+            shown = figures.get(figure.position)
+            is_right = shown is not None and shown.badge == figure.character.badge
             found.setdefault(f"{truth.meta['task']}.drawn_badge", []).append(is_right)
-    return {name: mean(drawn) for name, drawn in found.items()}
+    return {name: mean(right) for name, right in found.items()}
 
 
 @torch.no_grad()
-def badges_told(generator: InterleavedGenerator, gold: Sequence[Document]) -> dict[str, float]:
-    """Of the same figures, how many badges the language model hands on to the painter: those that its
-    conditioning, read as a scene's code, names.
+def conditioned_badges(generator: InterleavedGenerator, gold: Sequence[Document]) -> dict[str, float]:
+    """Of the same figures, how many badges the language model hands on to the U-Net: those that its
+    conditioning, compared with attribute embeddings, resembles most.
     """
     network, processor = generator.model, generator.processor
-    code = SceneCode.of(network.image_decoder)
+    embedding = AttributeEmbedding.of(network.image_decoder)
     found: dict[str, list[bool]] = {}
     for truth, known in _with_known_figures(gold):
         whole = replace(truth, parts=(*truth.parts, *truth.target), target=())
@@ -58,13 +58,13 @@ def badges_told(generator: InterleavedGenerator, gold: Sequence[Document]) -> di
         end = batch.image_start[0, -1:]
         row = torch.zeros_like(end)
         conditioning, _ = network.condition(output.hidden, row, row, end)
-        labels_N = painting_labels([whole])[-1]
-        answers = code.answers(conditioning.float()).split(SIZES, dim=1)
+        labels_N = known_labels([whole])[-1]
+        logits = embedding.logits(conditioning.float()).split(NUM_VALUES, dim=1)
         for figure in known:
-            index = NAMES.index(f"badge@{figure.position}")
-            is_right = int(answers[index].argmax()) == int(labels_N[index])
+            index = ATTRIBUTES.index(f"badge@{figure.position}")
+            is_right = int(logits[index].argmax()) == int(labels_N[index])
             found.setdefault(f"{truth.meta['task']}.told_badge", []).append(is_right)
-    return {name: mean(told) for name, told in found.items()}
+    return {name: mean(right) for name, right in found.items()}
 
 
 def count_known_figures(gold: Sequence[Document]) -> dict[str, int]:
@@ -76,17 +76,17 @@ def count_known_figures(gold: Sequence[Document]) -> dict[str, int]:
 
 
 def _with_known_figures(gold: Sequence[Document]) -> Iterator[tuple[Document, list[Figure]]]:
-    """Documents that want a picture, with those in it who stood in an earlier one, where there are such."""
+    """Documents that want an image, with those in it who stood in an earlier one, where there are such."""
     for truth in gold:
         if any(isinstance(part, Image) for part in truth.target):
             *earlier, new = (scene_from_record(record) for record in truth.meta["scenes"])
-            looks = {_look(figure) for scene in earlier for figure in scene.figures}
-            known = [figure for figure in new.figures if _look(figure) in looks]
+            identities = {_identity(figure) for scene in earlier for figure in scene.figures}
+            known = [figure for figure in new.figures if _identity(figure) in identities]
             if known:
                 yield truth, known
 
 
-def _look(figure: Figure) -> tuple[str, ...]:
+def _identity(figure: Figure) -> tuple[str, ...]:
     """Who it is; an edit may change the hat."""
     character = figure.character
     return character.name, character.species, character.badge

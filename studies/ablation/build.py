@@ -1,4 +1,4 @@
-"""How a twin of the ablation is built out of a finished model."""
+"""How a variant of the ablation is built out of a finished model."""
 
 from copy import deepcopy
 from dataclasses import asdict
@@ -9,12 +9,15 @@ import torch
 from mm_interleaved.models.config import MMInterleavedConfig, SynchronizerConfig
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.storyworld.initialisation import open_to_images, open_to_learning
-from studies.ablation.settings import TwinSizes
-from studies.ablation.variants import Painter, Reader
+from studies.ablation.settings import VariantSizes
+from studies.ablation.variants import ImageDecoderVariant, LanguageVariant
 
 
-def twin_config(
-    finished: MMInterleavedConfig, sizes: TwinSizes, reader: Reader, painter: Painter
+def variant_config(
+    finished: MMInterleavedConfig,
+    sizes: VariantSizes,
+    language: LanguageVariant,
+    image_decoder: ImageDecoderVariant,
 ) -> MMInterleavedConfig:
     """The finished model's configuration with another language model, slots and synchronizers."""
     config = deepcopy(finished)
@@ -25,32 +28,35 @@ def twin_config(
     text.head_dim = sizes.text_dim // sizes.text_heads
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:1] * sizes.text_layers
-    config.slot_resampler = {**config.slot_resampler, "num_queries": reader.num_slots}
+    config.slot_resampler = {**config.slot_resampler, "num_queries": language.num_slots}
     shape: dict[str, Any] = {"num_heads": 4, "num_points": 4, "value_dim": 96}
     config.text_synchronizer = asdict(
         SynchronizerConfig(
-            **shape, levels=reader.levels, max_images=16, base_size=8, offset_spread=3.0, every=2
+            **shape, levels=language.levels, max_images=16, base_size=8, offset_spread=3.0, every=2
         )
-    ) if reader.levels else None  # fmt: skip
+    ) if language.levels else None  # fmt: skip
     config.image_synchronizer = asdict(
         SynchronizerConfig(
-            **shape, levels=painter.levels, max_images=sizes.max_context_images + 1, base_size=16,
+            **shape, levels=image_decoder.levels, max_images=sizes.max_context_images + 1, base_size=16,
             offset_spread=4.0,
         )
-    ) if painter.levels else None  # fmt: skip
-    config.context_images = painter.context_images
+    ) if image_decoder.levels else None  # fmt: skip
+    config.context_images = image_decoder.context_images
     return config
 
 
-def build_twin(
-    finished: MMInterleavedForConditionalGeneration, sizes: TwinSizes, reader: Reader, painter: Painter
+def build_variant(
+    finished: MMInterleavedForConditionalGeneration,
+    sizes: VariantSizes,
+    language: LanguageVariant,
+    image_decoder: ImageDecoderVariant,
 ) -> MMInterleavedForConditionalGeneration:
-    """A twin whose eyes, U-Net and VAE are the finished model's; slots, language model and synchronizers
-    are new, by the reader's seed.
+    """A variant whose vision tower, U-Net and VAE are the finished model's; slots, language model and
+    synchronizers are new, by the language model's seed.
     """
-    torch.manual_seed(reader.seed)
+    torch.manual_seed(language.seed)
     config: Any = finished.config
-    model = MMInterleavedForConditionalGeneration(twin_config(config, sizes, reader, painter))
+    model = MMInterleavedForConditionalGeneration(variant_config(config, sizes, language, image_decoder))
     open_to_images(model)
     open_to_learning(model)
     for new, old in zip(_kept_parts(model), _kept_parts(finished), strict=True):

@@ -1,8 +1,8 @@
-"""What the ablation found, as a page: a table with spread, plots against slots, pictures side by side.
+"""What the ablation found, as a page: a table with spread, plots against slots, images side by side.
 
-DOCS/ablation_results.json   raw results, one record a twin
+DOCS/ablation_results.json   raw results, one record a variant
 DOCS/ablation_results.md     the page
-DOCS/images/ablation_*.png   its pictures
+DOCS/images/ablation_*.png   its figures
 """
 
 import json
@@ -22,29 +22,29 @@ from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.recipes.run import SETTINGS_NAME
 from mm_interleaved.storyworld.renderer import render_scene
 from studies.ablation.badges import count_known_figures
-from studies.ablation.scores import last_scenes, painted_pictures, read_results
-from studies.ablation.variants import SLOT_COUNTS, WITH, WITHOUT, Twin, arm_with
-from studies.origin import origin_of, origin_text, scoring_of
+from studies.ablation.scores import generated_images, last_scenes, read_results
+from studies.ablation.variants import SLOT_COUNTS, WITH, WITHOUT, Variant, kind_with
 from studies.plots import load_pyplot, plain_axes, save_figure
+from studies.provenance import provenance_of, provenance_text, scoring_of
 
 METRICS = {
     "vqa.accuracy": "questions",
     "vqa.fine_detail": "fine detail",
-    "edit.told_badge": "badges told, edits",
-    "story_last.told_badge": "badges told, stories",
-    "edit.drawn_badge": "badges drawn, edits",
-    "story_last.drawn_badge": "badges drawn, stories",
+    "edit.told_badge": "badges handed on, edits",
+    "story_last.told_badge": "badges handed on, stories",
+    "edit.drawn_badge": "badges generated, edits",
+    "story_last.drawn_badge": "badges generated, stories",
     "story.character_kept": "characters kept",
 }
 """Metrics of the table and their headings."""
 PLOTTED = ("vqa.accuracy", "vqa.fine_detail", "story_last.told_badge", "story_last.drawn_badge")
 JUDGED = ("vqa.fine_detail", "story_last.drawn_badge")
-"""Details, and badges kept over the pictures of a story."""
+"""Details, and badges kept over the images of a story."""
 PREDICTED_PAIR = (4, 16)
-"""Slots with synchronizers, and without: what docs/ablation.md predicted before any twin was trained."""
+"""Slots with synchronizers, and without: what docs/ablation.md predicted before any variant was trained."""
 OTHER_PAIRS = ((1, 16), (4, 4))
 COARSE = "{} coarse slots"
-"""Arms at four slots that are taught all but badges and patterns."""
+"""Kinds at four slots that learn all attributes but badges and patterns."""
 WANTED_GAIN = 0.20
 """What was predicted of that pair, of each metric that is judged."""
 _SIDE, _NAME_WIDTH, _HEAD_HEIGHT, _NUM_PROMPTS = 96, 215, 22, 8
@@ -53,19 +53,19 @@ _WITH_COLOUR, _WITHOUT_COLOUR = "#2b6a99", "#b0483a"
 Results = Sequence[Mapping[str, Any]]
 
 
-def write_page(run: Path, twins: Sequence[Twin], docs: Path) -> Path:
-    """Writes the page of all twins that are scored; returns its path.
+def write_page(run: Path, variants: Sequence[Variant], docs: Path) -> Path:
+    """Writes the page of all variants that are scored; returns its path.
 
     Raises:
         UsageError: none is scored, or matplotlib is missing.
     """
-    results = read_results(run, twins)
+    results = read_results(run, variants)
     if not results:
-        raise UsageError(f"{run}: no twin has been scored yet")
+        raise UsageError(f"{run}: no variant has been scored yet")
     make_folder(docs / "images")
     record = {
         "documents": results[0]["documents"],
-        **origin_of(_costs(results)),
+        **provenance_of(_costs(results)),
         "scored": scoring_of(results),
         "settings": _settings(run),
         "twins": results,
@@ -73,7 +73,7 @@ def write_page(run: Path, twins: Sequence[Twin], docs: Path) -> Path:
     write_file(docs / "ablation_results.json", (json.dumps(record, indent=1) + "\n").encode())
     plot_slots(results, docs / "images" / "ablation_slots.png")
     gold = TASKS["storyworld"].read_gold(run / "data" / "documents.jsonl")
-    scored = [twin for twin in twins if twin.name in {result["twin"] for result in results}]
+    scored = [variant for variant in variants if variant.name in {result["twin"] for result in results}]
     write_file(
         docs / "images" / "ablation_drawings.png", to_png(_few_colours(side_by_side(run, scored, gold)))
     )
@@ -92,21 +92,21 @@ def _costs(results: Results) -> list[Mapping[str, Any]]:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """Those of the run, but which twins its last call was about; empty where it does not tell."""
+    """Those of the run, but which variants its last call was about; empty where there are none."""
     path = run / SETTINGS_NAME
     settings = json.loads(path.read_text())["settings"] if path.exists() else {}
-    return {name: value for name, value in settings.items() if name != "twins"}
+    return {name: value for name, value in settings.items() if name not in ("variants", "twins")}
 
 
 def cases_of(gold: Sequence[Document]) -> dict[str, int]:
     """How many cases each metric of the table rests on."""
     questions = [truth for truth in gold if truth.meta["task"] == "vqa"]
     figures = count_known_figures(gold)
-    told = {f"{task}.{how}_badge": count for task, count in figures.items() for how in ("told", "drawn")}
+    badges = {f"{task}.{how}_badge": count for task, count in figures.items() for how in ("told", "drawn")}
     return {
         "vqa.accuracy": len(questions),
         "vqa.fine_detail": sum(truth.meta["is_fine_detail"] for truth in questions),
-        **told,
+        **badges,
         "story.character_kept": figures.get("story_last", 0),
     }
 
@@ -118,15 +118,15 @@ def page_text(results: Results, cases: Mapping[str, int]) -> str:
         cases: how many each metric rests on.
     """
     lines = [
-        "# What the twins scored",
+        "# What the variants scored",
         "",
         "Written by `python -m studies ablation`; what is compared stands in [ablation.md](ablation.md).",
         f"{results[0]['documents']} documents of the test split; mean, and standard deviation over seeds "
         "where there are several.",
-        "Seeds are the readers': all twins of an arm share one painter, of seed 1.",
+        "Seeds are the language models': all variants of a kind share one image decoder, of seed 1.",
         "",
-        origin_text(origin_of(_costs(results)), "Trained"),
-        origin_text(scoring_of(results), "Scored"),
+        provenance_text(provenance_of(_costs(results)), "Trained"),
+        provenance_text(scoring_of(results), "Scored"),
         *_starts(results),
         "",
         *_table(results, cases),
@@ -137,21 +137,21 @@ def page_text(results: Results, cases: Mapping[str, int]) -> str:
         "",
         *_verdicts(results),
         "",
-        "The same prompts drawn by each twin; above, the newest picture that is given and the truth:",
+        "The same prompts by each variant; above, the newest image that is given and the truth:",
         "",
-        "![Drawings](images/ablation_drawings.png)",
+        "![Generated images](images/ablation_drawings.png)",
         "",
         *_cost_table(results),
     ]
     return "\n".join(lines) + "\n"
 
 
-def by_arm(results: Results) -> dict[str, list[Mapping[str, Any]]]:
-    """Results of the same arm together, in the order in which arms come."""
-    arms: dict[str, list[Mapping[str, Any]]] = {}
+def by_kind(results: Results) -> dict[str, list[Mapping[str, Any]]]:
+    """Results of the same kind together, in the order in which kinds come."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        arms.setdefault(result["arm"], []).append(result)
-    return arms
+        kinds.setdefault(result["arm"], []).append(result)
+    return kinds
 
 
 def values_of(results: Results, metric: str) -> list[float]:
@@ -162,9 +162,9 @@ def values_of(results: Results, metric: str) -> list[float]:
 def _table(results: Results, cases: Mapping[str, int]) -> list[str]:
     heads = ["synchronizers", "slots", "seeds", *METRICS.values()]
     lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
-    for arm, members in by_arm(results).items():
+    for kind, members in by_kind(results).items():
         cells = [_spread(values_of(members, metric)) for metric in METRICS]
-        lines.append(f"| {arm} | {members[0]['slots']} | {len(members)} | {' | '.join(cells)} |")
+        lines.append(f"| {kind} | {members[0]['slots']} | {len(members)} | {' | '.join(cells)} |")
     counts = [str(cases.get(metric, "")) for metric in METRICS]
     lines.append(f"| *cases* |  |  | {' | '.join(counts)} |")
     return lines
@@ -179,16 +179,20 @@ def _spread(values: Sequence[float]) -> str:
 
 def _verdicts(results: Results) -> list[str]:
     """What was predicted, and beside it what was not, each with its number."""
-    arms = by_arm(results)
+    kinds = by_kind(results)
     pairs = [
-        (arm_with(few, is_looking=True), arm_with(many, is_looking=False), _pair_name(few, many))
+        (
+            kind_with(few, has_synchronizers=True),
+            kind_with(many, has_synchronizers=False),
+            _pair_name(few, many),
+        )
         for few, many in (PREDICTED_PAIR, *OTHER_PAIRS)
     ]
     pairs.append((COARSE.format(WITH), COARSE.format(WITHOUT), "4 coarse slots with synchronizers against 4"))
     lines = []
     for metric in JUDGED:
-        for with_arm, without_arm, name in pairs:
-            ours, theirs = (values_of(arms.get(arm, ()), metric) for arm in (with_arm, without_arm))
+        for with_kind, without_kind, name in pairs:
+            ours, theirs = (values_of(kinds.get(kind, ()), metric) for kind in (with_kind, without_kind))
             if ours and theirs:
                 gain = mean(ours) - mean(theirs)
                 line = f"- {METRICS[metric]}: {name} without: {gain:+.3f}"
@@ -204,32 +208,30 @@ def _pair_name(few: int, many: int) -> str:
 
 
 def _starts(results: Results) -> list[str]:
-    """Whose U-Nets did not begin with the same weights, which the drawings of these twins must not be
-    compared without.
-    """
+    """Which variants' U-Nets did not begin with the same weights: their images do not compare."""
     begun: dict[str, list[str]] = {}
     for result in results:
-        for start in origin_of([result["cost"].get("painter", {})])["starts"]:
+        for start in provenance_of([result["cost"].get("painter", {})])["starts"]:
             begun.setdefault(start, []).append(result["twin"])
     if len(begun) < 2:
         return []
-    told = "; ".join(f"{start}: {', '.join(names)}" for start, names in begun.items())
-    return ["", f"**Not all U-Nets began with the same weights** ({told})."]
+    named = "; ".join(f"{start}: {', '.join(names)}" for start, names in begun.items())
+    return ["", f"**Not all U-Nets began with the same weights** ({named})."]
 
 
 def _cost_table(results: Results) -> list[str]:
     lines = [
-        "| twin | part | steps | FLOPs | hours | core hours | threads |",
+        "| variant | part | steps | FLOPs | hours | core hours | threads |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    told = set()
+    listed = set()
     for result in results:
         for part, cost in result["cost"].items():
             name = (part, json.dumps(cost, sort_keys=True))
-            if cost and name not in told:
-                told.add(name)
+            if cost and name not in listed:
+                listed.add(name)
                 lines.append(
-                    f"| {result['twin']} | {part} | {cost['steps']} | {cost['flops']:.2e} | "
+                    f"| {result['variant']} | {part} | {cost['steps']} | {cost['flops']:.2e} | "
                     f"{cost['wall_hours']:.2f} | {cost['core_hours']:.2f} | {cost['threads']} |"
                 )
     return lines
@@ -238,29 +240,27 @@ def _cost_table(results: Results) -> list[str]:
 def plot_slots(results: Results, path: Path) -> None:
     """Scores against slots, with and without synchronizers; seeds as dots, coarse slots hollow."""
     pyplot = load_pyplot()
-    arms = by_arm(results)
+    kinds = by_kind(results)
     figure, axes = pyplot.subplots(1, len(PLOTTED), figsize=(3.1 * len(PLOTTED), 3.6), layout="constrained")
     for axis, metric in zip(axes, PLOTTED, strict=True):
-        # What lies below is drawn first and wider, so that equal lines are both seen.
-        for is_looking, arm, colour, width in (
-            (True, WITH, _WITH_COLOUR, 4.0),
-            (False, WITHOUT, _WITHOUT_COLOUR, 1.4),
-        ):
+        # The lower line comes first and is wider, so that equal lines are both visible.
+        for kind, colour, width in ((WITH, _WITH_COLOUR, 4.0), (WITHOUT, _WITHOUT_COLOUR, 1.4)):
+            by_slots = {n: kinds.get(kind_with(n, has_synchronizers=kind == WITH), ()) for n in SLOT_COUNTS}
             points = [
                 (num_slots, values)
-                for num_slots in SLOT_COUNTS
-                if (values := values_of(arms.get(arm_with(num_slots, is_looking=is_looking), ()), metric))
+                for num_slots, members in by_slots.items()
+                if (values := values_of(members, metric))
             ]
             line = [(num_slots, mean(values)) for num_slots, values in points]
             if line:
-                axis.plot(*zip(*line, strict=True), color=colour, label=arm, linewidth=width, alpha=0.75)
+                axis.plot(*zip(*line, strict=True), color=colour, label=kind, linewidth=width, alpha=0.75)
             for num_slots, values in points:
                 axis.plot([num_slots] * len(values), values, "o", color=colour, markersize=2 + width)
-            coarse = values_of(arms.get(COARSE.format(arm), ()), metric)
+            coarse = values_of(kinds.get(COARSE.format(kind), ()), metric)
             # Beside the others of four slots, which they would hide.
             axis.plot(
                 [4.6] * len(coarse), coarse, "D", color=colour, fillstyle="none", markersize=7,
-                label=COARSE.format(arm) if coarse else None,
+                label=COARSE.format(kind) if coarse else None,
             )  # fmt: skip
         axis.set(xscale="log", xlabel="slots an image", title=METRICS[metric], ylim=(-0.03, 1.05))
         axis.set_xticks(SLOT_COUNTS, [str(count) for count in SLOT_COUNTS])
@@ -271,8 +271,8 @@ def plot_slots(results: Results, path: Path) -> None:
     save_figure(figure, path)
 
 
-def side_by_side(run: Path, twins: Sequence[Twin], gold: Sequence[Document]) -> PILImage.Image:
-    """Rows: what is given last, the truth, then each twin; columns: prompts, under the name of their task."""
+def side_by_side(run: Path, variants: Sequence[Variant], gold: Sequence[Document]) -> PILImage.Image:
+    """Rows: what is given last, the truth, then each variant; columns: prompts, under their task's name."""
     prompts = [truth for truth in gold if "I" in (truth.layout or "") and len(truth.meta["scenes"]) > 1]
     stories = [truth for truth in prompts if truth.meta["task"] == "story_last"]
     edits = [truth for truth in prompts if truth.meta["task"] == "edit"]
@@ -282,10 +282,10 @@ def side_by_side(run: Path, twins: Sequence[Twin], gold: Sequence[Document]) -> 
         ("given", [PILImage.fromarray(render_scene(scene)) for scene in given]),
         ("truth", [PILImage.fromarray(render_scene(scene)) for scene in truths]),
     ]
-    for twin in twins:
-        painted = painted_pictures(run, twin, prompts)
-        row = [painted[truth.id].load() if truth.id in painted else None for truth in prompts]
-        rows.append((f"{twin.arm}, seed {twin.reader.seed}", row))
+    for variant in variants:
+        generated = generated_images(run, variant, prompts)
+        row = [generated[truth.id].load() if truth.id in generated else None for truth in prompts]
+        rows.append((f"{variant.kind}, seed {variant.language.seed}", row))
     size = _NAME_WIDTH + len(prompts) * (_SIDE + 4), _HEAD_HEIGHT + len(rows) * (_SIDE + 4)
     sheet = PILImage.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)

@@ -1,9 +1,10 @@
-"""Which twins the ablation compares.
+"""Which variants of the model the ablation compares.
 
-A twin is a reader (slots and language model) and a painter (U-Net). Both have or lack synchronizers; what
-else differs is the number of slots, the levels that are looked into, and which earlier images the painter
-sees. Readers and painters are trained apart, so twins share them: sixteen twins are thirteen readers and
-four painters.
+A variant is one of the language model with its slots, and one of the image decoder. Both have or lack
+synchronizers; what else differs is the number of slots, the levels that are sampled, and which earlier images
+the image decoder attends to. The two are trained apart, so variants share them: sixteen variants are thirteen
+language models and four image decoders. Names of folders and results are those of the first release, so that
+its runs go on.
 """
 
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ ALL_LEVELS = (0, 1, 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
-    """What sees and reads."""
+class LanguageVariant:
+    """Slots and language model."""
 
     num_slots: int = 4
     levels: tuple[int, ...] = ALL_LEVELS
-    """Levels that the language model's synchronizers look into; none: it has no synchronizers."""
+    """Levels that the language model's synchronizers sample; none: it has no synchronizers."""
     are_slots_coarse: bool = False
-    """Slots are taught all but badges and patterns, as those of the shipped model."""
+    """Slots learn all attributes but badges and patterns, as those of the shipped model."""
     seed: int = 1
 
     @property
@@ -39,35 +40,35 @@ class Reader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Painter:
-    """What paints."""
+class ImageDecoderVariant:
+    """U-Net and conditioning of no context."""
 
     levels: tuple[int, ...] = ALL_LEVELS
-    """Levels that the U-Net's synchronizers look into; none: it has no synchronizers."""
+    """Levels that the U-Net's synchronizers sample; none: it has no synchronizers."""
     context_images: str = "all"
-    """Which earlier images it sees, "previous" or "all"."""
+    """Which earlier images it attends to, "previous" or "all"."""
     seed: int = 1
 
     @property
     def name(self) -> str:
-        looks = _levels_name(self.levels)
-        return f"painter-{looks}-{self.seed}" if not self.levels or self.context_images == "all" else (
-            f"painter-{looks}-{self.context_images}-{self.seed}"
+        levels = _levels_name(self.levels)
+        return f"painter-{levels}-{self.seed}" if not self.levels or self.context_images == "all" else (
+            f"painter-{levels}-{self.context_images}-{self.seed}"
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Twin:
+class Variant:
     """A whole model."""
 
-    arm: str
-    """What it stands for; twins of the same arm differ in their seeds alone."""
-    reader: Reader
-    painter: Painter
+    kind: str
+    """What it stands for; variants of the same kind differ in their seeds alone."""
+    language: LanguageVariant
+    image_decoder: ImageDecoderVariant
 
     @property
     def name(self) -> str:
-        return f"{self.arm.replace(' ', '-')}-{self.reader.seed}"
+        return f"{self.kind.replace(' ', '-')}-{self.language.seed}"
 
 
 def _levels_name(levels: tuple[int, ...]) -> str:
@@ -75,47 +76,51 @@ def _levels_name(levels: tuple[int, ...]) -> str:
 
 
 WITH, WITHOUT = "both", "neither"
-"""Arms of the main pair, at four slots: synchronizers on both sides, and none at all."""
+"""Kinds of the main pair, at four slots: synchronizers in both models, and none at all."""
 SLOT_COUNTS = (1, 4, 16)
 
 
-def arm_with(num_slots: int, *, is_looking: bool) -> str:
-    """The arm of so many slots, with synchronizers on both sides or on none."""
-    arm = WITH if is_looking else WITHOUT
-    return arm if num_slots == 4 else f"{arm} {num_slots} slots"
+def kind_with(num_slots: int, *, has_synchronizers: bool = True) -> str:
+    """The kind with so many slots, and synchronizers in both models or in none."""
+    kind = WITH if has_synchronizers else WITHOUT
+    return kind if num_slots == 4 else f"{kind} {num_slots} slots"
 
 
-def all_twins() -> tuple[Twin, ...]:
-    """Every twin, those of the main pair first: three seeds for these, one for the others.
+def all_variants() -> tuple[Variant, ...]:
+    """Every variant, those of the main pair first: three seeds for these, one for the others.
 
-    A seed is the reader's; painters, which cost as much and differ less, have one seed.
+    A seed is the language model's; image decoders, which cost as much and differ less, have one seed.
     """
-    looking, blind = {"levels": ALL_LEVELS}, {"levels": NO_LEVELS}
+    full, none = {"levels": ALL_LEVELS}, {"levels": NO_LEVELS}
 
-    def twin(arm: str, reader: dict[str, Any], painter: dict[str, Any], seed: int = 1) -> Twin:
-        return Twin(arm=arm, reader=Reader(**reader, seed=seed), painter=Painter(**painter))
+    def variant(kind: str, language: dict[str, Any], image_decoder: dict[str, Any], seed: int = 1) -> Variant:
+        return Variant(
+            kind=kind,
+            language=LanguageVariant(**language, seed=seed),
+            image_decoder=ImageDecoderVariant(**image_decoder),
+        )
 
-    twins = [twin(WITH, looking, looking), twin(WITHOUT, blind, blind)]
-    twins.append(twin("LLM only", looking, blind))
-    twins.append(twin("U-Net only", blind, looking))
+    variants = [variant(WITH, full, full), variant(WITHOUT, none, none)]
+    variants.append(variant("LLM only", full, none))
+    variants.append(variant("U-Net only", none, full))
     for num_slots in (16, 1):
         slots = {"num_slots": num_slots}
-        twins.append(twin(arm_with(num_slots, is_looking=False), slots | blind, blind))
-        twins.append(twin(arm_with(num_slots, is_looking=True), slots | looking, looking))
+        variants.append(variant(kind_with(num_slots, has_synchronizers=False), slots | none, none))
+        variants.append(variant(kind_with(num_slots, has_synchronizers=True), slots | full, full))
     for seed in (2, 3):
-        twins += [twin(WITH, looking, looking, seed), twin(WITHOUT, blind, blind, seed)]
-    twins.append(twin("both one level", {"levels": MIDDLE_LEVEL}, {"levels": MIDDLE_LEVEL}))
-    twins.append(twin("both previous image", looking, looking | {"context_images": "previous"}))
+        variants += [variant(WITH, full, full, seed), variant(WITHOUT, none, none, seed)]
+    variants.append(variant("both one level", {"levels": MIDDLE_LEVEL}, {"levels": MIDDLE_LEVEL}))
+    variants.append(variant("both previous image", full, full | {"context_images": "previous"}))
     coarse = {"are_slots_coarse": True}
-    twins.append(twin("both coarse slots", looking | coarse, looking))
-    twins.append(twin("neither coarse slots", blind | coarse, blind))
-    return tuple(twins)
+    variants.append(variant("both coarse slots", full | coarse, full))
+    variants.append(variant("neither coarse slots", none | coarse, none))
+    return tuple(variants)
 
 
-def chosen_twins(names: tuple[str, ...]) -> tuple[Twin, ...]:
-    """The twins of these names, all where none is given. Raises UsageError for an unknown one."""
-    twins = {twin.name: twin for twin in all_twins()}
+def chosen_variants(names: tuple[str, ...]) -> tuple[Variant, ...]:
+    """The variants of these names, all where none is given. Raises UsageError for an unknown one."""
+    variants = {variant.name: variant for variant in all_variants()}
     for name in names:
-        if name not in twins:
-            raise UsageError(f"twins: found {name!r}, expected some of {', '.join(twins)}")
-    return tuple(twins[name] for name in names) if names else tuple(twins.values())
+        if name not in variants:
+            raise UsageError(f"variants: found {name!r}, expected some of {', '.join(variants)}")
+    return tuple(variants[name] for name in names) if names else tuple(variants.values())

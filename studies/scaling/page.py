@@ -1,6 +1,6 @@
-"""What the scaling study found: loss against compute for each size, and what a power law says of more.
+"""What the scaling study found: loss against compute for each size, and a power law of more.
 
-DOCS/scaling_results.json   settings and origin; of each size: FLOPs a step, the curve, what it cost
+DOCS/scaling_results.json   settings and provenance; of each size: FLOPs a step, the curve, what it cost
 DOCS/images/scaling.png     the curves, and the law fitted to the best loss at each compute
 """
 
@@ -18,22 +18,22 @@ from mm_interleaved.recipes.run import SETTINGS_NAME
 from mm_interleaved.training.metrics import read_log
 from mm_interleaved.training.settings import LOG_NAME
 from mm_interleaved.typed_settings import from_record, to_record
-from studies.ablation.variants import Reader
-from studies.origin import origin_of
+from studies.ablation.variants import LanguageVariant
+from studies.cost import read_cost
 from studies.plots import load_pyplot, plain_axes, plain_numbers, save_figure
-from studies.provenance import read_cost
+from studies.provenance import provenance_of
 from studies.scaling.recipe import ScalingConfig, size_folder
 
 _WINDOW = 5
 """Lines of the log that a point of a curve is the mean of: steps differ in what their batches hold."""
 _WARM = 0.2
-"""Share of each curve that is left out of the fit: the start says nothing about the end."""
+"""Share of each curve that is left out of the fit: the start has no bearing on the end."""
 FACTORS = (10, 1000)
-"""How many times the largest compute the law is asked about."""
+"""How many times the largest compute the law is evaluated at."""
 
 
 def write_scaling(run: Path, docs: Path) -> dict[str, Any]:
-    """Writes results and plot of the sizes that a run was told to train; returns the results.
+    """Writes results and plot of the sizes of a run; returns the results.
 
     Raises:
         UsageError: no run, no size has been trained, or matplotlib is missing.
@@ -46,7 +46,7 @@ def write_scaling(run: Path, docs: Path) -> dict[str, Any]:
     most = max(compute for size in sizes for compute, _ in size["curve"])
     expected = {str(factor): round(law_loss(law, factor * most), 4) for factor in FACTORS} if law else {}
     results = {
-        **origin_of([cost for size in sizes for cost in size["cost"].values()]),
+        **provenance_of([cost for size in sizes for cost in size["cost"].values()]),
         "settings": to_record(config),
         "sizes": sizes,
         "law": law,
@@ -60,7 +60,7 @@ def write_scaling(run: Path, docs: Path) -> dict[str, Any]:
 
 
 def _settings(run: Path) -> ScalingConfig:
-    """The settings that a run was trained with, whichever call told them."""
+    """The settings that a run was trained with."""
     path = run / SETTINGS_NAME
     if not path.exists():
         raise UsageError(f"{run}: holds no run ({SETTINGS_NAME} is not there)")
@@ -68,8 +68,8 @@ def _settings(run: Path) -> ScalingConfig:
 
 
 def _size(run: Path, width: int, seed: int) -> dict[str, Any] | None:
-    reader = Reader(seed=seed)
-    folder = size_folder(run, width) / reader.name
+    language = LanguageVariant(seed=seed)
+    folder = size_folder(run, width) / language.name
     cost = read_cost(folder)
     if not (folder / LOG_NAME).exists() or not cost:
         return None
@@ -83,7 +83,7 @@ def _size(run: Path, width: int, seed: int) -> dict[str, Any] | None:
         "width": width,
         "flops_a_step": cost["flops_a_step"],
         "core_hours": cost["core_hours"],
-        "cost": {"slots": read_cost(size_folder(run, width) / reader.slots_name), "reader": cost},
+        "cost": {"slots": read_cost(size_folder(run, width) / language.slots_name), "reader": cost},
         "curve": [(float(f"{compute:.4g}"), round(loss, 4)) for compute, loss in curve],
     }
 
@@ -111,7 +111,7 @@ def fit_law(points: Curve) -> dict[str, float] | None:
 
 
 def law_loss(law: Mapping[str, float], compute: float) -> float:
-    """What the law says of a compute in FLOPs."""
+    """The loss that the law expects of a compute in FLOPs."""
     return law["factor"] * compute ** -law["exponent"]
 
 
@@ -129,8 +129,8 @@ def _plot(results: Mapping[str, Any], path: Path) -> None:
             axes.plot(compute, loss, "k.")
             # To the right above the falling line, or to the left below it, where the plot ends.
             place = {"xytext": (4, 5)} if factor == min(FACTORS) else {"xytext": (-6, -4), "ha": "right"}
-            told = f"{factor:,} times the largest: {loss:.2f}"
-            axes.annotate(told, (compute, loss), textcoords="offset points", fontsize=8, **place)
+            label = f"{factor:,} times the largest: {loss:.2f}"
+            axes.annotate(label, (compute, loss), textcoords="offset points", fontsize=8, **place)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs of training", ylabel="text loss")
     axes.legend(frameon=False)
     plain_axes(axes)

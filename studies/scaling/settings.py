@@ -32,15 +32,15 @@ class ScalingConfig:
     layers: Annotated[tuple[int, ...], SIZE] = (3, 4, 6)
     """Their layers, as many numbers as there are widths."""
     slot_batch_size: Annotated[int, SIZE] = 64
-    """Pictures a step of the slots' stage."""
+    """Images a step of the slots' stage."""
     synchronizer_learning_rate: Annotated[float, RATE] = 1e-3
     """Learning rate of the synchronizers; Muon's rate for matrices is too high for them."""
     slots: StageConfig = field(default_factory=lambda: AblationConfig().slots)
-    """First stage, once a size: the slots learn to tell all that a picture shows."""
+    """First stage, once a size: the slots learn to hold all that an image shows."""
     text: StageConfig = field(
         default_factory=lambda: replace(AblationConfig().text, steps=1500, decay_fraction=0.0)
     )
-    """Second stage: the reader. Its learning rate stays high, so that all points of a curve compare."""
+    """Second stage: the language model. Its rate stays high, so that all points of a curve compare."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -185,7 +185,7 @@ def test_a_log_without_any_checkpoint_is_told_of(folder, caplog):
     for name in STEPS:
         shutil.rmtree(folder / name)
     train(folder)
-    assert "log.jsonl tells of step 4 and no checkpoint is there; beginning at step 0" in caplog.text
+    assert "log.jsonl has a line of step 4 and no checkpoint is there; beginning at step 0" in caplog.text
     caplog.clear()
     train(folder)
     assert "beginning at step 0" not in caplog.text

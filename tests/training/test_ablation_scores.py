@@ -1,4 +1,4 @@
-"""What twins score is counted right: badges drawn and told, a result a twin, the documents of the run."""
+"""What variants score is counted right: badges generated and handed on, a result each, its documents."""
 
 import json
 from dataclasses import replace
@@ -11,17 +11,17 @@ from mm_interleaved.documents.document_files import write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.recipes.storyworld.attribute_embedding import SceneCode
-from mm_interleaved.recipes.storyworld.attribute_supervision import painting_labels
+from mm_interleaved.recipes.storyworld.attribute_embedding import AttributeEmbedding
+from mm_interleaved.recipes.storyworld.attribute_supervision import known_labels
 from studies.__main__ import create_app
-from studies.ablation.badges import badges_drawn, badges_told
-from studies.ablation.recipe import chosen_twins, twin_folder
+from studies.ablation.badges import conditioned_badges, generated_badges
+from studies.ablation.recipe import chosen_variants, variant_folder
 from studies.ablation.scores import (
     DATA_NAME,
     ablation_documents,
-    painted_pictures,
+    generated_images,
     read_results,
-    score_twins,
+    score_variants,
 )
 
 
@@ -34,64 +34,70 @@ def test_a_run_has_as_many_documents_as_were_wanted(count):
 def test_the_truth_keeps_all_badges_and_what_was_given_keeps_fewer():
     gold = [truth for truth in ablation_documents(60) if truth.meta["task"] != "vqa"]
     truth = [replace(document, parts=document.target, target=()) for document in gold]
-    drawn = badges_drawn(truth, gold)
-    assert drawn == {"edit.drawn_badge": 1.0, "story_last.drawn_badge": 1.0}
+    found = generated_badges(truth, gold)
+    assert found == {"edit.drawn_badge": 1.0, "story_last.drawn_badge": 1.0}
     repeated = [replace(document, parts=document.images[-1:], target=()) for document in gold]
-    assert badges_drawn(repeated, gold)["story_last.drawn_badge"] < 0.8
-    assert badges_drawn([], gold) == {"edit.drawn_badge": 0.0, "story_last.drawn_badge": 0.0}
+    assert generated_badges(repeated, gold)["story_last.drawn_badge"] < 0.8
+    assert generated_badges([], gold) == {"edit.drawn_badge": 0.0, "story_last.drawn_badge": 0.0}
 
 
-def test_badges_told_are_read_off_the_conditioning(model, processor, monkeypatch):
+def test_badges_handed_on_are_read_off_the_conditioning(model, processor, monkeypatch):
     gold = [truth for truth in ablation_documents(20) if truth.meta["task"] == "edit"]
     generator = InterleavedGenerator(model, processor)
-    assert set(badges_told(generator, gold)) == {"edit.told_badge"}
-    # A language model that hands on the truth tells every badge.
-    code = SceneCode(*model.image_decoder.resampler.queries.shape[1:])
-    pending = [painting_labels([replace(truth, parts=(*truth.parts, *truth.target))])[-1:] for truth in gold]
-    told = iter([code.encode(labels) for labels in pending])
-    monkeypatch.setattr(type(model), "condition", lambda self, hidden, row, start, end: (next(told), None))
-    assert badges_told(generator, gold) == {"edit.told_badge": 1.0}
+    assert set(conditioned_badges(generator, gold)) == {"edit.told_badge"}
+    # A language model that hands on the truth hands on every badge.
+    embedding = AttributeEmbedding(*model.image_decoder.resampler.queries.shape[1:])
+    pending = [known_labels([replace(truth, parts=(*truth.parts, *truth.target))])[-1:] for truth in gold]
+    conditionings = iter([embedding.encode(labels) for labels in pending])
+    monkeypatch.setattr(
+        type(model), "condition", lambda self, hidden, row, start, end: (next(conditionings), None)
+    )
+    assert conditioned_badges(generator, gold) == {"edit.told_badge": 1.0}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_badges_are_told_by_a_model_on_a_gpu(model, processor):
+def test_badges_are_handed_on_by_a_model_on_a_gpu(model, processor):
     gold = [truth for truth in ablation_documents(20) if truth.meta["task"] == "edit"]
-    on_cpu = badges_told(InterleavedGenerator(model.eval(), processor), gold)
-    assert badges_told(InterleavedGenerator(model.cuda(), processor), gold) == pytest.approx(on_cpu, abs=0.5)
+    on_cpu = conditioned_badges(InterleavedGenerator(model.eval(), processor), gold)
+    assert conditioned_badges(InterleavedGenerator(model.cuda(), processor), gold) == pytest.approx(
+        on_cpu, abs=0.5
+    )
 
 
-def test_a_twin_that_is_trained_is_scored_once(tmp_path, model, processor):
-    [twin, missing] = chosen_twins(("both-1", "neither-1"))
+def test_a_variant_that_is_trained_is_scored_once(tmp_path, model, processor):
+    [variant, missing] = chosen_variants(("both-1", "neither-1"))
     model.config.generation_settings = {"num_inference_steps": 1, "max_new_tokens": 4}
-    folder = twin_folder(tmp_path, twin)
+    folder = variant_folder(tmp_path, variant)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
-    make_folder(tmp_path / twin.painter.name)
-    (tmp_path / twin.painter.name / "cost.json").write_text(json.dumps({"steps": 7}))
-    told = []
-    score_twins(tmp_path, [twin, missing], 3, lambda document, event: told.append((document.id, event)))
+    make_folder(tmp_path / variant.image_decoder.name)
+    (tmp_path / variant.image_decoder.name / "cost.json").write_text(json.dumps({"steps": 7}))
+    events = []
+    score_variants(
+        tmp_path, [variant, missing], 3, lambda document, event: events.append((document.id, event))
+    )
     gold = ablation_documents(3)
-    assert sum(event in ("finished", "failed") for _, event in told) == len(gold)
-    [result] = read_results(tmp_path, [twin, missing])
+    assert sum(event in ("finished", "failed") for _, event in events) == len(gold)
+    [result] = read_results(tmp_path, [variant, missing])
     assert (result["twin"], result["arm"], result["slots"], result["documents"]) == ("both-1", "both", 4, 3)
     assert result["cost"] == {"slots": {}, "reader": {}, "painter": {"steps": 7}}
     assert {"vqa.accuracy", "story_last.drawn_badge", "story_last.told_badge"} <= set(result["scores"])
     assert "cores" in result["scored_by"]["machine"] and result["scored_by"]["commit"]
-    painted = painted_pictures(tmp_path, twin, gold)
-    finished = {identity for identity, event in told if event == "finished"}
-    assert set(painted) == finished & {truth.id for truth in gold if truth.meta["task"] != "vqa"}
-    told.clear()
-    score_twins(tmp_path, [twin], 3, lambda document, event: told.append(event))
-    assert told == []
+    generated = generated_images(tmp_path, variant, gold)
+    finished = {identity for identity, event in events if event == "finished"}
+    assert set(generated) == finished & {truth.id for truth in gold if truth.meta["task"] != "vqa"}
+    events.clear()
+    score_variants(tmp_path, [variant], 3, lambda document, event: events.append(event))
+    assert events == []
 
 
 def test_another_number_of_documents_is_refused(tmp_path, capsys):
     make_folder((tmp_path / DATA_NAME).parent)
     write_documents(tmp_path / DATA_NAME, ablation_documents(20))
     with pytest.raises(UsageError, match=r"has 20 documents, found --documents 21; give --documents 20"):
-        score_twins(tmp_path, (), 21, lambda document, event: None)
-    score_twins(tmp_path, (), 20, lambda document, event: None)
+        score_variants(tmp_path, (), 21, lambda document, event: None)
+    score_variants(tmp_path, (), 20, lambda document, event: None)
     # The command says so before it trains anything.
     assert run(["ablation", "-o", str(tmp_path), "--documents", "40"], create_app) == 2
     assert "found --documents 40" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Runs that compare: twins and sizes are trained, stopped, gone on with, and refused where they would not
+"""Runs that compare: variants and sizes are trained, stopped, gone on with, and refused where they would not
 compare.
 """
 
@@ -14,12 +14,12 @@ from mm_interleaved.recipes.registry import RECIPES
 from mm_interleaved.recipes.run import run_recipe
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.stage_cost import average_flops
-from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
+from mm_interleaved.recipes.storyworld.text_stage import TextStage
 from mm_interleaved.training.loop import StoppedBySignal, trained_parameters
 from mm_interleaved.training.parameter_groups import synchronizer_rules
 from mm_interleaved.typed_settings import flat_record
 from studies.ablation import recipe as ablation
-from studies.ablation.build import TwinSizes
+from studies.ablation.build import VariantSizes
 from studies.recipes import STUDY_RECIPES
 from studies.scaling.recipe import ScalingConfig, size_folder
 
@@ -43,39 +43,39 @@ def folder(make_model, processor, tmp_path_factory):
 @pytest.fixture
 def tiny_batches(monkeypatch):
     monkeypatch.setattr(ablation, "average_flops", partial(average_flops, num_examples=1))
-    monkeypatch.setattr(ablation, "READER_MIXTURES", (READS,))
-    monkeypatch.setattr(ablation, "PAINTER_MIXTURES", (READS,))
+    monkeypatch.setattr(ablation, "LANGUAGE_BATCHES", (READS,))
+    monkeypatch.setattr(ablation, "DENOISING_BATCHES", (READS,))
 
 
 def settings_of(folder):
     return [f"start_from={folder}", "num_threads=1", "slot_batch_size=1", *stage_settings("slots", "text")]
 
 
-def test_two_twins_are_trained_stopped_gone_on_with_and_share_their_slots(
+def test_two_variants_are_trained_stopped_gone_on_with_and_share_their_slots(
     folder, tiny_batches, tmp_path, monkeypatch
 ):
     run, sizes = tmp_path / "run", ("sizes.text_dim=16", "sizes.text_layers=2", "sizes.text_heads=2")
     settings = [
-        *settings_of(folder), *stage_settings("painter"), *sizes, "image_batch_size=1", "pool_batches=1",
-        "twins=both-1,neither-1",
+        *settings_of(folder), *stage_settings("unet"), *sizes, "image_batch_size=1", "pool_batches=1",
+        "variants=both-1,neither-1",
     ]  # fmt: skip
     train_stage, trained = ablation.train_stage, []
 
-    def stops_at_painters(stage, *args, **more):
+    def stops_at_the_unet(stage, *args, **more):
         trained.append(stage.name)
-        if stage.name == "painter" and trained.count("painter") == 1:
+        if stage.name == "unet" and trained.count("unet") == 1:
             raise StoppedBySignal("stopped by SIGTERM")
         train_stage(stage, *args, **more)
 
-    monkeypatch.setattr(ablation, "train_stage", stops_at_painters)
+    monkeypatch.setattr(ablation, "train_stage", stops_at_the_unet)
     with pytest.raises(StoppedBySignal):
         run_recipe("ablation", settings, out=run, recipes=STUDY_RECIPES)
     assert not (run / "twins").exists() and (run / "reader-4-looking-1" / "cost.json").exists()
     first = json.loads((run / "reader-4-looking-1" / "cost.json").read_text())
 
-    with pytest.raises(UsageError, match=r"with text\.steps=1, found 2.*only device, num_threads, twins"):
+    with pytest.raises(UsageError, match=r"with text\.steps=1, found 2.*only device, num_threads, variants"):
         run_recipe("ablation", ["text.steps=2"], resume=True, out=run, recipes=STUDY_RECIPES)
-    out = run_recipe("ablation", ["twins=neither-1,both-1"], resume=True, out=run, recipes=STUDY_RECIPES)
+    out = run_recipe("ablation", ["variants=neither-1,both-1"], resume=True, out=run, recipes=STUDY_RECIPES)
     assert sorted(path.name for path in out.iterdir()) == ["both-1", "neither-1"]
     assert json.loads((run / "reader-4-looking-1" / "cost.json").read_text()) == first
     costs = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/cost.json")}
@@ -91,7 +91,7 @@ def test_two_twins_are_trained_stopped_gone_on_with_and_share_their_slots(
     assert any(".synchronizer." in name for name in both) and not any("synchroni" in name for name in neither)
 
 
-def test_a_reader_of_each_size_is_trained_and_a_run_is_not_begun_twice(folder, tiny_batches, tmp_path):
+def test_each_size_is_trained_and_a_run_is_not_begun_twice(folder, tiny_batches, tmp_path):
     run = tmp_path / "run"
     settings = [*settings_of(folder), "widths=8,16", "layers=1,2"]
     run_recipe("scaling", settings, out=run, recipes=STUDY_RECIPES)
@@ -119,7 +119,7 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_trained():
         with pytest.raises(UsageError, match=message):
             ScalingConfig(**settings)
     with pytest.raises(UsageError, match=r"text_dim must be a multiple of twice text_heads \(8\), found 20"):
-        TwinSizes(text_dim=20, text_heads=4)
+        VariantSizes(text_dim=20, text_heads=4)
 
 
 def test_what_may_change_is_a_setting():
@@ -128,7 +128,7 @@ def test_what_may_change_is_a_setting():
 
 
 def test_rules_of_synchronizers_are_theirs_alone(model, processor):
-    stage = TextSideStage(model, DocumentBatches(processor, (READS,), seed=0))
+    stage = TextStage(model, DocumentBatches(processor, (READS,), seed=0))
     rules = synchronizer_rules(stage.trained_parts(), 1e-3)
     assert rules.keys() == {name for name in trained_parameters(stage) if ".synchronizer." in name}
     assert rules and {rule.learning_rate for rule in rules.values()} == {1e-3}

@@ -8,12 +8,12 @@ import torch
 
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.stage_cost import COUNTING, average_flops
-from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
-from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
+from mm_interleaved.recipes.storyworld.text_stage import TextStage
+from mm_interleaved.recipes.storyworld.unet_stage import UNetStage
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.metrics import count_flops
 from mm_interleaved.training.settings import StageConfig
-from studies.provenance import read_cost, with_cost
+from studies.cost import read_cost, with_cost
 
 EDITS = BatchKind(share=1, batch_size=2, tasks={"edit": 1})
 STORIES = BatchKind(share=2, batch_size=1, tasks={"story": 1})
@@ -52,7 +52,7 @@ def test_a_product_is_counted_forward_and_for_the_gradient_of_its_weight():
 def test_a_pool_is_read_once_for_all_its_steps(model, processor):
     documents = DocumentBatches(processor, (EDITS, STORIES), seed=1, target_pixels=True)
     settings = {"batch_size": 2, "pool_batches": 2, "repeats": 2}
-    stage = PainterStage(model, documents, **settings)
+    stage = UNetStage(model, documents, **settings)
     torch.manual_seed(9)
     before = torch.get_rng_state()
     counted = average_flops(stage)
@@ -61,10 +61,10 @@ def test_a_pool_is_read_once_for_all_its_steps(model, processor):
     assert counted == pytest.approx(mean(flops_of(stage, step) for step in range(4)), rel=1e-9)
 
 
-def test_each_kind_of_batch_weighs_its_share(model, processor):
-    kinds = (EDITS, BatchKind(share=3, batch_size=2, tasks={"draw": 1}, is_blind=True))
+def test_each_kind_of_texts_weighs_its_share(model, processor):
+    kinds = (EDITS, BatchKind(share=3, batch_size=2, tasks={"draw": 1}, is_text_only=True))
     batches = DocumentBatches(processor, kinds, seed=1)
-    stage = TextSideStage(model, batches)
+    stage = TextStage(model, batches)
     steps = [next(s for s in range(40) if batches.kind_of(s) is kind) for kind in kinds]
     edits, blind = (flops_of(stage, step) for step in steps)
     assert edits != blind

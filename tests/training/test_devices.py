@@ -7,17 +7,17 @@ from elsewhere import ELSEWHERE, TwoDevicesError, elsewhere
 from mm_interleaved.devices import rank_device
 from mm_interleaved.errors import UsageError
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches, storyworld_pixels
-from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
-from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
-from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
-from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normalise_latents
-from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
+from mm_interleaved.recipes.storyworld.image_stage import ImageStage
+from mm_interleaved.recipes.storyworld.text_stage import TextStage
+from mm_interleaved.recipes.storyworld.unet_stage import UNetStage
+from mm_interleaved.recipes.storyworld.vae_stage import VAEStage, normalise_latents
+from mm_interleaved.recipes.storyworld.vision_stage import VisionStage
 from mm_interleaved.training.computation import device_of
-from studies.ablation.slot_stage import SlotSideStage
+from studies.ablation.slot_stage import SlotStage
 
 KINDS = (
     BatchKind(share=1, batch_size=2, tasks={"edit": 1}),
-    BatchKind(share=1, batch_size=1, tasks={"story": 1}, is_blind=True),
+    BatchKind(share=1, batch_size=1, tasks={"story": 1}, is_text_only=True),
 )
 POOL = {"batch_size": 3, "pool_batches": 1, "repeats": 2, "badge_weight": 20.0}
 
@@ -27,14 +27,14 @@ def documents(processor):
 
 
 STAGES = {
-    "vae": lambda model, _: ImageCodecStage(
+    "vae": lambda model, _: VAEStage(
         model.image_decoder.vae, storyworld_pixels(1), batch_size=1, detail_weight=4.0, kl_weight=0.0
     ),
-    "vision": lambda model, _: VisionSideStage(model.vision, seed=0, batch_size=2),
-    "slots": lambda model, _: SlotSideStage(model.vision, seed=0, batch_size=2),
-    "text": lambda model, processor: TextSideStage(model, documents(processor)),
-    "painter": lambda model, processor: PainterStage(model, documents(processor), **POOL),
-    "image": lambda model, processor: ImageSideStage(model, documents(processor), **POOL),
+    "vision": lambda model, _: VisionStage(model.vision, seed=0, batch_size=2),
+    "slots": lambda model, _: SlotStage(model.vision, seed=0, batch_size=2),
+    "text": lambda model, processor: TextStage(model, documents(processor)),
+    "unet": lambda model, processor: UNetStage(model, documents(processor), **POOL),
+    "image": lambda model, processor: ImageStage(model, documents(processor), **POOL),
 }
 
 
@@ -71,10 +71,10 @@ def test_a_stage_computes_where_its_model_lies(name, make_model, processor, monk
 
 
 def test_what_stays_behind_is_found_out(model, monkeypatch):
-    stage = SlotSideStage(model.vision, seed=0, batch_size=1)
+    stage = SlotStage(model.vision, seed=0, batch_size=1)
     with elsewhere(monkeypatch):
         model.to(ELSEWHERE)
-        assert device_of(stage.reader).type == "cpu"
+        assert device_of(stage.probe).type == "cpu"
         with pytest.raises(TwoDevicesError):
             learn(stage, 0)
 

@@ -110,7 +110,7 @@ def test_two_processes_train_what_one_trains(make_model, processor, tmp_path):
 
 
 def test_two_processes_that_paint_nothing_train_what_one_trains(make_model, processor, tmp_path):
-    """What only the painter looks at gets no gradient then, which DDP must not wait for."""
+    """What only the image decoder reads gets no gradient then, which DDP must not wait for."""
     reads = replace(CONFIG, objective=ObjectiveConfig(image_loss_weight=0.0))
     reference = alone(make_model, processor, reads, tmp_path)
     config, run = with_words(reads, tmp_path), tmp_path / "ddp"

@@ -1,4 +1,4 @@
-"""Recipes: every one resolves, its twin trains, its result is a model, its settings run again."""
+"""Recipes: every one resolves, its small version trains, its result is a model, its settings run again."""
 
 import json
 import shutil
@@ -66,20 +66,20 @@ def test_settings_of_every_recipe_come_back_from_json(name):
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_a_twin_trains_the_parts_that_its_recipe_trains(name):
+def test_the_small_version_trains_the_parts_that_its_recipe_trains(name):
     recipes = task_recipes()
-    full, twin, low_rank = (recipes[f"{name}{end}"]() for end in ("", "-storyworld", "-storyworld-lora"))
-    assert not full.start_from and twin.start_from == "storyworld"
+    full, small, low_rank = (recipes[f"{name}{end}"]() for end in ("", "-storyworld", "-storyworld-lora"))
+    assert not full.start_from and small.start_from == "storyworld"
 
     def trained(config):
         return {part for part, how in asdict(config.parts).items() if how["train"]}
 
-    assert trained(full) == trained(twin)
+    assert trained(full) == trained(small)
     assert not trained(low_rank) & {"language", "unet", "text_head"} and low_rank.lora.rank > 0
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
-def test_every_twin_has_rows_in_which_something_counts(name, processor):
+def test_every_small_version_has_rows_in_which_something_counts(name, processor):
     config = replace(task_recipes()[f"{name}-storyworld"](), max_length=192, global_batch_size=4)
     rows = next(iter(build_loader(config, processor)))
     batches = [micro_batch.batch for micro_batch in rows.micro_batches]
@@ -96,7 +96,7 @@ def test_no_more_workers_are_started_than_there_are_cores(processor, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["pretrain", "caption-vqa"])
-def test_a_twin_trains(name, folder, tmp_path):
+def test_a_small_version_trains(name, folder, tmp_path):
     out = run_recipe(f"{name}-storyworld", [f"start_from={folder}", *QUICK], out=tmp_path / "run")
     line = json.loads((tmp_path / "run" / "documents" / "log.jsonl").read_text())
     assert line["tokens/s"] > 0 and line["memory_gb"] > 0
@@ -196,9 +196,9 @@ def test_the_mixture_of_pretraining_is_the_published_one(tmp_path):
 
 
 def test_what_is_left_out_is_listed_beside_the_log_and_once_when_done_again(folder, tmp_path, caplog):
-    picture = "data:image/png;base64,iVBORw0KGgo="
+    image = "data:image/png;base64,iVBORw0KGgo="
     contents = [[{"type": "text", "text": f"Pip {n}."}] for n in range(6)]
-    contents[2].append({"type": "image", "image": picture})
+    contents[2].append({"type": "image", "image": image})
     lines = [json.dumps({"id": f"d{n}", "content": content}) for n, content in enumerate(contents)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"id": "torn']))
     more = [
@@ -293,8 +293,8 @@ def gradients(model, config, processor):
 
 @pytest.fixture(scope="module")
 def config():
-    twin = task_recipes()["storytelling-storyworld"]()
-    return replace(twin, max_length=192, global_batch_size=1, micro_batch_size=1)
+    small = task_recipes()["storytelling-storyworld"]()
+    return replace(small, max_length=192, global_batch_size=1, micro_batch_size=1)
 
 
 def assert_same_gradients(found, wanted):

@@ -176,7 +176,7 @@ def test_a_stage_at_the_ends_of_a_range_ends_as_it_should(tmp_path, name):
         (
             "storyworld",
             "steps=5",
-            r"vae\.steps, vision\.steps, text\.steps, painter\.steps or image\.steps\?",
+            r"vae\.steps, vision\.steps, text\.steps, unet\.steps or image\.steps\?",
         ),
         ("storyworld", "training.steps=5", r"did you mean vae\.steps, .* or image\.steps\?"),
         ("grounding", "learning_rate=1", r"did you mean training\.learning_rate, .* \.\.\.\?"),
@@ -189,7 +189,7 @@ def test_a_stage_at_the_ends_of_a_range_ends_as_it_should(tmp_path, name):
         ),
         ("grounding", "corpora.refcoco.weight=1e300", r"^corpora\.refcoco\.weight must be at most"),
         ("scaling", "widths=64,0", r"^widths must be 1 or more, found 0"),
-        ("ablation", "twins=nobody", r"^twins: found 'nobody', expected some of "),
+        ("ablation", "variants=nobody", r"^variants: found 'nobody', expected some of "),
         ("grounding", "seed=" + "9" * 5000, r"seed: expected int, found '9+"),
     ],
 )

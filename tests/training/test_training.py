@@ -13,27 +13,27 @@ from torch import nn
 from mm_interleaved.documents.document import Text
 from mm_interleaved.errors import ModelFileError, NumericalError
 from mm_interleaved.recipes.storyworld.attribute_supervision import (
-    AT_POSITION,
-    NAMES,
-    NOT_THERE,
-    SIZES,
-    SIZES_AT_POSITION,
+    ATTRIBUTES,
+    ATTRIBUTES_AT_POSITION,
+    NO_LABEL,
+    NUM_VALUES,
+    NUM_VALUES_AT_POSITION,
     badge_cells,
     cell_labels,
 )
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatch, DocumentBatches
 from mm_interleaved.recipes.storyworld.coreference_supervision import (
-    ANSWERS_OF_MENTION,
-    OF_MENTION,
+    ATTRIBUTES_OF_MENTION,
+    VALUES_OF_MENTION,
     introduction_labels,
     mention_labels,
 )
-from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
+from mm_interleaved.recipes.storyworld.image_stage import ImageStage
 from mm_interleaved.recipes.storyworld.initialisation import open_to_images, open_to_learning
-from mm_interleaved.recipes.storyworld.text_stage import TextSideStage, read_batch
-from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
-from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normalise_latents
-from mm_interleaved.recipes.storyworld.vision_stage import SlotReader, VisionSideStage
+from mm_interleaved.recipes.storyworld.text_stage import TextStage, read_batch
+from mm_interleaved.recipes.storyworld.unet_stage import UNetStage
+from mm_interleaved.recipes.storyworld.vae_stage import VAEStage, normalise_latents
+from mm_interleaved.recipes.storyworld.vision_stage import SlotProbe, VisionStage
 from mm_interleaved.storyworld.renderer import figure_box, scene_at
 from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.training_documents import training_document
@@ -61,7 +61,7 @@ def test_one_document_is_learned_by_heart(model, processor, tmp_path):
     open_to_images(model)
     batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)(0)
     config = StageConfig(steps=40, learning_rate=1e-2, warmup_steps=5, log_every=10)
-    train_stage(TextSideStage(model, lambda step: batch), config, tmp_path, seed=0)
+    train_stage(TextStage(model, lambda step: batch), config, tmp_path, seed=0)
     lines = losses_of(tmp_path)
     assert lines[-1]["text"] < 0.2 * lines[0]["text"], lines
 
@@ -69,7 +69,7 @@ def test_one_document_is_learned_by_heart(model, processor, tmp_path):
 def test_the_denoising_loss_of_one_document_falls(model, processor, tmp_path):
     batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)(0)
     config = StageConfig(steps=60, learning_rate=1e-2, warmup_steps=5, log_every=20)
-    stage = ImageSideStage(model, lambda step: batch, batch_size=4, pool_batches=1, repeats=60)
+    stage = ImageStage(model, lambda step: batch, batch_size=4, pool_batches=1, repeats=60)
     train_stage(stage, config, tmp_path, seed=0)
     lines = losses_of(tmp_path)
     assert lines[-1]["image"] < 0.9 * lines[0]["image"], lines
@@ -79,7 +79,7 @@ def test_the_image_stage_changes_nothing_that_reads(model, processor, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stories = BatchKind(share=1, batch_size=1, tasks={"story": 1})
     batches = DocumentBatches(processor, (stories,), seed=0, target_pixels=True)
-    stage = ImageSideStage(model, batches, batch_size=2, pool_batches=1, repeats=3)
+    stage = ImageStage(model, batches, batch_size=2, pool_batches=1, repeats=3)
     train_stage(stage, QUICK, tmp_path, seed=0)
     changed = {
         name.split(".")[0]
@@ -91,53 +91,53 @@ def test_the_image_stage_changes_nothing_that_reads(model, processor, tmp_path):
         assert torch.equal(tensor, before[f"image_decoder.vae.{name}"])
 
 
-def test_blind_batches_teach_words_and_change_nothing_that_sees(model, processor, tmp_path):
+def test_text_only_batches_teach_words_and_leave_vision_and_synchronizers(model, processor, tmp_path):
     open_to_learning(model)
-    batches = DocumentBatches(processor, (replace(ONE_DRAWING, is_blind=True),), seed=0)
+    batches = DocumentBatches(processor, (replace(ONE_DRAWING, is_text_only=True),), seed=0)
     batch = batches(0)
-    assert batch.is_blind
+    assert batch.is_text_only
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = StageConfig(steps=40, learning_rate=1e-2, optimizer="muon", warmup_steps=5, log_every=10)
-    train_stage(TextSideStage(model, lambda step: batch), config, tmp_path, seed=0)
+    train_stage(TextStage(model, lambda step: batch), config, tmp_path, seed=0)
     lines = losses_of(tmp_path)
     assert lines[-1]["text"] < 0.2 * lines[0]["text"], lines
-    assert lines[-1]["naming"] < 0.5 * lines[0]["naming"], lines
+    assert lines[-1]["attributes"] < 0.5 * lines[0]["attributes"], lines
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     parts = ("language_model.", "text_head.", "image_start", "context", "image_decoder.resampler.")
     assert all(name.startswith(parts) and "value_projection" not in name for name in changed), changed
 
 
-def test_a_blind_batch_reads_what_the_model_reads_without_pictures(model, processor):
-    """Its own path computes the hidden states of the model's forward up to the first picture."""
-    batches = DocumentBatches(processor, (replace(ONE_DRAWING, is_blind=True),), seed=0)
-    stage, inputs = TextSideStage(model.eval(), batches), batches(0).batch
+def test_a_text_only_batch_reads_what_the_model_reads_before_images(model, processor):
+    """Its own path computes the hidden states of the model's forward up to the first image."""
+    batches = DocumentBatches(processor, (replace(ONE_DRAWING, is_text_only=True),), seed=0)
+    stage, inputs = TextStage(model.eval(), batches), batches(0).batch
     with torch.no_grad():
-        blind, seeing = stage._read_words(inputs), read_batch(model, inputs)
+        text_only, seeing = stage._read_text_only(inputs), read_batch(model, inputs)
     first = int(inputs.image_start[0, 0]) + 1
-    torch.testing.assert_close(blind[:, :first], seeing[:, :first])
-    assert not torch.allclose(blind[:, first:], seeing[:, first:])
+    torch.testing.assert_close(text_only[:, :first], seeing[:, :first])
+    assert not torch.allclose(text_only[:, first:], seeing[:, first:])
 
 
 def test_slots_of_positions_share_a_code():
-    reader = SlotReader(num_slots=5, slot_dim=6)
+    probe = SlotProbe(num_slots=5, slot_dim=6)
     slots = torch.randn(2, 5, 6)
-    left, middle, right, setting = reader(slots).split(
-        [sum(SIZES_AT_POSITION)] * 3 + [sum(SIZES[-3:])], dim=1
+    left, middle, right, setting = probe(slots).split(
+        [sum(NUM_VALUES_AT_POSITION)] * 3 + [sum(NUM_VALUES[-3:])], dim=1
     )
     exchanged = slots[:, [2, 1, 0, 3, 4]]
-    again = reader(exchanged).split([sum(SIZES_AT_POSITION)] * 3 + [sum(SIZES[-3:])], dim=1)
+    again = probe(exchanged).split([sum(NUM_VALUES_AT_POSITION)] * 3 + [sum(NUM_VALUES[-3:])], dim=1)
     for found, expected in zip(again, (right, middle, left, setting), strict=True):
         assert torch.equal(found, expected)
-    assert SlotReader(num_slots=1, slot_dim=6)(slots[:, :1]).shape == (2, sum(SIZES))
+    assert SlotProbe(num_slots=1, slot_dim=6)(slots[:, :1]).shape == (2, sum(NUM_VALUES))
 
 
-def test_each_cell_of_the_pyramid_names_the_figure_on_which_it_lies(model):
-    """One reader for all cells and levels; badges and patterns are asked of them, and not of the slots."""
-    stage = VisionSideStage(model.vision, seed=0, batch_size=2)
+def test_each_cell_of_the_pyramid_is_probed_for_the_figure_on_which_it_lies(model):
+    """One probe for all cells and levels; badges and patterns are asked of them, and not of the slots."""
+    stage = VisionStage(model.vision, seed=0, batch_size=2)
     batch = stage.make_batch(0)
     named = stage.compute_losses(batch).named
     assert all(named[name] > 0 for name in ("badge", "slots", "cells_32", "cells_16", "cells_8"))
-    badges = NAMES.index("badge@left"), NAMES.index("badge@middle"), NAMES.index("badge@right")
+    badges = ATTRIBUTES.index("badge@left"), ATTRIBUTES.index("badge@middle"), ATTRIBUTES.index("badge@right")
     for index in badges:
         batch.labels[:, index] = 0
     assert torch.equal(stage.compute_losses(batch).named["slots"], named["slots"])
@@ -146,7 +146,7 @@ def test_each_cell_of_the_pyramid_names_the_figure_on_which_it_lies(model):
 def test_labels_of_cells_stand_where_the_renderer_draws():
     scene = scene_at("train", 0, 3)
     labels = cell_labels(scene, 64)
-    kinds = dict(zip(AT_POSITION, labels, strict=True))
+    kinds = dict(zip(ATTRIBUTES_AT_POSITION, labels, strict=True))
     for figure in scene.figures:
         left, top, right, bottom = figure_box(figure)
         inside = kinds["badge"][top : bottom + 1, left : right + 1]
@@ -155,12 +155,12 @@ def test_labels_of_cells_stand_where_the_renderer_draws():
         (right - left + 1) * (bottom - top + 1)
         for left, top, right, bottom in (figure_box(figure) for figure in scene.figures)
     )
-    assert (kinds["badge"] != NOT_THERE).sum() == area
+    assert (kinds["badge"] != NO_LABEL).sum() == area
     coarse = cell_labels(scene, 8)
     assert torch.equal(coarse[0], labels[0, 4::8, 4::8])
 
 
-def test_a_name_is_known_from_its_second_mention_and_its_badge_from_its_first_picture():
+def test_a_name_is_known_from_its_second_mention_and_its_badge_from_its_first_image():
     story = training_document(0, 0, {"story": 1})
     words, starts = [], []
     for part in story.parts:
@@ -169,40 +169,40 @@ def test_a_name_is_known_from_its_second_mention_and_its_badge_from_its_first_pi
         else:
             starts.append(len(words))
             words.append("")
-    seeing, blind = (
-        mention_labels([story], [words], torch.tensor([starts]), is_blind=is_blind)[0]
-        for is_blind in (False, True)
+    seeing, text_only = (
+        mention_labels([story], [words], torch.tensor([starts]), is_text_only=is_text_only)[0]
+        for is_text_only in (False, True)
     )
     hero = scene_from_record(story.meta["scenes"][0]).figures[0].character
     mentions = [index for index, word in enumerate(words) if word == hero.name]
     assert len(mentions) > 2 and mentions[1] < starts[0] < mentions[-1]
-    species, badge = OF_MENTION.index("species"), OF_MENTION.index("badge")
-    assert (seeing[mentions[0]] == NOT_THERE).all()
+    species, badge = ATTRIBUTES_OF_MENTION.index("species"), ATTRIBUTES_OF_MENTION.index("badge")
+    assert (seeing[mentions[0]] == NO_LABEL).all()
     assert (seeing[mentions[1:], species] == 1 + SPECIES.index(hero.species)).all()
-    assert (seeing[mentions[1], badge], seeing[mentions[-1], badge]) == (NOT_THERE, BADGES.index(hero.badge))
-    assert (blind[:, badge] == NOT_THERE).all() and torch.equal(blind[:, species], seeing[:, species])
+    assert (seeing[mentions[1], badge], seeing[mentions[-1], badge]) == (NO_LABEL, BADGES.index(hero.badge))
+    assert (text_only[:, badge] == NO_LABEL).all() and torch.equal(text_only[:, species], seeing[:, species])
     figures = {figure.position: figure for figure in scene_from_record(story.meta["scenes"][-1]).figures}
     places = [index for index in range(starts[-2], starts[-1]) if words[index] in figures]
     assert places
     for index in places:
         expected = 1 + SPECIES.index(figures[words[index]].character.species)
-        assert seeing[index, species] in (NOT_THERE, expected)
-    assert (seeing[places, species] != NOT_THERE).any()
+        assert seeing[index, species] in (NO_LABEL, expected)
+    assert (seeing[places, species] != NO_LABEL).any()
     nobody = [index for index, word in enumerate(words) if word not in (*WHO, *POSITIONS)]
-    assert (seeing[nobody] == NOT_THERE).all()
+    assert (seeing[nobody] == NO_LABEL).all()
 
 
 def _mentions_in(document, words):
-    """By word, what is known of whom it means, in words: the picture stands before them all."""
-    labels = mention_labels([document], [("picture", *words)], torch.tensor([[0]]), is_blind=False)[0]
-    answers = list(ANSWERS_OF_MENTION.items())
+    """By word, what is known of the figure that it mentions, in words: the image stands before them all."""
+    labels = mention_labels([document], [("image", *words)], torch.tensor([[0]]), is_text_only=False)[0]
+    values = list(VALUES_OF_MENTION.items())
     return {
-        word: {name: of[i] for (name, of), i in zip(answers, row, strict=True) if i != NOT_THERE}
+        word: {name: of[i] for (name, of), i in zip(values, row, strict=True) if i != NO_LABEL}
         for word, row in zip(words, labels[1:].tolist(), strict=True)
     }
 
 
-def test_kinds_and_places_in_a_question_tell_whom_they_mean():
+def test_kinds_and_places_in_a_question_mention_figures():
     made = next(
         made
         for index in range(100)
@@ -220,32 +220,32 @@ def test_kinds_and_places_in_a_question_tell_whom_they_mean():
     assert place[left.position]["species"] == left.character.species
 
 
-def test_a_story_tells_where_a_hero_stood_last():
+def test_labels_of_a_story_hold_where_a_hero_stood_last():
     story = training_document(0, 0, {"story": 1})
     scenes = [scene_from_record(record) for record in story.meta["scenes"]]
     hero = scenes[0].figures[0]
     words, starts = [], []
     for number in range(2):
-        words += [hero.character.name, "waves", "picture"]
+        words += [hero.character.name, "waves", "image"]
         starts.append(3 * number + 2)
-    labels = mention_labels([story], [words], torch.tensor([starts]), is_blind=True)[0]
-    known = dict(zip(OF_MENTION, labels[3].tolist(), strict=True))
-    assert POSITIONS[known["was_at"]] == hero.position and known["pictures_ago"] == 0
-    assert known["badge"] == NOT_THERE and labels[0].eq(NOT_THERE).all()
+    labels = mention_labels([story], [words], torch.tensor([starts]), is_text_only=True)[0]
+    known = dict(zip(ATTRIBUTES_OF_MENTION, labels[3].tolist(), strict=True))
+    assert POSITIONS[known["was_at"]] == hero.position and known["images_ago"] == 0
+    assert known["badge"] == NO_LABEL and labels[0].eq(NO_LABEL).all()
 
 
 def test_the_words_of_an_introduction_say_whose_it_is():
     words = ["Mia", "is", "a", "cat", ".", "Mia", "waves", ".", "Meet", "Ben", ",", "a", "dog"]
     mia, ben = WHO.index("Mia"), WHO.index("Ben")
-    expected = [mia] * 4 + [NOT_THERE] * 5 + [ben] * 4
+    expected = [mia] * 4 + [NO_LABEL] * 5 + [ben] * 4
     assert introduction_labels([words])[0].tolist() == expected
 
 
-def test_badges_weigh_more_where_the_painter_knows_them(model, processor):
+def test_badges_weigh_more_where_scenes_are_known(model, processor):
     batches = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)
     settings = {"batch_size": 1, "pool_batches": 1, "repeats": 1}
     plain, weighted = (
-        PainterStage(model, batches, **settings, badge_weight=weight).read(batches(0))[0].weight[0]
+        UNetStage(model, batches, **settings, badge_weight=weight).read(batches(0))[0].weight[0]
         for weight in (0.0, 9.0)
     )
     (mask,) = badge_cells(batches(0).documents, plain.shape[-1])
@@ -254,11 +254,11 @@ def test_badges_weigh_more_where_the_painter_knows_them(model, processor):
     torch.testing.assert_close(plain, torch.ones_like(plain))
 
 
-def test_the_painter_learns_from_codes_and_changes_the_unet_alone(model, processor, tmp_path):
+def test_the_unet_stage_learns_from_embeddings_and_changes_the_unet_alone(model, processor, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = DocumentBatches(processor, (ONE_DRAWING,), seed=0, target_pixels=True)(0)
     config = StageConfig(steps=60, learning_rate=1e-2, warmup_steps=5, log_every=20)
-    stage = PainterStage(model, lambda step: batch, batch_size=4, pool_batches=1, repeats=60)
+    stage = UNetStage(model, lambda step: batch, batch_size=4, pool_batches=1, repeats=60)
     train_stage(stage, config, tmp_path, seed=0)
     lines = losses_of(tmp_path)
     assert lines[-1]["image"] < 0.9 * lines[0]["image"], lines
@@ -299,7 +299,7 @@ def test_inner_matrices_are_inside_the_networks_and_not_where_something_goes_in_
     assert others and all(any(f".{place}" in name for place in outside) for name in others)
 
 
-class Interrupted(TextSideStage):
+class Interrupted(TextStage):
     """Sends the process a SIGTERM while it makes the batch of one step."""
 
     def make_batch(self, step):
@@ -315,7 +315,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(model, processor, tmp_path, opt
     batches = DocumentBatches(
         processor, (BatchKind(share=1, batch_size=2, tasks={"draw": 1, "story": 1}),), seed=1
     )
-    train_stage(TextSideStage(model, batches), config, tmp_path / "whole", seed=7)
+    train_stage(TextStage(model, batches), config, tmp_path / "whole", seed=7)
     handed_on = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     model.load_state_dict(start)
@@ -323,7 +323,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(model, processor, tmp_path, opt
         train_stage(Interrupted(model, batches), config, tmp_path / "halves", seed=7)
     assert stopped.value.exit_code == 75
     model.load_state_dict(start)
-    train_stage(TextSideStage(model, batches), config, tmp_path / "halves", seed=7)
+    train_stage(TextStage(model, batches), config, tmp_path / "halves", seed=7)
 
     whole, halves = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "halves")
     assert (
@@ -349,14 +349,14 @@ def test_a_batch_is_a_function_of_seed_and_step(processor):
     assert DocumentBatches(processor, kinds, seed=5)(5).document_ids != batches(5).document_ids
 
 
-def test_pictures_of_a_pool_are_what_the_model_would_paint_from(model, processor):
+def test_images_of_a_pool_are_what_the_model_would_paint_from(model, processor):
     """The stage's own path (pools) computes the loss that the model's forward computes."""
     documents = DocumentBatches(
         processor, (BatchKind(share=1, batch_size=2, tasks={"story": 1}),), seed=3, target_pixels=True
     )
     model.eval()
     inputs = documents(0).batch
-    stage = ImageSideStage(model, documents, batch_size=1, pool_batches=1, repeats=1)
+    stage = ImageStage(model, documents, batch_size=1, pool_batches=1, repeats=1)
     tasks = stage.read(documents(0))
     assert len(tasks) == inputs.image_target.sum()
     with torch.no_grad():
@@ -441,12 +441,12 @@ def test_the_learning_rate_rises_stays_and_falls_to_nearly_nothing():
     assert rates[70:] == sorted(rates[70:], reverse=True) and rates[-1] < 0.01
 
 
-def test_normalised_latents_decode_to_the_same_pictures(model):
+def test_normalised_latents_decode_to_the_same_images(model):
     vae = model.image_decoder.vae.eval()
     images = torch.rand(8, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         before = vae.encode(images).latent_dist
-        pictures = vae.decode(before.mean).sample
+        images = vae.decode(before.mean).sample
         normalise_latents(vae, images)
         after = vae.encode(images).latent_dist
         assert after.mean.mean((0, 2, 3)).abs().max() < 1e-4
@@ -457,14 +457,14 @@ def test_normalised_latents_decode_to_the_same_pictures(model):
             rtol=1e-3,
             atol=1e-4,
         )
-        torch.testing.assert_close(vae.decode(after.mean).sample, pictures, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(vae.decode(after.mean).sample, images, rtol=1e-3, atol=1e-3)
 
 
 def test_the_vae_learns(model, tmp_path):
-    pictures = torch.rand(2, 3, 32, 32)
-    stage = ImageCodecStage(
+    images = torch.rand(2, 3, 32, 32)
+    stage = VAEStage(
         model.image_decoder.vae,
-        lambda start, count: pictures,
+        lambda start, count: images,
         batch_size=2,
         detail_weight=4.0,
         kl_weight=1e-5,

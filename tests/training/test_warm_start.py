@@ -8,7 +8,7 @@ from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig, train
 from mm_interleaved.typed_settings import override
 
-SHORT = ["num_threads=1", "text.steps=1", "painter.steps=1", "image.steps=1", "image_batch_size=2"]
+SHORT = ["num_threads=1", "text.steps=1", "unet.steps=1", "image.steps=1", "image_batch_size=2"]
 
 
 def tensors(folder):

@@ -95,15 +95,15 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
 
         # 2. Its data and its losses, on all ranks.
         objective = Objective(model, config.objective, seed=config.seed)
-        # Pictures that count for nothing are not painted.
-        paints = model.image_decoder is not None and model.config.image_loss_weight > 0
-        loader = build_loader(config, processor, mixture=mixture, ranks=ranks, target_pixels=paints)
+        # Images that count for nothing are not denoised.
+        denoises = model.image_decoder is not None and model.config.image_loss_weight > 0
+        loader = build_loader(config, processor, mixture=mixture, ranks=ranks, target_pixels=denoises)
         wrapped = spread(
             model,
             ranks,
             config.parallel,
             communication_type=_communication_type(config, ranks),
-            has_unused=not paints,
+            has_unused=not denoises,
         )
         stage = DocumentsStage(
             model, loader, objective, wrapped=wrapped, ranks=ranks, bad_samples=BadSamples(place, ranks)
@@ -186,7 +186,7 @@ def _build(config: TrainConfig) -> _Built:
     computed = config.training.number_format(rank_device(config.device)).name
     quantization = quantization_settings(config.lora, DTYPES[computed])
     processor = MMInterleavedProcessor.from_pretrained(source)
-    # It learns the words of other documents too, and nobody counts them.
+    # It learns the words of other documents too, which nobody counts.
     processor.known_words = None
     model = load_model(source, dtype="float32", **quantization)
     _check_weights(model, config)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mm_interleaved.recipes.storyworld.former_names import FORMER_STAGES
 from mm_interleaved.recipes.storyworld.settings import StoryWorldConfig
 from mm_interleaved.recipes.tasks import task_recipes
 
@@ -28,6 +29,8 @@ class Recipe:
     may_change: frozenset[str] | None = None
     """Settings that a run may be resumed with another value of; none = all. Where finished parts are compared
     with each other, all must have been trained alike."""
+    former_names: Mapping[str, str] = MappingProxyType({})
+    """Former name of a setting, or of a group of them → its name; runs that were begun with it go on."""
 
 
 def _train_storyworld(settings: Any, folder: Path, *, show_progress: bool) -> Path:
@@ -44,7 +47,7 @@ def _train_documents(settings: Any, folder: Path, *, show_progress: bool) -> Pat
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "storyworld": Recipe(StoryWorldConfig, _train_storyworld),
+        "storyworld": Recipe(StoryWorldConfig, _train_storyworld, former_names=FORMER_STAGES),
     }
     | {name: Recipe(settings, _train_documents) for name, settings in task_recipes().items()}
 )

@@ -61,8 +61,9 @@ def run_recipe(
     if resume and not os.path.exists(path):
         raise UsageError(f"--resume: {out} holds no run ({SETTINGS_NAME} is not there)")
     if resume:
-        settings = _settings_to_resume(path, name, settings)
-    begun, settings = settings, override(settings, overrides)
+        settings = _settings_to_resume(path, name, recipes[name])
+    former_names = recipes[name].former_names
+    begun, settings = settings, override(settings, _present_assignments(overrides, former_names))
     if _has_begun(out):
         _refuse_changes(out, begun, settings, recipes[name].may_change)
     is_first = os.environ.get("RANK", "0") == "0"
@@ -74,7 +75,7 @@ def run_recipe(
     with (
         locked_folder(out) if is_first else nullcontext(),
         _exit_status(out),
-        _kept_settings(path, name, settings) if is_first else nullcontext(),
+        _kept_settings(path, name, settings, former_names) if is_first else nullcontext(),
     ):
         if is_first:
             remove_temporary_files(out)
@@ -131,31 +132,55 @@ def _settings_of(name: str, recipes: Mapping[str, Recipe]) -> tuple[str, Any]:
         recipe = record.get("recipe") if isinstance(record, dict) else None
         if not isinstance(recipe, str) or recipe not in recipes:
             raise UsageError(f"{name}: expected the settings of a run, with its recipe; found {recipe!r}")
-        return recipe, from_record(type(recipes[recipe].settings()), record.get("settings"), name)
+        return recipe, _read_settings(recipes[recipe], record, name)
     if name not in recipes:
         raise UsageError(unknown_name("recipe", name, recipes), field="recipe")
     return name, recipes[name].settings()
 
 
-def _settings_to_resume(path: Path, name: str, defaults: Any) -> Any:
+def _settings_to_resume(path: Path, name: str, recipe: Recipe) -> Any:
     """The settings that a run began with."""
     record = _read(path)
     if not isinstance(record, dict) or "recipe" not in record:
         logger.warning("%s: written by an earlier version; the recipe's own settings are used", path)
-        return defaults
+        return recipe.settings()
     if record["recipe"] != name:
         raise UsageError(f"--resume: {path.parent} holds a run of {record['recipe']}, found {name}")
-    return from_record(type(defaults), record.get("settings"), str(path))
+    return _read_settings(recipe, record, str(path))
+
+
+def _read_settings(recipe: Recipe, record: Mapping[str, Any], name: str) -> Any:
+    """The settings in the record of a run, under their present names."""
+    settings = _present_names(record.get("settings"), recipe.former_names)
+    return from_record(type(recipe.settings()), settings, name)
+
+
+def _present_names(settings: Any, former_names: Mapping[str, str]) -> Any:
+    if not isinstance(settings, Mapping):
+        return settings
+    return {former_names.get(name, name): value for name, value in settings.items()}
+
+
+def _present_assignments(assignments: Iterable[str], former_names: Mapping[str, str]) -> list[str]:
+    """Assignments such as `unet.steps=500`, where their settings had another name before."""
+    renamed = []
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        group, dot, rest = name.partition(".")
+        renamed.append(f"{former_names.get(group, group)}{dot}{rest}{equals}{value}")
+        if group in former_names:
+            logger.warning("--set %s: the setting is called %s now", name, former_names[group] + dot + rest)
+    return renamed
 
 
 @contextmanager
-def _kept_settings(path: Path, name: str, settings: Any) -> Iterator[None]:
+def _kept_settings(path: Path, name: str, settings: Any, former_names: Mapping[str, str]) -> Iterator[None]:
     """Writes the settings; those of a resumed run come back if it is refused before it has gone on, so that
     what could not be set does not stand in the way of the next attempt.
     """
     record = {"recipe": name, "settings": to_record(settings)}
     earlier = path.read_bytes() if _has_begun(path.parent) else None
-    if earlier is not None and _read(path) != json.loads(json.dumps(record)):
+    if earlier is not None and _differs(_read(path), json.loads(json.dumps(record)), former_names):
         logger.warning("%s: settings differ from those the run began with; the new ones are used", path)
     write_file(path, (json.dumps(record, indent=2) + "\n").encode())
     checkpoints = _checkpoints(path.parent)
@@ -165,6 +190,13 @@ def _kept_settings(path: Path, name: str, settings: Any) -> Iterator[None]:
         if earlier is not None and _checkpoints(path.parent) == checkpoints:
             write_file(path, earlier)
         raise
+
+
+def _differs(earlier: Any, record: Mapping[str, Any], former_names: Mapping[str, str]) -> bool:
+    """Whether a run began with another record of settings, whatever their names were then."""
+    if isinstance(earlier, dict) and "settings" in earlier:
+        earlier = {**earlier, "settings": _present_names(earlier["settings"], former_names)}
+    return earlier != record
 
 
 def _checkpoints(out: Path) -> list[Path]:

@@ -37,7 +37,7 @@ class SampleDrawer:
     """Writes a page of continued documents every so many steps; the same seed each time.
 
     Args:
-        folder: gets `step-00000100.html`, one self-contained page a look.
+        folder: gets `step-00000100.html`, one self-contained page each time.
     """
 
     def __init__(
@@ -55,22 +55,20 @@ class SampleDrawer:
     def __call__(self, step: int) -> None:
         was_training = self.model.training
         generator = InterleavedGenerator(self.model, self.processor)
-        pictures: dict[str, PILImage.Image] = {}
+        images: dict[str, PILImage.Image] = {}
         try:
-            records = [self._continue(generator, asked, pictures) for asked in self.documents]
+            records = [self._continue(generator, asked, images) for asked in self.documents]
         finally:
             self.model.train(was_training)
-        made_by = f"after {step} steps, {self.config.num_inference_steps} denoising steps, seed 0"
-        page = render_page(
-            records, pictures.__getitem__, title=f"Samples after {step} steps", made_by=made_by
-        )
+        settings = f"after {step} steps, {self.config.num_inference_steps} denoising steps, seed 0"
+        page = render_page(records, images.__getitem__, title=f"Samples after {step} steps", made_by=settings)
         make_folder(self.folder)
         write_file(self.folder / f"step-{step:08d}.html", page)
 
     def _continue(
-        self, generator: InterleavedGenerator, asked: Document, pictures: dict[str, PILImage.Image]
+        self, generator: InterleavedGenerator, asked: Document, images: dict[str, PILImage.Image]
     ) -> dict[str, Any]:
-        """The record of a continued document; its pictures are put under the names that it gives them."""
+        """The record of a continued document; its images go into `images` by the names in the record."""
         settings = {
             "num_inference_steps": self.config.num_inference_steps,
             "max_new_tokens": self.config.max_new_tokens,
@@ -85,7 +83,7 @@ class SampleDrawer:
 
         def name(part: Image, index: int) -> str:
             path = f"{asked.id}_{index}.png"
-            pictures[path] = part.load()
+            images[path] = part.load()
             return path
 
         return document_to_record(made, name)

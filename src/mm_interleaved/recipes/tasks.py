@@ -1,5 +1,5 @@
-"""The paper's training, task by task: each recipe a function that names its numbers, each with a twin that
-runs on StoryWorld and a laptop, each also with low-rank additions.
+"""The paper's training, task by task: each recipe a function that names its numbers, each with a small
+version that runs on StoryWorld and a laptop, each also with low-rank additions.
 
 Where numbers come from (see docs/training.md): the released configuration for pre-training; for fine-tuning,
 which was never released, the nearest published runs on the same code base (DEEM, arXiv 2405.15232, and
@@ -147,8 +147,8 @@ def instructions() -> TrainConfig:
 
 
 def interleaved_instructions() -> TrainConfig:
-    """Instructions whose answers hold text and pictures (CoMM and our own format). Numbers are our choice:
-    language as for instructions, pictures as in pre-training.
+    """Instructions whose answers hold text and images (CoMM and our own format). Numbers are our choice:
+    language as for instructions, images as in pre-training.
     """
     config = instructions()
     return replace(
@@ -170,7 +170,7 @@ def _fine_tuning(
     learning_rate: float = 1e-5,
     language_rate: float = 1e-6,
 ) -> TrainConfig:
-    """Fine-tuning of what reads and writes; what paints stays: these corpora have no picture to paint."""
+    """Fine-tuning of all but the image decoder: these corpora have no image to generate."""
     language = PartConfig(train=True, learning_rate=language_rate)
     still = PartConfig()
     return TrainConfig(
@@ -196,7 +196,7 @@ def _fine_tuning(
     )  # fmt: skip
 
 
-_TWIN_CORPORA: Mapping[str, Mapping[str, CorpusConfig]] = {
+_STORYWORLD_CORPORA: Mapping[str, Mapping[str, CorpusConfig]] = {
     "pretrain": {
         "pairs": CorpusConfig(kind="storyworld", paths=("draw", "caption"), learn_prompts=True, weight=3.0),
         "stories": CorpusConfig(kind="storyworld", paths=("story",), learn_prompts=True, weight=4.0),
@@ -229,11 +229,11 @@ _FULL_SIZE: Mapping[str, Callable[[], TrainConfig]] = {
 }
 
 
-def _twin(name: str) -> TrainConfig:
+def _on_storyworld(name: str) -> TrainConfig:
     """The recipe at StoryWorld's size: its parts and objective, rates for a model of some million weights.
 
-    The same parts train, so that what the recipe says is what is tried; a part's rate keeps its ratio to the
-    run's.
+    The same parts train, so that what the recipe states is what is tried; a part's rate keeps its ratio to
+    the run's.
     """
     full = _FULL_SIZE[name]()
     rate = 3e-4
@@ -247,7 +247,7 @@ def _twin(name: str) -> TrainConfig:
         full,
         start_from="storyworld",
         seed=1,
-        corpora=_TWIN_CORPORA[name],
+        corpora=_STORYWORLD_CORPORA[name],
         max_length=384,
         global_batch_size=8,
         micro_batch_size=4,
@@ -273,14 +273,14 @@ def _with_low_rank(config: TrainConfig, *, rank: int, learning_rate: float) -> T
     Rank and rate are those that LLaVA publishes for its low-rank run; `lora.quantize=nf4` makes it QLoRA.
     """
     still = PartConfig()
-    paints = config.objective.image_loss_weight != 0.0
+    parts = ("language", "unet") if config.objective.image_loss_weight != 0.0 else ("language",)
     return replace(
         config,
         parts=replace(
             config.parts, language=still, text_head=still, unet=still,
             lora=PartConfig(train=True, learning_rate=learning_rate, weight_decay=0.0),
         ),
-        lora=LoraConfig(rank=rank, alpha=2.0 * rank, parts=("language", "unet") if paints else ("language",)),
+        lora=LoraConfig(rank=rank, alpha=2.0 * rank, parts=parts),
     )  # fmt: skip
 
 
@@ -290,8 +290,8 @@ def task_recipes() -> dict[str, Callable[[], TrainConfig]]:
     for name, full_size in _FULL_SIZE.items():
         recipes[name] = full_size
         recipes[f"{name}-lora"] = lambda make=full_size: _with_low_rank(make(), rank=128, learning_rate=2e-4)
-        recipes[f"{name}-storyworld"] = lambda name=name: _twin(name)
+        recipes[f"{name}-storyworld"] = lambda name=name: _on_storyworld(name)
         recipes[f"{name}-storyworld-lora"] = lambda name=name: _with_low_rank(
-            _twin(name), rank=8, learning_rate=1e-3
+            _on_storyworld(name), rank=8, learning_rate=1e-3
         )
     return recipes

@@ -25,7 +25,7 @@ from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.runs.folder import RunFolder, RunIdentity, open_run
 from mm_interleaved.runs.manifest import batch_size_of
 from mm_interleaved.runs.page import render_page, title_of
-from mm_interleaved.versions import installed_version
+from mm_interleaved.runs.provenance import package_versions
 
 if TYPE_CHECKING:
     import torch
@@ -254,10 +254,7 @@ def machine_facts(device: str) -> dict[str, Any]:
             "processor": platform.machine(),
             "cores": os.cpu_count(),
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: installed_version(name) for name in _PACKAGES},
-        },
+        "versions": package_versions(_PACKAGES),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 

@@ -98,8 +98,8 @@ def checkpoint_activations(model: MMInterleavedForConditionalGeneration) -> None
 
 def compile_layers(model: MMInterleavedForConditionalGeneration, backend: str) -> None:
     """Compiles the layers that are called many times, see `compile_each`."""
-    painting = [] if model.image_decoder is None else unet_blocks(model.image_decoder.unet)
-    compile_each((*model.language_model.layers, *painting), backend)
+    blocks = [] if model.image_decoder is None else unet_blocks(model.image_decoder.unet)
+    compile_each((*model.language_model.layers, *blocks), backend)
 
 
 def _linear_layers(model: MMInterleavedForConditionalGeneration, part: str) -> Iterator[nn.Module]:

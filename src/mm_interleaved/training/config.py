@@ -101,13 +101,13 @@ class SamplesConfig:
     """Documents that are continued while the model trains."""
 
     every: Annotated[int, NUMBER] = 0
-    """Steps between two looks; 0 = never."""
+    """Steps between two pages of samples; 0 = never."""
     documents: str = ""
     """A file of documents with holes; empty = those of the recipe."""
     count: Annotated[int, COUNT] = 4
     """How many documents."""
     num_inference_steps: Annotated[int, Range(1, 1000)] = 20
-    """Denoising steps a picture."""
+    """Denoising steps an image."""
     max_new_tokens: Annotated[int, COUNT] = 64
     """Tokens of a text."""
 
@@ -124,12 +124,12 @@ class ObjectiveConfig:
     image_loss_weight: Annotated[float | None, FACTOR] = None
     """Factor of the denoising loss."""
     condition_dropout: Annotated[float | None, SHARE] = None
-    """How often an image is painted without its text context, 0 to 1 (arXiv 2207.12598)."""
+    """How often an image is denoised without its text context, 0 to 1 (arXiv 2207.12598)."""
     prediction_type: str | None = None
     """What the U-Net predicts: `epsilon`, the noise; `v_prediction`, the velocity (arXiv 2202.00512);
     `sample`, the clean latents."""
     synchronizer_dropout: Annotated[float, SHARE] = 0.0
-    """How often an image is painted without a look at earlier images, 0 to 1."""
+    """How often an image is denoised without attending to earlier images, 0 to 1."""
     min_snr_gamma: Annotated[float | None, Range(0, 1e6, excludes_low=True)] = None
     """Highest signal-to-noise ratio that counts in full (arXiv 2303.09556; there 5); None weighs all steps
     alike."""
@@ -191,17 +191,17 @@ class PartsConfig:
     conditioning_resampler: PartConfig = TRAINED
     """Contexts into the U-Net's conditioning, with its projection and the conditioning of no context."""
     text_synchronizers: PartConfig = TRAINED
-    """What lets the language model look into images."""
+    """Through which the language model attends to image features."""
     image_synchronizers: PartConfig = TRAINED
-    """What lets the U-Net look into images."""
+    """Through which the U-Net attends to image features."""
     gates: PartConfig = TRAINED
-    """How much the language model takes of what it sees: a number a layer."""
+    """How much of a synchronizer's output the language model takes: a number a layer."""
     offsets: PartConfig = TRAINED
-    """Where synchronizers and adapter look: their sampling offsets."""
+    """Where synchronizers and adapter sample: their sampling offsets."""
     language: PartConfig = field(default_factory=PartConfig)
     """The language model: embeddings, layers, norm."""
     text_head: PartConfig = field(default_factory=PartConfig)
-    """Next-word logits of the old vocabulary."""
+    """Next-token logits of the old vocabulary."""
     new_tokens: PartConfig = TRAINED
     """What is new about the image tokens: their logits, and the start token's embedding."""
     unet: PartConfig = TRAINED
@@ -259,7 +259,7 @@ class TrainConfig:
     compile_backend: str = ""
     """Compile layers with torch.compile, e.g. `inductor`; empty = do not."""
     measure_mfu: bool = False
-    """Count the multiplications of the first batch, so that the log tells the share of the device in use."""
+    """Count the multiplications of the first batch, so that the log has the share of the device in use."""
     tensorboard: bool = False
     """Curves for TensorBoard."""
     wandb: bool = False

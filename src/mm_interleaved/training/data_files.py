@@ -1,9 +1,9 @@
 """Which files a run reads, and what they were when it began: `data.json` beside its log.
 
 A run that is resumed goes on at places in its files, and with the frozen weights of the model that it started
-from, so they have to be the same ones. Files are told apart by size and hash: the hash of a manifest where
+from, so they have to be the same ones. Files are distinguished by size and hash: the hash of a manifest where
 one lists them, else of their contents, or, of a large corpus, of some blocks of each. Of images that lie in
-files of their own, those of the first documents are looked at.
+files of their own, those of the first documents are checked.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ WHOLE_BYTES = 256 << 20
 """Corpora of up to so many bytes are hashed whole (half a second)."""
 NUM_BLOCKS, BLOCK_BYTES = 8, 4096
 NUM_DOCUMENTS = 1000
-"""Documents of a corpus whose images are looked at."""
+"""Documents of a corpus whose images are checked."""
 _CHUNK_BYTES = 1 << 20
 _HINT = (
     "a run goes on only with the data that it began with; begin a new one, e.g. from the model of `export`"
@@ -84,7 +84,7 @@ def _check(mixture: Mixture, folder: Path, model: Path | None) -> None:
     then = _read(folder / DATA_NAME)
     has_begun = any(folder.glob("step-*"))
     if has_begun and then is None:
-        logger.warning("%s: not there, so nobody can tell whether the data was changed", folder / DATA_NAME)
+        logger.warning("%s: not there, so whether the data was changed is not known", folder / DATA_NAME)
     if not has_begun or then is None:
         make_folder(folder)
         write_file(folder / DATA_NAME, (json.dumps(now) + "\n").encode())
@@ -99,8 +99,8 @@ def _compare(setting: str, paths: Sequence[str], then: Sequence[DataFile], now: 
         for path, before, after in zip(paths, then, now, strict=False):
             found, expected = getattr(after, what), getattr(before, what)
             if before.name == after.name and found != expected:
-                told = f"found {what} {found}, expected {expected}"
-                raise InputError(f"{escape(path)}: changed since the run began: {told}; {_HINT}")
+                problem = f"found {what} {found}, expected {expected}"
+                raise InputError(f"{escape(path)}: changed since the run began: {problem}; {_HINT}")
     names, expected_names = [file.name for file in now], [file.name for file in then]
     if names != expected_names:
         differing = [pair for pair in zip(names, expected_names, strict=False) if pair[0] != pair[1]]

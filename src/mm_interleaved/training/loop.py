@@ -1,8 +1,8 @@
 """The training loop: batch, loss, backward, clip, step, average, log, save, in this order.
 
-A stage says what trains, makes a batch out of the step number, and computes named losses. Everything random
+A stage names what trains, makes a batch out of the step number, and computes named losses. Everything random
 in a step is seeded by (seed, step), so there is no hidden state: a resumed run equals an uninterrupted one to
-the bit (at the same number of threads). A stage whose batches come out of a stream says where it is in it.
+the bit (at the same number of threads). A stage whose batches come out of a stream reports its place in it.
 """
 
 import logging
@@ -108,10 +108,10 @@ class StreamStage(Stage, Protocol):
 
 
 class Observer(Protocol):
-    """Looks at the model while it trains, e.g. draws samples."""
+    """Is called with the model while it trains, e.g. to generate samples."""
 
     every: int
-    """Steps between two looks; 0 = never."""
+    """Steps between two calls; 0 = never."""
 
     def __call__(self, step: int) -> None:
         """Called after so many steps, in the run's number type, with the averaged weights where there are
@@ -141,10 +141,10 @@ def train_stage(
         rules: learning rates and decays of parameters that have their own, by the names of
             `trained_parameters`.
         ranks: the processes that train together; all of them call this.
-        observers: who looks on.
+        observers: called every so many steps.
         writers: where lines of the log go besides `log.jsonl`.
-        measure_flops: count the multiplications of the first batch, so that the log can say the share of the
-            device that is used (MFU); costs one more pass.
+        measure_flops: count the multiplications of the first batch, so that the log can report the share of
+            the device that is used (MFU); costs one more pass.
 
     Raises:
         NumericalError: the loss or the gradient is not finite; weights on disk are those before.
@@ -174,7 +174,7 @@ def train_stage(
                     run.save()
                 for observer in observers:
                     if observer.every and run.step % observer.every == 0:
-                        _look_on(observer, run)
+                        _observe(observer, run)
                 if is_stopping:
                     name = stop[0] if stop else "a signal to another rank"
                     raise StoppedBySignal(
@@ -271,8 +271,8 @@ def _refuse(stage: Stage, run: "_StageRun", losses: Sequence[Losses], norm: floa
     )
 
 
-def _look_on(observer: Observer, run: "_StageRun") -> None:
-    """Lets an observer look; what it fails at is no reason to end the run."""
+def _observe(observer: Observer, run: "_StageRun") -> None:
+    """Calls an observer; what it fails at is no reason to end the run."""
     with run.averaged_weights(), run.number_type():
         try:
             observer(run.step)
@@ -282,7 +282,7 @@ def _look_on(observer: Observer, run: "_StageRun") -> None:
 
 
 def _measure_flops(stage: Stage, run: "_StageRun", batch: Any) -> None:
-    """Counts what one batch costs a token, so that the log can tell the share of the device that is used."""
+    """Counts what one batch costs a token, so that the log can report the share of the device in use."""
     losses: list[Losses] = []
     flops = count_flops(lambda: losses.extend(_backward(stage, run, batch)))
     run.optimizer.zero_grad()
@@ -332,7 +332,7 @@ class _StageRun:
             if checkpoint is None and newest:
                 # Stopped before it saved; or copied in part, without its checkpoints.
                 logger.warning(
-                    "%s: %s tells of step %d and no checkpoint is there; beginning at step 0",
+                    "%s: %s has a line of step %d and no checkpoint is there; beginning at step 0",
                     self.folder,
                     LOG_NAME,
                     newest,

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: means, rates, memory, and how much of the device it uses.
+"""What a run reports while it trains: means, rates, memory, and how much of the device it uses.
 
 Lines go to `log.jsonl`, and where they are wanted to TensorBoard and Weights & Biases.
 """
@@ -82,11 +82,11 @@ class LinesFile:
         self.path = path
 
     def cut(self, step: int) -> int:
-        """Removes what is said of steps after `step` (they are done again), and a line that was torn. What is
-        no file of lines is put aside.
+        """Removes the lines of steps after `step` (they are done again), and a line that was torn. What is no
+        file of lines is put aside.
 
         Returns:
-            the newest step that it told of; 0 if of none.
+            the newest step that it has a line of; 0 without any.
         """
         if not os.path.lexists(self.path):
             return 0
@@ -120,13 +120,13 @@ class Log:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Hands a line to all of them."""
-        self._tell(lambda writer: writer.write(line))
+        self._hand_on(lambda writer: writer.write(line))
 
     def close(self) -> None:
         """Closes them; used at the end of a stage, however it ends."""
-        self._tell(lambda writer: writer.close())
+        self._hand_on(lambda writer: writer.close())
 
-    def _tell(self, action: Callable[[LogWriter], None]) -> None:
+    def _hand_on(self, action: Callable[[LogWriter], None]) -> None:
         for writer in tuple(self._writers):
             try:
                 action(writer)

@@ -31,7 +31,7 @@ class TargetCounts(NamedTuple):
     text: int
     """Tokens that are predicted."""
     images: int
-    """Images that are painted."""
+    """Images that are denoised."""
 
 
 class StepTotals(NamedTuple):

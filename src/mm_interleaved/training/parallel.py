@@ -126,8 +126,8 @@ def spread(
     Args:
         communication_type: FSDP: weights are gathered and multiplied in this type, gradients summed in
             float32; empty = as they are stored.
-        has_unused: some of what trains takes no part in the losses (of a model that paints nothing, what only
-            the painter looks at); DDP has to look for it in every step.
+        has_unused: some of what trains takes no part in the losses (where no
+            image is denoised, what only the image decoder reads); DDP has to search for it in every step.
 
     Raises:
         UsageError: the ranks cannot be divided as asked.
@@ -204,7 +204,7 @@ def _shard(
     policy = MixedPrecisionPolicy(
         param_dtype=communication_type,
         reduce_dtype=torch.float32 if communication_type else None,
-        # Ours are dataclasses and dictionaries that the cast would not look into; autocast sees to types.
+        # Ours are dataclasses and dictionaries that the cast would not enter; autocast sees to types.
         cast_forward_inputs=False,
     )
     for unit in _units(model):

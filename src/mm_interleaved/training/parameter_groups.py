@@ -1,4 +1,4 @@
-"""What trains is said by part: which parameters belong to which part, and how each part learns.
+"""What trains is chosen by part: which parameters belong to which part, and how each part learns.
 
 Every parameter of a model belongs to exactly one part. Parts are found by walking the model's modules, never
 by looking for a word in a parameter's name.

@@ -1,4 +1,4 @@
-"""The page about the twins holds their numbers, their pictures, and what was predicted and what was not."""
+"""The page about the variants holds their numbers, their images, and what was predicted and what was not."""
 
 import json
 from dataclasses import replace
@@ -13,14 +13,14 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder
 from mm_interleaved.storyworld.tasks import part_pixels
 from studies.ablation.page import cases_of, page_text, plot_slots, side_by_side, write_page
-from studies.ablation.recipe import chosen_twins
+from studies.ablation.recipe import chosen_variants
 from studies.ablation.scores import DATA_NAME, ablation_documents
 
 
-def result(arm, slots, seed, value, **changes):
+def result(kind, slots, seed, value, **changes):
     scores = {"vqa.fine_detail": value, "edit.drawn_badge": value, "story_last.drawn_badge": value}
     return {
-        "twin": f"{arm.replace(' ', '-')}-{seed}", "arm": arm, "slots": slots, "seed": seed, "documents": 8,
+        "twin": f"{kind.replace(' ', '-')}-{seed}", "arm": kind, "slots": slots, "seed": seed, "documents": 8,
         "scores": scores, "cost": {},
     } | changes  # fmt: skip
 
@@ -40,9 +40,9 @@ def test_only_the_predicted_pair_is_judged():
         "- fine detail: 4 slots with synchronizers against 16 without: +0.300 "
         "(predicted: at least +0.20; holds)",
         "- fine detail: 4 slots with synchronizers against 4 without: +0.100",
-        "- badges drawn, stories: 4 slots with synchronizers against 16 without: +0.300 "
+        "- badges generated, stories: 4 slots with synchronizers against 16 without: +0.300 "
         "(predicted: at least +0.20; holds)",
-        "- badges drawn, stories: 4 slots with synchronizers against 4 without: +0.100",
+        "- badges generated, stories: 4 slots with synchronizers against 4 without: +0.100",
     ]
     close = [*RESULTS[:3], result("neither 16 slots", 16, 1, 0.6)]
     assert "16 without: +0.100 (predicted: at least +0.20; does not hold)" in page_text(close, {})
@@ -50,16 +50,16 @@ def test_only_the_predicted_pair_is_judged():
 
 @pytest.fixture
 def scored_run(tmp_path):
-    """A run of two twins by hand: one painted the truth, the other nothing."""
+    """A run of two variants by hand: one generated the truth, the other nothing."""
     run, gold = tmp_path / "run", ablation_documents(8)
     make_folder((run / DATA_NAME).parent)
     write_documents(run / DATA_NAME, gold)
-    for twin, value in zip(chosen_twins(("both-1", "neither-1")), (0.875, 0.125), strict=True):
+    for variant, value in zip(chosen_variants(("both-1", "neither-1")), (0.875, 0.125), strict=True):
         scored = {"commit": "def5678", "machine": "A chip, 2 cores", "date": "2026-11-23"}
-        made = result(twin.arm, 4, 1, value, scored_by=scored)
+        made = result(variant.kind, 4, 1, value, scored_by=scored)
         goes = [scored | {"commit": "abc1234", "date": "2026-11-22", "start": "first"}]
         made["cost"] = {"slots": {}, "painter": COST | {"made_by": goes}}
-        folder = run / "scored" / twin.name
+        folder = run / "scored" / variant.name
         make_folder(folder)
         (folder / "result.json").write_text(json.dumps(made))
         answers = [
@@ -67,7 +67,7 @@ def scored_run(tmp_path):
                 id=truth.id, parts=tuple(replace(part, role=None, generated=True) for part in truth.target)
             )
             for truth in gold
-            if twin.arm == "both"
+            if variant.kind == "both"
         ]
         write_documents(folder / "predictions.jsonl", answers)
     settings = {"recipe": "ablation", "settings": {"twins": ["both-1"], "seed": 5}}
@@ -81,9 +81,9 @@ def test_what_was_not_recorded_is_said_to_be_unknown():
     assert "Scored on unknown (unknown); the commit was not recorded." in page
 
 
-def test_painters_that_began_otherwise_are_named():
-    def begun(arm, start):
-        return result(arm, 4, 1, 0.5, cost={"painter": COST | {"made_by": [{"start": start}]}})
+def test_unets_that_began_otherwise_are_named():
+    def begun(kind, start):
+        return result(kind, 4, 1, 0.5, cost={"painter": COST | {"made_by": [{"start": start}]}})
 
     page = page_text([begun("both", "old"), begun("neither", "new")], {})
     assert "**Not all U-Nets began with the same weights** (old: both-1; new: neither-1)." in page
@@ -101,37 +101,37 @@ def test_cases_are_those_of_the_documents():
     cases = cases_of(gold)
     assert cases["vqa.accuracy"] == sum(truth.meta["task"] == "vqa" for truth in gold)
     assert 0 < cases["vqa.fine_detail"] < cases["vqa.accuracy"]
-    # Of each edit at least one figure stood in the picture before; of last panels there may be nobody.
+    # Of each edit at least one figure stood in the image before; of last panels there may be nobody.
     assert cases["edit.told_badge"] == cases["edit.drawn_badge"] >= 4
 
 
-def test_the_page_is_written_with_its_numbers_and_pictures(scored_run, tmp_path):
+def test_the_page_is_written_with_its_numbers_and_images(scored_run, tmp_path):
     pytest.importorskip("matplotlib")
     run, _ = scored_run
     docs = tmp_path / "docs"
-    path = write_page(run, chosen_twins(()), docs)
+    path = write_page(run, chosen_variants(()), docs)
     page = path.read_text()
-    assert path == docs / "ablation_results.md" and page.startswith("# What the twins scored")
+    assert path == docs / "ablation_results.md" and page.startswith("# What the variants scored")
     for row in (
         "| both | 4 | 1 |  | 0.875 |  |  | 0.875 | 0.875 |  |",
         "| neither | 4 | 1 |  | 0.125 |  |  | 0.125 | 0.125 |  |",
         "| both-1 | painter | 12 | 3.50e+12 | 0.25 | 0.50 | 2 |",
         "8 documents of the test split",
-        "Seeds are the readers': all twins of an arm share one painter, of seed 1.",
+        "Seeds are the language models': all variants of a kind share one image decoder, of seed 1.",
         "| *cases* |  |  | 6 |",
         "Trained on A chip, 2 cores (2026-11-22); by commit abc1234.",
         "Scored on A chip, 2 cores (2026-11-23); by commit def5678.",
     ):
         assert row in page, row
     record = json.loads((docs / "ablation_results.json").read_text())
-    origin = {name: record[name] for name in ("commits", "machines", "dates", "starts", "threads")}
-    assert origin == {
+    provenance = {name: record[name] for name in ("commits", "machines", "dates", "starts", "threads")}
+    assert provenance == {
         "commits": ["abc1234"], "machines": ["A chip, 2 cores"], "dates": ["2026-11-22"], "starts": ["first"],
         "threads": [2],
     }  # fmt: skip
     assert record["scored"]["commits"] == ["def5678"]
-    assert record["settings"] == {"seed": 5}, "of the run, without the twins of its last call"
-    assert [twin["twin"] for twin in record["twins"]] == [
+    assert record["settings"] == {"seed": 5}, "of the run, without the variants of its last call"
+    assert [variant["twin"] for variant in record["twins"]] == [
         "both-1",
         "neither-1",
     ]
@@ -141,14 +141,14 @@ def test_the_page_is_written_with_its_numbers_and_pictures(scored_run, tmp_path)
 
 
 def test_a_run_without_scores_has_no_page(tmp_path):
-    with pytest.raises(UsageError, match="no twin has been scored yet"):
-        write_page(tmp_path, chosen_twins(()), tmp_path / "docs")
+    with pytest.raises(UsageError, match="no variant has been scored yet"):
+        write_page(tmp_path, chosen_variants(()), tmp_path / "docs")
 
 
-def test_pictures_stand_under_their_prompts(scored_run):
+def test_images_stand_under_their_prompts(scored_run):
     run, gold = scored_run
     prompts = [truth for truth in gold if truth.meta["task"] != "vqa"]
-    sheet = np.asarray(side_by_side(run, chosen_twins(("both-1", "neither-1")), gold))
+    sheet = np.asarray(side_by_side(run, chosen_variants(("both-1", "neither-1")), gold))
     assert sheet.shape == (22 + 4 * 100, 215 + len(prompts) * 100, 3)
 
     def cell(row, column):
@@ -160,11 +160,11 @@ def test_pictures_stand_under_their_prompts(scored_run):
         for row, pixels in enumerate((given, wanted, wanted)):
             enlarged = PILImage.fromarray(pixels).resize((96, 96), PILImage.Resampling.NEAREST)
             assert np.array_equal(cell(row, column), np.asarray(enlarged)), (row, column)
-        # A picture that was not painted is left white, and its place is not taken by another.
+        # An image that was not generated is left white, and its place is not taken by another.
         assert (cell(3, column) == 255).all()
 
 
-def test_the_plot_tells_arms_apart_and_is_the_same_each_time(tmp_path):
+def test_the_plot_distinguishes_kinds_and_is_the_same_each_time(tmp_path):
     pytest.importorskip("matplotlib")
 
     def drawn(results):

@@ -1,4 +1,4 @@
-"""What sight shows is where the synchronizers sample, and all of it."""
+"""Attention maps show where the synchronizers sample, and all of it."""
 
 import json
 from dataclasses import replace
@@ -17,12 +17,12 @@ from studies.attention_maps import (
     by_head,
     cells_in,
     heat_map,
-    record_looks,
+    record_calls,
     samples_of_place,
     samples_of_token,
     weight_in,
 )
-from studies.attention_pages import Seen, numbers_of, shares_of, sheet, show_sight
+from studies.attention_pages import AttendedImage, numbers_of, shares_of, sheet, write_attention_maps
 from tiny import tiny_config, tiny_model, tiny_processor
 
 
@@ -43,7 +43,7 @@ def model():
 
 @torch.no_grad()
 def read(model, num_images=2):
-    """A row of two words, images, two words: (hidden states, looks)."""
+    """A row of two words, images, two words: (hidden states, calls)."""
     config = model.config
     ids, starts = [5, 6], []
     for _ in range(num_images):
@@ -51,31 +51,31 @@ def read(model, num_images=2):
         ids += [config.image_start_token_id] + [config.image_token_id] * config.num_slots
     ids += [7, 8]
     pixels = torch.rand(num_images, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
-    with record_looks(model) as looks:
+    with record_calls(model) as calls:
         output = model(input_ids=torch.tensor([ids]), pixel_values=pixels, image_start=torch.tensor([starts]))
-    return output, looks
+    return output, calls
 
 
-def test_each_synchronized_layer_tells_once_and_changes_nothing(model):
-    output, looks = read(model)
-    assert [look.place for look in looks] == [
+def test_each_synchronized_layer_is_recorded_once_and_changes_nothing(model):
+    output, calls = read(model)
+    assert [call.place for call in calls] == [
         f"layer {index}" for index in model.language_model.synchronized_layers
     ]
     again, later = read(model)
     assert torch.equal(output.hidden, again.hidden)
     for index in model.language_model.synchronized_layers:
         assert not model.language_model.layers[index].synchronizer._forward_pre_hooks
-    assert len(later) == len(looks)
+    assert len(later) == len(calls)
 
 
-def test_weights_sum_to_one_with_looking_nowhere(model):
-    _, looks = read(model)
-    for look in looks:
-        total = look.plan.weight.sum((-2, -1)) + look.plan.ignore
+def test_weights_sum_to_one_with_attention_to_nothing(model):
+    _, calls = read(model)
+    for call in calls:
+        total = call.plan.weight.sum((-2, -1)) + call.plan.ignore
         assert torch.allclose(total, torch.ones_like(total), atol=1e-12)
-    last = len(looks[0].plan.ignore[0]) - 1
-    shares = [float(samples.weight.sum()) for samples in samples_of_token(looks, last)]
-    nowhere = sum(float(look.plan.ignore[0, last].mean()) for look in looks) / len(looks)
+    last = len(calls[0].plan.ignore[0]) - 1
+    shares = [float(samples.weight.sum()) for samples in samples_of_token(calls, last)]
+    nowhere = sum(float(call.plan.ignore[0, last].mean()) for call in calls) / len(calls)
     assert sum(shares) + nowhere == pytest.approx(1, abs=1e-6)
     assert min(shares) > 0
 
@@ -85,10 +85,10 @@ def test_points_lie_where_the_op_samples(model):
     index = model.language_model.synchronized_layers[0]
     block, called = model.language_model.layers[index].synchronizer, []
     handle = block.register_forward_hook(lambda module, given, out: called.append((given, out)))
-    _, looks = read(model)
+    _, calls = read(model)
     handle.remove()
     (_, values, _), expected = called[0]
-    core, plan = block.synchronizer, looks[0].plan
+    core, plan = block.synchronizer, calls[0].plan
     value_BSHD = values.value[values.image_BN].flatten(1, 2)
     sizes = values.level_sizes * values.image_BN.shape[1]
     seen = sample_reference(value_BSHD, sizes, plan.location, plan.weight)
@@ -99,43 +99,43 @@ def test_points_lie_where_the_op_samples(model):
 
 
 def test_heads_apart_give_what_they_give_together(model):
-    _, looks = read(model)
-    last = len(looks[0].plan.ignore[0]) - 1
-    heads = [head for look in looks for head in by_head(look)]
-    assert heads[1].place == f"{looks[0].place}, head 1"
-    together = samples_of_token(looks, last)[0].weight.sum()
+    _, calls = read(model)
+    last = len(calls[0].plan.ignore[0]) - 1
+    heads = [head for call in calls for head in by_head(call)]
+    assert heads[1].place == f"{calls[0].place}, head 1"
+    together = samples_of_token(calls, last)[0].weight.sum()
     apart = [samples_of_token([head], last)[0].weight.sum() for head in heads]
     assert float(together) == pytest.approx(float(sum(apart)) / len(apart), rel=1e-5)
 
 
 def test_no_token_sees_an_image_that_is_still_to_come(model):
-    _, looks = read(model)
-    first, second = samples_of_token(looks, 2 + 1 + model.config.num_slots)
+    _, calls = read(model)
+    first, second = samples_of_token(calls, 2 + 1 + model.config.num_slots)
     assert first.weight.sum() > 0 and second.weight.sum() == 0
 
 
 @torch.no_grad()
-def test_a_place_of_a_new_image_tells_of_all_its_steps(model):
+def test_a_place_of_a_new_image_is_recorded_in_all_its_steps(model):
     decoder = model.image_decoder
     pyramid = model.encode_images(torch.rand(2, 3, 32, 32).double()).pyramid
     earlier = model.look_at(pyramid, torch.tensor([[0, 1]]))
-    with record_looks(model) as looks:
+    with record_calls(model) as calls:
         for timestep in (900, 100):
             noise = torch.randn(1, 4, 8, 8).double()
             decoder.predict(noise, torch.tensor(timestep), decoder.negative_conditioning, earlier)
-    assert [look.place for look in looks[-2:]] == [f"skip {len(decoder.synchronizers.skips) - 1}", "middle"]
+    assert [call.place for call in calls[-2:]] == [f"skip {len(decoder.synchronizers.skips) - 1}", "middle"]
     box = (0.25, 0.25, 0.5, 0.5)
-    samples = samples_of_place(looks, box, min_size=8)
-    wide = [look for look in looks if min(look.map_size) >= 8]
+    samples = samples_of_place(calls, box, min_size=8)
+    wide = [call for call in calls if min(call.map_size) >= 8]
     chosen = cells_in(box, (8, 8))
     assert chosen == [2 * 8 + 2, 2 * 8 + 3, 3 * 8 + 2, 3 * 8 + 3]
-    nowhere = sum(float(look.plan.ignore[0, chosen].mean()) for look in wide) / len(wide)
+    nowhere = sum(float(call.plan.ignore[0, chosen].mean()) for call in wide) / len(wide)
     assert sum(float(one.weight.sum()) for one in samples) + nowhere == pytest.approx(1, abs=1e-6)
 
 
 def test_heat_falls_where_samples_are():
-    _, looks = read(tiny_model().eval().double())
-    samples = samples_of_token(looks, len(looks[0].plan.ignore[0]) - 1)[0]
+    _, calls = read(tiny_model().eval().double())
+    samples = samples_of_token(calls, len(calls[0].plan.ignore[0]) - 1)[0]
     inside = (
         (samples.location > samples.cell[:, None]) & (samples.location < 1 - samples.cell[:, None])
     ).all(1)
@@ -155,12 +155,14 @@ def test_a_place_smaller_than_a_cell_is_the_cell_at_its_centre():
     assert cells_in((0.30, 0.80, 0.32, 0.82), (4, 4)) == [3 * 4 + 1]
 
 
-def test_the_frame_lies_on_the_badge_and_heat_where_it_was_looked():
+def test_the_frame_lies_on_the_badge_and_heat_where_it_was_sampled():
     scene = scene_at("test", 3, 0)
     figure, image = scene.figures[0], PILImage.fromarray(render_scene(scene))
     left, top, right, bottom = shares_of(badge_box(figure))
     centre = torch.tensor([[(left + right) / 2, (top + bottom) / 2]])
-    seen = Seen(image, "picture 1", Samples(centre, torch.tensor([0.5]), torch.tensor([1 / 32])), figure)
+    seen = AttendedImage(
+        image, "image 1", Samples(centre, torch.tensor([0.5]), torch.tensor([1 / 32])), figure
+    )
     numbers = numbers_of(seen)
     assert numbers["on_image"] == 0.5
     assert numbers["on_badge"] == pytest.approx(0.5, abs=0.05)
@@ -177,9 +179,9 @@ def test_the_frame_lies_on_the_badge_and_heat_where_it_was_looked():
         replace(seen, samples=seen.samples._replace(weight=torch.tensor([0.0]))), seen,
     ))  # fmt: skip
     y, x = np.nonzero((plain != heated).any(-1))
-    # The caption under the picture tells another share, so it differs too.
-    in_picture = y < plain.shape[0] - 34
-    assert abs(x[in_picture].mean() - 8 - float(centre[0, 0]) * 320) < 8
+    # The caption under the image tells another share, so it differs too.
+    in_image = y < plain.shape[0] - 34
+    assert abs(x[in_image].mean() - 8 - float(centre[0, 0]) * 320) < 8
 
 
 def storyteller(**changes):
@@ -190,39 +192,39 @@ def storyteller(**changes):
     return InterleavedGenerator(model, tiny_processor(model.config))
 
 
-def test_sight_of_a_story_is_pictures_and_their_numbers(tmp_path):
-    numbers = show_sight(storyteller(), 0, 0, tmp_path / "sight")
-    assert numbers == json.loads((tmp_path / "sight" / "sight.json").read_text())
+def test_attention_maps_of_a_story_are_images_and_their_numbers(tmp_path):
+    numbers = write_attention_maps(storyteller(), 0, 0, tmp_path / "maps")
+    assert numbers == json.loads((tmp_path / "maps" / "attention.json").read_text())
     word, badge = numbers["word"], numbers["badge"]
     assert word["question"] == f"What is on the badge of the {numbers['hero']}?"
     assert word["truth"] == badge["truth"]
     [shares] = word["images"]
     assert 0 < shares["on_badge"] < shares["on_hero"] < shares["on_image"] <= 1
-    # Two layers of two heads each looked.
+    # Two layers of two heads each sampled.
     assert sorted(word["heads"]) == [f"layer {index}, head {head}" for index in (0, 2) for head in (0, 1)]
     mean = sum(head["on_image"] for head in word["heads"].values()) / len(word["heads"])
     assert shares["on_image"] == pytest.approx(mean, abs=1e-3)
-    # The painter sees one earlier picture, or all of them: the hero stood in at least one.
+    # The U-Net attends to one earlier image, or all of them: the hero stood in at least one.
     assert any("on_badge" in shares for shares in badge["images"])
     assert sum(shares["on_image"] for shares in badge["images"]) <= 1.001
     for name, height in (("word.png", 5 * 64 + 2 * 34), ("badge.png", 5 * 64 + 2 * 34)):
-        image = PILImage.open(tmp_path / "sight" / name)
+        image = PILImage.open(tmp_path / "maps" / name)
         assert image.height == height and len(image.getcolors(1 << 20)) > 50
-    assert PILImage.open(tmp_path / "sight" / "word.png").width == 3 * (320 + 8) + 8
+    assert PILImage.open(tmp_path / "maps" / "word.png").width == 3 * (320 + 8) + 8
 
 
-def test_sight_needs_a_model_that_looks(tmp_path):
-    with pytest.raises(UsageError, match="needs a model with synchronizers"):
-        show_sight(storyteller(text_synchronizer=None), 0, 0, tmp_path / "sight")
-    assert not (tmp_path / "sight").exists()
+def test_attention_maps_need_a_model_with_synchronizers(tmp_path):
+    with pytest.raises(UsageError, match="need a model with synchronizers"):
+        write_attention_maps(storyteller(text_synchronizer=None), 0, 0, tmp_path / "maps")
+    assert not (tmp_path / "maps").exists()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_sight_of_a_model_on_a_gpu_is_the_same(tmp_path):
+def test_attention_maps_of_a_model_on_a_gpu_is_the_same(tmp_path):
     generator = storyteller()
-    expected = show_sight(generator, 0, 0, tmp_path / "cpu")["word"]["images"]
+    expected = write_attention_maps(generator, 0, 0, tmp_path / "cpu")["word"]["images"]
     generator.model.cuda()
-    assert show_sight(generator, 0, 0, tmp_path / "gpu")["word"]["images"][0] == pytest.approx(
+    assert write_attention_maps(generator, 0, 0, tmp_path / "gpu")["word"]["images"][0] == pytest.approx(
         expected[0], abs=1e-3
     )

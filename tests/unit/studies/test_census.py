@@ -23,7 +23,7 @@ def test_splits_share_out_all_appearances():
 def test_no_story_comes_twice():
     found = variety(drawn_stories(300, seed=5))
     assert found.stories == found.scenes_and_texts == found.texts == 300
-    assert found.pictures > 0.99 * found.all_pictures
+    assert found.images > 0.99 * found.all_images
 
 
 def test_documents_have_the_same_bits_as_everywhere():

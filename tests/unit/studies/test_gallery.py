@@ -1,4 +1,4 @@
-"""The gallery shows every picture that was painted, in the order of its prompts."""
+"""The gallery shows every image that was generated, in the order of its prompts."""
 
 from types import SimpleNamespace
 
@@ -9,20 +9,20 @@ from mm_interleaved.documents.document import Image
 from mm_interleaved.storyworld.renderer import render_scene, sheet_of
 from mm_interleaved.storyworld.tasks import document, part_pixels
 from mm_interleaved.storyworld.world import scene_from_record
-from studies.gallery import show_gallery
+from studies.gallery import write_gallery
 
 
-def paint_the_truth(asked, *, seed):
+def generate_the_truth(asked, *, seed):
     pixels = render_scene(scene_from_record(asked.meta["scenes"][0]))
-    painted = Image(PILImage.fromarray(pixels), generated=True)
-    return type(asked)(id=asked.id, parts=(*asked.parts, painted))
+    generated = Image(PILImage.fromarray(pixels), generated=True)
+    return type(asked)(id=asked.id, parts=(*asked.parts, generated))
 
 
-def test_all_pictures_are_shown_and_scored(tmp_path):
-    told = []
+def test_all_images_are_shown_and_scored(tmp_path):
+    seen = []
     path = tmp_path / "new" / "gallery.png"
-    scores = show_gallery(SimpleNamespace(generate=paint_the_truth), 3, 5, 3, path, told.append)
-    assert scores["draw.attributes"] == 1.0 and [each.id for each in told] == [
+    scores = write_gallery(SimpleNamespace(generate=generate_the_truth), 3, 5, 3, path, seen.append)
+    assert scores["draw.attributes"] == 1.0 and [each.id for each in seen] == [
         document("test", 3, index, "draw").id for index in range(5)
     ]
     sheet = np.asarray(PILImage.open(path))

@@ -1,4 +1,4 @@
-"""Learning curves tell what the log tells, and refuse in one sentence what is no log."""
+"""Learning curves show what the log holds, and refuse in one sentence what is no log."""
 
 import json
 
@@ -76,18 +76,18 @@ def test_page_and_plot_are_written(log, tmp_path):
     assert plot.read_bytes() != before
 
 
-def test_the_page_of_the_shipped_model_tells_what_the_studies_took(tmp_path):
+def test_the_page_of_the_shipped_model_has_what_the_studies_took(tmp_path):
     pytest.importorskip("matplotlib")
 
     def cost(flops):
         return {"flops": flops, "core_hours": 0.5, "wall_hours": 0.75}
 
     shared = {"painter": cost(1e12)}
-    twins = [{"cost": {"reader": cost(2e12), **shared}}, {"cost": {"reader": cost(4e12), **shared}}]
-    (tmp_path / "ablation_results.json").write_text(json.dumps({"twins": twins, "machines": ["A chip"]}))
+    members = [{"cost": {"reader": cost(2e12), **shared}}, {"cost": {"reader": cost(4e12), **shared}}]
+    (tmp_path / "ablation_results.json").write_text(json.dumps({"twins": members, "machines": ["A chip"]}))
     page = write_curves(LINES, {}, tmp_path, is_shipped=True).read_text()
     [row] = [line for line in page.splitlines() if "`python -m studies ablation`" in line]
-    assert row.endswith("| 3 | 7.00e+12 | 1.50 | 2.25 | A chip |"), "the painter that both share counts once"
+    assert row.endswith("| 3 | 7.00e+12 | 1.50 | 2.25 | A chip |"), "what both share counts once"
     assert "python -m studies scaling" not in page
     assert "What the studies took" not in write_curves(LINES, {}, tmp_path, is_shipped=False).read_text()
 
@@ -103,7 +103,7 @@ def test_a_stage_of_many_losses_still_fits_its_panel(tmp_path, recwarn):
 
 
 def test_the_shipped_log_is_read():
-    assert {line["stage"] for line in read_stages(None)} >= {"vae", "vision", "text", "painter"}
+    assert {line["stage"] for line in read_stages(None)} >= {"vae", "vision", "text", "unet"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The oracle's error is counted by attribute, on clean pictures and on those out of a model's VAE."""
+"""The oracle's error is counted by attribute, on clean images and on those out of a model's VAE."""
 
 from types import SimpleNamespace
 
@@ -30,20 +30,20 @@ def holder(decoder):
     return SimpleNamespace(model=SimpleNamespace(image_decoder=decoder, device=torch.device("cpu")))
 
 
-def test_pictures_that_come_back_as_they_were_are_read_as_well():
+def test_images_that_come_back_as_they_were_are_read_as_well():
     clean, rebuilt = oracle_errors(holder(PerfectDecoder()), 6, seed=3).values()
-    assert clean == rebuilt and clean.share_right == 1.0 and clean.wrong_pictures == 0
-    assert clean.pictures == 6 and clean.total["place"] == 6 and clean.total["badge"] >= 6
+    assert clean == rebuilt and clean.share_right == 1.0 and clean.wrong_images == 0
+    assert clean.images == 6 and clean.total["place"] == 6 and clean.total["badge"] >= 6
 
 
-def test_what_is_painted_over_is_counted_wrong():
+def test_what_is_covered_is_counted_wrong():
     clean, rebuilt = oracle_errors(holder(PerfectDecoder(slice(0, 64))), 6, seed=3).values()
     assert clean.share_right == 1.0
     assert rebuilt.wrong["badge"] == rebuilt.total["badge"], "a figure that was missed has no badge"
-    assert rebuilt.wrong_pictures == 6 and rebuilt.share_right < 0.5
+    assert rebuilt.wrong_images == 6 and rebuilt.share_right < 0.5
 
 
 def test_the_command_tells_both_of_the_shipped_model(capsys):
-    assert run(["oracle", "--pictures", "4", "--device", "cpu"], create_app) == 0
-    told = capsys.readouterr().out
-    assert "clean: 100.000% of" in told and "VAE: 100.000% of" in told and "4 of 4 pictures wholly" in told
+    assert run(["oracle", "--images", "4", "--device", "cpu"], create_app) == 0
+    said = capsys.readouterr().out
+    assert "clean: 100.000% of" in said and "VAE: 100.000% of" in said and "4 of 4 images wholly" in said

@@ -26,8 +26,8 @@ class DocumentBatch(NamedTuple):
     documents: tuple[Document, ...]
     words: tuple[tuple[str, ...], ...]
     """The word (or piece of one, without spaces) of each token, row by row."""
-    is_blind: bool = False
-    """The pictures are not to be looked at: words alone are learned, at a fraction of the cost."""
+    is_text_only: bool = False
+    """The model sees no image of it: from text alone it learns at a fraction of the cost."""
 
     @property
     def document_ids(self) -> tuple[str, ...]:
@@ -39,13 +39,11 @@ class DocumentBatch(NamedTuple):
 
 
 def storyworld_pixels(seed: int):
-    """A source of training pictures without documents: (start, count) → (count, 3, 64, 64) float32 in [0,
-    1].
-    """
+    """A source of images without documents: (start, count) → (count, 3, 64, 64) float32 in [0, 1]."""
 
     def pixels(start: int, count: int) -> Tensor:
-        pictures = torch.from_numpy(render_batch(seed, start, count))
-        return pictures.permute(0, 3, 1, 2).float() / 255
+        images = torch.from_numpy(render_batch(seed, start, count))
+        return images.permute(0, 3, 1, 2).float() / 255
 
     return pixels
 
@@ -60,7 +58,7 @@ class BatchKind:
     """Documents a step."""
     tasks: Mapping[str, int]
     """Tasks and their integer weights."""
-    is_blind: bool = False
+    is_text_only: bool = False
     """See `DocumentBatch`."""
 
 
@@ -68,7 +66,7 @@ class DocumentBatches:
     """Batches with one document a row; each step draws one of the kinds.
 
     Args:
-        target_pixels: also make what the image decoder has to paint.
+        target_pixels: also make what the image decoder has to denoise.
         max_images: documents are left out of a batch as soon as it would have more images; None takes all.
     """
 
@@ -108,7 +106,7 @@ class DocumentBatches:
         documents = self.documents(step)
         batch = self.processor(documents, eos=True, target_pixels=self.target_pixels)
         words = tuple(tuple(self._words[token] for token in row) for row in batch.input_ids.tolist())
-        return DocumentBatch(batch, tuple(documents), words, self.kind_of(step).is_blind)
+        return DocumentBatch(batch, tuple(documents), words, self.kind_of(step).is_text_only)
 
     @cached_property
     def _words(self) -> list[str]:

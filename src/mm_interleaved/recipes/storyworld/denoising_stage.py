@@ -1,9 +1,9 @@
-"""What the two stages share that teach the U-Net to paint: pictures in pools, and the denoising loss.
+"""What the two stages share that train the U-Net: images in pools, and the denoising loss (section 3.2).
 
 What is frozen costs more than half of a step (vision tower, VAE, language model), and its output for a
-document is always the same. So documents are read in pools, and each picture of a pool is painted several
-times, each time with other noise at another time step (16 pictures a second became 27, two cores, 2026-11).
-Letters: I pictures, C context tokens, D their channels, K earlier images, J images that are looked at.
+document is always the same. So documents are read in pools, and each image of a pool is denoised several
+times, each time with other noise at another time step (16 images a second became 27, two cores, 2026-11).
+Letters: I images, C context tokens, D their channels, K earlier images, J images that are attended to.
 """
 
 from abc import ABC, abstractmethod
@@ -27,31 +27,31 @@ from mm_interleaved.training.loop import Losses
 
 
 @dataclass(frozen=True, slots=True)
-class PaintingTask:
-    """One picture to be painted, as the frozen parts see it."""
+class DenoisingExample:
+    """One image to be denoised, as the frozen parts see it."""
 
     context: Tensor
-    """(C, D): what it is painted from; a stage of its own knows how."""
+    """(C, D): what its conditioning is computed from; each stage has a context of its own."""
     latents: Tensor
-    """(channels, y, x), scaled: the picture."""
+    """(channels, y, x), scaled: the image."""
     earlier: tuple[tuple[Tensor, ...], ...]
-    """Pyramids of the earlier images that it may look at, oldest first; each (channels, s, s) a level."""
+    """Pyramids of the earlier images that it may attend to, oldest first; each (channels, s, s) a level."""
     weight: Tensor
     """(1, y, x), mean 1: how much the error of each latent cell counts."""
     document_id: str
 
 
-class PaintingStage(ABC):
-    """Trains what paints, by the denoising loss, on documents as the frozen parts see them.
+class DenoisingStage(ABC):
+    """Trains an image decoder by the denoising loss, on documents as the frozen parts see them.
 
     Args:
         documents: batch number → documents, as `DocumentBatches` makes them, with target pixels.
-        batch_size: pictures a step.
+        batch_size: images a step.
         pool_batches: batches of documents in a pool.
-        repeats: how often each picture of a pool is painted, on average.
+        repeats: how often each image of a pool is denoised, on average.
         detail_weight: extra weight of the errors beside the sharpest possible edges.
-        badge_weight: extra weight of the errors in cells that show a badge, where a document tells its
-            scenes. A badge covers two hundredths of a picture, and nothing but the code tells which it is:
+        badge_weight: extra weight of the errors in cells that show a badge, where a document has its scenes.
+            A badge covers two hundredths of an image, and nothing but the conditioning says which it is:
             without this weight it was at chance after 1,600 steps when all else was right, with it right in
             nine of ten after 1,000 more.
     """
@@ -72,7 +72,7 @@ class PaintingStage(ABC):
         self.detail_weight, self.badge_weight = detail_weight, badge_weight
         self.model, self.documents, self.batch_size = model, documents, batch_size
         self.pool_batches, self.repeats = pool_batches, repeats
-        self._pool: list[PaintingTask] = []
+        self._pool: list[DenoisingExample] = []
         self._pool_number = -1
         for frozen in (model.vision, model.language_model, model.text_head, model.image_decoder.vae):
             frozen.requires_grad_(False)
@@ -84,32 +84,32 @@ class PaintingStage(ABC):
 
     @abstractmethod
     def read_contexts(self, documents: DocumentBatch) -> list[Tensor]:
-        """What each picture of a batch is painted from, (C, D) each."""
+        """What the conditioning of each image of a batch is computed from, (C, D) each."""
 
     @abstractmethod
     def condition(self, contexts: list[Tensor]) -> Tensor:
         """Conditioning (I, R, D) from contexts."""
 
-    def make_batch(self, step: int) -> list[PaintingTask]:
-        """Pictures drawn from the step's pool; which pool that is depends on the step alone."""
+    def make_batch(self, step: int) -> list[DenoisingExample]:
+        """Images sampled from the step's pool; which pool that is depends on the step alone."""
         number = step // (self.pool_batches * self.repeats)
         if number != self._pool_number:
             self._pool, self._pool_number = self.read_pool(number), number
-        return self.draw(self._pool)
+        return self.sample(self._pool)
 
-    def read_pool(self, number: int) -> list[PaintingTask]:
-        """The pictures of a pool, out of the documents of its own batches."""
+    def read_pool(self, number: int) -> list[DenoisingExample]:
+        """The images of a pool, out of the documents of its own batches."""
         device, first = device_of(self.model), number * self.pool_batches
         batches = (self.documents(first + i).to(device) for i in range(self.pool_batches))
-        return [task for batch in batches for task in self.read(batch)]
+        return [example for batch in batches for example in self.read(batch)]
 
-    def draw(self, pool: Sequence[PaintingTask]) -> list[PaintingTask]:
-        """The pictures of a step, by torch's global generator."""
+    def sample(self, pool: Sequence[DenoisingExample]) -> list[DenoisingExample]:
+        """The images of a step, by torch's global generator."""
         return [pool[i] for i in torch.randint(len(pool), (self.batch_size,)).tolist()]
 
     @torch.no_grad()
-    def read(self, documents: DocumentBatch) -> list[PaintingTask]:
-        """What the frozen parts make of a batch of documents: a task for each picture that counts."""
+    def read(self, documents: DocumentBatch) -> list[DenoisingExample]:
+        """What the frozen parts make of a batch of documents: an example for each image that counts."""
         batch = documents.batch
         assert batch.target_pixel_values is not None, "documents come with target pixels"
         device = batch.pixel_values.device
@@ -130,7 +130,7 @@ class PaintingStage(ABC):
         )
         row_I = (batch.image_start != NO_IMAGE).nonzero(as_tuple=True)[0]
         return [
-            PaintingTask(
+            DenoisingExample(
                 context=contexts[i].float(),
                 latents=latents[i].float(),
                 weight=weight_I1yx[i],
@@ -142,16 +142,16 @@ class PaintingStage(ABC):
             for i in batch.image_target.nonzero().flatten().tolist()
         ]
 
-    def compute_losses(self, batch: list[PaintingTask]) -> Losses:
+    def compute_losses(self, batch: list[DenoisingExample]) -> Losses:
         model, decoder = self.model, self.model.image_decoder
         device = batch[0].latents.device
         with fast_attention(device):
-            # 1. What each picture is painted from.
-            conditioning = self.condition([task.context for task in batch])
-            earlier = self._look_at(batch)
+            # 1. What each image is conditioned on.
+            conditioning = self.condition([example.context for example in batch])
+            earlier = self._earlier_images(batch)
 
             # 2. Noise it.
-            latents = torch.stack([task.latents for task in batch])
+            latents = torch.stack([example.latents for example in batch])
             scheduler = model.training_scheduler
             num_steps = scheduler.config.num_train_timesteps
             timestep = torch.randint(0, num_steps, (len(batch),), device=device)
@@ -164,13 +164,13 @@ class PaintingStage(ABC):
             # 3. Predict.
             prediction = decoder.predict(noisy, timestep, conditioning, earlier)
         target = denoising_target(scheduler, latents, noise, timestep)
-        weight_I1yx = torch.stack([task.weight for task in batch])
+        weight_I1yx = torch.stack([example.weight for example in batch])
         loss = ((prediction.float() - target).square() * weight_I1yx).mean()
         return Losses(
             total=loss,
             named={"image": loss},
             counts={"images": len(batch)},
-            document_ids=tuple(task.document_id for task in batch),
+            document_ids=tuple(example.document_id for example in batch),
         )
 
     def _weights(self, pixels: Tensor, documents: Sequence[Document]) -> Tensor:
@@ -180,15 +180,15 @@ class PaintingStage(ABC):
         weight_I1yx = 1 + self.detail_weight * edges_I1yx + self.badge_weight * badges_I1yx
         return weight_I1yx / weight_I1yx.mean((1, 2, 3), keepdim=True)
 
-    def _look_at(self, batch: list[PaintingTask]):
-        """The earlier images of all tasks behind one another; None where nobody looks."""
-        images = [image for task in batch for image in task.earlier]
+    def _earlier_images(self, batch: list[DenoisingExample]):
+        """The earlier images of all examples behind one another; None where nothing attends to any."""
+        images = [image for example in batch for image in example.earlier]
         if self.model.image_decoder.synchronizers is None or not images:
             return None
-        index_IK = torch.full((len(batch), max(len(task.earlier) for task in batch)), NO_IMAGE)
+        index_IK = torch.full((len(batch), max(len(example.earlier) for example in batch)), NO_IMAGE)
         first = 0
-        for row, task in zip(index_IK, batch, strict=True):
-            row[: len(task.earlier)] = torch.arange(first, first + len(task.earlier))
-            first += len(task.earlier)
+        for row, example in zip(index_IK, batch, strict=True):
+            row[: len(example.earlier)] = torch.arange(first, first + len(example.earlier))
+            first += len(example.earlier)
         levels = [torch.stack(level) for level in zip(*images, strict=True)]
         return self.model.image_decoder.look_at(levels, index_IK.to(levels[0].device))

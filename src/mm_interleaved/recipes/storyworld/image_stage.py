@@ -1,4 +1,9 @@
-"""The stage that teaches the image side to paint from documents; what reads stays as it is."""
+"""The image stage: the image decoder learns to generate images from documents, and to keep what earlier ones
+show.
+
+It trains the context projection, the conditioning's resampler, the U-Net and its synchronizers by the
+denoising loss (paper, section 3.2); the language model and the vision tower stay as they are.
+"""
 
 from collections.abc import Mapping
 
@@ -8,13 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mm_interleaved.models.context import add_distances, gather_contexts
 from mm_interleaved.recipes.storyworld.batches import DocumentBatch
-from mm_interleaved.recipes.storyworld.denoising_stage import PaintingStage
+from mm_interleaved.recipes.storyworld.denoising_stage import DenoisingStage
 from mm_interleaved.recipes.storyworld.text_stage import read_batch
 from mm_interleaved.tokens.visibility import NO_IMAGE
 
 
-class ImageSideStage(PaintingStage):
-    """Trains conditioning, U-Net and its synchronizers on the hidden states of the frozen text side."""
+class ImageStage(DenoisingStage):
+    """Trains the image decoder on the hidden states of the frozen language model."""
 
     name = "image"
 

@@ -10,7 +10,7 @@ from mm_interleaved.models.interleaved import MMInterleavedForConditionalGenerat
 
 @torch.no_grad()
 def open_to_images(model: MMInterleavedForConditionalGeneration) -> None:
-    """Lets a new model hear from the first step what its resamplers and synchronizers have to say.
+    """Gives the outputs of a new model's resamplers and synchronizers their full size from the first step.
 
     These start such that they do not disturb pretrained neighbours: small weights, small slots, closed gates.
     A model that starts from nothing has nothing to protect; with that start, slots differed by 0.02 % from

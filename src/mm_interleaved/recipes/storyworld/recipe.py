@@ -1,7 +1,7 @@
-"""The shipped model from scratch: what sees, what reads and writes, what paints, on two CPU cores.
+"""The shipped model from scratch, part by part, on two CPU cores.
 
-`storyworld_settings` names every number; `build_*` make the parts; `train` says what is trained in which
-order.
+`settings` names every number; `build_*` and `model_config` make the parts; `train` shows what is trained in
+which order.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,15 @@ from mm_interleaved.models.config import (
 )
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches, storyworld_pixels
-from mm_interleaved.recipes.storyworld.image_stage import ImageSideStage
+from mm_interleaved.recipes.storyworld.former_names import stage_folder
+from mm_interleaved.recipes.storyworld.image_stage import ImageStage
 from mm_interleaved.recipes.storyworld.initialisation import open_to_images, open_to_learning
 from mm_interleaved.recipes.storyworld.settings import SizesConfig, StoryWorldConfig
-from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
+from mm_interleaved.recipes.storyworld.text_stage import TextStage
 from mm_interleaved.recipes.storyworld.tokenizer import train_tokenizer
-from mm_interleaved.recipes.storyworld.unet_stage import PainterStage
-from mm_interleaved.recipes.storyworld.vae_stage import ImageCodecStage, normalise_latents
-from mm_interleaved.recipes.storyworld.vision_stage import VisionSideStage
+from mm_interleaved.recipes.storyworld.unet_stage import UNetStage
+from mm_interleaved.recipes.storyworld.vae_stage import VAEStage, normalise_latents
+from mm_interleaved.recipes.storyworld.vision_stage import VisionStage
 from mm_interleaved.storyworld.tasks import TASK_WEIGHTS
 from mm_interleaved.storyworld.training_documents import INTERVIEW, training_document
 from mm_interleaved.tokens.conversation_format import conversation_pieces
@@ -45,28 +46,28 @@ from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.parameter_groups import synchronizer_rules
 from mm_interleaved.typed_settings import to_record
 
-PICTURE_SIZE = 64
+IMAGE_SIZE = 64
 
 TEXT_BATCHES = (
     BatchKind(share=4, batch_size=16, tasks={INTERVIEW: 66, "caption": 10, "paragraph": 4, "ground": 20}),
     BatchKind(share=4, batch_size=8, tasks={"story": 86, "few_shot": 6, "edit": 4, "segmentation": 4}),
     BatchKind(share=2, batch_size=24, tasks={"edit": 1}),
-    BatchKind(share=2, batch_size=16, tasks={"story": 1}, is_blind=True),
-    BatchKind(share=1, batch_size=40, tasks={"draw": 1}, is_blind=True),
+    BatchKind(share=2, batch_size=16, tasks={"story": 1}, is_text_only=True),
+    BatchKind(share=1, batch_size=40, tasks={"draw": 1}, is_text_only=True),
 )
-"""What the text side learns from; interviews stand for vqa and dialogue."""
+"""What the language model learns from; interviews stand for vqa and dialogue."""
 
 GENERATION_SETTINGS = {"scheduler": "unipc", "num_inference_steps": 8, "guidance_scale": 3.0}
 """What the finished model prefers over the general defaults.
 
-Eight steps of UniPC score as 25 of DDIM do, but for one picture in a hundred (LOG.md).
+Eight steps of UniPC score as 25 of DDIM do, but for one image in a hundred (LOG.md).
 """
 
 IMAGE_BATCHES = (
     BatchKind(share=2, batch_size=24, tasks={"draw": 50, "segmentation": 5, "edit": 45}),
     BatchKind(share=4, batch_size=8, tasks={"story": 1}),
 )
-"""What the image side learns from: pictures that follow from text and earlier pictures."""
+"""What the image decoder learns from: images that follow from text and earlier images."""
 
 
 def tokenizer_texts(seed: int) -> list[str]:
@@ -86,8 +87,8 @@ def build_processor(config: StoryWorldConfig) -> MMInterleavedProcessor:
     texts = tokenizer_texts(config.seed)
     return MMInterleavedProcessor(
         train_tokenizer(texts, vocabulary_size=1024),
-        PICTURE_SIZE,
-        PICTURE_SIZE,
+        IMAGE_SIZE,
+        IMAGE_SIZE,
         config.sizes.num_slots,
         known_words=KnownWords.of_texts(texts),
     )
@@ -106,7 +107,7 @@ def build_vae(sizes: SizesConfig) -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=sizes.latent_channels,
         norm_num_groups=8,
-        sample_size=PICTURE_SIZE,
+        sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
         scaling_factor=1.0,
     )
@@ -116,7 +117,7 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
     """The configuration of the whole model."""
     vocabulary = processor.vocabulary
     unet = UNet2DConditionModel(
-        sample_size=PICTURE_SIZE // 4,
+        sample_size=IMAGE_SIZE // 4,
         in_channels=sizes.latent_channels,
         out_channels=sizes.latent_channels,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -161,7 +162,7 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
             intermediate_size=3 * sizes.vision_dim,
             num_hidden_layers=4,
             num_attention_heads=4,
-            image_size=PICTURE_SIZE,
+            image_size=IMAGE_SIZE,
             patch_size=8,
         ),
         unet_config=dict(unet.config),
@@ -206,7 +207,7 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     device = rank_device(config.device)
     run = partial(train_stage, seed=config.seed, settings=to_record(config), show_progress=show_progress)
 
-    # 1. What sees: made from nothing, or taken from a finished model.
+    # 1. VAE and vision tower: trained from nothing, or taken from a finished model.
     if config.start_from:
         finished = find_model(config.start_from)
         processor = MMInterleavedProcessor.from_pretrained(finished)
@@ -219,18 +220,18 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
         open_to_images(model)
         open_to_learning(model)
         cast(torch.nn.Module, model).to(device)
-        _learn_to_see(model, config, run, folder)
+        _train_vision(model, config, run, folder)
     documents = partial(DocumentBatches, processor)
 
-    # 2. All that reads and writes.
-    text = TextSideStage(model, documents(TEXT_BATCHES, seed=config.seed))
-    # As fast as the rest, synchronizers say nothing before they have learned where to look, and the language
-    # model stops listening to them for good (LOG.md).
+    # 2. The language model.
+    text = TextStage(model, documents(TEXT_BATCHES, seed=config.seed))
+    # As fast as the rest, synchronizers put out noise before they have learned where to sample, and the
+    # language model learns to ignore them for good (LOG.md).
     slower = synchronizer_rules(text.trained_parts(), config.synchronizer_learning_rate)
     run(text, config.text, folder / "text", rules=slower)
 
-    # 3. All that paints: first from codes of scenes, then from what the language model has read.
-    pictures = documents(IMAGE_BATCHES, seed=config.seed, target_pixels=True)
+    # 3. The image decoder: first from attribute embeddings, then from what the language model has read.
+    images = documents(IMAGE_BATCHES, seed=config.seed, target_pixels=True)
     settings = {
         "batch_size": config.image_batch_size,
         "pool_batches": 24,
@@ -238,8 +239,8 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
         "detail_weight": config.detail_weight,
         "badge_weight": config.badge_weight,
     }
-    run(PainterStage(model, pictures, **settings), config.painter, folder / "painter")
-    run(ImageSideStage(model, pictures, **settings), config.image, folder / "image")
+    run(UNetStage(model, images, **settings), config.unet, stage_folder(folder, "unet"))
+    run(ImageStage(model, images, **settings), config.image, folder / "image")
     remove_folder(folder / "model")
     with new_folder(folder / "model") as temporary:
         save_model(model, processor, temporary)
@@ -257,16 +258,16 @@ def _build_model(
         raise UsageError(f"sizes: no model can be made of these numbers ({escape(problem)})") from error
 
 
-def _learn_to_see(
+def _train_vision(
     model: MMInterleavedForConditionalGeneration,
     config: StoryWorldConfig,
     run: Callable[..., object],
     folder: Path,
 ) -> None:
-    """The stages that need pictures alone: the VAE, and the vision tower."""
+    """The stages that need images alone: the VAE, and the vision tower."""
     vae = model.image_decoder.vae
     pixels = storyworld_pixels(config.seed)
-    vae_stage = ImageCodecStage(
+    vae_stage = VAEStage(
         vae,
         pixels,
         batch_size=config.batch_size,
@@ -275,7 +276,7 @@ def _learn_to_see(
     )
     run(vae_stage, config.vae, folder / "vae")
     normalise_latents(vae, 2 * pixels(0, 256) - 1)
-    vision_stage = VisionSideStage(model.vision, seed=config.seed, batch_size=config.vision_batch_size)
+    vision_stage = VisionStage(model.vision, seed=config.seed, batch_size=config.vision_batch_size)
     run(vision_stage, config.vision, folder / "vision")
 
 

@@ -12,7 +12,7 @@ class SizesConfig:
     """The numbers of the model."""
 
     latent_channels: Annotated[int, SIZE] = 4
-    """Channels of the VAE's latents, 16 by 16 for a picture."""
+    """Channels of the VAE's latents, 16 by 16 for an image."""
     vae_channels: Annotated[tuple[int, ...], SIZE] = (32, 64, 64)
     """Channels at 64, 32 and 16 pixels a side."""
     vision_dim: Annotated[int, SIZE] = 96
@@ -32,7 +32,7 @@ class SizesConfig:
     num_conditioning: Annotated[int, SIZE] = 16
     """Conditioning vectors."""
     use_synchronizers: bool = True
-    """False trains the twin that sees images through their slots only."""
+    """False trains a variant that sees images through their slots only."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -60,11 +60,11 @@ class StoryWorldConfig:
     kl_weight: Annotated[float, FACTOR] = 1e-5
     """VAE: weight of the KL term."""
     batch_size: Annotated[int, SIZE] = 16
-    """Pictures a step in the first stage."""
+    """Images a step in the VAE stage."""
     vision_batch_size: Annotated[int, SIZE] = 48
-    """Pictures a step in the second stage."""
+    """Images a step in the vision stage."""
     image_batch_size: Annotated[int, SIZE] = 32
-    """Pictures a step in the last two stages."""
+    """Images a step in the U-Net stage and the image stage."""
     sizes: SizesConfig = field(default_factory=SizesConfig)
     vae: StageConfig = field(
         default_factory=lambda: StageConfig(
@@ -77,14 +77,14 @@ class StoryWorldConfig:
             steps=700, learning_rate=3e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=None
         )
     )
-    """Second stage: the vision tower learns to name what it sees."""
+    """Second stage: the vision tower learns to recognise what images show."""
     text: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=6000, learning_rate=2.5e-3, optimizer="muon", ema_decay=0.99, use_bfloat16=None
         )
     )
-    """Third stage: the language model learns to read pictures and to write."""
-    painter: StageConfig = field(
+    """Third stage: the language model learns to read images and to write."""
+    unet: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=4500,
             learning_rate=1e-3,
@@ -93,13 +93,13 @@ class StoryWorldConfig:
             use_bfloat16=None,
         )
     )
-    """Fourth stage: the U-Net learns to paint from codes of scenes, without language model."""
+    """Fourth stage: the U-Net learns to generate images from attribute embeddings, without language model."""
     image: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=400, learning_rate=4e-4, ema_decay=0.99, decay_fraction=0.6, use_bfloat16=None
         )
     )
-    """Fifth stage: it learns to paint from documents, and to keep what earlier pictures show."""
+    """Fifth stage: it learns to generate images from documents, and to keep what earlier ones show."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

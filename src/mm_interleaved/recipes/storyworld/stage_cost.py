@@ -1,6 +1,6 @@
 """What a stage costs: multiplications of an average step, by PyTorch's own count of all that a step may be.
 
-Steps are not alike: each draws one of several kinds of batches, and painting stages read a whole pool of
+Steps are not alike: each is of one of several kinds of batches, and denoising stages read a whole pool of
 documents once for many steps. So each kind of work is counted by itself, and weighs as much as training does
 of it.
 """
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
-from mm_interleaved.recipes.storyworld.denoising_stage import PaintingStage, PaintingTask
-from mm_interleaved.recipes.storyworld.text_stage import TextSideStage
+from mm_interleaved.recipes.storyworld.denoising_stage import DenoisingExample, DenoisingStage
+from mm_interleaved.recipes.storyworld.text_stage import TextStage
 from mm_interleaved.training.loop import Stage
 from mm_interleaved.training.metrics import count_flops
 
@@ -54,25 +54,26 @@ def average_flops(stage: Stage, num_examples: int = 4) -> float:
 
 
 def _works(stage: Stage, num_examples: int) -> list[Work]:
-    if isinstance(stage, PaintingStage):
-        return _painting(stage, num_examples)
-    if isinstance(stage, TextSideStage) and isinstance(stage.batches, DocumentBatches):
+    if isinstance(stage, DenoisingStage):
+        return _denoising(stage, num_examples)
+    if isinstance(stage, TextStage) and isinstance(stage.batches, DocumentBatches):
         return _of_kinds(stage, stage.batches, num_examples)
     # All batches have the same shapes.
     return [Work(1.0, (_learning(stage, 0, stage.make_batch),))]
 
 
-def _painting(stage: PaintingStage, num_examples: int) -> list[Work]:
-    """Reading the first pool, and steps of painting out of it."""
-    pool: list[PaintingTask] = []
+def _denoising(stage: DenoisingStage, num_examples: int) -> list[Work]:
+    """Reading the first pool, and steps of denoising out of it."""
+    pool: list[DenoisingExample] = []
     steps_a_pool = stage.pool_batches * stage.repeats
     steps = tuple(
-        _learning(stage, step, lambda _: stage.draw(pool)) for step in range(min(num_examples, steps_a_pool))
+        _learning(stage, step, lambda _: stage.sample(pool))
+        for step in range(min(num_examples, steps_a_pool))
     )
     return [Work(1.0 / steps_a_pool, (lambda: pool.extend(stage.read_pool(0)),)), Work(1.0, steps)]
 
 
-def _of_kinds(stage: TextSideStage, batches: DocumentBatches, num_examples: int) -> list[Work]:
+def _of_kinds(stage: TextStage, batches: DocumentBatches, num_examples: int) -> list[Work]:
     """The first steps of each kind of batch, which weighs its share."""
     shares = sum(kind.share for kind in batches.kinds)
     works = []

@@ -1,6 +1,9 @@
-"""The stage that trains the text side: language model with synchronizers, text head, conditioning.
+"""The text stage: the language model learns to read text and images, to write, and to condition images.
 
-Letters: I images, S slots, D hidden channels.
+It trains the language model with its synchronizers, the text head, and what makes an image's conditioning,
+by the next-token loss (paper, section 3.2) and two kinds of supervision of our own: attributes of the next
+image, and coreference.
+Letters: B rows, T tokens, I images, S slots, D hidden channels, M mentions.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,19 +15,19 @@ from torch import Tensor, nn
 
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.losses import text_loss
-from mm_interleaved.recipes.storyworld.attribute_embedding import SceneCode
+from mm_interleaved.recipes.storyworld.attribute_embedding import AttributeEmbedding
 from mm_interleaved.recipes.storyworld.attribute_supervision import (
-    NOT_THERE,
-    ONLY_SEEN,
+    IMAGE_ONLY,
+    NO_LABEL,
     known_cross_entropy,
-    painting_labels,
-    told_labels,
+    known_labels,
+    stated_labels,
 )
 from mm_interleaved.recipes.storyworld.batches import DocumentBatch
 from mm_interleaved.recipes.storyworld.coreference_supervision import (
+    ATTRIBUTES_OF_MENTION,
     CHARACTERS,
-    OF_MENTION,
-    SIZES_OF_MENTION,
+    NUM_VALUES_OF_MENTION,
     introduction_labels,
     mention_labels,
 )
@@ -34,29 +37,31 @@ from mm_interleaved.training.computation import device_of, fast_attention
 from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.parameter_groups import LinearProbe
 
-LEARNED = ("text", "naming", "distance", "introductions", "mentions")
-"""The losses whose sum is learned."""
+MINIMISED = ("text", "attributes", "distance", "introductions", "coreference")
+"""The losses whose sum is minimised."""
+PROBES = "readers"
+"""Name of the linear probes in checkpoints, as the first release wrote it."""
 
 
-class TextSideStage:
-    """Trains what reads slots and pyramids and writes text: by next-token prediction, and by naming.
+class TextStage:
+    """Trains what reads slots and pyramids and writes text.
 
-    Naming: an image's conditioning has to be the code of what the image will show, as far as the document
-    tells it. Else the hidden states before an image need to know nothing but the next word, and hold nothing
-    that one could paint from (tried: after 700 steps the U-Net had learned to ignore them). The vision tower
-    stays as it was taught (`vision_side`).
+    Attribute supervision: an image's conditioning has to be the embedding of the attributes that the image
+    will show, as far as the document determines them. Else the hidden states before an image need to predict
+    nothing but the next word, and hold nothing that an image could be generated from (tried: after 700 steps
+    the U-Net had learned to ignore them). The vision tower stays as the vision stage left it.
 
-    Mentions: the hidden states of names, positions and kinds, half-way and last, have to tell linear readers
-    how the figure looks that is meant, and where it stands and stood, so that one can look there; the readers
-    are thrown away. Without them a single hero was known by
-    look after 1,800 steps, but of two characters each at chance: a code of the whole picture says too little
-    about which word was meant. The first layer's states of an introduction ("Mia is a green mouse") have to
-    tell whose it is, since only then can a later "Mia" find it.
+    Coreference supervision: linear probes have to read from the hidden states of names, positions and kinds,
+    half-way and last, the appearance of the figure that is mentioned, and where it stands and stood, so that
+    the synchronizers can attend there. Without it a single hero was recognised after 1,800 steps, but of two
+    characters each at chance: the attributes of the whole image say too little about which word was meant.
+    The first layer's states of an introduction ("Mia is a green mouse") have to hold whose it is, since only
+    then can a later "Mia" find it.
 
-    In blind batches pictures are places without content: their slots are zero, nobody looks at them, and what
-    only pictures tell is not to be named. They cost a fraction, and teach who is meant and what is known of
-    them. They have to alternate with others: a language model that was taught words alone first did not learn
-    to look in 1,100 steps.
+    In text-only batches images are places without content: their slots are zero, nothing attends to them, and
+    what only images show gets no label. They cost a fraction, and teach who is mentioned and what is known of
+    them. They have to alternate with others: a language model that learned from text alone first did not
+    learn to attend to images in 1,100 steps.
     """
 
     name = "text"
@@ -68,13 +73,17 @@ class TextSideStage:
         layers = model.language_model.layers
         self.first, self.middle = layers[0], layers[len(layers) // 2]
         dim = model.config.text_config.hidden_size
-        sizes = {"first": len(CHARACTERS), "middle": sum(SIZES_OF_MENTION), "last": sum(SIZES_OF_MENTION)}
-        readers = nn.ModuleDict({name: LinearProbe(dim, size) for name, size in sizes.items()})
-        self.readers = readers.to(device_of(model))
-        for weight in self.readers.parameters():
+        sizes = {
+            "first": len(CHARACTERS),
+            "middle": sum(NUM_VALUES_OF_MENTION),
+            "last": sum(NUM_VALUES_OF_MENTION),
+        }
+        probes = nn.ModuleDict({name: LinearProbe(dim, size) for name, size in sizes.items()})
+        self.probes = probes.to(device_of(model))
+        for weight in self.probes.parameters():
             nn.init.zeros_(weight)  # so that every run starts from the same
         model.vision.requires_grad_(False)
-        self.code = SceneCode.of(model.image_decoder)
+        self.embedding = AttributeEmbedding.of(model.image_decoder)
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         return {
@@ -83,7 +92,7 @@ class TextSideStage:
             "image_start_embedding": nn.ParameterList([self.model.image_start_embedding]),
             "context_projection": self.model.context_projection,
             "image_decoder.resampler": self.model.image_decoder.resampler,
-            "readers": self.readers,
+            PROBES: self.probes,
         }
 
     def make_batch(self, step: int) -> DocumentBatch:
@@ -94,19 +103,19 @@ class TextSideStage:
         device = inputs.input_ids.device
         taps = output_of(self.first), output_of(self.middle)
         with fast_attention(device), taps[0] as first, taps[1] as half_way:
-            hidden = self._read_words(inputs) if batch.is_blind else read_batch(self.model, inputs)
+            hidden = self._read_text_only(inputs) if batch.is_text_only else read_batch(self.model, inputs)
             row_I, column_I = (inputs.image_start != NO_IMAGE).nonzero(as_tuple=True)
             end_I = inputs.image_start[row_I, column_I]
             conditioning, _ = self.model.condition(hidden, row_I, torch.zeros_like(end_I), end_I)
-        labels_IN = (told_labels if batch.is_blind else painting_labels)(batch.documents).to(device)
+        labels_IN = (stated_labels if batch.is_text_only else known_labels)(batch.documents).to(device)
         named = {
             "text": text_loss(self.model.predict_text(hidden), inputs.input_ids, inputs.text_target),
-            **self.code.losses(conditioning, labels_IN),
+            **self.embedding.losses(conditioning, labels_IN),
             "introductions": self._introduction_loss(first[0], batch),
-            "mentions": self._mention_loss({"middle": half_way[0], "last": hidden}, batch),
+            "coreference": self._coreference_loss({"middle": half_way[0], "last": hidden}, batch),
         }
         return Losses(
-            total=torch.stack([named[name] for name in LEARNED]).sum(),
+            total=torch.stack([named[name] for name in MINIMISED]).sum(),
             named=named,
             counts={"images": inputs.num_images, "tokens": int(inputs.attention_mask.sum())},
             document_ids=batch.document_ids,
@@ -115,28 +124,29 @@ class TextSideStage:
     def _introduction_loss(self, hidden_BTD: Tensor, batch: DocumentBatch) -> Tensor:
         """Mean cross-entropy of who is introduced, over the words that do so, of hidden states (B, T, D)."""
         labels_BT = introduction_labels(batch.words).to(hidden_BTD.device)
-        is_known_BT = labels_BT != NOT_THERE
-        return known_cross_entropy(self.readers["first"](hidden_BTD[is_known_BT]), labels_BT[is_known_BT])
+        is_known_BT = labels_BT != NO_LABEL
+        return known_cross_entropy(self.probes["first"](hidden_BTD[is_known_BT]), labels_BT[is_known_BT])
 
-    def _mention_loss(self, hidden: Mapping[str, Tensor], batch: DocumentBatch) -> Tensor:
-        """Mean cross-entropy of whom words mean, out of hidden states (B, T, D) by reader.
+    def _coreference_loss(self, hidden: Mapping[str, Tensor], batch: DocumentBatch) -> Tensor:
+        """Mean cross-entropy of the figures that words mention, out of hidden states (B, T, D) by probe.
 
-        Half-way no more than words tell is asked: who is meant must be known before one can look.
+        Half-way only what text states is asked for: who is mentioned must be known before a synchronizer can
+        find it.
         """
         labels_BTA = mention_labels(
-            batch.documents, batch.words, batch.batch.image_start, is_blind=batch.is_blind
+            batch.documents, batch.words, batch.batch.image_start, is_text_only=batch.is_text_only
         ).to(batch.batch.input_ids.device)
-        is_known_BT = (labels_BTA != NOT_THERE).any(-1)
+        is_known_BT = (labels_BTA != NO_LABEL).any(-1)
         labels_AM = labels_BTA[is_known_BT].T
         losses = []
         for name, hidden_BTD in hidden.items():
-            answers = self.readers[name](hidden_BTD[is_known_BT]).split(SIZES_OF_MENTION, dim=1)
-            for attribute, answer, label_M in zip(OF_MENTION, answers, labels_AM, strict=True):
-                if name == "last" or attribute not in ONLY_SEEN:
-                    losses.append(known_cross_entropy(answer, label_M))
+            logits = self.probes[name](hidden_BTD[is_known_BT]).split(NUM_VALUES_OF_MENTION, dim=1)
+            for attribute, logits_MA, label_M in zip(ATTRIBUTES_OF_MENTION, logits, labels_AM, strict=True):
+                if name == "last" or attribute not in IMAGE_ONLY:
+                    losses.append(known_cross_entropy(logits_MA, label_M))
         return torch.stack(losses).mean()
 
-    def _read_words(self, inputs: Batch) -> Tensor:
+    def _read_text_only(self, inputs: Batch) -> Tensor:
         model, config = self.model, self.model.config
         shape = inputs.num_images, config.num_slots, config.text_config.hidden_size
         slots_ISD = torch.zeros(shape, dtype=torch.float32, device=inputs.input_ids.device)
@@ -150,7 +160,7 @@ class TextSideStage:
 
 @contextmanager
 def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that receives what a module puts out."""
+    """A list that receives a module's outputs while it is called within."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -164,7 +174,7 @@ def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def read_batch(model: MMInterleavedForConditionalGeneration, batch: Batch) -> Tensor:
-    """Final hidden states (B, T, D) of a batch with one document a row, its pictures seen."""
+    """Final hidden states (B, T, D) of a batch with one document a row, its images visible."""
     return model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,

@@ -1,4 +1,7 @@
-"""The stage that trains the VAE: pixels → latents → pixels, with an eye for small things.
+"""The VAE stage: pixels → latents → pixels, with extra weight on small things.
+
+It stands where the released model takes Stable Diffusion's autoencoder, and trains one by the weighted
+reconstruction error and the KL term (arXiv 2112.10752).
 
 Letters: B images, C channels, H and W pixels.
 """
@@ -16,18 +19,18 @@ from mm_interleaved.training.loop import Losses
 
 
 class PixelSource(Protocol):
-    """Pictures without documents."""
+    """Images without documents."""
 
     def __call__(self, start: int, count: int) -> Tensor:
-        """(count, 3, H, W) float32 in [0, 1]: the pictures with numbers start ... start + count - 1."""
+        """(count, 3, H, W) float32 in [0, 1]: the images with numbers start ... start + count - 1."""
         ...
 
 
-class ImageCodecStage:
-    """Trains an AutoencoderKL to give pictures back.
+class VAEStage:
+    """Trains an AutoencoderKL to reconstruct images.
 
     The loss of a pixel counts up to `1 + detail_weight` times as much where neighbouring pixels differ: a
-    badge covers less than 2 % of a picture, and a plain mean would be content with a grey smudge.
+    badge covers less than 2 % of an image, and a plain mean would be content with a grey smudge.
     """
 
     name = "vae"
