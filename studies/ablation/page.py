@@ -231,7 +231,7 @@ def _cost_table(results: Results) -> list[str]:
             if cost and name not in listed:
                 listed.add(name)
                 lines.append(
-                    f"| {result['variant']} | {part} | {cost['steps']} | {cost['flops']:.2e} | "
+                    f"| {result['twin']} | {part} | {cost['steps']} | {cost['flops']:.2e} | "
                     f"{cost['wall_hours']:.2f} | {cost['core_hours']:.2f} | {cost['threads']} |"
                 )
     return lines

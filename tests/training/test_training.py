@@ -446,7 +446,7 @@ def test_normalised_latents_decode_to_the_same_images(model):
     images = torch.rand(8, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         before = vae.encode(images).latent_dist
-        images = vae.decode(before.mean).sample
+        decoded = vae.decode(before.mean).sample
         normalise_latents(vae, images)
         after = vae.encode(images).latent_dist
         assert after.mean.mean((0, 2, 3)).abs().max() < 1e-4
@@ -457,7 +457,7 @@ def test_normalised_latents_decode_to_the_same_images(model):
             rtol=1e-3,
             atol=1e-4,
         )
-        torch.testing.assert_close(vae.decode(after.mean).sample, images, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(vae.decode(after.mean).sample, decoded, rtol=1e-3, atol=1e-3)
 
 
 def test_the_vae_learns(model, tmp_path):

@@ -8,7 +8,7 @@ is refused before.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +29,7 @@ class Recipe:
     may_change: frozenset[str] | None = None
     """Settings that a run may be resumed with another value of; none = all. Where finished parts are compared
     with each other, all must have been trained alike."""
-    former_names: Mapping[str, str] = MappingProxyType({})
+    former_names: Mapping[str, str] = field(default_factory=dict[str, str])
     """Former name of a setting, or of a group of them → its name; runs that were begun with it go on."""
 
 

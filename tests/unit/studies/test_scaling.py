@@ -10,7 +10,7 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder
 from mm_interleaved.typed_settings import to_record
 from studies.__main__ import create_app
-from studies.ablation.variants import Reader
+from studies.ablation.variants import LanguageVariant
 from studies.scaling.page import envelope, fit_law, law_loss, write_scaling
 from studies.scaling.recipe import ScalingConfig, size_folder
 
@@ -33,7 +33,7 @@ def trained(tmp_path):
     """A run of two sizes by hand, whose losses follow a law, on a seed of its own."""
     run = tmp_path / "run"
     for width in WIDTHS:
-        folder = size_folder(run, width) / Reader(seed=5).name
+        folder = size_folder(run, width) / LanguageVariant(seed=5).name
         make_folder(folder)
         a_step = 1e9 * width
         made = [{"commit": "abc1234", "machine": "A chip", "date": "2026-11-23", "start": "first"}]
