@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file, save_file
 
-from corpora import MemoryCorpus, image, pair
+from corpora import MemoryCorpus, pair, picture
 from mm_interleaved.data.loader import BLANK_ROW, TrainingLoader
 from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.documents.document import Document, Text
@@ -23,10 +23,10 @@ from mm_interleaved.training.objectives import Objective, ObjectiveConfig, count
 from tiny import tiny_config, tiny_model, tiny_processor
 
 DOCUMENTS = (
-    Document(id="a", parts=(Text("Pip"), image(1), Text("is"), image(2))),
-    Document(id="b", parts=(image(3), Text("a lamp"))),
+    Document(id="a", parts=(Text("Pip"), picture(1), Text("is"), picture(2))),
+    Document(id="b", parts=(picture(3), Text("a lamp"))),
     Document(id="c", parts=(Text("What?", role="user"), Text("seven", role="assistant"))),
-    Document(id="d", parts=(Text("To paint:"),), target=(image(4),)),
+    Document(id="d", parts=(Text("To paint:"),), target=(picture(4),)),
 )
 
 
@@ -247,10 +247,12 @@ def test_ranks_with_and_without_images_do_not_wait_for_each_other(model, process
 @pytest.mark.parametrize(
     "document",
     [
-        Document(id="images", parts=(image(1), image(2))),
+        Document(id="images", parts=(picture(1), picture(2))),
         pair("pair"),
-        Document(id="text", parts=(image(1), Text("x")), meta={"learn": {"images": "none"}}),
-        Document(id="image", parts=(Text("x"), image(1)), meta={"learn": {"text": "none", "images": "last"}}),
+        Document(id="text", parts=(picture(1), Text("x")), meta={"learn": {"images": "none"}}),
+        Document(
+            id="image", parts=(Text("x"), picture(1)), meta={"learn": {"text": "none", "images": "last"}}
+        ),
     ],
     ids=lambda document: document.id,
 )
@@ -262,7 +264,7 @@ def test_every_parameter_gets_a_gradient_whatever_counts(model, processor, docum
 
 def test_a_step_in_which_nothing_counts_has_a_loss_of_zero(model, processor):
     silent = processor.collate(
-        [processor.encode(Document(id="u", parts=(image(1), Text("What?", role="user"))), eos=True)],
+        [processor.encode(Document(id="u", parts=(picture(1), Text("What?", role="user"))), eos=True)],
         target_pixels=True,
     )
     objective = Objective(model, ObjectiveConfig())
@@ -271,8 +273,8 @@ def test_a_step_in_which_nothing_counts_has_a_loss_of_zero(model, processor):
 
 
 def test_synchronizer_dropout_hides_earlier_images_from_the_painter_alone(model, processor):
-    two = Document(id="t", parts=(image(1), Text("x"), image(200)))
-    other = dataclasses.replace(two, parts=(image(90), *two.parts[1:]))
+    two = Document(id="t", parts=(picture(1), Text("x"), picture(200)))
+    other = dataclasses.replace(two, parts=(picture(90), *two.parts[1:]))
     hidden = Objective(model, ObjectiveConfig(synchronizer_dropout=1.0, condition_dropout=1.0))
 
     def image_loss(objective, document):
