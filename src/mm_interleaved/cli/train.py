@@ -52,7 +52,7 @@ def train(
     from mm_interleaved.recipes.run import run_recipe
 
     if not sys.stderr.isatty():
-        # No bar is drawn then: lines of the log tell how far it is.
+        # No bar is drawn then: lines of the log report how far it is.
         logging.getLogger("mm_interleaved.training.loop").setLevel(logging.INFO)
     name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
     folder = run_recipe(

@@ -1,8 +1,8 @@
-"""Pictures: from noise to latents under the document's conditioning, and from latents to pixels.
+"""Image generation: from noise to latents under the document's conditioning, from latents to pixels.
 
 Network (`ImageDecoder`), sampler (a scheduler of diffusers) and loop (`denoise`) are three things; the
 scheduler owns all mathematics of time.
-Letters: I images painted at once, X latent channels, y and x rows and columns of the latents, R conditioning
+Letters: I images denoised at once, X latent channels, y and x rows and columns of the latents, R conditioning
 vectors, D their channels.
 """
 
@@ -27,8 +27,8 @@ class DenoisingStep(NamedTuple):
     """Where the loop stands after a step.
 
     `number`: steps done, from 1. `latents`: (I, X, y, x), less noisy than before. `clean`: the scheduler's
-    guess at the clean latents, for previews; where it tells none (DPM-Solver++, UniPC, TCD), the noisy ones.
-    `prediction`: the U-Net's own words, unguided half first if this step computed one.
+    guess at the clean latents, for previews; where it has none (DPM-Solver++, UniPC, TCD), the noisy ones.
+    `prediction`: the U-Net's output, unguided half first if this step computed one.
     """
 
     number: int
@@ -56,15 +56,15 @@ def denoise(
     """Turn noise into the latents of images, step by step; the last step's latents are the result.
 
     Computes in PyTorch's inference mode, as its results then are: nothing can be derived from them.
-    Guidance acts on the conditioning alone: both halves look at the same earlier images, as in training.
+    Guidance acts on the conditioning alone: both halves attend to the same earlier images, as in training.
 
     Args:
         latents: standard normal noise, (I, X, y, x).
         conditioning: what the images shall show, (I, R, D).
-        earlier: what they look at.
+        earlier: the images whose pyramids the U-Net attends to.
         guidance_scale: 1 or less is no guidance.
         negative_conditioning: what guidance pushes away from, (1 or I, R, D); default: the learned one.
-        context_strength: 1 looks at earlier images as in training, 0 not at all.
+        context_strength: scale of what earlier images add; 1 is as in training, 0 ignores them.
         generator: where the noise of the steps comes from; one an image, or one for all.
         step_cache: compute the U-Net's deep blocks in every so manyth step, and use them again in between
             (see `DeepFeatures`); 1 is exact.
@@ -122,7 +122,7 @@ def denoise(
 
 
 class _Half(NamedTuple):
-    """What the U-Net reads and looks at, of each image painted."""
+    """What the U-Net is given of each image: its conditioning, and the earlier images it attends to."""
 
     conditioning: Tensor
     earlier: EarlierImages | None
@@ -143,7 +143,7 @@ def _clean_latents(result: Any) -> Tensor:
 
 
 def latent_shape(decoder: ImageDecoder, height: int, width: int) -> tuple[int, int, int]:
-    """(X, y, x) of the latents of one picture. Any size that the autoencoder can make will do.
+    """(X, y, x) of the latents of one image. Any size that the autoencoder can make will do.
 
     Raises:
         ValueError: a side is no multiple of the autoencoder's factor.
@@ -178,11 +178,11 @@ def default_size(decoder: ImageDecoder) -> tuple[int, int]:
 
 @torch.no_grad()
 def decode_images(decoder: ImageDecoder, latents: Tensor) -> list[PILImage.Image]:
-    """8-bit pictures of scaled latents; rounded as the released code does."""
+    """8-bit images of scaled latents, (I, X, y, x); rounded as the released code does."""
     pixels = decoder.decode(latents).float().cpu().permute(0, 2, 3, 1).numpy()
-    return [PILImage.fromarray((picture * 255 + 0.5).astype(np.uint8)) for picture in pixels]
+    return [PILImage.fromarray((image * 255 + 0.5).astype(np.uint8)) for image in pixels]
 
 
 def pixel_error(found: PILImage.Image, expected: PILImage.Image) -> float:
-    """Mean absolute difference of two pictures of one size, in levels of 0 to 255."""
+    """Mean absolute difference of two images of one size, in levels of 0 to 255."""
     return float(np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).mean())

@@ -28,7 +28,7 @@ class ImageStarted:
 
 @dataclass(frozen=True, slots=True)
 class ImagePreview:
-    """How an image looks so far."""
+    """An image as it is so far."""
 
     image: PILImage.Image
     step: int
@@ -43,7 +43,7 @@ class ImageDone:
     seed: int
     """The seed of its noise."""
     pixel_error: float | None = None
-    """How far it is from the exact picture of the same noise, see `Image.pixel_error`; if it was measured."""
+    """How far it is from the exact image of the same noise, see `Image.pixel_error`; if it was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Finished:
 
     reason: str
     """`stop`: the model ended the document. `layout`: all parts wanted are there. `length`: the text budget
-    or the model's context is used up. `max_images`: the model wants one more image than it may paint.
+    or the model's context is used up. `max_images`: the model wants one more image than it may generate.
     """
     document: Document
     """The completed document: the given parts, then the generated ones."""

@@ -1,8 +1,9 @@
 """Images that documents ask for: several of them, of one document or of many, are denoised in one batch.
 
-    ImageRequest (seeds, conditioning, earlier images, settings) -> denoise -> 8-bit pictures
+    ImageRequest (seeds, conditioning, earlier images, settings) -> denoise -> 8-bit images
 
-Letters: I images denoised at once, R conditioning vectors, D their channels, K earlier images each looks at.
+Letters: I images denoised at once, R conditioning vectors, D their channels, K earlier images each attends
+to.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -33,21 +34,21 @@ GeneratedImages = list[PILImage.Image]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageRequest:
-    """Pictures of one image part: one, or candidates to choose from."""
+    """Images of one image part: one, or candidates to choose from."""
 
     decoder: ImageDecoder
     scheduler_config: Mapping[str, Any]
     settings: GenerationSettings
     seeds: Sequence[int]
-    """Of the noise of each picture."""
+    """Of the noise of each image."""
     size: tuple[int, int]
     """Height and width in pixels."""
     conditioning: Tensor
-    """(1, R, D): what the pictures shall show."""
+    """(1, R, D): what the images shall show."""
     negative_conditioning: Tensor | None
     """(1, R, D): what guidance pushes away from; None: the learned one."""
     earlier: EarlierImages | None
-    """What they look at; of one image part."""
+    """What the U-Net attends to."""
     is_published: bool = False
     """See `schedulers.scheduler_for`."""
     preview_every: int = 0
@@ -61,7 +62,7 @@ class ImageRequest:
 
 
 class _Noise(NamedTuple):
-    """One picture to be: the request that wants it, and its seed."""
+    """The noise of one image: the request that wants it, and its seed."""
 
     number: int
     seed: int
@@ -71,10 +72,10 @@ class _Noise(NamedTuple):
 def denoise_batch(
     requests: Mapping[int, ImageRequest],
 ) -> Iterator[tuple[int, GeneratedImages | NumericalError | ImagePreview]]:
-    """The pictures of each request, by its number; previews before, if they are wanted.
+    """The images of each request, by its number; previews before, if they are wanted.
 
     Args:
-        requests: of one `batch_key`. A picture whose numbers are not finite is the error of its own request
+        requests: of one `batch_key`. An image whose numbers are not finite is the error of its own request
             alone.
     """
     noises = [_Noise(number, seed) for number, request in requests.items() for seed in request.seeds]
@@ -90,14 +91,14 @@ def denoise_batch(
                 found[noise.number] += diffusion.decode_images(decoder, latents_1Xyx)
             except NumericalError as error:
                 failed.setdefault(noise.number, error)
-    for number, pictures in found.items():
-        yield number, failed.get(number, pictures)
+    for number, images in found.items():
+        yield number, failed.get(number, images)
 
 
 def _denoise(
     requests: Sequence[ImageRequest], noises: Sequence[_Noise]
 ) -> Generator[tuple[int, ImagePreview], None, Tensor]:
-    """Latents of one batch; `requests` has the request of each picture."""
+    """Latents of one batch; `requests` has the request of each image."""
     first = requests[0]
     decoder, settings = first.decoder, first.settings
     generators = [torch.Generator().manual_seed(noise.seed) for noise in noises]
@@ -125,8 +126,8 @@ def _denoise(
         latents = step.latents
         is_last = step.number == settings.num_inference_steps
         if first.preview_every and step.number % first.preview_every == 0 and not is_last:
-            [picture] = diffusion.decode_images(decoder, step.clean[:1])
-            yield noises[0].number, ImagePreview(picture, step.number)
+            [image] = diffusion.decode_images(decoder, step.clean[:1])
+            yield noises[0].number, ImagePreview(image, step.number)
     return latents
 
 
@@ -137,7 +138,7 @@ def _negative(request: ImageRequest) -> Tensor:
 
 
 def join_earlier_images(earlier: Sequence[EarlierImages | None]) -> EarlierImages | None:
-    """What each of several images looks at, one image each, as one batch. What is shared is kept once."""
+    """The earlier images of several images as one batch. What is shared is kept once."""
     given = [one for one in earlier if one is not None]
     if not given:
         return None
@@ -154,7 +155,7 @@ def join_earlier_images(earlier: Sequence[EarlierImages | None]) -> EarlierImage
             joined[key] = torch.cat([value.value for value in of_one_map])
         # What was folded of the weights serves all images alike.
         values.append(of_one_map[0]._replace(value=joined[key]))
-    # 2. Who looks at which: rows are padded with hidden images.
+    # 2. Which image attends to which: rows are padded with hidden images.
     num_images = [len(one.values[0].value) for one in parts]
     first = [sum(num_images[:place]) for place in range(len(parts))]
     most = max(one.relative_index_IK.shape[1] for one in parts)

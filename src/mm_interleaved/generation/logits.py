@@ -26,7 +26,7 @@ from mm_interleaved.models.interleaved import MMInterleavedForConditionalGenerat
 
 LOGITS = "the logits of the next token"
 RELEASED_TOP_K = 50
-"""transformers' default of the time, which nobody had switched off."""
+"""transformers' default of the time, which nobody had disabled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ def is_released(model: MMInterleavedForConditionalGeneration, settings: Generati
 def decoder_start(model: MMInterleavedForConditionalGeneration, settings: GenerationSettings) -> list[int]:
     """Ids that stand before the written ones in the eyes of penalties and length rules.
 
-    The released code starts the written part with a bos of its own, penalised and counted like any word.
+    The released code starts the written part with a bos of its own, penalised and counted like any token.
     """
     return [model.config.bos_token_id] if is_released(model, settings) else []
 
@@ -61,11 +61,11 @@ def logits_processors(
     *,
     finite: LogitsProcessor | None = None,
 ) -> LogitsProcessorList:
-    """Everything that changes the logits, in order; it looks at the text part alone, never at the prompt.
+    """Everything that changes the logits, in order; it reads the text part alone, never the prompt.
 
     Args:
-        generators: where sampled words come from, see `SampledToken`.
-        finite: what looks whether they are numbers; by default it refuses those that are not.
+        generators: where sampled tokens come from, see `SampledToken`.
+        finite: checks whether they are finite; by default it refuses those that are not.
     """
     processors = LogitsProcessorList([finite or FiniteOnly()])
     if settings.repetition_penalty != 1:
@@ -91,15 +91,15 @@ def logits_processors(
 
 
 class FiniteOnly(LogitsProcessor):
-    """Lets logits pass, unless they are no numbers: the words drawn from those would be arbitrary."""
+    """Refuses logits that are not finite: tokens sampled from those would be arbitrary."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return check_finite(scores, LOGITS)
 
 
 class FiniteRows(LogitsProcessor):
-    """The same for rows that do not know of each other: one whose logits are no numbers goes on with others
-    in their place, and is told afterwards.
+    """The same for independent rows: one whose logits are not finite goes on with zeros in their place, and
+    is reported afterwards.
     """
 
     def __init__(self) -> None:
@@ -110,8 +110,8 @@ class FiniteRows(LogitsProcessor):
         self._failed_BS.append(failed_B)
         return scores.masked_fill(failed_B[:, None], 0.0)
 
-    def good_words(self) -> list[int]:
-        """How many words of each row come from numbers, from the first one on."""
+    def num_finite(self) -> list[int]:
+        """How many tokens of each row, from the first one on, come from finite logits."""
         failed_BS = torch.stack(self._failed_BS, dim=1)
         return (failed_BS.long().cumsum(1) == 0).sum(1).tolist()
 
@@ -136,12 +136,12 @@ class OnTextAlone(LogitsProcessor):
 
 
 class SampledToken(LogitsProcessor):
-    """Draws the next word of each row from its own generator, and leaves no other choice.
+    """Samples the next token of each row with its own generator, and leaves no other choice.
 
-    `generate(do_sample=True)` draws from the global generator, which other threads and libraries use too.
+    `generate(do_sample=True)` samples with the global generator, which other threads and libraries use too.
 
     Args:
-        generators: of each row, or one of all; on the CPU, so that words are the same on any device.
+        generators: of each row, or one of all; on the CPU, so that tokens are the same on any device.
     """
 
     def __init__(self, generators: Sequence[torch.Generator | None]):
@@ -150,9 +150,9 @@ class SampledToken(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         probability_SV = check_finite(scores.softmax(-1), "the probabilities of the next token").cpu()
         parts = probability_SV.tensor_split(len(self.generators))
-        words = [
+        tokens = [
             torch.multinomial(part, 1, generator=generator)
             for part, generator in zip(parts, self.generators, strict=True)
         ]
-        word = torch.cat(words).to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(1, word, 0.0)
+        token = torch.cat(tokens).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

@@ -25,7 +25,7 @@ class Notices:
         self._sizes: set[tuple[int, int]] = set()
 
     def warn_of_words(self, texts: Iterable[str]) -> None:
-        """Warns of the words of texts that the model was not trained on."""
+        """Warns of words in texts that the model was not trained on."""
         if self.known_words is None:
             return
         words = [word for word in self.known_words.unknown(texts) if word not in self._words]
@@ -51,7 +51,7 @@ class Notices:
             self._sizes.add(size)
             logger.warning(
                 "images of %d by %d pixels (width, height) are asked for; the model was trained on %d by %d "
-                "and draws others worse",
+                "and generates others worse",
                 *reversed(size),
                 *reversed(trained),
             )

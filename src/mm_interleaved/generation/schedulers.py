@@ -17,7 +17,7 @@ from mm_interleaved.models.prediction_types import PREDICTION_TYPES
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
-    # Come to nearly the same picture in fewer steps.
+    # Come to nearly the same image in fewer steps.
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -52,7 +52,7 @@ def build_scheduler(name: str, scheduler_config: Mapping[str, Any]) -> Scheduler
 def scheduler_for(
     name: str, scheduler_config: Mapping[str, Any], num_inference_steps: int, *, is_published: bool = False
 ) -> SchedulerMixin:
-    """A sampler that can do so many steps, from noise to the picture.
+    """A sampler that can do so many steps, from noise to the image.
 
     Its time steps are laid out as the model's configuration says (`timestep_spacing`), unless they come out
     wrong for this number: diffusers' "leading" leaves out the noisiest half of 1,000 for 501 steps and begins
@@ -81,7 +81,7 @@ def scheduler_for(
 
 
 def set_time_steps(scheduler: Any, count: int, device: torch.device | None = None) -> None:
-    """`set_timesteps`, and a look at what it has set. Raises ValueError in one sentence."""
+    """`set_timesteps`, and a check of what it has set. Raises ValueError in one sentence."""
     kind, trained = type(scheduler).__name__, scheduler.config.num_train_timesteps
     if count > trained:
         raise ValueError(f"{kind} cannot do {count} of {trained} steps")

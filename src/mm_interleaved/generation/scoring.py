@@ -61,7 +61,7 @@ def _score_group(session: InterleavedSession, group: Sequence[Sequence[int]], fi
     """
     model, cache = session.model, session.cache
     score_O = torch.stack([first_V[option[0]] if len(option) else first_V.new_zeros(()) for option in group])
-    # Each token tells of the next one; an option's last tells nothing. (Option, place in it, id, next id.)
+    # Each token predicts the next one; an option's last predicts nothing. (Option, place in it, id, next id.)
     table = [
         (number, place, option[place], option[place + 1])
         for number, option in enumerate(group)

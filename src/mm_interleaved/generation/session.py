@@ -1,9 +1,9 @@
-"""A document while it is being read and written: tokens, images, and all that the model remembers of them.
+"""A document while it is being read and written: tokens, images, and what the model keeps of them.
 
     append_text, append_image -> unread embeddings -> read() -> PrefixCache (keys, values, hidden, images)
                                                    -> earlier_images() -> ProjectedImages
 
-Whatever has been read is never computed again: each word, each picture costs only itself. If the model's
+Whatever has been read is never computed again: each token and each image costs only itself. If the model's
 weights change meanwhile (a training step, LoRA), all of it is forgotten, and read again when it is needed.
 Letters: T tokens so far, D hidden channels, N images so far.
 """
@@ -31,12 +31,12 @@ class EncodedImage(NamedTuple):
 
 
 IMAGES_AT_ONCE = 32
-"""Images that the vision tower sees in one batch at most."""
+"""Images that the vision tower encodes in one batch at most."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodeRequest:
-    """Images that a document wants to be seen: RGB in [0, 1], (I, 3, H, W), square."""
+    """Images that a document wants encoded: RGB in [0, 1], (I, 3, H, W), square."""
 
     model: MMInterleavedForConditionalGeneration
     pixel_values: Tensor
@@ -48,24 +48,24 @@ class EncodeRequest:
 
 
 def encode_batch(requests: Mapping[int, EncodeRequest]) -> Iterator[tuple[int, list[EncodedImage]]]:
-    """The images of each request as the model sees them, by its number.
+    """The encoded images of each request, by its number.
 
     Args:
         requests: of one `batch_key`.
     """
     model = next(iter(requests.values())).model
     pixels = torch.cat([request.pixel_values for request in requests.values()])
-    seen = [image for group in pixels.split(IMAGES_AT_ONCE) for image in encode_each(model, group)]
+    encoded = [image for group in pixels.split(IMAGES_AT_ONCE) for image in encode_each(model, group)]
     first = 0
     for number, request in requests.items():
         count = len(request.pixel_values)
-        yield number, seen[first : first + count]
+        yield number, encoded[first : first + count]
         first += count
 
 
 @torch.no_grad()
 def encode_each(model: MMInterleavedForConditionalGeneration, pixel_values: Tensor) -> list[EncodedImage]:
-    """What the model sees of images, in one pass: RGB in [0, 1], (I, 3, H, W), square."""
+    """Features of each image, in one pass: RGB in [0, 1], (I, 3, H, W), square."""
     if not len(pixel_values):
         return []
     features = model.encode_images(pixel_values.to(model.device))
@@ -111,7 +111,7 @@ class InterleavedSession:
         self._last_11D = self._unread_1UD
 
     def _begin_anew_if_weights_changed(self) -> None:
-        """Nothing that was computed with other weights is used: all is embedded and seen once more."""
+        """Nothing that was computed with other weights is used: all is embedded and encoded once more."""
         if self._weights.is_that_of(self.model):
             return
         ids, starts, images = self.ids, self.image_starts, self.images
@@ -148,7 +148,7 @@ class InterleavedSession:
             self._append(ids, self.model.embed(table))
 
     def start_image(self) -> None:
-        """The token that announces an image. What it looks like, `finish_image` says."""
+        """The token that announces an image. Its content is given to `finish_image`."""
         self.image_starts.append(len(self.ids))
         self.append_text([self.model.config.image_start_token_id])
 
@@ -162,7 +162,7 @@ class InterleavedSession:
         """The same for an image that has been encoded already, see `encode_each`."""
         start = torch.tensor([[self.image_starts[-1]]], device=self.model.device)
         features = image.features
-        # The synchronizers must know the image before its slots are read: slots look at their own image.
+        # The synchronizers must know the image before its slots are read: slots attend to their own image.
         self.cache.append_images(start, self.model.values_by_row(features.pyramid, start))
         self.images.append(image)
         self._append([self.model.config.image_token_id] * features.slots.shape[1], features.slots)
@@ -201,7 +201,7 @@ class InterleavedSession:
         self._read(self._unread_1UD.shape[1] - 1)
 
     def prompt(self) -> Tensor:
-        """What `generate` continues where ids alone do not tell it: (1, T, D), all read but the last token.
+        """What `generate` continues where ids alone are not enough: (1, T, D), all read but the last token.
 
         transformers cuts off as many of these as the cache holds, so only the last one is real.
         """
@@ -220,7 +220,7 @@ class InterleavedSession:
             self.model(inputs_embeds=self._unread_1UD[:, :count], cache=self.cache, logits_to_keep=1)
             self._unread_1UD = self._unread_1UD[:, count:]
 
-    # ---- What an image is painted from -----------------------------------------------------------
+    # ---- What an image is generated from ---------------------------------------------------------
 
     @torch.no_grad()
     def conditioning(self) -> Tensor:
@@ -231,7 +231,9 @@ class InterleavedSession:
 
     @torch.no_grad()
     def earlier_images(self, rule: str | Sequence[int]) -> EarlierImages | None:
-        """What the image just started may look at, see `tokens.visibility.context_images`. Projected once."""
+        """The images that the one just started may attend to, see `tokens.visibility.context_images`.
+        Projected once.
+        """
         self._begin_anew_if_weights_changed()
         start = torch.tensor([self.image_starts])
         chosen = context_images(
@@ -240,7 +242,7 @@ class InterleavedSession:
         return self._projected.look_at(chosen[chosen >= 0].tolist())
 
     def _project(self, numbers: list[int]) -> EarlierImages | None:
-        """What the U-Net sees of these images, and of no other."""
+        """These images as the U-Net attends to them, and no other."""
         pyramids = [self.images[number].features.pyramid for number in numbers]
         levels = [torch.cat(maps) for maps in zip(*pyramids, strict=True)]
         index = torch.arange(len(numbers), device=self.model.device)[None]

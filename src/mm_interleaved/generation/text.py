@@ -30,12 +30,12 @@ STREAM_EVERY = 4
 of a model of the shipped size (one core, 2026-11).
 """
 FAST_STREAM_EVERY = 16
-"""The same where words come faster: compiled, or several at once."""
+"""The same where tokens come faster: compiled, or several at once."""
 TEXT_SETTINGS = (
     "num_beams", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "length_penalty",
     "compat", "cache_implementation", "prompt_lookup_num_tokens",
 )  # fmt: skip
-"""Settings that change how words are written."""
+"""Settings that change how text is generated."""
 
 
 class TextRun(NamedTuple):
@@ -142,7 +142,7 @@ def _write_beams(session: InterleavedSession, settings: GenerationSettings, rule
         stop_ids=rules.stop_ids,
         max_new_tokens=rules.max_new_tokens,
     )
-    # Back to the prompt, in one row: the chosen words are read again, in one pass, when they are needed.
+    # Back to the prompt, in one row: the chosen tokens are read again, in one pass, when they are needed.
     session.cache.crop(num_read - session.cache.num_tokens)
     session.cache.batch_select_indices(torch.zeros(1, dtype=torch.int64, device=model.device))
     ids, stop = cut_at_stop(output.sequences[0, len(start) :].tolist(), rules.stop_ids)
@@ -187,7 +187,7 @@ def call_generate(
         bos_token_id=model.config.bos_token_id,
         return_dict_in_generate=True,
         output_logits=output_logits,
-        # Without it the first pass of a call is not compiled; the words are the same.
+        # Without it the first pass of a call is not compiled; the tokens are the same.
         prefill_chunk_size=prefill_chunk_size if CHUNKS_CONTINUE else None,
         prompt_lookup_num_tokens=settings.prompt_lookup_num_tokens,
     )

@@ -1,7 +1,7 @@
-"""The words of several documents: those that want some at the same time write them in one pass.
+"""Text parts of several documents, written in one pass.
 
 Every document keeps a session of its own; what it remembers is laid side by side for the length of a text
-part, padded on the left, and what was written is handed back. So lengths, pictures and turns may differ.
+part, padded on the left, and what was written is handed back. So lengths, images and turns may differ.
 Letters: B rows, T tokens of the longest row, H heads, d channels a head, N images a row, D hidden channels.
 """
 
@@ -39,7 +39,7 @@ def write_text_batch(
     """The runs of text parts, each as `write_text` gives them, several rows to a pass; the error of a row
     whose numbers are not finite is its last answer, and the others go on.
 
-    Beams and guessed words are written one document after another.
+    Beams and guessed tokens are written one document after another.
 
     Args:
         requests: by number; of one `batch_key`.
@@ -91,15 +91,15 @@ class _Batch:
         length = min(FAST_STREAM_EVERY, max(limits))
         finite = FiniteRows()
         new_ids = self._generate(requests, length, finite)
-        good_words = finite.good_words()
+        num_finite = finite.num_finite()
 
         # 1. Each row takes what is its own, and leaves when it is done.
         runs: list[tuple[int, TextRun | NumericalError]] = []
         staying = []
         for row, (number, request, limit) in enumerate(zip(self.rows, requests, limits, strict=True)):
             ids, stop = cut_at_stop(new_ids[row][:limit], request.rules.stop_ids)
-            # What comes behind its end is nobody's word.
-            if good_words[row] < len(ids) + (stop is not None):
+            # What comes behind its end belongs to no text.
+            if num_finite[row] < len(ids) + (stop is not None):
                 runs.append((number, NumericalError(f"{LOGITS} are not finite, expected numbers")))
                 continue
             self.written[number] += ids
@@ -131,8 +131,8 @@ class _Batch:
         position_T = torch.arange(self.length, device=model.device)
         # What was written stands at the end of every row, however long its document is.
         num_written = len(self.written[self.rows[0]])
-        drawn_from = [request.generator for request in requests]
-        processors = logits_processors(model, settings, rules, drawn_from, finite=finite)
+        generators = [request.generator for request in requests]
+        processors = logits_processors(model, settings, rules, generators, finite=finite)
         are_in_table = all(session.ends_in_table for session in sessions)
         embeddings = None
         if not are_in_table:
