@@ -93,11 +93,11 @@ class GenerationSettings(_KnowsWhatWasGiven):
     scheduler: Annotated[str, Choice(SCHEDULERS)] = "ddpm"
     """Sampler of images: ddpm (as released), ddim, dpm-solver++, unipc, euler; lcm and tcd for --adapter."""
     step_cache: Annotated[int, Range(1, 1000)] = 1
-    """Not exact: compute the deep half of the painter only in every so manyth step; 1 is off."""
+    """Not exact: compute the deep half of the U-Net only in every so manyth step; 1 is off."""
     guidance_cache: Annotated[int, Range(1, 1000)] = 1
     """Not exact: compute what guidance adds only in every so manyth step; 1 is off."""
     report_error: bool = False
-    """Draw each image with nothing left out as well, and report the mean difference of the two."""
+    """Generate each image with nothing left out as well, and report the mean difference of the two."""
     height: Annotated[int | None, PIXELS] = None
     """Height of generated images in pixels; the model's own where not given."""
     width: Annotated[int | None, PIXELS] = None
@@ -105,15 +105,15 @@ class GenerationSettings(_KnowsWhatWasGiven):
     negative_prompt: str | None = None
     """What images should not show; replaces the learned empty condition."""
     num_candidates: Annotated[int, Range(1, 256)] = 1
-    """Draw this many pictures for each image and keep the best by the model's own ranking."""
+    """Generate this many candidates for each image and keep the best by the model's own ranking."""
     context_images: str | None = None
-    """Earlier images the painter sees: previous, all, or indices such as 0,2; the model's rule where not
-    given. In Python and JSON also a list of indices.
+    """Earlier images the image decoder attends to: previous, all, or indices such as 0,2; the model's rule
+    where not given. In Python and JSON also a list of indices.
     """
     context_strength: Annotated[float, NOT_NEGATIVE] = 1.0
-    """How strongly the painter looks at earlier images; 0 ignores them."""
+    """How strongly the image decoder attends to earlier images; 0 ignores them."""
     seed: Annotated[int, SEED] = 0
-    """Seed of a run; each document, text and image draws its own from it."""
+    """Seed of a run; each document, text and image gets its own from it."""
     compat: Annotated[str | None, Choice(COMPATIBILITY)] = None
     """`released` reproduces the published code where ours differs (see docs/porting.md)."""
 
@@ -165,7 +165,7 @@ class GenerationSettings(_KnowsWhatWasGiven):
 
     @property
     def is_lossy(self) -> bool:
-        """Whether a switch is on that leaves out part of what the painter computes."""
+        """Whether a setting leaves out part of what the image decoder computes."""
         return self.step_cache > 1 or self.guidance_cache > 1
 
     def context_image_indices(self) -> tuple[int, ...] | None:
@@ -214,7 +214,7 @@ def settings_for(
 ) -> GenerationSettings:
     """The settings of one document: `defaults` of the model < the document's own < `flags` of the command.
 
-    A document that has no seed of its own draws one from the run's seed and its id, so that what it becomes
+    A document that has no seed of its own gets one from the run's seed and its id, so that what it becomes
     depends on neither its neighbours nor the order of work. Raises InputError where the document's own
     arguments are wrong.
     """
