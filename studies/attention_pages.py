@@ -23,9 +23,9 @@ from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
+from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
 from mm_interleaved.storyworld.renderer import badge_box, figure_box
-from mm_interleaved.storyworld.tasks import document, picture
+from mm_interleaved.storyworld.tasks import document, scene_image
 from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
 from studies.attention_maps import (
     Box,
@@ -97,7 +97,7 @@ def _map_of_answer(
     """Asks for the hero's badge in its first image, and records where the answer came from."""
     scene = next(scene for scene in scenes if _figure_of(scene, hero) is not None)
     question = f"What is on the badge of the {hero.character.species}?"
-    given = Document(id="word", parts=(picture(scene, "user"), Text(question, role="user")), layout="T")
+    given = Document(id="word", parts=(scene_image(scene, "user"), Text(question, role="user")), layout="T")
     answered = generator.generate(given)
     answer = answered.text.removeprefix(given.text).strip()
     with record_calls(generator.model) as calls:
@@ -106,7 +106,7 @@ def _map_of_answer(
 
     def attended_by(calls: Sequence[SynchronizerCall], title: str = "") -> AttendedImage:
         [samples] = samples_of_token(calls, position)
-        return AttendedImage(scene_image(given), title, samples, figure)
+        return AttendedImage(newest_image(given), title, samples, figure)
 
     attended = attended_by(calls, "all layers")
     layers = [attended_by([call], call.place) for call in calls]
@@ -122,7 +122,7 @@ def _map_of_answer(
     }
 
 
-def scene_image(given: Document) -> PILImage.Image:
+def newest_image(given: Document) -> PILImage.Image:
     """The newest image of a document."""
     return given.images[-1].load()
 
@@ -172,7 +172,7 @@ def _map_of_badge(
 def shares_of(box: tuple[int, int, int, int]) -> Box:
     """A box of pixels, all included, as shares of the image."""
     left, top, right, bottom = box
-    return left / PICTURE_SIZE, top / PICTURE_SIZE, (right + 1) / PICTURE_SIZE, (bottom + 1) / PICTURE_SIZE
+    return left / IMAGE_SIZE, top / IMAGE_SIZE, (right + 1) / IMAGE_SIZE, (bottom + 1) / IMAGE_SIZE
 
 
 def numbers_of(attended: AttendedImage) -> Mapping[str, float]:
@@ -181,7 +181,7 @@ def numbers_of(attended: AttendedImage) -> Mapping[str, float]:
     if attended.figure is not None:
         boxes = {"hero": figure_box(attended.figure), "badge": badge_box(attended.figure)}
         for name, box in ((name, shares_of(box)) for name, box in boxes.items()):
-            numbers[f"on_{name}"] = weight_in(attended.samples, box, PICTURE_SIZE)
+            numbers[f"on_{name}"] = weight_in(attended.samples, box, IMAGE_SIZE)
             numbers[f"area_of_{name}"] = (box[2] - box[0]) * (box[3] - box[1])
     return {name: round(value, 4) for name, value in numbers.items()}
 
@@ -194,14 +194,14 @@ def sheet(
     place: Box | None = None,
 ) -> PILImage.Image:
     """Images in a row under their heat; the hero's badge is framed in each, and `place` in the new one."""
-    side = PICTURE_SIZE * _SCALE
+    side = IMAGE_SIZE * _SCALE
     num_images = len(images) + (new is not None)
     width = num_images * (side + _GAP) + _GAP
     canvas = PILImage.new("RGB", (max(width, 460), side + 2 * _STRIP), _PAPER)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(14)
     draw.text((_GAP, 8), title, fill=_INK, font=font)
-    peak = max((float(heat_map(one.samples, PICTURE_SIZE).max()) for one in images), default=0.0)
+    peak = max((float(heat_map(one.samples, IMAGE_SIZE).max()) for one in images), default=0.0)
     for number, one in enumerate(images):
         left = _GAP + number * (side + _GAP)
         canvas.paste(overlay(one.image, one.samples, peak), (left, _STRIP))
@@ -220,7 +220,7 @@ def sheet(
 
 def overlay(image: PILImage.Image, samples: Samples, peak: float) -> PILImage.Image:
     """An enlarged image under its heat: opaque at `peak`, the heaviest pixel of all images of a sheet."""
-    heat = heat_map(samples, PICTURE_SIZE).numpy()
+    heat = heat_map(samples, IMAGE_SIZE).numpy()
     opacity = np.sqrt(np.clip(heat / max(peak, 1e-12), 0, 1))[..., None] * 0.9
     opacity = opacity.repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)
     pixels = np.asarray(_enlarged(image), np.float32)
@@ -230,12 +230,12 @@ def overlay(image: PILImage.Image, samples: Samples, peak: float) -> PILImage.Im
 
 
 def _enlarged(image: PILImage.Image) -> PILImage.Image:
-    small = image.convert("RGB").resize((PICTURE_SIZE, PICTURE_SIZE), PILImage.Resampling.BOX)
-    size = PICTURE_SIZE * _SCALE
+    small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), PILImage.Resampling.BOX)
+    size = IMAGE_SIZE * _SCALE
     return small.resize((size, size), PILImage.Resampling.NEAREST)
 
 
 def _frame(draw: ImageDraw.ImageDraw, box: Box, left: int) -> None:
-    side = PICTURE_SIZE * _SCALE
+    side = IMAGE_SIZE * _SCALE
     corners = [left + box[0] * side - 2, _STRIP + box[1] * side - 2, left + box[2] * side + 1]
     draw.rectangle([*corners, _STRIP + box[3] * side + 1], outline=_FRAME, width=2)

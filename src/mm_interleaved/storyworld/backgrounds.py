@@ -6,7 +6,7 @@ import numpy as np
 
 from mm_interleaved.storyworld.shapes import Canvas, grown
 
-PICTURE_SIZE = 64
+IMAGE_SIZE = 64
 HORIZON = 38
 
 _SKIES = {  # top and bottom of the sky, red green blue
@@ -34,8 +34,8 @@ def background(place: str, time: str, weather: str) -> np.ndarray:
     """(64, 64, 3) uint8, read-only."""
     pixels = _sky(time, weather)
     _draw_lights(pixels, time, weather)
-    land = np.zeros((PICTURE_SIZE, PICTURE_SIZE, 3), np.int64)
-    covered = np.zeros((PICTURE_SIZE, PICTURE_SIZE), bool)
+    land = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.int64)
+    covered = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
     for mask, colour in _land(place):
         land[mask] = colour
         covered |= mask
@@ -52,7 +52,7 @@ def background(place: str, time: str, weather: str) -> np.ndarray:
 @cache
 def land_mask(place: str) -> np.ndarray:
     """(64, 64) uint8: 0 sky, 1 ground, 2 what stands on the horizon."""
-    result = np.zeros((PICTURE_SIZE, PICTURE_SIZE), np.uint8)
+    result = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     for mask, _ in _land(place):
         result[mask] = 2
     result[HORIZON:] = 1
@@ -60,15 +60,15 @@ def land_mask(place: str) -> np.ndarray:
 
 
 def _canvas() -> Canvas:
-    return Canvas(PICTURE_SIZE, PICTURE_SIZE, 0)
+    return Canvas(IMAGE_SIZE, IMAGE_SIZE, 0)
 
 
 def _sky(time: str, weather: str) -> np.ndarray:
     top, bottom = (np.array(colour) for colour in _SKIES[time, weather != "clear"])
     # Bands of four rows: a gradient that a small decoder can draw.
-    step = np.arange(PICTURE_SIZE).clip(max=HORIZON) // 4 * 4
+    step = np.arange(IMAGE_SIZE).clip(max=HORIZON) // 4 * 4
     rows = top + (bottom - top) * step[:, None] // HORIZON
-    return np.repeat(rows[:, None, :], PICTURE_SIZE, axis=1)
+    return np.repeat(rows[:, None, :], IMAGE_SIZE, axis=1)
 
 
 def _draw_lights(pixels: np.ndarray, time: str, weather: str) -> None:
@@ -103,7 +103,7 @@ def _draw_weather(pixels: np.ndarray, weather: str, time: str) -> None:
     if weather == "clear":
         return
     canvas = _canvas()
-    clouds = np.zeros((PICTURE_SIZE, PICTURE_SIZE), bool)
+    clouds = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
     for x, y in ((9, 6), (31, 5), (53, 7)):
         clouds |= (
             canvas.ellipse(x, y, 6, 3)
@@ -113,7 +113,7 @@ def _draw_weather(pixels: np.ndarray, weather: str, time: str) -> None:
     bright = {"cloudy": 250, "rainy": 140, "snowy": 215}[weather]
     shade = np.array((bright, bright, min(bright + 10, 255)))
     pixels[clouds] = shade * {"day": 16, "evening": 14, "night": 9}[time] // 16
-    y, x = np.mgrid[0:PICTURE_SIZE, 0:PICTURE_SIZE]
+    y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
     if weather == "rainy":
         streaks = ((x * 2 + y) % 16 < 2) & ((y + x * 5) % 12 < 7) & (y > 10)
         pixels[streaks] = (120, 160, 230)
@@ -123,9 +123,9 @@ def _draw_weather(pixels: np.ndarray, weather: str, time: str) -> None:
 
 
 def _land(place: str) -> list[tuple[np.ndarray, tuple[int, int, int]]]:
-    """Masks and daylight colours, painted in order."""
+    """Masks and daylight colours, drawn in order."""
     canvas = _canvas()
-    ground = canvas.box(0, HORIZON, PICTURE_SIZE - 1, PICTURE_SIZE - 1)
+    ground = canvas.box(0, HORIZON, IMAGE_SIZE - 1, IMAGE_SIZE - 1)
     return [*_BACKDROPS[place](canvas), (ground, _GROUNDS[place]), *_GROUND_MARKS[place](canvas)]
 
 
@@ -175,7 +175,7 @@ def _town(canvas: Canvas):
         (56, 14, (206, 150, 170)),
     ):
         parts.append((canvas.box(left, top, left + 14, HORIZON), colour))
-        roof = np.zeros((PICTURE_SIZE, PICTURE_SIZE), bool)
+        roof = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
         for row in range(6):
             roof |= canvas.box(left + row - 1, top - 1 - row, left + 15 - row, top - 1 - row)
         parts.append((roof, (130, 66, 60)))
@@ -185,7 +185,7 @@ def _town(canvas: Canvas):
 
 def _town_windows() -> np.ndarray:
     canvas = _canvas()
-    mask = np.zeros((PICTURE_SIZE, PICTURE_SIZE), bool)
+    mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
     for left, top in ((-4, 20), (15, 15), (36, 18), (56, 14)):
         for x in (left + 2, left + 9):
             for y in (top + 3, top + 10):
@@ -218,7 +218,7 @@ def _mountain(canvas: Canvas):
 
 
 def _tufts(canvas: Canvas, colour: tuple[int, int, int], *rows: str):
-    mask = np.zeros((PICTURE_SIZE, PICTURE_SIZE), bool)
+    mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), bool)
     for x, y in ((2, 42), (21, 45), (42, 43), (60, 46), (21, 57), (41, 59), (1, 60), (60, 55)):
         mask |= canvas.rows(x, y, *rows)
     return [(mask, colour)]

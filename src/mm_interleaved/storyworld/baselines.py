@@ -4,8 +4,8 @@ A predictor answers from training documents of the same task and layout:
 
 constant   one answer for all, the one that scores best on other training documents
 text-only  the commonest answer of those with the same words; else the answer of the nearest by words
-nearest    the answer of the nearest picture among those with the same words, or among the nearest by words
-copy       what was given last, again: the newest text for a text, the newest picture for a picture
+nearest    the answer of the nearest image among those with the same words, or among the nearest by words
+copy       what was given last, again: the newest text for a text, the newest image for an image
 
 They see what a model sees: parts, layout, and a dialogue's candidates; never the target or the scenes.
 Letters: E training documents, W words that occur in them.
@@ -42,8 +42,8 @@ class Example:
     """The last text that is given."""
     text: str
     """All texts that are given."""
-    picture: np.ndarray | None
-    """The newest picture that is given, (64, 64, 3) uint8."""
+    image: np.ndarray | None
+    """The newest image that is given, (64, 64, 3) uint8."""
 
     @property
     def target(self) -> tuple[Part, ...]:
@@ -71,7 +71,7 @@ def write_predictions(predictor: str, gold: Sequence[Document], out: Path) -> Pa
 
 
 def _visible(question: Document) -> Mapping[str, object]:
-    """Of the meta what a model is told too: which task it is shows from the prompt alone."""
+    """Of the meta what a model is given too: which task it is shows from the prompt alone."""
     return {name: question.meta[name] for name in ("task", "candidates") if name in question.meta}
 
 
@@ -99,17 +99,17 @@ def text_only(question: Document) -> Answer:
 
 
 def nearest(question: Document) -> Answer:
-    """What the nearest picture is answered with."""
+    """What the nearest image is answered with."""
     examples = _examples(question.meta["task"], question.layout)
     alike, is_same = _alike(question, examples)
-    picture = _newest_picture(question)
-    seen = [(example, example.picture) for example in alike if example.picture is not None]
-    if picture is None or not seen:
+    image = _newest_image(question)
+    seen = [(example, example.image) for example in alike if example.image is not None]
+    if image is None or not seen:
         return alike[0].target, _ranking(question, alike[:1])
     if not is_same:
         seen = seen[:_NEAREST_BY_WORDS]
     difference_E = [
-        float(np.square(theirs.astype(np.float32) - picture.astype(np.float32)).mean()) for _, theirs in seen
+        float(np.square(theirs.astype(np.float32) - image.astype(np.float32)).mean()) for _, theirs in seen
     ]
     by_distance = [seen[index][0] for index in np.argsort(difference_E, kind="stable")]
     return by_distance[0].target, _ranking(question, by_distance, is_ordered=True)
@@ -186,7 +186,7 @@ def _task_examples(task: str) -> tuple[tuple[Example, str | None], ...]:
     def read() -> Iterator[tuple[Example, str | None]]:
         for index in range(NUM_EXAMPLES):
             made = document("train", _SEED, index, task)
-            yield Example(task, index, _last_text(made), made.text, _newest_picture(made)), made.layout
+            yield Example(task, index, _last_text(made), made.text, _newest_image(made)), made.layout
 
     return tuple(read())
 
@@ -194,11 +194,11 @@ def _task_examples(task: str) -> tuple[tuple[Example, str | None], ...]:
 @lru_cache(maxsize=64)
 def _constant_target(task: str, layout: str | None) -> tuple[Part, ...]:
     """Of the commonest answers the one that scores best on other documents."""
-    has_picture = "I" in (layout or "")
-    # A picture takes the oracle fifteen milliseconds.
-    num_candidates, num_judges = (4, 6) if has_picture else (32, 200)
+    has_image = "I" in (layout or "")
+    # An image takes the oracle fifteen milliseconds.
+    num_candidates, num_judges = (4, 6) if has_image else (32, 200)
     examples = _examples(task, layout).members
-    if has_picture:
+    if has_image:
         candidates = [example.target for example in examples[:num_candidates]]
     else:
         commonest = Counter(_text(example.target) for example in examples).most_common(num_candidates)
@@ -234,7 +234,7 @@ def _last_text(question: Document) -> str:
     return next((part.text for part in reversed(question.parts) if isinstance(part, Text)), "")
 
 
-def _newest_picture(question: Document) -> np.ndarray | None:
+def _newest_image(question: Document) -> np.ndarray | None:
     images = question.images
     return part_pixels(images[-1]) if images else None
 

@@ -1,6 +1,6 @@
 """StoryWorld on disk: our own documents, and the same world in the formats of the official corpora.
 
-Every file is whole or absent: pictures first, the files that name them last, each written beside its place
+Every file is whole or absent: images first, the files that name them last, each written beside its place
 and renamed.
 """
 
@@ -20,7 +20,7 @@ from mm_interleaved.documents.document_files import write_documents
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder, new_folder, write_file
-from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
+from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
 from mm_interleaved.storyworld.segmentation import CLASSES, class_map
 from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.world import scene_from_record
@@ -89,7 +89,7 @@ def _answer(made: Document) -> str:
 
 
 def _panels(made: Document) -> list[tuple[str, Image]]:
-    """Text and picture of each panel of a story."""
+    """Text and image of each panel of a story."""
     parts = (*made.parts, *made.target)
     return [
         (text.text, image)
@@ -112,7 +112,7 @@ def _write_jsonl(out: Path, source: Source) -> Path:
 
 
 def _write_mmc4(out: Path, source: Source) -> Path:
-    """`docs_shard_0_v2.jsonl`: stories; each picture is matched with its panel's text."""
+    """`docs_shard_0_v2.jsonl`: stories; each image is matched with its panel's text."""
     records = []
     for made in source("story"):
         panels = _panels(made)
@@ -136,7 +136,7 @@ def _write_mmc4(out: Path, source: Source) -> Path:
 
 
 def _write_obelics(out: Path, source: Source) -> Path:
-    """`obelics.jsonl`: stories as two lists, a text or a picture at each index."""
+    """`obelics.jsonl`: stories as two lists, a text or an image at each index."""
     records = []
     for made in source("story"):
         texts: list[str | None] = []
@@ -165,7 +165,7 @@ def _write_obelics_parquet(out: Path, source: Source) -> Path:
 
 
 def _write_llava(out: Path, source: Source) -> Path:
-    """`llava.json`: every conversation with one picture, `<image>` before the first question."""
+    """`llava.json`: every conversation with one image, `<image>` before the first question."""
     records = []
     for task in ("caption", "vqa", "dialogue"):
         for made in source(task):
@@ -183,7 +183,7 @@ def _write_llava(out: Path, source: Source) -> Path:
 
 
 def _image_entry(number: int, path: str) -> dict[str, Any]:
-    return {"id": number, "file_name": path, "width": PICTURE_SIZE, "height": PICTURE_SIZE}
+    return {"id": number, "file_name": path, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
 
 
 def _write_coco(out: Path, source: Source) -> Path:
@@ -268,15 +268,15 @@ def _write_refcoco(out: Path, source: Source) -> Path:
                 "image": _write_image(out, _only_image(made), f"{made.id}_ground"),
                 "sent": question.removeprefix("Where is ").rstrip("?"),
                 "bbox": [left, top, right + 1, bottom + 1],
-                "width": PICTURE_SIZE,
-                "height": PICTURE_SIZE,
+                "width": IMAGE_SIZE,
+                "height": IMAGE_SIZE,
             }
         )
     return _write_lines(out / "refcoco.jsonl", records)
 
 
 def _write_ade20k(out: Path, source: Source) -> Path:
-    """`captions.json`, pictures, `annotations/` (class indices from 1) and `annotations_with_color/`."""
+    """`captions.json`, images, `annotations/` (class indices from 1) and `annotations_with_color/`."""
     for name in ("annotations", "annotations_with_color"):
         make_folder(out / name)
     records = []
@@ -294,7 +294,7 @@ def _write_ade20k(out: Path, source: Source) -> Path:
 
 
 def _write_vist(out: Path, source: Source) -> Path:
-    """`annotations/formatted.json`: for each story, caption and picture in order."""
+    """`annotations/formatted.json`: for each story, caption and image in order."""
     stories = []
     for made in source("story"):
         panels = []
@@ -307,7 +307,7 @@ def _write_vist(out: Path, source: Source) -> Path:
 
 
 def _write_annotation(out: Path, source: Source) -> Path:
-    """`annt.json`: the official input of interactive generation; a story to go on with, picture first."""
+    """`annt.json`: the official input of interactive generation; a story to go on with, image first."""
     records = []
     for made in source("story"):
         (text, image), *rest = _panels(made)
@@ -327,7 +327,7 @@ def _write_annotation(out: Path, source: Source) -> Path:
 
 
 def _pairs(source: Source) -> Iterator[tuple[str, Image, str]]:
-    """Name, picture and caption."""
+    """Name, image and caption."""
     for made in source("caption"):
         yield f"{made.id}_caption", _only_image(made), _answer(made)
 

@@ -1,7 +1,7 @@
 """Scenes as sentences: the small, regular English of StoryWorld, and its reading back.
 
 `describe_*` and `tell_*` write; `read_*` find the same facts in any text, sentence by sentence, and ignore
-what they do not know. Badges and patterns are never written: only the pictures carry them.
+what they do not know. Badges and patterns are never written: only the images carry them.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Reads the truth back from a picture of this world, told nothing but the picture.
+"""Reads the truth back from an image of this world, given nothing but the image.
 
 Analysis by synthesis: every hypothesis (a background, a figure's sprite in its colours, a prop, a glyph) has
-its price, the distance between the picture and what the renderer would have drawn, and the cheapest wins. A
+its price, the distance between the image and what the renderer would have rendered, and the cheapest wins. A
 pixel's price is capped, so that what covers a part of a hypothesis does not refute it. Stages: background,
 then for each position the badge plate (is somebody there, and how high), the body, the head, the glyph; last
 the props.
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mm_interleaved.storyworld import sprites
-from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE, background
+from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE, background
 from mm_interleaved.storyworld.renderer import (
     POSITION_X,
     figure_palette,
@@ -72,7 +72,7 @@ class FigureReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a picture shows. `match` is 1 where the renderer draws just that, towards 0 for noise."""
+    """What an image shows. `match` is 1 where the renderer draws just that, towards 0 for noise."""
 
     place: str
     time: str
@@ -87,7 +87,7 @@ class Reading:
         return next((figure for figure in self.figures if figure.position == position), None)
 
     def to_scene(self, name: str = "Pip") -> Scene:
-        """The scene that was read; pictures show no names, so all figures get the same."""
+        """The scene that was read; images show no names, so all figures get the same."""
         return Scene(
             place=self.place,
             time=self.time,
@@ -114,7 +114,7 @@ def _to_figure(reading: FigureReading, name: str) -> Figure:
 
 
 def read_scene(image: np.ndarray | PILImage.Image) -> Reading:
-    """What a picture shows.
+    """What an image shows.
 
     Args:
         image: (64, 64, 3) uint8, or a PIL image of any size, which is scaled to that.
@@ -150,7 +150,7 @@ def read_scene(image: np.ndarray | PILImage.Image) -> Reading:
 
 
 def attribute_matches(reading: Reading, truth: Scene, *, badges: bool = False) -> list[bool]:
-    """For every attribute of the truth, and everything too many in the picture, whether the picture is right.
+    """For every attribute of the truth, and everything too many in the image, whether the image is right.
 
     Setting (3), each figure of the truth (presence at its position, species, body colour, hat, hat colour,
     action; with `badges` also pattern and badge), each prop of the truth (kind, colour); False for every
@@ -183,12 +183,10 @@ def figure_matches(found: FigureReading | None, truth: Figure, *, badges: bool =
 
 
 def _to_pixels(image: np.ndarray | PILImage.Image) -> np.ndarray:
-    size = (PICTURE_SIZE, PICTURE_SIZE)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
     if isinstance(image, PILImage.Image):
-        picture = image.convert("RGB")
-        return _to_pixels(
-            np.asarray(picture if picture.size == size else picture.resize(size, PILImage.Resampling.BOX))
-        )
+        rgb = image.convert("RGB")
+        return _to_pixels(np.asarray(rgb if rgb.size == size else rgb.resize(size, PILImage.Resampling.BOX)))
     if image.shape != (*size, 3) or image.dtype != np.uint8:
         raise ValueError(
             f"expected uint8 pixels of shape (64, 64, 3), found {image.dtype} of shape {image.shape}"
@@ -241,9 +239,9 @@ def _read_setting(pixels: np.ndarray) -> tuple[str, str, str, dict[str, float]]:
     return chosen[0], chosen[1], chosen[2], confidence
 
 
-def _figure_region(picture: np.ndarray, position: str) -> np.ndarray:
+def _figure_region(pixels: np.ndarray, position: str) -> np.ndarray:
     left = POSITION_X[position] - sprites.FIGURE_CENTRE
-    return picture[: sprites.FIGURE_ROWS, left : left + sprites.FIGURE_COLUMNS]
+    return pixels[: sprites.FIGURE_ROWS, left : left + sprites.FIGURE_COLUMNS]
 
 
 def _read_figure(pixels: np.ndarray, bare: np.ndarray, position: str) -> FigureReading | None:
@@ -408,7 +406,7 @@ def _table_indices(slots: np.ndarray, used_rows: np.ndarray) -> np.ndarray:
 
 
 def _read_badge(region: np.ndarray, lift: int) -> tuple[str, float]:
-    """The glyph whose ink fits best, with the picture's own black and white as the scale."""
+    """The glyph whose ink fits best, with the image's own black and white as the scale."""
     top, left = sprites.GLYPH_TOP + lift, sprites.GLYPH_LEFT
     cell = region[top : top + sprites.GLYPH_ROWS, left : left + sprites.GLYPH_COLUMNS].mean(2)
     rim, _ = _plate_rings()
@@ -421,7 +419,7 @@ def _read_badge(region: np.ndarray, lift: int) -> tuple[str, float]:
 
 
 def _read_prop(pixels: np.ndarray, without: np.ndarray, position: str) -> Prop | None:
-    """The prop at a position; `without` is the picture as it would be with no props."""
+    """The prop at a position; `without` is the image as it would be with no props."""
     left = POSITION_X[position] - sprites.PROP_COLUMNS // 2
     window = (
         slice(sprites.PROP_TOP, sprites.PROP_TOP + sprites.PROP_ROWS),

@@ -1,6 +1,6 @@
-"""A scene in, its picture out: (64, 64, 3) uint8, the same bits on every machine.
+"""A scene in, its image out: (64, 64, 3) uint8, the same bits on every machine.
 
-Drawings and backgrounds are made once and kept, so a picture costs a few table look-ups.
+Drawings and backgrounds are made once and kept, so an image costs a few table look-ups.
 """
 
 from functools import cache
@@ -9,7 +9,7 @@ import numpy as np
 
 from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld import sprites
-from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE, background
+from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE, background
 from mm_interleaved.storyworld.world import BODY_COLOURS, SPLITS, Figure, Prop, Scene, random_scene
 
 POSITION_X = {"left": 12, "middle": 32, "right": 52}
@@ -67,28 +67,28 @@ def scene_at(split: str, seed: int, index: int) -> Scene:
 
 
 def render_batch(seed: int, start: int, count: int, split: str = "train") -> np.ndarray:
-    """(count, 64, 64, 3) uint8: the pictures of `scene_at(split, seed, start ... start + count - 1)`."""
-    pixels = np.empty((count, PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
+    """(count, 64, 64, 3) uint8: the images of `scene_at(split, seed, start ... start + count - 1)`."""
+    pixels = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for offset in range(count):
         pixels[offset] = render_scene(scene_at(split, seed, start + offset))
     return pixels
 
 
 def contact_sheet(seed: int, rows: int, columns: int, scale: int) -> np.ndarray:
-    """The pictures of `scene_at("train", seed, 0 ...)`, see `sheet_of`."""
+    """The images of `scene_at("train", seed, 0 ...)`, see `sheet_of`."""
     return sheet_of(render_batch(seed, 0, rows * columns), columns, scale)
 
 
-def sheet_of(pictures: np.ndarray, columns: int, scale: int) -> np.ndarray:
-    """(height, width, 3) uint8: pictures (count, 64, 64, 3) row by row with white gaps, enlarged `scale`
+def sheet_of(images: np.ndarray, columns: int, scale: int) -> np.ndarray:
+    """(height, width, 3) uint8: images (count, 64, 64, 3) row by row with white gaps, enlarged `scale`
     times.
     """
-    cell = PICTURE_SIZE + 1
-    rows = -(-len(pictures) // columns)
+    cell = IMAGE_SIZE + 1
+    rows = -(-len(images) // columns)
     sheet = np.full((rows * cell - 1, columns * cell - 1, 3), 255, np.uint8)
-    for number, pixels in enumerate(pictures):
+    for number, pixels in enumerate(images):
         top, left = number // columns * cell, number % columns * cell
-        sheet[top : top + PICTURE_SIZE, left : left + PICTURE_SIZE] = pixels
+        sheet[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] = pixels
     return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
 
 

@@ -1,7 +1,7 @@
 """How right the predicted documents are, as a flat dict of numbers from 0 to 1: `<task>.<metric>`.
 
-A pure function of documents: no model here, and no files but the pictures that the documents name. Texts are
-read by the grammar of `language`, pictures by the oracle.
+A pure function of documents: no model here, and no files but the images that the documents name. Texts are
+read by the grammar of `language`, images by the oracle.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -171,12 +171,12 @@ def box_iou(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) ->
 
 
 def first_image(answer: Sequence[Part]) -> Image | None:
-    """The first picture of an answer; None where it has none."""
+    """The first image of an answer; None where it has none."""
     return next((part for part in answer if isinstance(part, Image)), None)
 
 
 def _drawing(metric: str) -> Callable[..., None]:
-    def score_picture(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+    def score_image(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
         image = first_image(answer)
         value = (
             0.0
@@ -185,7 +185,7 @@ def _drawing(metric: str) -> Callable[..., None]:
         )
         _add(found, metric, value)
 
-    return score_picture
+    return score_image
 
 
 def _segmentation(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
@@ -201,14 +201,14 @@ def _segmentation(found: Found, document: Document, answer: Sequence[Part], rank
 def _story(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
     """Whom a panel's text names must stand where it says, and look as in the first panel in which it stands.
 
-    For somebody whose first picture is given, that look is the truth; for others it is what the oracle reads
-    in the first generated picture, after the text that introduces it. Nobody is kept by a picture that is
+    For somebody whose first image is given, that look is the truth; for others it is what the oracle reads
+    in the first generated image, after the text that introduces it. Nobody is kept by an image that is
     missing, whose text names nobody, or whose text is that of the panel before (a story that stands still
     would keep everybody), and nobody who was never introduced. Beside the whole look each attribute of it has
-    a score of its own, and `name_known` says how often a named character had been introduced. Last pictures
+    a score of its own, and `name_known` says how often a named character had been introduced. Last images
     alone, whose texts are all given, have scores of their own as well, under `story_last`.
     """
-    looks = _given_looks(document)
+    appearances = _given_appearances(document)
     texts = [part.text for part in document.parts if isinstance(part, Text)]
     scored: Found = {}
     num_images = 0
@@ -217,7 +217,7 @@ def _story(found: Found, document: Document, answer: Sequence[Part], ranking: ob
             texts.append(part.text)
             continue
         num_images += 1
-        _score_panel(scored, texts, read_scene(part_pixels(part)).figures, looks)
+        _score_panel(scored, texts, read_scene(part_pixels(part)).figures, appearances)
     num_wanted = sum(isinstance(part, Image) for part in document.target)
     for _ in range(num_wanted - num_images):
         _keep_nobody(scored)
@@ -232,20 +232,23 @@ def _keep_nobody(scored: Found) -> None:
     _add(scored, "badge_kept", False)
 
 
-def _given_looks(document: Document) -> dict[str, Mapping[str, str]]:
-    """By name: what the given pictures show of each character."""
+def _given_appearances(document: Document) -> dict[str, Mapping[str, str]]:
+    """By name: what the given images show of each character."""
     num_given = sum(isinstance(part, Image) for part in document.parts)
-    looks: dict[str, Mapping[str, str]] = {}
+    appearances: dict[str, Mapping[str, str]] = {}
     for scene in document.meta["scenes"][:num_given]:
         for figure in scene["figures"]:
-            looks.setdefault(figure["name"], figure)
-    return looks
+            appearances.setdefault(figure["name"], figure)
+    return appearances
 
 
 def _score_panel(
-    scored: Found, texts: Sequence[str], figures: Sequence[FigureReading], looks: dict[str, Mapping[str, str]]
+    scored: Found,
+    texts: Sequence[str],
+    figures: Sequence[FigureReading],
+    appearances: dict[str, Mapping[str, str]],
 ) -> None:
-    """Scores one generated picture and adds to `looks` those who stand in it for the first time."""
+    """Scores one generated image and adds to `appearances` those who stand in it for the first time."""
     is_told_again = len(texts) > 1 and texts[-1].split() == texts[-2].split()
     named = {} if not texts or is_told_again else read_actions(texts[-1])
     if not named:
@@ -257,24 +260,24 @@ def _score_panel(
         _add(scored, "name_known", introduced is not None)
         if introduced is None:
             _keep_nobody(scored)
-        elif name in looks:
+        elif name in appearances:
             kept = {
-                key: figure is not None and getattr(figure, key) == looks[name][key]
+                key: figure is not None and getattr(figure, key) == appearances[name][key]
                 for key in (*_LOOK_ATTRIBUTES, "badge")
             }
             for key, is_kept in kept.items():
                 _add(scored, f"{key}_kept", is_kept)
             _add(scored, "character_kept", all(kept[key] for key in _LOOK_ATTRIBUTES))
         else:
-            _add(scored, "character_kept", figure is not None and _is_as_told(figure, introduced))
+            _add(scored, "character_kept", figure is not None and _is_as_stated(figure, introduced))
             if figure is not None:
-                looks[name] = {key: getattr(figure, key) for key in (*_LOOK_ATTRIBUTES, "badge")}
+                appearances[name] = {key: getattr(figure, key) for key in (*_LOOK_ATTRIBUTES, "badge")}
         _add(scored, "action", figure is not None and figure.action == said.action)
 
 
-def _is_as_told(figure: FigureReading, told: Said) -> bool:
+def _is_as_stated(figure: FigureReading, stated: Said) -> bool:
     """Whether somebody new looks as introduced."""
-    return (told.subject, told.colour, told.hat, told.hat_colour) == (
+    return (stated.subject, stated.colour, stated.hat, stated.hat_colour) == (
         figure.species,
         figure.body_colour,
         figure.hat,

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Canvas:
-    """A grid of palette slots on which shapes are painted in order, each with a dark line around it."""
+    """A grid of palette slots on which shapes are drawn in order, each with a dark line around it."""
 
     def __init__(self, num_rows: int, num_columns: int, outline: int) -> None:
         self.slots = np.zeros((num_rows, num_columns), np.uint8)
@@ -35,11 +35,11 @@ class Canvas:
         return mask
 
     def fill(self, mask: np.ndarray, slot: int) -> None:
-        """Paint without a line."""
+        """Draw without a line."""
         self.slots[mask] = slot
 
     def draw(self, mask: np.ndarray, slot: int) -> None:
-        """Paint with a one-pixel line around the shape."""
+        """Draw with a one-pixel line around the shape."""
         self.slots[grown(mask) & ~mask] = self._outline
         self.slots[mask] = slot
 

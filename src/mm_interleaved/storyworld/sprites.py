@@ -1,6 +1,6 @@
 """The drawings of characters and props: grids of palette slots, coloured later by the renderer.
 
-A figure's sprite is as high as the picture above the foreground, so its row is the picture's row and only its
+A figure's sprite is as high as the image above the foreground, so its row is the image's row and only its
 column depends on the position. The three positions, and the heights of standing, jumping and sitting figures,
 differ by multiples of four pixels: a badge always lies in the same way on the latent grid of a factor-four
 VAE.

@@ -1,8 +1,8 @@
-"""Stories of three to six panels, each a text and the scene of its picture.
+"""Stories of three to six panels, each a text and the scene of its image.
 
 A panel's text and the panels before it determine its scene: who is named is there, and nobody else; a prop is
 there if it is named; place, time and weather stay until the text changes them. The look of a character is
-told when it first appears; its badge and pattern are never told, so that only earlier pictures know them.
+stated when it first appears; its badge and pattern are never stated, so that only earlier images know them.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ _STORY_DOMAIN = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """A text and what its picture shows."""
+    """A text and what its image shows."""
 
     text: str
     scene: Scene

@@ -1,7 +1,7 @@
 """Tasks as documents with a hole: `parts` is given, `target` the gold continuation, `meta` the truth.
 
 Every document is a pure function of split, seed and index. `meta` holds `task`, `scenes` (the truth of each
-picture, in order of the pictures in parts and target), `is_held_out`, and what the task's score needs beside
+image, in order of the images in parts and target), `is_held_out`, and what the task's score needs beside
 that.
 """
 
@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.seeded_random import SeededRandom
-from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
+from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
 from mm_interleaved.storyworld.language import (
     AT,
     DOES,
@@ -58,7 +58,7 @@ def document(split: str, seed: int, index: int, task: str | None = None) -> Docu
     """One document, a pure function of its arguments.
 
     Args:
-        split: "train", "validation" or "test"; no picture of one split occurs in another.
+        split: "train", "validation" or "test"; no image of one split occurs in another.
         seed, index: integers from 0.
         task: a name out of TASKS; None takes the index's turn in a round of all tasks, as often as
             TASK_WEIGHTS says.
@@ -91,15 +91,15 @@ def _document(
     )
 
 
-def picture(scene: Scene, role: str | None = None) -> Image:
-    """The scene's picture as a part."""
+def scene_image(scene: Scene, role: str | None = None) -> Image:
+    """The scene's image as a part."""
     return Image(PILImage.fromarray(render_scene(scene)), role=role)
 
 
 def _caption(rng: SeededRandom, split: str) -> Document:
     scene = random_scene(rng, split)
     return _document(
-        (picture(scene, "user"), Text(CAPTION_PROMPT, role="user")),
+        (scene_image(scene, "user"), Text(CAPTION_PROMPT, role="user")),
         (Text(describe_scene(scene), role="assistant"),),
         [scene],
     )
@@ -108,7 +108,7 @@ def _caption(rng: SeededRandom, split: str) -> Document:
 def _paragraph(rng: SeededRandom, split: str) -> Document:
     scene = random_scene(rng, split)
     return _document(
-        (picture(scene, "user"), Text(PARAGRAPH_PROMPT, role="user")),
+        (scene_image(scene, "user"), Text(PARAGRAPH_PROMPT, role="user")),
         (Text(f"{describe_scene(scene)} {describe_relations(scene)}", role="assistant"),),
         [scene],
     )
@@ -118,7 +118,7 @@ def _vqa(rng: SeededRandom, split: str) -> Document:
     scene = random_scene(rng, split)
     question = ask(rng, scene)
     return _document(
-        (picture(scene, "user"), Text(question.text, role="user")),
+        (scene_image(scene, "user"), Text(question.text, role="user")),
         (Text(question.answer, role="assistant"),),
         [scene],
         question=question.text,
@@ -128,10 +128,10 @@ def _vqa(rng: SeededRandom, split: str) -> Document:
 
 
 def _dialogue(rng: SeededRandom, split: str) -> Document:
-    """Two to four questions about one picture; the last answer is to be ranked among ten candidates."""
+    """Two to four questions about one image; the last answer is to be ranked among ten candidates."""
     scene = random_scene(rng, split)
     questions = ask_several(rng, scene, rng.between(2, 4))
-    parts: list[Part] = [picture(scene, "user")]
+    parts: list[Part] = [scene_image(scene, "user")]
     for question in questions:
         parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]
     candidates = _candidates(rng, questions[-1])
@@ -164,7 +164,7 @@ def _ground(rng: SeededRandom, split: str) -> Document:
     else:
         words, box = f"{thing.colour} {thing.kind}", prop_box(thing)
     return _document(
-        (picture(scene, "user"), Text(GROUND_PROMPT.replace("{phrase}", words), role="user")),
+        (scene_image(scene, "user"), Text(GROUND_PROMPT.replace("{phrase}", words), role="user")),
         (Text(box_text(box), role="assistant"),),
         [scene],
         box=list(box),
@@ -172,13 +172,13 @@ def _ground(rng: SeededRandom, split: str) -> Document:
 
 
 def box_text(box: tuple[int, int, int, int]) -> str:
-    """A box of the picture as an answer: left, top, right, bottom in thousandths of the picture.
+    """A box of the image as an answer: left, top, right, bottom in thousandths of the image.
 
     Args:
         box: pixels, all four ends included, so that the right end gains one before it is scaled.
     """
     left, top, right, bottom = (
-        min(edge * BOX_RANGE // PICTURE_SIZE, BOX_RANGE - 1)
+        min(edge * BOX_RANGE // IMAGE_SIZE, BOX_RANGE - 1)
         for edge in (box[0], box[1], box[2] + 1, box[3] + 1)
     )
     return write_box((left, top, right, bottom))
@@ -186,48 +186,48 @@ def box_text(box: tuple[int, int, int, int]) -> str:
 
 def _draw(rng: SeededRandom, split: str) -> Document:
     scene = random_scene(rng, split)
-    return _document((Text(describe_scene(scene)),), (picture(scene),), [scene])
+    return _document((Text(describe_scene(scene)),), (scene_image(scene),), [scene])
 
 
 def _segmentation(rng: SeededRandom, split: str) -> Document:
     scene = random_scene(rng, split)
     parts = (Image(PILImage.fromarray(render_map(scene))), Text(describe_scene(scene)))
-    # The map shows the same scene; its truth stands once for each of the two pictures.
-    return _document(parts, (picture(scene),), [scene, scene])
+    # The map shows the same scene; its truth stands once for each of the two images.
+    return _document(parts, (scene_image(scene),), [scene, scene])
 
 
 def _story(rng: SeededRandom, split: str) -> Document:
-    """The first panel is given; texts and pictures of all others are to be made."""
+    """The first panel is given; texts and images of all others are to be made."""
     return _story_document(rng, split, lambda parts: 2)
 
 
 def _story_last(rng: SeededRandom, split: str) -> Document:
-    """Everything is given but the last picture."""
+    """Everything is given but the last image."""
     return _story_document(rng, split, lambda parts: len(parts) - 1)
 
 
 def _story_all(rng: SeededRandom, split: str) -> Document:
-    """The first panel and the second's text are given; from there on as `story`, beginning with a picture.
+    """The first panel and the second's text are given; from there on as `story`, beginning with an image.
 
-    A runner that fills in the gold texts between the pictures gets the task "all images, texts given".
+    A runner that fills in the gold texts between the images gets the task "all images, texts given".
     """
     return _story_document(rng, split, lambda parts: 3)
 
 
 def _story_document(rng: SeededRandom, split: str, num_given: Callable[[list[Part]], int]) -> Document:
-    told = random_story(rng, split)
+    made = random_story(rng, split)
     parts: list[Part] = []
-    for panel in told.panels:
-        parts += [Text(panel.text), picture(panel.scene)]
+    for panel in made.panels:
+        parts += [Text(panel.text), scene_image(panel.scene)]
     given = num_given(parts)
-    return _document(parts[:given], parts[given:], [panel.scene for panel in told.panels])
+    return _document(parts[:given], parts[given:], [panel.scene for panel in made.panels])
 
 
 _FEW_SHOT_KINDS = ("badge", "species", "body_colour", "place", "hat")
 
 
 def _few_shot(rng: SeededRandom, split: str) -> Document:
-    """Three examples of a question that is never asked in words, then a picture."""
+    """Three examples of a question that is never asked in words, then an image."""
     kind = rng.pick(_FEW_SHOT_KINDS)
     parts: list[Part] = []
     scenes = []
@@ -236,7 +236,7 @@ def _few_shot(rng: SeededRandom, split: str) -> Document:
         question = QUESTIONS[kind](rng, scene)
         assert question is not None
         scenes.append(scene)
-        parts += [picture(scene), Text(question.answer)]
+        parts += [scene_image(scene), Text(question.answer)]
     return _document(parts[:-1], parts[-1:], scenes, question_kind=kind, is_fine_detail=kind == "badge")
 
 
@@ -251,12 +251,12 @@ def _lonely_scene(rng: SeededRandom, split: str) -> Scene:
 
 
 def _edit(rng: SeededRandom, split: str) -> Document:
-    """A picture and an instruction; the picture after it."""
+    """An image and an instruction; the image after it."""
     before = random_scene(rng, split)
     while (edit := rng.pick(_EDITS)(rng, before, split)) is None:
         pass
     instruction, after = edit
-    return _document((picture(before), Text(instruction)), (picture(after),), [before, after])
+    return _document((scene_image(before), Text(instruction)), (scene_image(after),), [before, after])
 
 
 _Edit = tuple[str, Scene] | None
@@ -355,11 +355,11 @@ _TASK_ROUND = tuple(
 
 
 def part_pixels(part: Image) -> np.ndarray:
-    """(64, 64, 3) uint8: the picture of a document at this world's size, whatever size it has."""
-    picture = part.load()
-    if picture.size != (PICTURE_SIZE, PICTURE_SIZE):
-        picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), PILImage.Resampling.BOX)
-    return np.asarray(picture)
+    """(64, 64, 3) uint8: the image of a document at this world's size, whatever size it has."""
+    loaded = part.load()
+    if loaded.size != (IMAGE_SIZE, IMAGE_SIZE):
+        loaded = loaded.resize((IMAGE_SIZE, IMAGE_SIZE), PILImage.Resampling.BOX)
+    return np.asarray(loaded)
 
 
 assert set(TASKS) == set(TASK_WEIGHTS)

@@ -1,6 +1,6 @@
 """What is learned from: the documents of all tasks, whole, and one more task of training's own.
 
-That is an interview, many questions about one picture, which teaches more about it per second than one
+That is an interview, many questions about one image, which teaches more about it per second than one
 question does.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, RELATIONS, ask_several
-from mm_interleaved.storyworld.tasks import document, picture
+from mm_interleaved.storyworld.tasks import document, scene_image
 from mm_interleaved.storyworld.world import random_scene, scene_to_record
 
 INTERVIEW = "interview"
@@ -36,7 +36,7 @@ def training_document(seed: int, index: int, task_weights: Mapping[str, int]) ->
 
 
 def _interview(seed: int, index: int) -> Document:
-    """A picture, questions about the badge and pattern of each figure, one of each relation, and questions
+    """An image, questions about the badge and pattern of each figure, one of each relation, and questions
     about anything.
     """
     rng = SeededRandom(_INTERVIEW_DOMAIN, seed, index)
@@ -50,7 +50,7 @@ def _interview(seed: int, index: int) -> Document:
     relations = (QUESTIONS[kind](rng, scene) for kind in RELATIONS)
     questions.update((question.text, question) for question in relations if question is not None)
     questions.update((question.text, question) for question in ask_several(rng, scene, 7))
-    parts = [picture(scene, "user")]
+    parts = [scene_image(scene, "user")]
     for question in rng.sample(list(questions.values()), len(questions)):
         parts += [Text(question.text, role="user"), Text(question.answer, role="assistant")]
     meta = {"task": INTERVIEW, "scenes": [scene_to_record(scene)]}

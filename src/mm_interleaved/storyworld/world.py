@@ -1,6 +1,6 @@
 """What exists in StoryWorld: characters, props, scenes, and the words for their attributes.
 
-A scene is everything that one picture shows. The picture (`renderer`), the sentences (`stories`, `tasks`) and
+A scene is everything that one image shows. The image (`renderer`), the sentences (`stories`, `tasks`) and
 the scores (`oracle`, `scores`) are all functions of it. Every attribute is a word out of a closed list, so
 that each has an exact answer.
 """
@@ -56,7 +56,7 @@ _SPLIT_RESIDUES = {"train": range(0, 8), "validation": range(8, 9), "test": rang
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Character:
-    """Somebody who looks the same in every picture of a story. `hat_colour` is "none" exactly if `hat` is."""
+    """Somebody who looks the same in every image of a story. `hat_colour` is "none" exactly if `hat` is."""
 
     name: str
     species: str
@@ -73,7 +73,7 @@ class Character:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A character in one picture: which of the three places along the ground it takes, and what it does."""
+    """A character in one image: which of the three places along the ground it takes, and what it does."""
 
     character: Character
     position: str
@@ -91,7 +91,7 @@ class Prop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """All that one picture shows. At most one figure and one prop stand at each position."""
+    """All that one image shows. At most one figure and one prop stand at each position."""
 
     place: str
     time: str
@@ -125,7 +125,7 @@ def appearance_number(character: Character) -> int:
 
 
 def split_of(character: Character) -> str:
-    """The one split in which somebody who looks like this may appear: splits share no picture, whatever
+    """The one split in which somebody who looks like this may appear: splits share no image, whatever
     the seeds.
     """
     residue = _mixed(appearance_number(character)) % 10

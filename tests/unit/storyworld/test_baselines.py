@@ -41,14 +41,14 @@ def kinds(parts):
 
 @pytest.mark.parametrize("predictor", ["text-only", "nearest"])
 def test_a_training_document_is_answered_as_it_was(predictor):
-    """Whoever knows a document by heart finds it again by its words, or by its picture."""
+    """Whoever knows a document by heart finds it again by its words, or by its image."""
     for task in ("draw", "story_last"):
         made = document("train", 1, 7, task)
         parts, _ = baselines.PREDICTORS[predictor](replace(made, target=(), meta={"task": task}))
         assert [part.load().tobytes() for part in parts] == [part.load().tobytes() for part in made.target]
 
 
-def test_the_nearest_picture_answers_a_caption():
+def test_the_nearest_image_answers_a_caption():
     made = document("train", 1, 11, "caption")
     [answer], _ = baselines.nearest(replace(made, target=(), meta={"task": "caption"}))
     assert answer.text == made.target[0].text
@@ -85,14 +85,14 @@ def test_candidates_are_all_ranked():
         assert sorted(ranking) == list(range(len(asked.meta["candidates"]))), predictor
 
 
-def test_training_documents_without_a_picture_are_near_none(monkeypatch):
-    """The nearest is the nearest of those that have a picture, wherever the others stand among them."""
+def test_training_documents_without_an_image_are_near_none(monkeypatch):
+    """The nearest is the nearest of those that have an image, wherever the others stand among them."""
     asked = question("caption")
     seen = part_pixels(asked.images[-1])
-    pictures = [None, 255 - seen, None, seen, None]
+    images = [None, 255 - seen, None, seen, None]
     members = [
-        baselines.Example("caption", index, "the same words", "the same words", picture)
-        for index, picture in enumerate(pictures)
+        baselines.Example("caption", index, "the same words", "the same words", image)
+        for index, image in enumerate(images)
     ]
     for kept, nearest in ((members, 3), (members[::2], 0)):
         monkeypatch.setattr(baselines, "_examples", lambda task, layout: None)
@@ -117,7 +117,7 @@ def test_the_command_scores_a_predictor(tmp_path, capsys):
     out = tmp_path / "out"
     assert run(["evaluate", "storyworld", "--data", str(data), "-o", str(out), "--predictor", "copy"]) == 0
     scores = json.loads((out / "scores.json").read_text())
-    # A last picture that is the one before keeps some badges; a story that stands still keeps nobody.
+    # A last image that is the one before keeps some badges; a story that stands still keeps nobody.
     assert 0 < scores["story.badge_kept"] < 0.5 and scores["vqa.accuracy"] == 0
     told = run(["evaluate", "storyworld", "--data", str(data), "-o", str(out), "--predictor", "guess"])
     assert told == 2 and "expected one of constant" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The oracle reads every attribute back, from clean pictures and from slightly damaged ones."""
+"""The oracle reads every attribute back, from clean images and from slightly damaged ones."""
 
 from collections import Counter
 
@@ -39,7 +39,7 @@ def _rates(damage, count):
     return {name: right[name] / total[name] for name in total}
 
 
-def test_clean_pictures_are_read_right():
+def test_clean_images_are_read_right():
     rates = _rates(lambda pixels, index: pixels, 120)
     assert min(rates.values()) >= 0.995, rates
 
@@ -61,27 +61,27 @@ def test_a_slight_blur_does_not_matter():
     assert min(rates.values()) >= 0.97, rates
 
 
-def test_a_clean_picture_matches_what_was_read_and_noise_matches_nothing():
+def test_a_clean_image_matches_what_was_read_and_noise_matches_nothing():
     scene = scene_at("train", 13, 0)
     assert read_scene(render_scene(scene)).match == pytest.approx(1.0)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert read_scene(noise).match < 0.5
 
 
-def test_confidence_falls_as_the_picture_gets_worse():
+def test_confidence_falls_as_the_image_gets_worse():
     pixels = render_scene(scene_at("train", 13, 1))
     blurred = np.asarray(PILImage.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.7)))
     clean, damaged = read_scene(pixels).figures[0], read_scene(blurred).figures[0]
     assert damaged.confidence["badge"] < clean.confidence["badge"]
 
 
-def test_larger_pictures_are_scaled_down():
+def test_larger_images_are_scaled_down():
     scene = scene_at("train", 13, 2)
     large = PILImage.fromarray(render_scene(scene)).resize((128, 128), PILImage.Resampling.NEAREST)
     assert all(attribute_matches(read_scene(large), scene, badges=True))
 
 
-def test_an_empty_picture_holds_nobody():
+def test_an_empty_image_holds_nobody():
     reading = read_scene(render_scene(Scene(place="town", time="night", weather="snowy")))
     assert (reading.figures, reading.props) == ((), ())
     assert (reading.place, reading.time, reading.weather) == ("town", "night", "snowy")

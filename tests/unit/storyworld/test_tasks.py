@@ -13,7 +13,7 @@ from mm_interleaved.errors import UsageError
 from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
 from mm_interleaved.storyworld.oracle import attribute_matches, read_scene
 from mm_interleaved.storyworld.scores import box_iou, score
-from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels, picture
+from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels, scene_image
 from mm_interleaved.storyworld.world import NAMES, scene_from_record
 from mm_interleaved.tokens.boxes import read_box, write_box
 
@@ -48,7 +48,7 @@ def test_a_document_is_a_function_of_its_arguments(task):
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "segmentation"])
-def test_meta_holds_the_truth_of_every_picture(task):
+def test_meta_holds_the_truth_of_every_image(task):
     for index in range(3):
         made = document("test", 2, index, task)
         images = [part for part in (*made.parts, *made.target) if isinstance(part, Image)]
@@ -139,7 +139,7 @@ def _wearing(scene, **look):
 def test_a_strangers_badge_is_not_kept_but_a_familiar_body_is(lonely_panel):
     one, truth = lonely_panel
     badge = "7" if truth.figures[0].character.badge != "7" else "A"
-    scores = score([_answered(one, (picture(_wearing(truth, badge=badge)),))], [one])
+    scores = score([_answered(one, (scene_image(_wearing(truth, badge=badge)),))], [one])
     assert (scores["story.character_kept"], scores["story.badge_kept"]) == (1.0, 0.0)
     assert scores["story.name_known"] == scores["story.species_kept"] == scores["story.pattern_kept"] == 1.0
 
@@ -147,14 +147,14 @@ def test_a_strangers_badge_is_not_kept_but_a_familiar_body_is(lonely_panel):
 def test_each_attribute_of_a_look_has_its_own_score(lonely_panel):
     one, truth = lonely_panel
     pattern = "plain" if truth.figures[0].character.pattern != "plain" else "striped"
-    scores = score([_answered(one, (picture(_wearing(truth, pattern=pattern)),))], [one])
+    scores = score([_answered(one, (scene_image(_wearing(truth, pattern=pattern)),))], [one])
     assert scores["story.pattern_kept"] == scores["story.character_kept"] == 0.0
     assert scores["story.species_kept"] == scores["story.body_colour_kept"] == scores["story.hat_kept"] == 1.0
 
 
-def test_last_pictures_have_scores_of_their_own(lonely_panel):
+def test_last_images_have_scores_of_their_own(lonely_panel):
     one, truth = lonely_panel
-    scores = score([_answered(one, (picture(truth),))], [one])
+    scores = score([_answered(one, (scene_image(truth),))], [one])
     assert scores["story_last.badge_kept"] == scores["story.badge_kept"] == 1.0
     assert scores["story_last.action"] == 1.0
     whole = document("test", 7, 0, "story")
@@ -173,7 +173,7 @@ def test_nobody_is_kept_who_was_never_introduced(lonely_panel):
     one, truth = lonely_panel
     stranger = next(name for name in NAMES if name not in str(one.parts))
     told = replace(one, parts=(*one.parts[:-1], Text(f"{stranger} waves on the left.")))
-    scores = score([_answered(told, (picture(truth),))], [told])
+    scores = score([_answered(told, (scene_image(truth),))], [told])
     assert scores["story.badge_kept"] == scores["story.character_kept"] == scores["story.name_known"] == 0.0
 
 

@@ -1,4 +1,4 @@
-"""The world, its pictures and stories: the same everywhere, split by rule, silent about badges."""
+"""The world, its images and stories: the same everywhere, split by rule, silent about badges."""
 
 import hashlib
 from itertools import combinations, pairwise
@@ -32,7 +32,7 @@ from mm_interleaved.storyworld.world import (
 )
 
 
-def test_the_same_pictures_come_out_on_every_machine():
+def test_the_same_images_come_out_on_every_machine():
     # Made by this very line; it changes exactly when the drawings or the choices change.
     digest = hashlib.sha256(render_batch(seed=7, start=0, count=32).tobytes()).hexdigest()
     assert digest == "5afa5608dcc817983d33fc268925bd7ef3ab77a55bf99495798454a536109908"
@@ -52,10 +52,10 @@ def test_dice_cover_a_range_evenly_past_the_first_refill():
     assert counts.sum() == 4000 and counts.min() > 850
 
 
-def test_a_batch_holds_the_pictures_of_its_scenes():
+def test_a_batch_holds_the_images_of_its_scenes():
     batch = render_batch(seed=3, start=5, count=4, split="test")
-    for offset, picture in enumerate(batch):
-        assert np.array_equal(picture, render_scene(scene_at("test", 3, 5 + offset)))
+    for offset, image in enumerate(batch):
+        assert np.array_equal(image, render_scene(scene_at("test", 3, 5 + offset)))
 
 
 def test_badges_are_far_apart():
@@ -65,7 +65,7 @@ def test_badges_are_far_apart():
     assert distances[closest] >= 10, f"{closest} differ in {distances[closest]} of 35 cells"
 
 
-def test_no_picture_of_one_split_occurs_in_another():
+def test_no_image_of_one_split_occurs_in_another():
     for split in SPLITS:
         for index in range(100):
             characters = [figure.character for figure in scene_at(split, 0, index).figures]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mm_interleaved.documents.document import Document, Image
-from mm_interleaved.storyworld.backgrounds import PICTURE_SIZE
+from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
 from mm_interleaved.storyworld.renderer import badge_box, figure_box, prop_box
 from mm_interleaved.storyworld.world import (
     ACTIONS,
@@ -107,7 +107,7 @@ def cell_labels(scene: Scene, size: int) -> Tensor:
     is_of_prop_N = torch.tensor([name.startswith("prop") for name in ATTRIBUTES_AT_POSITION])
     things = [(figure_box(figure), figure.position, ~is_of_prop_N) for figure in scene.figures]
     things += [(prop_box(prop), prop.position, is_of_prop_N) for prop in scene.props]
-    centre = (torch.arange(size) + 0.5) * (PICTURE_SIZE / size)
+    centre = (torch.arange(size) + 0.5) * (IMAGE_SIZE / size)
     for (left, top, right, bottom), position, is_its_N in things:
         is_column = (centre >= left) & (centre < right + 1)
         is_row = (centre >= top) & (centre < bottom + 1)
@@ -123,7 +123,7 @@ def badge_cells(documents: Sequence[Document], size: int) -> Tensor:
     The images are those of all documents in order; of documents without scenes nothing is known.
     """
     masks = []
-    cell = PICTURE_SIZE // size
+    cell = IMAGE_SIZE // size
     for document in documents:
         scenes = _scenes(document)
         for number in range(sum(isinstance(part, Image) for part in document.parts)):
