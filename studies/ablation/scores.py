@@ -13,8 +13,9 @@ from typing import Any
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.document_files import read_documents, write_documents
 from mm_interleaved.errors import UsageError
+from mm_interleaved.evaluation.predictions import read_predictions
 from mm_interleaved.evaluation.registry import TASKS
-from mm_interleaved.evaluation.runner import evaluate_model, read_predictions
+from mm_interleaved.evaluation.runner import evaluate_model
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.runs.generate import ModelChoice, OnEvent, RunRequest

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mm_interleaved.documents.document import Document, Text
+from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.evaluation.runner import Task, read_document_folder
+from mm_interleaved.evaluation.task import Task
 from mm_interleaved.storyworld import tasks
 from mm_interleaved.storyworld.scores import score
 from mm_interleaved.storyworld.world import check_scene
@@ -17,7 +18,7 @@ from mm_interleaved.tokens.boxes import read_box
 
 def _read_storyworld(data: Path) -> list[Document]:
     """Documents that `data storyworld` wrote; others are refused before a model runs for nothing."""
-    documents = read_document_folder(data)
+    documents = read_documents(data / "documents.jsonl" if data.is_dir() else data)
     for document in documents:
         _check_gold(data, document)
     return documents
@@ -39,7 +40,7 @@ def _check_gold(data: Path, document: Document):
         refuse("meta.task", "a task of StoryWorld", task)
     scenes = meta.get("scenes")
     if not isinstance(scenes, list) or not scenes:
-        refuse("meta.scenes", "the truth of each picture", scenes)
+        refuse("meta.scenes", "the truth of each image", scenes)
     for index, scene in enumerate(scenes):
         try:
             check_scene(scene)
@@ -65,8 +66,8 @@ def _check_candidates(meta: Mapping[str, Any], refuse: Callable[[str, str, Any],
 
 
 def _score_storyworld(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
-    """All scores; and as `held_out.<task>.<metric>` those of documents with somebody who looks like nobody in
-    training.
+    """All scores; and as `held_out.<task>.<metric>` those of documents with a held-out character, one of whose
+    looks training has none.
     """
     held_out = [document for document in gold if document.meta.get("is_held_out")]
     ids = {document.id for document in held_out}

@@ -1,0 +1,89 @@
+"""Predictions: what a model generated of each document, as lines of a file, and back.
+
+{"id", "content"} a line: what was generated, nothing of the prompt; {"meta": {"ranking"}} where there are
+candidate answers to rank; {"id", "error"} where a document failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_interleaved.documents.document import Document, part_records
+from mm_interleaved.documents.formats import read_record
+from mm_interleaved.documents.image_references import ImageFolder
+from mm_interleaved.documents.strict_json import FieldError, Record, read_records
+from mm_interleaved.errors import InputError, escape
+
+_MAX_NAMED = 10
+
+
+def prediction_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of predictions for a line of a run's results; its images lie in the run's folder, `run/`."""
+    if "error" in record:
+        return dict(record)
+    parts = [part for part in part_records(record) if part.get("generated")]
+    return {"id": record["id"], "content": [_relocated(part) for part in parts]}
+
+
+def _relocated(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {**part, "image": f"run/{part['image']}"} if part["type"] == "image" else dict(part)
+
+
+def read_predictions(path: Path, gold: Sequence[Document] | None = None) -> list[Document]:
+    """The answers of a predictions file. Failed and empty ones are left out: they count as wrong.
+
+    Args:
+        gold: the documents of the task, each of which needs a line; None accepts any lines.
+
+    Raises:
+        InputError: an id occurs twice, is none of the gold documents', or one of theirs is missing.
+    """
+    folder = ImageFolder(path.parent, path.parent)
+    answers: list[Document] = []
+    places: dict[str, str] = {}
+    for record in read_records(path):
+        fields = record.field.object()
+        is_empty = "error" in fields or not fields.get("content", True)
+        answer = None if is_empty else read_record(record, folder)
+        key = _id_of(record) if answer is None else answer.id
+        if key in places:
+            raise InputError(
+                f"{record.place}: id {escape(key)!r} occurs twice, first at {places[key]}", field="id"
+            )
+        places[key] = record.place
+        answers += [] if answer is None else [answer]
+    if gold is not None:
+        _check_ids(path, places, [document.id for document in gold])
+    return answers
+
+
+def _id_of(record: Record) -> str:
+    try:
+        return record.field["id"].text()
+    except FieldError as error:
+        raise error.at(record.place) from error
+
+
+def _check_ids(path: Path, places: Mapping[str, str], wanted: Sequence[str]):
+    """Refuses lines for other documents than those of the task, and a document without a line."""
+    known = set(wanted)
+    unknown = [key for key in places if key not in known]
+    if unknown:
+        raise InputError(
+            f"{places[unknown[0]]}: {_listed(unknown)} not among the task's documents", field="id"
+        )
+    missing = [key for key in wanted if key not in places]
+    if missing:
+        raise InputError(
+            f"{path}: {_listed(missing)} missing, expected a line for each of the task's {len(wanted)} "
+            'documents (one without an answer: {"id": ..., "content": []})',
+            field="id",
+        )
+
+
+def _listed(ids: Sequence[str]) -> str:
+    shown = ", ".join(repr(escape(key, 60)) for key in ids[:_MAX_NAMED])
+    more = f" and {len(ids) - _MAX_NAMED} more" if len(ids) > _MAX_NAMED else ""
+    return f"id {shown} is" if len(ids) == 1 else f"{len(ids)} ids ({shown}{more}) are"
