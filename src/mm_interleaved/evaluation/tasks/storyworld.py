@@ -66,8 +66,8 @@ def _check_candidates(meta: Mapping[str, Any], refuse: Callable[[str, str, Any],
 
 
 def _score_storyworld(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
-    """All scores; and as `held_out.<task>.<metric>` those of documents with a held-out character, one of whose
-    looks training has none.
+    """All scores; and as `held_out.<task>.<metric>` those of documents with a held-out character, one that
+    training never shows.
     """
     held_out = [document for document in gold if document.meta.get("is_held_out")]
     ids = {document.id for document in held_out}
