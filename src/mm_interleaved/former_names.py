@@ -1,4 +1,4 @@
-"""Modules that the README or the docs of 0.1 named, under the names that they had; gone with 0.3.
+"""Modules of 0.1 that lay at the top, or that its README or docs named, by their former names; gone with 0.3.
 
 `import mm_interleaved.document` still works, and warns. A finder at the end of `sys.meta_path` is asked only
 for what nobody else has found.
@@ -19,15 +19,31 @@ MOVED = MappingProxyType(
         for former, now in {
             "batch": "tokens.batch",
             "config": "models.config",
+            "conversation": "tokens.chat_messages",
+            "data.boxes": "tokens.boxes",
             "data.sources.registry": "data.registry",
             "data.sources.source": "data.source",
             "document": "documents.document",
             "document_formats": "documents.formats",
+            "generation_run": "runs.generate",
+            "image_references": "documents.image_references",
+            "image_sources": "documents.image_sources",
             "images": "documents.images",
+            "known_words": "model_files.known_words",
+            "layout": "documents.layout",
             "model_source": "generation.loading",
+            "placeholders": "documents.placeholders",
             "processing": "tokens.processor",
+            "prompts": "tokens.conversation_format",
+            "record_rules": "documents.record_rules",
             "registration": "models.registration",
+            "run_folder": "runs.folder",
+            "run_manifest": "runs.manifest",
+            "run_results": "runs.results",
             "sequence": "tokens.sequence",
+            "storage": "files",
+            "story_page": "runs.page",
+            "strict_json": "documents.strict_json",
             "visibility": "tokens.visibility",
             "vocabulary": "tokens.vocabulary",
         }.items()
@@ -36,7 +52,12 @@ MOVED = MappingProxyType(
 
 DIVIDED = MappingProxyType(
     {
-        "mm_interleaved.document_formats": ("mm_interleaved.documents.document_files",),
+        "mm_interleaved.conversation": ("mm_interleaved.tokens.text_prompts",),
+        "mm_interleaved.document_formats": (
+            "mm_interleaved.documents.document_files",
+            "mm_interleaved.documents.record_parts",
+            "mm_interleaved.documents.forms.obelics",
+        ),
         "mm_interleaved.model_source": (
             "mm_interleaved.generation.defaults",
             "mm_interleaved.model_files.config",

@@ -7,6 +7,20 @@ import pytest
 
 from mm_interleaved.former_names import MOVED
 
+TOP_OF_0_1 = (
+    *("batch", "config", "conversation", "devices", "document", "document_formats", "errors"),
+    *("generation_run", "image_references", "image_sources", "images", "known_words", "layout"),
+    *("model_source", "placeholders", "processing", "prompts", "record_rules", "registration"),
+    *("run_folder", "run_manifest", "run_results", "sequence", "spelling", "storage", "story_page"),
+    *("strict_json", "versions", "visibility", "vocabulary"),
+)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("former", TOP_OF_0_1)
+def test_every_module_that_lay_at_the_top_is_found(former):
+    assert import_module(f"mm_interleaved.{former}").__doc__
+
 
 @pytest.mark.parametrize("former", sorted(MOVED))
 def test_a_module_is_found_by_its_former_name_and_says_so(former, monkeypatch):
