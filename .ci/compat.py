@@ -26,7 +26,6 @@ TESTS = (
     "tests/equivalence",
     "tests/unit/generation/test_loading.py",
     "tests/unit/tokens/test_processor.py",
-    "tests/unit/models/test_acceleration.py",
     "tests/unit/checkpoint/test_compose.py",
     "tests/unit/test_versions.py",
 )

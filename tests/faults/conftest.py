@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_interleaved.runs import generate as generation_run
+from mm_interleaved.runs import provenance
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
@@ -22,7 +22,7 @@ def quick_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         # Reads the metadata of the same packages in every run.
-        patch.setattr(generation_run, "installed_version", cache(generation_run.installed_version))
+        patch.setattr(provenance, "installed_version", cache(provenance.installed_version))
         yield
 
 

@@ -11,63 +11,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from echo_generator import EchoGenerator, load_echo
+from echo_runs import contents, echo_model, echo_request, nothing, run
 from PIL import Image as PILImage
 
-from faults.filesystem import KILLED, killed_at
-from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError, NumericalError, StorageError, UsageError
 from mm_interleaved.files import locked_folder, repair_tail
 from mm_interleaved.generation.events import Failed, Finished
 from mm_interleaved.runs.folder import file_stem, file_stems
-from mm_interleaved.runs.generate import ModelChoice, RunRequest, default_batch_size, run_documents
+from mm_interleaved.runs.generate import RunRequest, default_batch_size, run_documents
 from mm_interleaved.runs.manifest import read_manifest
 from mm_interleaved.runs.results import image_paths
-from tiny import tiny_config
-
-
-def nothing(document, event):
-    pass
 
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    config = json.loads(tiny_config().to_json_string(use_diff=False))
-    config["generation_settings"] = {"num_inference_steps": 4}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return echo_model(tmp_path)
 
 
 @pytest.fixture
 def request_(tmp_path, model) -> RunRequest:
-    picture = tmp_path / "given.png"
-    PILImage.new("RGB", (9, 7), (200, 30, 40)).save(picture)
-    documents = [
-        Document(id="a", parts=(Text("A story."), Image(picture)), layout="T I"),
-        Document(id="b/ü", parts=(Text("Another."),), layout="I"),
-        Document(id="c", parts=(Text("too long"),)),
-        Document(id="d", parts=(Text("Last."),), target=(Image(picture),), layout="T"),
-    ]
-    return RunRequest(
-        documents=documents, output=tmp_path / "out", model=ModelChoice(name=str(model), device="cpu")
-    )
-
-
-def run(request: RunRequest):
-    return run_documents(request, nothing, load=load_echo)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Everything that two runs of the same request must agree in."""
-    # What a damaged file held is kept beside it, by one of the two only.
-    names = [
-        path for path in folder.rglob("*") if path.is_file() and not path.name.startswith((".", "damaged-"))
-    ]
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in names if path.name != "manifest.json"
-    } | {"outputs": json.dumps(read_manifest(folder / "manifest.json")["outputs"]).encode()}
+    return echo_request(tmp_path, model)
 
 
 def records(folder: Path) -> list[dict]:
@@ -240,35 +205,6 @@ def test_full_disk_leaves_nothing_torn(request_, monkeypatch):
             assert not list(request_.output.rglob(".tmp-*"))
     assert number >= 5
     assert contents(request_.output) == contents(whole.output)
-
-
-def test_killed_at_every_event_then_finished(request_, monkeypatch):
-    """SIGKILL before every change of the file system; the rerun gives what an uninterrupted run gives."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody cuts the power here
-    whole = replace(request_, output=request_.output.with_name("whole"))
-    run(whole)
-    wanted = contents(whole.output)
-    num_events = 0
-    while True:
-        again = replace(request_, output=request_.output.with_name(f"out{num_events}"))
-        if killed_at(num_events, lambda again=again: run(again), again.output) != KILLED:
-            break
-        run(again)
-        assert contents(again.output) == wanted, f"killed at event {num_events}"
-        num_events += 1
-    assert num_events >= 25
-
-
-def test_torn_tail_is_repaired(request_):
-    """The results cut at many places of their last line: the rest is kept, the torn document made again."""
-    run(request_)
-    wanted = contents(request_.output)
-    whole = (request_.output / "results.jsonl").read_bytes()
-    start = whole.rstrip(b"\n").rfind(b"\n") + 1
-    for length in range(start, len(whole), 9):
-        (request_.output / "results.jsonl").write_bytes(whole[:length])
-        run(request_)
-        assert contents(request_.output) == wanted, f"cut at byte {length}"
 
 
 def test_tail_inside_a_character_is_cut(tmp_path):
