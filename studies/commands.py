@@ -48,18 +48,19 @@ def ablation(
 
     Run again, it goes on where it was stopped; `--set variants=both-1,neither-1` does some of them alone.
     """
-    from mm_interleaved.recipes.run import SETTINGS_NAME, run_recipe
+    from mm_interleaved.recipes.run import SETTINGS_NAME, present_assignments, run_recipe
     from mm_interleaved.typed_settings import override
     from studies.ablation.page import write_page
     from studies.ablation.recipe import AblationConfig, chosen_variants
     from studies.ablation.scores import check_documents, score_variants
     from studies.recipes import STUDY_RECIPES
 
-    names = override(AblationConfig(), assignments or ()).variants
+    asked = present_assignments(assignments or (), STUDY_RECIPES["ablation"].former_names)
+    names = override(AblationConfig(), asked).variants
     wanted = chosen_variants(names)
     check_documents(output, documents)
     # A run that is resumed keeps its settings; which variants are wanted is stated anew each time.
-    overrides = [*(assignments or ()), f"variants={','.join(names)}"]
+    overrides = [*asked, f"variants={','.join(names)}"]
     is_begun = (output / SETTINGS_NAME).exists()
     run_recipe("ablation", overrides, resume=is_begun, out=output, show_progress=True, recipes=STUDY_RECIPES)
     with progress(documents * len(wanted), "reading the models") as bar:

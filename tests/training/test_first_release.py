@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from mm_interleaved.cli.main import run as run_command
 from mm_interleaved.errors import StorageError
 from mm_interleaved.recipes.registry import RECIPES, Recipe
 from mm_interleaved.recipes.run import run_recipe
 from mm_interleaved.recipes.storyworld.former_names import present_line, stage_folder
 from mm_interleaved.typed_settings import to_record
 from saved_checkpoints import load_newest_checkpoint
+from studies.__main__ import create_app
 from studies.learning_curves import read_stages, write_curves
 
 SIZES = [
@@ -81,6 +83,12 @@ def test_a_setting_may_be_given_by_its_former_name(tmp_path, caplog):
         run_recipe("storyworld", ["painter.steps=7"], out=tmp_path / "run", recipes=recipes)
     assert taken[0]["unet"]["steps"] == 7
     assert "painter.steps: the setting is called unet.steps now" in caplog.text
+
+
+def test_the_ablation_takes_its_variants_by_their_former_name(tmp_path, capsys):
+    arguments = ["ablation", "-o", str(tmp_path / "run"), "--set", "twins=nobody"]
+    assert run_command(arguments, create_app) == 2
+    assert "variants: found 'nobody', expected some of both-1" in capsys.readouterr().err
 
 
 def test_a_stage_is_where_its_run_began_it(tmp_path):

@@ -63,7 +63,7 @@ def run_recipe(
     if resume:
         settings = _settings_to_resume(path, name, recipes[name])
     former_names = recipes[name].former_names
-    begun, settings = settings, override(settings, _present_assignments(overrides, former_names))
+    begun, settings = settings, override(settings, present_assignments(overrides, former_names))
     if _has_begun(out):
         _refuse_changes(out, begun, settings, recipes[name].may_change)
     is_first = os.environ.get("RANK", "0") == "0"
@@ -161,7 +161,7 @@ def _present_names(settings: Any, former_names: Mapping[str, str]) -> Any:
     return {former_names.get(name, name): value for name, value in settings.items()}
 
 
-def _present_assignments(assignments: Iterable[str], former_names: Mapping[str, str]) -> list[str]:
+def present_assignments(assignments: Iterable[str], former_names: Mapping[str, str]) -> list[str]:
     """Assignments such as `unet.steps=500`, where their settings had another name before."""
     renamed = []
     for assignment in assignments:

@@ -37,9 +37,9 @@ def parameters_by_part(
     """All parameters by part and by their name in the model; each stands in one part."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PART_NAMES}
-    for part, parameters in _claims(model):
+    for part, parameters in _in_order(model):
         for parameter in parameters:
-            # A parameter stays with whoever claimed it first.
+            # A parameter belongs to the first part that has it.
             if parameter in names:
                 parts[part][names.pop(parameter)] = parameter
     assert not names, f"parameters of no part: {list(names.values())[:3]}"
@@ -111,10 +111,10 @@ def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _claims(
+def _in_order(
     model: MMInterleavedForConditionalGeneration,
 ) -> Iterator[tuple[str, Iterable[nn.Parameter]]]:
-    """(part, parameters): small parts first, then those that would swallow them."""
+    """(part, parameters): small parts first, then those that contain them."""
     yield "lora", _low_rank_parameters(model)
     for module in model.modules():
         if isinstance(module, FeatureSynchronizer | DeformableAttention):
