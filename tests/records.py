@@ -7,7 +7,8 @@ from typing import Any
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.formats import read_record
 from mm_interleaved.documents.image_references import ImageFolder
-from mm_interleaved.documents.strict_json import Field, Record
+from mm_interleaved.documents.record_files import Record
+from mm_interleaved.documents.strict_json import Field
 
 
 def document_from_record(

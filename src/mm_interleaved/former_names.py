@@ -58,6 +58,7 @@ DIVIDED = MappingProxyType(
             "mm_interleaved.documents.record_parts",
             "mm_interleaved.documents.forms.obelics",
         ),
+        "mm_interleaved.strict_json": ("mm_interleaved.documents.record_files",),
         "mm_interleaved.model_source": (
             "mm_interleaved.generation.defaults",
             "mm_interleaved.model_files.config",

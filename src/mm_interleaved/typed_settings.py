@@ -100,11 +100,6 @@ def limits(kind: type) -> Mapping[str, Limit]:
     return {name: one for name, extras in beside.items() for one in extras if isinstance(one, Limit)}
 
 
-def number_ranges(kind: type) -> Mapping[str, Range]:
-    """The range of each numeric setting of a dataclass, by name."""
-    return {name: limit for name, limit in limits(kind).items() if isinstance(limit, Range)}
-
-
 def misfits(settings: Any) -> Iterator[tuple[str, Any, Limit]]:
     """Name, value and limit of each setting outside its range or choices; of several values the wrong ones.
 

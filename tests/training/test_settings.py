@@ -17,9 +17,10 @@ from mm_interleaved.recipes.storyworld.recipe import StoryWorldConfig
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.typed_settings import (
+    Range,
     flat_record,
     from_record,
-    number_ranges,
+    limits,
     override,
     setting_names,
     to_record,
@@ -27,6 +28,11 @@ from mm_interleaved.typed_settings import (
 from studies.recipes import STUDY_RECIPES
 
 ALL_RECIPES = {**RECIPES, **STUDY_RECIPES}
+
+
+def number_ranges(kind):
+    """The range of each numeric setting of a dataclass, by name."""
+    return {name: limit for name, limit in limits(kind).items() if isinstance(limit, Range)}
 
 
 def test_assignments_reach_nested_settings_and_keep_their_types():

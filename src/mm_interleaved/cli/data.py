@@ -16,7 +16,7 @@ import typer
 from mm_interleaved.cli.command import CommandGroup, command
 from mm_interleaved.cli.output import progress, say, say_error
 from mm_interleaved.cli.report import SOME_FAILED
-from mm_interleaved.documents.strict_json import STANDARD_INPUT, is_lines, standard_input
+from mm_interleaved.documents.record_files import STANDARD_INPUT, is_lines, standard_input
 from mm_interleaved.errors import InputError, StorageError, UsageError, escape
 from mm_interleaved.spelling import counted, hint
 

@@ -35,7 +35,7 @@ from mm_interleaved.cli.places import folder_to_write
 from mm_interleaved.cli.report import SOME_FAILED, run_and_report
 from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.document_files import read_documents
-from mm_interleaved.documents.strict_json import STANDARD_INPUT
+from mm_interleaved.documents.record_files import STANDARD_INPUT
 from mm_interleaved.errors import InputError, ModelFileError, UsageError
 from mm_interleaved.generation.loading import Acceleration
 from mm_interleaved.generation.settings import GenerationSettings

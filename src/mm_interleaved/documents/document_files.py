@@ -15,7 +15,7 @@ from mm_interleaved.documents.document import Document, Image, ImagePath, docume
 from mm_interleaved.documents.formats import read_record
 from mm_interleaved.documents.image_references import ImageFolder
 from mm_interleaved.documents.images import to_png
-from mm_interleaved.documents.strict_json import read_records
+from mm_interleaved.documents.record_files import read_records
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.files import make_folder, write_file
 

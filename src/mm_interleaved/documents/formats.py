@@ -23,9 +23,10 @@ from mm_interleaved.documents.forms.obelics import read_obelics
 from mm_interleaved.documents.forms.pairs import read_captions, read_pair
 from mm_interleaved.documents.image_references import ImageStore
 from mm_interleaved.documents.layout import EXPECTED, canonical_layout
+from mm_interleaved.documents.record_files import Record
 from mm_interleaved.documents.record_parts import IMAGES_BESIDE, Body, content_parts
 from mm_interleaved.documents.record_rules import finished
-from mm_interleaved.documents.strict_json import Field, FieldError, Record
+from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import UsageError, escape
 
 MAX_ID = 200

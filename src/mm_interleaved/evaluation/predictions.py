@@ -13,7 +13,8 @@ from typing import Any
 from mm_interleaved.documents.document import Document, part_records
 from mm_interleaved.documents.formats import read_record
 from mm_interleaved.documents.image_references import ImageFolder
-from mm_interleaved.documents.strict_json import FieldError, Record, read_records
+from mm_interleaved.documents.record_files import Record, read_records
+from mm_interleaved.documents.strict_json import FieldError
 from mm_interleaved.errors import InputError, escape
 
 _MAX_NAMED = 10

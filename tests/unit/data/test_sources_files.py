@@ -30,7 +30,7 @@ from mm_interleaved.data.storage.manifests import (
 )
 from mm_interleaved.data.storage.records import read_records
 from mm_interleaved.documents.document import Document
-from mm_interleaved.documents.strict_json import Record
+from mm_interleaved.documents.record_files import Record
 from mm_interleaved.errors import InputError, StorageError, UsageError
 
 

@@ -23,7 +23,7 @@ from mm_interleaved.data.storage.image_stores import first_image, found_with_ima
 from mm_interleaved.data.storage.records import read_items
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.image_references import ImageStore
-from mm_interleaved.documents.strict_json import Record
+from mm_interleaved.documents.record_files import Record
 from mm_interleaved.typed_settings import NUMBER, SEED, check
 
 

@@ -19,7 +19,7 @@ from mm_interleaved.data.storage.image_stores import found_with_images, image_st
 from mm_interleaved.data.storage.records import read_items
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.image_references import ImageStore
-from mm_interleaved.documents.strict_json import Record
+from mm_interleaved.documents.record_files import Record
 from mm_interleaved.typed_settings import NUMBER, SEED, SHARE, check
 
 

@@ -23,7 +23,8 @@ from mm_interleaved.data.storage.image_stores import found_with_images, image_st
 from mm_interleaved.data.storage.records import read_items
 from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.image_references import ImageStore
-from mm_interleaved.documents.strict_json import Field, FieldError, Record
+from mm_interleaved.documents.record_files import Record
+from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import UsageError
 from mm_interleaved.typed_settings import NUMBER, SEED, SHARE, check
 

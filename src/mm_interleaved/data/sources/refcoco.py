@@ -17,7 +17,8 @@ from mm_interleaved.data.storage.image_stores import first_image, found_with_ima
 from mm_interleaved.data.storage.records import read_items, read_table
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.image_references import ImageStore
-from mm_interleaved.documents.strict_json import Field, FieldError, Record
+from mm_interleaved.documents.record_files import Record
+from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.tokens.boxes import Edges, box_in_image, four_numbers, size_of_image
 from mm_interleaved.tokens.task_prompts import GROUND, PROMPTS, TaskPrompt, phrase
 from mm_interleaved.typed_settings import Named

@@ -27,7 +27,8 @@ from mm_interleaved.data.storage.files import found_files, open_file, reading, s
 from mm_interleaved.data.storage.manifests import check_against_manifest, warn_of_unlisted
 from mm_interleaved.data.storage.tar_files import Member, member_bytes, tar_members
 from mm_interleaved.documents.document import Document, Image
-from mm_interleaved.documents.strict_json import Field, FieldError, decoded, parse_strict
+from mm_interleaved.documents.record_files import decoded
+from mm_interleaved.documents.strict_json import Field, FieldError, parse_strict
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.typed_settings import NUMBER, SEED, SHARE, check
 

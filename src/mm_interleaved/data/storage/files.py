@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import IO, Any
 
 from mm_interleaved.documents.images import file_kind
-from mm_interleaved.documents.strict_json import files_inside
+from mm_interleaved.documents.record_files import files_inside
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
 
 logger = logging.getLogger(__name__)

@@ -25,16 +25,9 @@ from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, attempt
 from mm_interleaved.data.storage.files import file_size, fingerprint, is_hidden, name_of, open_file, reading
 from mm_interleaved.data.storage.manifests import check_against_manifest
 from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.record_files import GZIP_DAMAGE, MAX_RECORD_BYTES, Record, decoded
 from mm_interleaved.documents.record_rules import refuse_content_beside
-from mm_interleaved.documents.strict_json import (
-    GZIP_DAMAGE,
-    MAX_RECORD_BYTES,
-    Field,
-    FieldError,
-    Record,
-    decoded,
-    parse_strict,
-)
+from mm_interleaved.documents.strict_json import Field, FieldError, parse_strict
 from mm_interleaved.errors import InputError, StorageError, escape
 
 MAX_TABLE_BYTES = 2 << 30
