@@ -15,9 +15,10 @@ from torch import Tensor
 from benchmarks.deformops_sampler import deformops_sampling, has_deformops
 from benchmarks.harness import Setting, compiled
 from benchmarks.textbook import TextbookGate
-from mm_interleaved.models.folding import FoldedTerms
+from mm_interleaved.models.folding import FoldedTerms, fold_terms, sampled_weights
+from mm_interleaved.models.gated_synchronizer import GatedSynchronizer
+from mm_interleaved.models.image_values import ImageValues
 from mm_interleaved.models.norms import normalize
-from mm_interleaved.models.synchronizer import GatedSynchronizer, ImageValues
 from mm_interleaved.ops import (
     SamplingPlan,
     deformable_sampling,
@@ -70,7 +71,7 @@ def folded_before(folded: FoldedTerms) -> Terms:
 
 
 def fold(layer: GatedSynchronizer) -> FoldedTerms:
-    return layer.synchronizer.folded_terms(layer.query_norm.weight)
+    return fold_terms(layer.synchronizer, layer.query_norm.weight)
 
 
 def _of_folded(folded: FoldedTerms, layer: GatedSynchronizer, hidden_BQD: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +148,7 @@ class DenseGate:
     def __init__(self, layer: GatedSynchronizer):
         core = layer.synchronizer
         self.layer, self.terms = layer, fold(layer)
-        self.weights_HdC = core.sampled_weights(layer.feature_norm)
+        self.weights_HdC = sampled_weights(core, layer.feature_norm)
 
     def __call__(
         self,

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
+from mm_interleaved.models.gated_synchronizer import GatedSynchronizer
+from mm_interleaved.models.synchronizer import FeatureSynchronizer
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer, ImageValues
+from mm_interleaved.models.gated_synchronizer import GatedSynchronizer
+from mm_interleaved.models.image_values import ImageValues
+from mm_interleaved.models.synchronizer import FeatureSynchronizer
 from mm_interleaved.models.unet import Between, MapSynchronizer, UNetSynchronizers
 
 HIDDEN = -10000.0
@@ -71,13 +73,7 @@ class TextbookSynchronizer(nn.Module):
         self.ours, self.sample = ours, sample
         self.value_projection = nn.Identity()
 
-    # What our models ask of a synchronizer that features are to be projected for: here nothing is projected.
-
-    def check_levels(self, level_sizes: tuple[int, ...]) -> None:
-        """Any will do."""
-
-    def weights_at_hand(self) -> None:
-        """None: nothing may be folded."""
+    # What our models ask of a synchronizer that features are to be projected for.
 
     def projected(self, cells: Tensor, level_sizes: tuple[int, ...]) -> ImageValues:
         """The features themselves, with an axis where heads would stand."""

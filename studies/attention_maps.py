@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mm_interleaved.models.image_values import ImageValues
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.models.synchronizer import ImageValues
 from mm_interleaved.ops import SamplingPlan
 
 Box = tuple[float, float, float, float]

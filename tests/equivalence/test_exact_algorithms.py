@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved.generation.session import InterleavedSession
+from mm_interleaved.models.gated_synchronizer import GatedSynchronizer
 from mm_interleaved.models.norms import normalize
 from mm_interleaved.models.positions import resize_grid_table
 from mm_interleaved.models.prefix_cache import PrefixCache
-from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
+from mm_interleaved.models.synchronizer import FeatureSynchronizer
 from mm_interleaved.models.unet import MapSynchronizer
 from mm_interleaved.ops import sampling_plan
 from mm_interleaved.ops.reference import sample_reference

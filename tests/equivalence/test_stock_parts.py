@@ -16,8 +16,9 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from mm_interleaved.models.gated_synchronizer import GatedSynchronizer
 from mm_interleaved.models.language import ImageView, language_family
-from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
+from mm_interleaved.models.synchronizer import FeatureSynchronizer
 from mm_interleaved.models.unet import check_unet, skip_channels, unet_forward
 from mm_interleaved.models.vision import ClipBackbone
 

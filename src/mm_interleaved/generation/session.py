@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mm_interleaved.models.folding import WeightsState
 from mm_interleaved.models.image_decoder import EarlierImages, ProjectedImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.vision import ImageFeatures
+from mm_interleaved.models.weights_at_hand import WeightsState
 from mm_interleaved.tokens.visibility import context_images
 
 

@@ -12,10 +12,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from mm_interleaved.documents.strict_json import FieldError
 from mm_interleaved.models.adapter import VisionAdapter
 from mm_interleaved.models.config import MMInterleavedConfig, ResamplerConfig, SynchronizerConfig
+from mm_interleaved.models.gated_synchronizer import GatedSynchronizer
 from mm_interleaved.models.image_decoder import ImageDecoder
 from mm_interleaved.models.language import language_family
 from mm_interleaved.models.resampler import Resampler
-from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
+from mm_interleaved.models.synchronizer import FeatureSynchronizer
 from mm_interleaved.models.unet import MapSynchronizer, UNetSynchronizers, check_unet, skip_channels
 from mm_interleaved.models.vision import ClipBackbone, VisionTower
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from mm_interleaved.models.finite import check_finite
+from mm_interleaved.models.image_values import ImageValues, flatten_pyramid
 from mm_interleaved.models.offloading import execution_device, value_of
 from mm_interleaved.models.resampler import Resampler
-from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.unet import DeepFeatures, UNetSynchronizers, unet_forward
 from mm_interleaved.tokens.visibility import relative_image_index
 

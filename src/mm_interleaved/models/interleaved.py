@@ -52,6 +52,7 @@ from mm_interleaved.models.image_placement import (
     shifted,
     slot_places,
 )
+from mm_interleaved.models.image_values import ImageValues, flatten_pyramid
 from mm_interleaved.models.initialisation import OwnInitialisation, is_own
 from mm_interleaved.models.language import LANGUAGE_FAMILIES, ImageView, TextHead
 from mm_interleaved.models.losses import denoising_target, image_loss, text_loss
@@ -59,7 +60,6 @@ from mm_interleaved.models.offloading import execution_device, value_of
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.prompt_generation import PromptGenerationMixin
 from mm_interleaved.models.quantization import refuse_to_save
-from mm_interleaved.models.synchronizer import ImageValues, flatten_pyramid
 from mm_interleaved.models.transformers_versions import CACHE, one_cache
 from mm_interleaved.models.vision import ImageFeatures, select_levels
 from mm_interleaved.models.vocabulary_size import check_resizable, check_vocabulary_size, rounded_up

@@ -18,8 +18,10 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Model
 
+from mm_interleaved.models.folding import project_for_all
+from mm_interleaved.models.gated_synchronizer import GatedSynchronizer
+from mm_interleaved.models.image_values import ImageValues
 from mm_interleaved.models.initialisation import OwnInitialisation, is_loaded
-from mm_interleaved.models.synchronizer import GatedSynchronizer, ImageValues, project_for_all
 
 
 @dataclass(frozen=True, slots=True)

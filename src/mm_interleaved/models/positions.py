@@ -40,6 +40,17 @@ def resize_grid_table(table_gD: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.flatten(2)[0].T.to(table_gD.dtype)
 
 
+def pixel_centres(height: int, width: int, like: Tensor) -> Tensor:
+    """(x, y) in [0, 1] of all pixels of a map, row by row: (1, height * width, 2), in float32, or in float64
+    if `like` is.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    y = (torch.arange(height, device=like.device, dtype=dtype) + 0.5) / height
+    x = (torch.arange(width, device=like.device, dtype=dtype) + 0.5) / width
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([grid_x.reshape(-1), grid_y.reshape(-1)], dim=-1)[None]
+
+
 def _sincos(position_T: Tensor, dim: int) -> Tensor:
     if dim % 2:
         raise ValueError(f"a sine-cosine table needs an even number of channels per axis, found {dim}")

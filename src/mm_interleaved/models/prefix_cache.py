@@ -20,7 +20,7 @@ from mm_interleaved.models.cache_layers import (
     GrowingTensor,
     keep_address,
 )
-from mm_interleaved.models.synchronizer import ImageValues
+from mm_interleaved.models.image_values import ImageValues
 from mm_interleaved.tokens.visibility import NO_IMAGE
 
 LEAST_ROOM_FOR_IMAGES = 4

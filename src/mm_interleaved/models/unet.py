@@ -13,19 +13,13 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
-from mm_interleaved.models.folding import FoldedTerms, fold_linear, weights_at_hand
-from mm_interleaved.models.norms import normalize
+from mm_interleaved.models.folding import attend_from_map, project_for_all, with_shortcut
+from mm_interleaved.models.image_values import ImageValues
 from mm_interleaved.models.offloading import value_of
-from mm_interleaved.models.positions import resize_grid_table, sincos_2d_table
-from mm_interleaved.models.synchronizer import (
-    FeatureSynchronizer,
-    ImageValues,
-    folded_tables,
-    project_for_all,
-)
+from mm_interleaved.models.positions import pixel_centres, resize_grid_table, sincos_2d_table
+from mm_interleaved.models.synchronizer import FeatureSynchronizer
 from mm_interleaved.ops import SamplingPlan
 
 NORM_EPS = 1e-6
@@ -160,20 +154,6 @@ def skip_channels(unet: Any) -> list[tuple[int, int]]:
     return channels
 
 
-@dataclass(frozen=True, slots=True)
-class FoldedMap:
-    """`terms`: before sampling, for one size of the map; its bias holds the position table. `weight`, `bias`:
-    output projection and convolution in one. `sampled_weights`: between them, where features are sampled.
-    `centres`: where the pixels stand, see `_pixel_centres`.
-    """
-
-    terms: FoldedTerms
-    centres: Tensor
-    weight: Tensor
-    bias: Tensor
-    sampled_weights: Tensor | None
-
-
 class MapSynchronizer(nn.Module):
     """The synchronizer of one U-Net map: each pixel looks at its own place in earlier images.
 
@@ -204,68 +184,26 @@ class MapSynchronizer(nn.Module):
     def project_cells(self, cells_IKSC: Tensor, level_sizes: tuple[int, ...]) -> ImageValues:
         return project_for_all([self], cells_IKSC, level_sizes)[0]
 
+    @with_shortcut(attend_from_map)
     def forward(self, map_IXyx: Tensor, values: ImageValues, relative_index_IK: Tensor) -> Tensor:
         """What is added to the map: (I, X, y, x)."""
-        core, (height, width) = self.synchronizer, map_IXyx.shape[-2:]
-        if relative_index_IK.shape[-1] == 0:
-            return self.nothing_seen().expand_as(map_IXyx)
-        pixel_IQX = map_IXyx.flatten(2).transpose(1, 2)
-        relative_index_IQK = relative_index_IK[:, None].expand(-1, height * width, -1)
-        tables = self._tables(values, map_IXyx)
-        if tables is None:
-            query_IQX = self.query_norm(pixel_IQX) + resize_grid_table(self.position_table, (height, width))
-            weights = None if values.is_projected else core.sampled_weights(self.feature_norm)
-            centres_1Q2 = _pixel_centres(height, width, map_IXyx)
-            seen_IQX = core(query_IQX, values, relative_index_IQK, centres_1Q2, weights)
-            return self.conv(seen_IQX.transpose(1, 2).unflatten(2, (height, width)))
-        seen_IQV = core.look(
-            tables.terms.of(normalize(self.query_norm, pixel_IQX)),
-            tables.terms.index,
-            core.checked_index(relative_index_IQK),
-            values,
-            tables.sampled_weights,
-            tables.centres,
-        )
-        added_IQX = F.linear(seen_IQV.to(tables.weight.dtype), tables.weight, tables.bias)
-        return added_IQX.transpose(1, 2).unflatten(2, (height, width))
+        query_IQX, relative_index_IQK, centres_1Q2 = self.queries(map_IXyx, relative_index_IK)
+        seen_IQX = self.synchronizer(query_IQX, values, relative_index_IQK, centres_1Q2)
+        return self.conv(seen_IQX.transpose(1, 2).unflatten(2, map_IXyx.shape[-2:]))
 
-    def plan(self, map_IXyx: Tensor, relative_index_IK: Tensor) -> SamplingPlan:
-        """Where pixels look, row by row; arguments as `forward`."""
+    def queries(self, map_IXyx: Tensor, relative_index_IK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels as queries (I, Q, X), each with its position; the relative indices of each (I, Q, K); where
+        the pixels stand (1, Q, 2).
+        """
         height, width = map_IXyx.shape[-2:]
         query_IQX = self.query_norm(map_IXyx.flatten(2).transpose(1, 2))
         query_IQX = query_IQX + resize_grid_table(value_of(self, "position_table"), (height, width))
-        index_IQK = relative_index_IK[:, None].expand(-1, height * width, -1)
-        return self.synchronizer.plan(query_IQX, index_IQK, _pixel_centres(height, width, map_IXyx))
+        relative_index_IQK = relative_index_IK[:, None].expand(-1, height * width, -1)
+        return query_IQX, relative_index_IQK, pixel_centres(height, width, map_IXyx)
 
-    def nothing_seen(self) -> Tensor:
-        """What is added where no image is visible, the same for each pixel: (1, X, 1, 1)."""
-        return self.conv(self.synchronizer.nothing_seen()[None, :, None, None])
-
-    def _tables(self, values: ImageValues, map_IXyx: Tensor) -> FoldedMap | None:
-        core, (height, width) = self.synchronizer, map_IXyx.shape[-2:]
-        weights = core.weights_at_hand()
-        parts = weights_at_hand((self.query_norm, self.feature_norm, self.conv), (nn.LayerNorm, nn.Conv2d))
-        weights = None if weights is None or parts is None else [*weights, *parts, self.position_table]
-
-        def fold() -> FoldedMap:
-            table_QX = resize_grid_table(self.position_table, (height, width))
-            terms = core.folded_terms(self.query_norm.weight, self.query_norm.bias + table_QX)
-            conv_XX = self.conv.weight.flatten(1)
-            assert self.conv.bias is not None
-            weight, bias = fold_linear(core.output_projection, conv_XX, self.conv.bias)
-            sampled = None if values.is_projected else core.sampled_weights(self.feature_norm)
-            return FoldedMap(terms, _pixel_centres(height, width, map_IXyx), weight, bias, sampled)
-
-        return folded_tables(self, (self, height, width, map_IXyx.dtype), values, weights, fold)
-
-
-def _pixel_centres(height: int, width: int, like: Tensor) -> Tensor:
-    """(x, y) in [0, 1] of all pixels, row-major: (1, Q, 2)."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    y = (torch.arange(height, device=like.device, dtype=dtype) + 0.5) / height
-    x = (torch.arange(width, device=like.device, dtype=dtype) + 0.5) / width
-    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([grid_x.reshape(-1), grid_y.reshape(-1)], dim=-1)[None]
+    def plan(self, map_IXyx: Tensor, relative_index_IK: Tensor) -> SamplingPlan:
+        """Where pixels look, row by row; arguments as `forward`."""
+        return self.synchronizer.plan(*self.queries(map_IXyx, relative_index_IK))
 
 
 class UNetSynchronizers(nn.Module):

@@ -5,8 +5,8 @@ from numbers import Integral
 from torch import nn
 
 from mm_interleaved.models.config import MMInterleavedConfig
-from mm_interleaved.models.folding import weights_at_hand
 from mm_interleaved.models.language import TextHead
+from mm_interleaved.models.weights_at_hand import weights_at_hand
 
 
 def check_vocabulary_size(config: MMInterleavedConfig, size: int) -> None:

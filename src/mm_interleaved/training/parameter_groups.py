@@ -15,9 +15,10 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.adapter import DeformableAttention
+from mm_interleaved.models.gated_synchronizer import GatedSynchronizer
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.language import TextHead
-from mm_interleaved.models.synchronizer import FeatureSynchronizer, GatedSynchronizer
+from mm_interleaved.models.synchronizer import FeatureSynchronizer
 from mm_interleaved.models.unet import MapSynchronizer
 from mm_interleaved.training.config import PartConfig, PartsConfig
 from mm_interleaved.training.optimizer import ParameterRule

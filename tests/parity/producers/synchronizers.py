@@ -5,7 +5,7 @@ from typing import Any
 from golden import Golden
 from torch import Tensor
 
-from mm_interleaved.models.synchronizer import flatten_pyramid
+from mm_interleaved.models.image_values import flatten_pyramid
 from mm_interleaved.tokens.visibility import relative_image_index
 
 STORED_PER_UNIT = 32

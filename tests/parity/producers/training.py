@@ -17,8 +17,8 @@ from torch import Tensor
 
 from by_ids import document_starts, targets_after_an_image, text_targets
 from mm_interleaved.models.image_decoder import DiffusionDraws
+from mm_interleaved.models.image_values import flatten_pyramid
 from mm_interleaved.models.losses import denoising_errors, text_loss
-from mm_interleaved.models.synchronizer import flatten_pyramid
 from mm_interleaved.tokens.visibility import NO_IMAGE, context_images, next_token_labels, visible_images
 
 from .contexts import gathered

@@ -1,0 +1,70 @@
+"""Whether weights may be read instead of called, and whether they are still those of before.
+
+Libraries change a model under our hands: LoRA and quantisation put other modules in the place of linear
+layers, accelerate's offloading brings weights only during a call, FSDP2 brings parts of them. Whoever reads
+weights instead of calling modules asks here first.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+def weights_at_hand(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> list[Tensor] | None:
+    """All parameters and buffers of modules, if reading them is the same as calling the modules; else None.
+
+    It is not where a library has put something in the module's place or around it (LoRA, quantised layers,
+    hooks), or where the weights come only during a call (offloading) or in parts (sharding).
+
+    Args:
+        kinds: what the modules must be: exactly these classes, whose `forward` is known.
+    """
+    weights: list[Tensor] = []
+    for module in modules:
+        if type(module) not in kinds or "forward" in vars(module):
+            return None
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        for weight in (*module._parameters.values(), *module._buffers.values()):
+            if weight is None:
+                continue
+            if type(weight) not in (nn.Parameter, Tensor) or weight.device.type == "meta":
+                return None
+            weights.append(weight)
+    return weights
+
+
+State = tuple[int, int] | None
+"""Which tensor it is and how often it was changed; None: nothing can be known of it."""
+
+
+def weight_state(weight: Tensor) -> State:
+    """What tells a weight from another one, and from itself after a change.
+
+    Content is told by version counters, which every change under autograd's eyes raises: optimizers,
+    `load_state_dict`, `copy_`. A fused optimizer or a write through `.data` passes unseen.
+    """
+    if weight.device.type == "meta":
+        return None
+    # What a library puts in a weight's place (quantisation) may have no address of its own.
+    is_plain = type(weight) in (nn.Parameter, Tensor)
+    # Tensors made in inference mode are never changed in place by anyone who wants to be noticed.
+    version = -1 if weight.is_inference() else weight._version
+    return weight.data_ptr() if is_plain else id(weight), version
+
+
+class WeightsState:
+    """The weights of a whole model at one time, to tell later whether what was computed still holds.
+
+    Told as `weight_state` does. Added weights (LoRA) and other ones in their place (another device, another
+    number format) are a change as well. Weights that an offloading library takes away between calls count as
+    unchanged, and so do buffers, which models fill with tables while they run.
+    """
+
+    def __init__(self, model: nn.Module):
+        # Kept, so that no other can have their address.
+        self._weights = list(model.parameters())
+        self._states = [weight_state(weight) for weight in self._weights]
+
+    def is_that_of(self, model: nn.Module) -> bool:
+        return [weight_state(weight) for weight in model.parameters()] == self._states
