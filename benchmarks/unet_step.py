@@ -92,7 +92,9 @@ def prepare(
     cells = torch.cat([level.flatten(2).transpose(1, 2) for level in pyramid], dim=1)[:, None]
     visible = torch.full((1, 1), images > 0, device=device)
     begin = time.perf_counter()
-    earlier = decoder.look_at(pyramid, torch.zeros(1, 1, dtype=torch.int64, device=device) - (1 - images))
+    earlier = decoder.project_earlier_images(
+        pyramid, torch.zeros(1, 1, dtype=torch.int64, device=device) - (1 - images)
+    )
     wait(device)
     projecting = time.perf_counter() - begin
     return Step(

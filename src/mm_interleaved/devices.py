@@ -72,6 +72,23 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
+def first_device(device_map: Any) -> torch.device:
+    """The device that a `device_map` of transformers begins with; a CPU only if it names nothing else.
+
+    None, and the names of transformers' own strategies, are `torch_device("auto")`.
+    """
+    import torch
+
+    if isinstance(device_map, Mapping):
+        places = [str(place) for place in device_map.values() if str(place) not in ("cpu", "disk")]
+        device_map = places[0] if places else "cpu"
+    if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch_device("auto")
+    # Numbers are GPUs.
+    place = str(device_map)
+    return torch.device("cuda", int(place)) if place.isdecimal() else torch.device(place)
+
+
 def rank_device(name: str) -> torch.device:
     """The device on which this process trains: with "auto" its rank's GPU where there is one, else the CPU.
 
@@ -151,6 +168,26 @@ def weight_format(saved: str, device: torch.device) -> NumberFormat:
         f"weights saved in {saved} are kept in float32, because {describe(device)} has no units for {saved}; "
         f"name a dtype to have another",
     )
+
+
+def model_format(asked: Any, saved: str, device: torch.device) -> NumberFormat:
+    """In which format to keep the weights of a model that is loaded for a device.
+
+    Args:
+        asked: a format by name or as torch's dtype, which is then used; None or "auto": see `weight_format`.
+        saved: the format of the file; only read where none is asked for.
+
+    Raises:
+        UsageError: torch has no such type.
+    """
+    import torch
+
+    if asked in (None, "auto"):
+        return weight_format(saved, device)
+    name = str(asked).removeprefix("torch.")
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise UsageError(f"dtype: expected a floating-point type of torch, found {name!r}", field="dtype")
+    return NumberFormat(name, slowness(name, device))
 
 
 def training_format(asked: str | None, device: torch.device) -> NumberFormat:

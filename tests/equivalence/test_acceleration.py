@@ -35,7 +35,7 @@ def painter():
     decoder = model.image_decoder
     features = model.encode_images(torch.rand(1, 3, 32, 32, generator=seeded(1)).double())
     with torch.no_grad():
-        earlier = decoder.look_at(features.pyramid, torch.zeros(1, 1, dtype=torch.int64))
+        earlier = decoder.project_earlier_images(features.pyramid, torch.zeros(1, 1, dtype=torch.int64))
     width = decoder.unet.config.cross_attention_dim
     conditioning = torch.randn(1, 4, width, generator=seeded(2)).double()
     latents = torch.randn(1, 4, 8, 8, generator=seeded(3)).double()

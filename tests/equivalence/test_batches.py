@@ -134,7 +134,7 @@ def test_pictures_look_at_their_own_earlier_images_in_a_batch(counts):
     for count in counts:
         pixels = torch.rand(count, 3, 32, 32, generator=numbers).double()
         pyramid = model.encode_images(pixels).pyramid if count else model.vision.empty_pyramid()
-        earlier.append(model.look_at(pyramid, torch.arange(count)[None]))
+        earlier.append(model.project_earlier_images(pyramid, torch.arange(count)[None]))
     step = torch.tensor(500)
     together = decoder.predict(latents, step, conditioning, join_earlier_images(earlier))
     for place, one in enumerate(earlier):

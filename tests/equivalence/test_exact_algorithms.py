@@ -430,13 +430,13 @@ def test_values_are_projected_once_an_image_and_layer(model, monkeypatch):
 @pytest.mark.parametrize("keep", ["values", "features"])
 def test_the_painter_projects_each_image_once_over_many_pictures(model, monkeypatch, keep):
     painter = keeping(model, keep)
-    seen, look_at = [], painter.image_decoder.look_at
+    seen, look_at = [], painter.image_decoder.project_earlier_images
 
     def counted(pyramid, index):
         seen.append(len(pyramid[0]))
         return look_at(pyramid, index)
 
-    monkeypatch.setattr(painter.image_decoder, "look_at", counted)
+    monkeypatch.setattr(painter.image_decoder, "project_earlier_images", counted)
     session = session_with(painter, 2)
     noise = torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for rule, projected in (("all", 2), ("all", 1), ((1,), 0), ("previous", 1), ((0, 4), 1)):
@@ -581,7 +581,7 @@ def test_pictures_without_earlier_ones_get_their_constant_in_a_mixed_batch(model
     index = torch.tensor([[-1, -1], [0, -1], [0, 1]])
 
     def predict(rows):
-        earlier = model.look_at(pyramid, index[rows])
+        earlier = model.project_earlier_images(pyramid, index[rows])
         return decoder.predict(noise[rows], torch.tensor(300), conditioning[rows], earlier)
 
     together = predict([0, 1, 2])  # with gradients: the first is left out of the query's work

@@ -103,7 +103,7 @@ def test_latents_of_a_later_image_equal_a_full_recomputation(model, pictures, ru
     conditioning, _ = model.condition(output.hidden, zero, zero, starts[0, -1:])
     one_document = torch.zeros(1, len(session.ids), dtype=torch.int64)
     index = context_images(one_document, starts, rule, model.max_context_images)[-1:]
-    recomputed = paint(conditioning, model.look_at(model.encode_images(images).pyramid, index))
+    recomputed = paint(conditioning, model.project_earlier_images(model.encode_images(images).pyramid, index))
     assert (remembered - recomputed).abs().max() < EXACT
 
 

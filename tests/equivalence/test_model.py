@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from mm_interleaved.models.image_decoder import DiffusionDraws
+from mm_interleaved.models.denoising import DiffusionNoise
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.targets import TrainingTargets
 from mm_interleaved.tokens.visibility import NO_IMAGE
 from tiny import BOS, EOS, PAD, image_ids, tiny_config, tiny_model
 
@@ -44,11 +45,11 @@ def batch_of(config, rows, **more):
     }
 
 
-def draws(count, seed=0):
+def drawn_noise(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(2, count, 4, 8, 8, generator=generator, dtype=torch.float64)
     timestep = torch.randint(0, 1000, (count,), generator=generator)
-    return DiffusionDraws(timestep, noise[0], noise[1], torch.zeros(count, dtype=torch.bool))
+    return DiffusionNoise(timestep, noise[0], noise[1], torch.zeros(count, dtype=torch.bool))
 
 
 @torch.no_grad()
@@ -67,24 +68,30 @@ def test_packed_documents_equal_the_documents_alone(model):
         row(model.config, [5, 6], "I", [7], "I", [4, EOS]),
         row(model.config, "I", [8, 9], "I", [EOS]),
     ]
-    images, noise = pixels(4), draws(4)
+    images, noise = pixels(4), drawn_noise(4)
     lengths = [len(ids) for ids, _ in documents]
     packed_row = (
         documents[0][0] + documents[1][0],
         documents[0][1] + [lengths[0] + s for s in documents[1][1]],
     )
     packed = model(
-        **batch_of(model.config, [packed_row], pixel_values=images, target_pixel_values=images, draws=noise),
+        **batch_of(
+            model.config,
+            [packed_row],
+            pixel_values=images,
+            target_pixel_values=images,
+            targets=TrainingTargets(noise=noise),
+        ),
         position_ids=torch.tensor([[*range(lengths[0]), *range(lengths[1])]]),
         document_start=torch.tensor([[0] * lengths[0] + [lengths[0]] * lengths[1]]),
     )
     losses = []
     for i, (start, document) in enumerate(zip((0, lengths[0]), documents, strict=True)):
         own = slice(2 * i, 2 * i + 2)
-        own_draws = DiffusionDraws(*[value[own] for value in noise])
+        own_noise = DiffusionNoise(*[value[own] for value in noise])
         alone = model(
             **batch_of(model.config, [document], pixel_values=images[own], target_pixel_values=images[own]),
-            draws=own_draws,
+            targets=TrainingTargets(noise=own_noise),
         )
         torch.testing.assert_close(
             packed.logits[0, start : start + lengths[i]], alone.logits[0], rtol=0, atol=1e-10
@@ -125,7 +132,7 @@ def test_a_word_sees_earlier_images_and_no_later_one(model):
 def test_the_painter_looks_at_the_images_that_the_rule_names(rule):
     model = tiny_model(context_images=rule).double()
     document = row(model.config, [5], "I", [6], "I", [7], "I", [8])
-    images, noise = pixels(3), draws(3)
+    images, noise = pixels(3), drawn_noise(3)
 
     def loss_of_third(pixel_values):
         # Text hidden states change with any image, so only what reaches the U-Net directly is varied here.
@@ -134,7 +141,14 @@ def test_the_painter_looks_at_the_images_that_the_rule_names(rule):
         hidden = torch.zeros(1, len(document[0]), 32, dtype=torch.float64)
         only_third = torch.tensor([False, False, True])
         starts = torch.zeros_like(batch["input_ids"])
-        return model.painting_loss(hidden, features, batch["image_start"], starts, images, only_third, noise)
+        return model.denoising_loss(
+            hidden,
+            features,
+            batch["image_start"],
+            TrainingTargets(
+                document_start=starts, image_target=only_third, target_pixel_values=images, noise=noise
+            ),
+        )
 
     for changed in range(3):
         other = images.clone()
@@ -147,15 +161,16 @@ def test_the_painter_looks_at_the_images_that_the_rule_names(rule):
 @torch.no_grad()
 def test_dropped_conditioning_is_the_negative_one(model):
     document = row(model.config, [5], "I", [6, 7], "I")
-    images, noise = pixels(2), draws(2)
+    images, noise = pixels(2), drawn_noise(2)
     dropped = noise._replace(drop=torch.tensor([True, True]))
     arguments = batch_of(model.config, [document], pixel_values=images, target_pixel_values=images)
-    before = model(**arguments, draws=dropped).image_loss
+    before = model(**arguments, targets=TrainingTargets(noise=dropped)).image_loss
     other_text = dict(arguments, input_ids=arguments["input_ids"].clone())
     other_text["input_ids"][0, 1] = 9
-    assert torch.equal(before, model(**other_text, draws=dropped).image_loss)
+    assert torch.equal(before, model(**other_text, targets=TrainingTargets(noise=dropped)).image_loss)
     assert not torch.equal(
-        model(**arguments, draws=noise).image_loss, model(**other_text, draws=noise).image_loss
+        model(**arguments, targets=TrainingTargets(noise=noise)).image_loss,
+        model(**other_text, targets=TrainingTargets(noise=noise)).image_loss,
     )
 
 
@@ -163,13 +178,13 @@ def test_dropped_conditioning_is_the_negative_one(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_runs_and_stays_near_float64(model, dtype):
     document = row(model.config, [5, 6], "I", [7, 8], "I", [9])
-    images, noise = pixels(2), draws(2)
+    images, noise = pixels(2), drawn_noise(2)
     arguments = batch_of(model.config, [document], target_pixel_values=images)
-    exact = model(**arguments, pixel_values=images, draws=noise)
+    exact = model(**arguments, pixel_values=images, targets=TrainingTargets(noise=noise))
     low = tiny_model().to(dtype)
-    low_draws = noise._replace(noise=noise.noise.to(dtype), latent_noise=noise.latent_noise.to(dtype))
+    low_noise = noise._replace(noise=noise.noise.to(dtype), latent_noise=noise.latent_noise.to(dtype))
     arguments["target_pixel_values"] = images.to(dtype)
-    output = low(**arguments, pixel_values=images.to(dtype), draws=low_draws)
+    output = low(**arguments, pixel_values=images.to(dtype), targets=TrainingTargets(noise=low_noise))
     assert output.logits.dtype == dtype
     allowed = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
     assert (output.logits.double() - exact.logits).abs().max() <= allowed * exact.logits.abs().max()
@@ -247,11 +262,11 @@ def test_every_trainable_parameter_gets_a_gradient():
     model = tiny_model().double()
     document = row(model.config, [5, 6], "I", [7, 8], "I", [9])
     ids = torch.tensor([document[0]])
-    some_dropped = draws(2)._replace(drop=torch.tensor([True, False]))
+    some_dropped = drawn_noise(2)._replace(drop=torch.tensor([True, False]))
     output = model(
         **batch_of(model.config, [document], pixel_values=pixels(2), target_pixel_values=pixels(2)),
         text_target=ids > 4,
-        draws=some_dropped,
+        targets=TrainingTargets(noise=some_dropped),
     )
     output.loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -288,3 +303,43 @@ def test_a_new_model_starts_as_its_parts_say():
     assert all(not block.conv.weight.any() for block in fresh.image_decoder.synchronizers.skips)
     assert fresh.vision.mean[0, 0] == pytest.approx(0.48145466)
     assert fresh.text_head.new.bias.eq(95).all() and fresh.text_head.base.bias[-2:].eq(-100).all()
+
+
+# ---- Targets ---------------------------------------------------------------------------------------
+
+
+def learning(model):
+    """Arguments of a pass with an image to be learned, and its noise."""
+    document = row(model.config, [5, 6], "I", [7])
+    images = pixels(1)
+    return batch_of(model.config, [document], pixel_values=images), images, drawn_noise(1)
+
+
+@torch.no_grad()
+def test_targets_may_be_given_in_one_or_as_fields_of_a_batch(model):
+    arguments, images, noise = learning(model)
+    text = arguments["input_ids"] > 4
+    whole = TrainingTargets(text_target=text, target_pixel_values=images, noise=noise)
+    fields = {"text_target": text, "target_pixel_values": images, "image_target": None}
+    losses = [
+        model(**arguments, targets=whole).loss,
+        model(**arguments, **fields, targets=TrainingTargets(noise=noise)).loss,
+    ]
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match="found text_target in them and beside them"):
+        model(**arguments, text_target=text, targets=whole)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'labels'"):
+        model(**arguments, labels=text)
+
+
+@torch.no_grad()
+def test_names_of_the_first_release_are_taken_with_a_warning(model):
+    arguments, images, noise = learning(model)
+    weight, hide = torch.tensor([2.0], dtype=torch.float64), torch.tensor([True])
+    targets = TrainingTargets(noise=noise, image_weight=weight, hide_earlier=hide, target_pixel_values=images)
+    expected = model(**arguments, targets=targets).image_loss
+    with pytest.warns(DeprecationWarning, match="TrainingTargets") as warned:
+        found = model(
+            **arguments, target_pixel_values=images, draws=noise, image_weight=weight, hide_earlier=hide
+        ).image_loss
+    assert torch.equal(found, expected) and len(warned) == 3

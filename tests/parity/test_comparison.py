@@ -15,6 +15,8 @@ from producers import produce, training
 from safetensors.torch import load_file, save_file
 from synthetic import make
 
+from mm_interleaved.models.targets import TrainingTargets
+
 HERE = Path(__file__).parent
 CARRIED = HERE / "data" / "golden-subset"
 
@@ -107,7 +109,7 @@ def test_the_losses_are_those_of_one_whole_pass(made):
         **training.batch(golden),
         target_pixel_values=training.target_pixels(golden),
         text_target=training.counted_text(golden),
-        draws=training.draws(golden),
+        targets=TrainingTargets(noise=training.noise(golden)),
     )
     for name, found in (
         ("loss", output.loss),
@@ -221,7 +223,7 @@ def test_a_step_that_fails_takes_only_what_is_made_from_it_and_is_tried_once(mad
         tried.append(arguments)
         raise RuntimeError("out of paint")
 
-    monkeypatch.setattr(golden.model, "painting_loss", broken)
+    monkeypatch.setattr(golden.model, "denoising_loss", broken)
     found = verdicts(golden)
     losses = matching(golden, r"forward\.(variant\.\w+\.)?(loss|loss_img|unet_pred)")
     inside = matching(golden, r"forward\.(perceiver_out|noisy_latents|unet_.*|loss_img_.*)")

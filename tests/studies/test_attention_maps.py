@@ -118,7 +118,7 @@ def test_no_token_sees_an_image_that_is_still_to_come(model):
 def test_a_place_of_a_new_image_is_recorded_in_all_its_steps(model):
     decoder = model.image_decoder
     pyramid = model.encode_images(torch.rand(2, 3, 32, 32).double()).pyramid
-    earlier = model.look_at(pyramid, torch.tensor([[0, 1]]))
+    earlier = model.project_earlier_images(pyramid, torch.tensor([[0, 1]]))
     with record_calls(model) as calls:
         for timestep in (900, 100):
             noise = torch.randn(1, 4, 8, 8).double()

@@ -167,7 +167,7 @@ def join_earlier_images(earlier: Sequence[EarlierImages | None]) -> EarlierImage
 
 def _images_of(one: EarlierImages) -> Tensor:
     image_IK = one.values[0].image_BN
-    assert image_IK is not None, "`look_at` says which image stands where"
+    assert image_IK is not None, "`project_earlier_images` says which image stands where"
     return image_IK
 
 

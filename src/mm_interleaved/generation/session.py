@@ -239,14 +239,14 @@ class InterleavedSession:
         chosen = context_images(
             torch.zeros(1, len(self.ids), dtype=torch.int64), start, rule, self.model.max_context_images
         )[-1]
-        return self._projected.look_at(chosen[chosen >= 0].tolist())
+        return self._projected.of(chosen[chosen >= 0].tolist())
 
     def _project(self, numbers: list[int]) -> EarlierImages | None:
         """These images as the U-Net attends to them, and no other."""
         pyramids = [self.images[number].features.pyramid for number in numbers]
         levels = [torch.cat(maps) for maps in zip(*pyramids, strict=True)]
         index = torch.arange(len(numbers), device=self.model.device)[None]
-        return self.model.look_at(tuple(levels) or self.model.vision.empty_pyramid(), index)
+        return self.model.project_earlier_images(tuple(levels) or self.model.vision.empty_pyramid(), index)
 
 
 def max_images(model: MMInterleavedForConditionalGeneration) -> int | None:

@@ -10,7 +10,6 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -42,7 +41,7 @@ class EarlierImages:
         copied.
         """
         image_IK = self.values[0].image_BN
-        assert image_IK is not None, "`look_at` says which image stands where"
+        assert image_IK is not None, "`project_earlier_images` says which image stands where"
         image_IK = image_IK.repeat(times, 1)
         values = tuple(v._replace(image_BN=image_IK) for v in self.values)
         return replace(self, values=values, relative_index_IK=self.relative_index_IK.repeat(times, 1))
@@ -55,7 +54,7 @@ class ProjectedImages:
     one takes 145 MB in half precision (performance.md, section 4), and "previous" wants one at a time.
 
     Args:
-        project: `ImageDecoder.look_at` of the images with these numbers, each seen.
+        project: `ImageDecoder.project_earlier_images` of the images with these numbers, each seen.
     """
 
     def __init__(self, project: Callable[[list[int]], EarlierImages | None]):
@@ -63,7 +62,7 @@ class ProjectedImages:
         self._images: list[int] = []
         self._values: tuple[ImageValues, ...] = ()
 
-    def look_at(self, images: Sequence[int]) -> EarlierImages | None:
+    def of(self, images: Sequence[int]) -> EarlierImages | None:
         """What one picture sees of these images, from old to new; None where it cannot look."""
         new = [image for image in images if image not in self._images]
         if new or not self._values:
@@ -92,20 +91,6 @@ def _joined(
             values[id(after.value)] = torch.cat([*kept, after.value])
     # What was folded of the weights serves other images as well.
     return tuple(o._replace(value=values[id(n.value)]) for o, n in zip(old, new, strict=True))
-
-
-class DiffusionDraws(NamedTuple):
-    """The random numbers of one denoising loss; drawn when not given.
-
-    `timestep`: (I,) int64. `noise`, `latent_noise`: (I, X, y, x), standard normal; the first is predicted,
-    the second picks a latent from the VAE's posterior. `drop`: (I,) bool, True where the conditioning is
-    dropped.
-    """
-
-    timestep: Tensor
-    noise: Tensor
-    latent_noise: Tensor
-    drop: Tensor
 
 
 class ImageDecoder(nn.Module):
@@ -148,7 +133,9 @@ class ImageDecoder(nn.Module):
         """Read contexts (see `context.gather_contexts`) into conditioning: (I, R, D)."""
         return self.resampler(context_ITD, mask_IT)
 
-    def look_at(self, pyramid: Sequence[Tensor], context_index_IK: Tensor) -> EarlierImages | None:
+    def project_earlier_images(
+        self, pyramid: Sequence[Tensor], context_index_IK: Tensor
+    ) -> EarlierImages | None:
         """Project the images that each painted image may look at.
 
         Args:

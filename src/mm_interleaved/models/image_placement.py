@@ -200,27 +200,6 @@ def check_beside_embeddings(
         )
 
 
-def check_targets(
-    input_ids_BT: Tensor | None,
-    image_start_BN: Tensor,
-    pixel_values: Tensor | None,
-    text_target_BT: Tensor | None,
-    target_pixel_values: Tensor | None,
-) -> None:
-    """What shall be learned has what it is learned from.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if text_target_BT is not None and input_ids_BT is None:
-        raise ValueError("text_target needs input_ids, found none")
-    if target_pixel_values is None or len(target_pixel_values) == 0:
-        return
-    if pixel_values is None:
-        raise ValueError("target_pixel_values needs pixel_values, found none")
-    check_number(target_pixel_values, count_images(image_start_BN), "image_start", "target_pixel_values")
-
-
 def check_prompt(arguments: dict[str, Any]) -> None:
     """A batch of whole documents as the prompt of `generate`: what only losses need is taken out.
 
@@ -230,7 +209,7 @@ def check_prompt(arguments: dict[str, Any]) -> None:
     Raises:
         ValueError: a row packs several documents, or is padded on the right.
     """
-    for name in ("text_target", "image_target", "target_pixel_values"):
+    for name in ("text_target", "image_target", "target_pixel_values", "targets"):
         arguments.pop(name, None)
     document_start_BT, mask_BT = arguments.pop("document_start", None), arguments.get("attention_mask")
     if document_start_BT is not None:

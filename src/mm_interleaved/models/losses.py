@@ -27,8 +27,7 @@ def text_loss(logits_BTV: Tensor, input_ids_BT: Tensor, text_target_BT: Tensor) 
 
 
 def image_loss(
-    prediction: Tensor,
-    target: Tensor,
+    error_IXyx: Tensor,
     image_target_I: Tensor,
     weight_I: Tensor | None = None,
     *,
@@ -37,12 +36,12 @@ def image_loss(
     """Mean squared error over the images that count; 0 if none counts.
 
     Args:
-        prediction, target: (I, X, y, x).
+        error_IXyx: squared errors, see `denoising.denoising_loss`.
         image_target_I: bool.
         weight_I: factor of each image's error; the number of images is what is divided by all the same.
         count_all: divide by all images, as the released code does.
     """
-    error_I = denoising_errors(prediction, target) * image_target_I
+    error_I = error_IXyx.flatten(1).mean(1) * image_target_I
     if weight_I is not None:
         error_I = error_I * weight_I
     count = torch.tensor(len(error_I), device=error_I.device) if count_all else image_target_I.sum()
@@ -70,10 +69,9 @@ def denoising_target(scheduler: Any, latents: Tensor, noise: Tensor, timestep_I:
             raise ValueError(f"prediction_type: found {unknown!r}, expected {expected}")
 
 
-def denoising_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each image: (I,)."""
-    error = F.mse_loss(_at_least_single(prediction), _at_least_single(target), reduction="none")
-    return error.flatten(1).mean(1)
+def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Of each element of two tensors of one shape, in single precision or better."""
+    return F.mse_loss(_at_least_single(prediction), _at_least_single(target), reduction="none")
 
 
 def _at_least_single(tensor: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm_interleaved.errors import UsageError
-from mm_interleaved.models.image_decoder import DiffusionDraws
+from mm_interleaved.models.denoising import DiffusionNoise
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prediction_types import PREDICTION_TYPES
+from mm_interleaved.models.targets import TrainingTargets
 from mm_interleaved.tokens.batch import Batch
 from mm_interleaved.tokens.visibility import NO_IMAGE, announced_images
 from mm_interleaved.training.config import ObjectiveConfig
@@ -106,29 +107,31 @@ class Objective:
         # Counted before the batch moves: what lies on a device has to be waited for.
         counts = count_targets(batch)
         batch = batch.to(self.model.device)
-        draws, hide_earlier, weight = None, None, None
+        noise, hide_earlier, weight = None, None, None
         if batch.target_pixel_values is not None:
-            draws, hide_earlier = self.draw(batch, row_numbers)
+            noise, hide_earlier = self.draw_noise(batch, row_numbers)
             if self.config.min_snr_gamma is not None:
                 weight = min_snr_weight(
-                    draws.timestep, self.model.training_scheduler, self.config.min_snr_gamma
+                    noise.timestep, self.model.training_scheduler, self.config.min_snr_gamma
                 )
         output = (forward or self.model)(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             pixel_values=batch.pixel_values if batch.num_images else None,
             image_start=batch.image_start,
-            document_start=batch.document_start,
-            text_target=batch.text_target,
-            image_target=batch.image_target,
-            target_pixel_values=batch.target_pixel_values,
-            draws=draws,
-            image_weight=weight,
-            hide_earlier=hide_earlier,
+            targets=TrainingTargets(
+                document_start=batch.document_start,
+                text_target=batch.text_target,
+                image_target=batch.image_target,
+                target_pixel_values=batch.target_pixel_values,
+                noise=noise,
+                image_weight=weight,
+                hide_earlier=hide_earlier,
+            ),
         )
         return self._losses(output, counts, batch.num_images, totals)
 
-    def draw(self, batch: Batch, row_numbers: Sequence[int]) -> tuple[DiffusionDraws, Tensor]:
+    def draw_noise(self, batch: Batch, row_numbers: Sequence[int]) -> tuple[DiffusionNoise, Tensor]:
         """Random numbers of the image loss, and (I,) bool, which images see no earlier ones.
 
         Args:
@@ -137,14 +140,14 @@ class Objective:
         targets = batch.target_pixel_values
         assert targets is not None
         images_a_row = (batch.image_start != NO_IMAGE).sum(1).tolist()
-        draws, hidden = [], []
+        noises, hidden = [], []
         generator = torch.Generator(device=targets.device)
         for number, pixels in zip(row_numbers, targets.split(images_a_row), strict=True):
             generator.manual_seed((self.seed * _ROW_FACTOR + number + 1) % _SEED_LIMIT)
-            draws.append(self.model.draw(pixels, generator))
+            noises.append(self.model.draw_noise(pixels, generator))
             chance = torch.rand(len(pixels), generator=generator, device=targets.device, dtype=torch.float32)
             hidden.append(chance < self.config.synchronizer_dropout)
-        return DiffusionDraws(*(torch.cat(values) for values in zip(*draws, strict=True))), torch.cat(hidden)
+        return DiffusionNoise(*(torch.cat(values) for values in zip(*noises, strict=True))), torch.cat(hidden)
 
     def _losses(self, output: Any, counts: TargetCounts, num_images: int, totals: StepTotals) -> StepLosses:
         text_mean = output.text_loss

@@ -82,7 +82,7 @@ def earlier_images(golden: Golden) -> Tensor:
 @shared
 def seen_by_all(golden: Golden) -> EarlierImages:
     """What the U-Net sees of them: every image projected once."""
-    return golden.model.look_at(prompt(golden)["pyramid"], earlier_images(golden))
+    return golden.model.project_earlier_images(prompt(golden)["pyramid"], earlier_images(golden))
 
 
 @shared

@@ -16,9 +16,10 @@ from golden import Golden, shared
 from torch import Tensor
 
 from by_ids import document_starts, targets_after_an_image, text_targets
-from mm_interleaved.models.image_decoder import DiffusionDraws
+from mm_interleaved.models.denoising import DiffusionNoise
 from mm_interleaved.models.image_values import flatten_pyramid
-from mm_interleaved.models.losses import denoising_errors, text_loss
+from mm_interleaved.models.losses import squared_errors, text_loss
+from mm_interleaved.models.targets import TrainingTargets
 from mm_interleaved.tokens.visibility import NO_IMAGE, context_images, next_token_labels, visible_images
 
 from .contexts import gathered
@@ -45,10 +46,10 @@ def batch(golden: Golden) -> dict[str, Tensor]:
     }
 
 
-def draws(golden: Golden, drop: Tensor | None = None) -> DiffusionDraws:
+def noise(golden: Golden, drop: Tensor | None = None) -> DiffusionNoise:
     """The random numbers of the image loss; `drop` (I,) bool: whose conditioning is dropped, default none."""
     timestep = golden.inputs["forward.timesteps"]
-    return DiffusionDraws(
+    return DiffusionNoise(
         timestep=timestep,
         noise=golden.inputs["forward.diffusion_noise"],
         latent_noise=golden.inputs["forward.vae_sample_noise"],
@@ -171,7 +172,7 @@ def latents(golden: Golden) -> tuple[Tensor, DiagonalGaussianDistribution]:
     """Latents of the pictures to be painted, and the distribution that they were drawn from."""
     decoder = golden.model.image_decoder
     with recorded(moments=decoder.vae.quant_conv) as record:
-        encoded = decoder.encode(target_pixels(golden), draws(golden).latent_noise)
+        encoded = decoder.encode(target_pixels(golden), noise(golden).latent_noise)
     return encoded, DiagonalGaussianDistribution(record["moments"])
 
 
@@ -186,14 +187,16 @@ def painting(golden: Golden, image_loss_mask: str | None, drop_mask: str | None)
     maps = {f"res{i}": block for i, block in enumerate(decoder.synchronizers.skips)}
     ends = {"unet_start": decoder.unet.conv_in, "unet_end": decoder.unet.conv_out}
     with recorded(**maps, **ends, mid=decoder.synchronizers.middle, conditioning=decoder.resampler) as record:
-        loss = golden.model.painting_loss(
+        loss = golden.model.denoising_loss(
             read["output"].hidden,
             read["vision"],
             rows["image_start"],
-            rows["document_start"],
-            target_pixels(golden),
-            image_target=None if image_loss_mask is None else golden.inputs[image_loss_mask].bool(),
-            draws=draws(golden, None if drop_mask is None else golden.inputs[drop_mask].bool()),
+            TrainingTargets(
+                document_start=rows["document_start"],
+                image_target=None if image_loss_mask is None else golden.inputs[image_loss_mask].bool(),
+                target_pixel_values=target_pixels(golden),
+                noise=noise(golden, None if drop_mask is None else golden.inputs[drop_mask].bool()),
+            ),
         )
     return record | {"loss": loss}
 
@@ -291,7 +294,7 @@ def prediction(golden: Golden) -> Tensor:
 
 
 def prediction_without_images(golden: Golden) -> Tensor:
-    decoder, timestep = golden.model.image_decoder, draws(golden).timestep
+    decoder, timestep = golden.model.image_decoder, noise(golden).timestep
     return decoder.predict(noisy_latents(golden), timestep, conditioning(golden), None)
 
 
@@ -300,7 +303,7 @@ def synchronized_map(golden: Golden, place: str, side: str) -> Tensor:
 
 
 def loss_an_image(golden: Golden) -> Tensor:
-    return denoising_errors(prediction(golden), draws(golden).noise)
+    return squared_errors(prediction(golden), noise(golden).noise).flatten(1).mean(1)
 
 
 # ---- Outputs: losses, of the main pass and of variants -------------------------------------------

@@ -183,7 +183,7 @@ def test_pictures_of_a_composed_model_are_those_of_its_diffusion_model(composed,
     close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
     close(unet_forward(model.image_decoder.unet, latents, timesteps, conditioning), expected)
     features = model.encode_images(torch.rand(2, 3, 32, 32))
-    earlier = model.look_at(features.pyramid, torch.tensor([[0, 1], [-1, 1]]))
+    earlier = model.project_earlier_images(features.pyramid, torch.tensor([[0, 1], [-1, 1]]))
     # Through the synchronizers, whose convolutions start at zero.
     close(model.image_decoder.predict(latents, timesteps, conditioning, earlier), expected)
     close(model.image_decoder.vae.decode(latents).sample, vae.decode(latents).sample)

@@ -20,8 +20,9 @@ from mm_interleaved.model_files.headers import tensor_headers
 from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.models.build import build_vision_tower
 from mm_interleaved.models.config import MMInterleavedConfig
-from mm_interleaved.models.image_decoder import DiffusionDraws
+from mm_interleaved.models.denoising import DiffusionNoise
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.models.targets import TrainingTargets
 from mm_interleaved.models.transformers_versions import checkpointing_enable
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from tiny import BOS, image_ids, tiny_config, tiny_model, tiny_processor
@@ -65,7 +66,9 @@ def one_batch(model):
         "pixel_values": pixels,
         "target_pixel_values": pixels,
         "text_target": is_text,
-        "draws": DiffusionDraws(torch.tensor([40]), noise[0], noise[1], torch.zeros(1, dtype=torch.bool)),
+        "targets": TrainingTargets(
+            noise=DiffusionNoise(torch.tensor([40]), noise[0], noise[1], torch.zeros(1, dtype=torch.bool))
+        ),
     }
 
 

@@ -19,6 +19,7 @@ from mm_interleaved.data.mixture import Mixture, MixtureSource
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.prediction_types import PREDICTION_TYPES
+from mm_interleaved.models.targets import TrainingTargets
 from mm_interleaved.training.objectives import Objective, ObjectiveConfig, count_targets, min_snr_weight
 from tiny import tiny_config, tiny_model, tiny_processor
 
@@ -50,9 +51,9 @@ def sequences(processor):
     return [processor.encode(document, eos=True, include_target=True) for document in DOCUMENTS]
 
 
-def forward(model, batch, draws):
+def forward(model, batch, noise):
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return model(**fields, draws=draws)
+    return model(**fields, targets=TrainingTargets(noise=noise))
 
 
 def step_losses(objective, batches, numbers, *, ranks=1):
@@ -82,9 +83,9 @@ def test_packed_rows_have_the_losses_and_hidden_states_of_their_documents_alone(
     own = sequences(processor)
     objective = Objective(model, ObjectiveConfig(condition_dropout=0.0))
     alone, packed = (processor.collate(rows, target_pixels=True) for rows in (own, [own[:2], own[2:]]))
-    draws, _ = objective.draw(alone, range(4))
+    noise, _ = objective.draw_noise(alone, range(4))
     with torch.no_grad():
-        outputs = [forward(model, batch, draws) for batch in (alone, packed)]
+        outputs = [forward(model, batch, noise) for batch in (alone, packed)]
     rows = [(0, 0), (0, len(own[0])), (1, 0), (1, len(own[2]))]
     for index, ((row, start), sequence) in enumerate(zip(rows, own, strict=True)):
         found = outputs[1].hidden[row, start : start + len(sequence)]
@@ -150,8 +151,8 @@ def test_released_losses_are_means_of_micro_batches_over_all_images(processor):
     batches = [processor.collate(own[i : i + 2], target_pixels=True) for i in (0, 2)]
     totals = objective.totals(batches)
     for batch, rows in zip(batches, (range(2), range(2, 4)), strict=True):
-        draws, _ = objective.draw(batch, rows)
-        output = forward(model, batch, draws)
+        noise, _ = objective.draw_noise(batch, rows)
+        output = forward(model, batch, noise)
         losses = objective(batch, rows, totals)
         torch.testing.assert_close(losses.text, output.text_loss / 2)
         torch.testing.assert_close(losses.image, output.image_loss / 2)
@@ -294,8 +295,8 @@ def test_condition_dropout_and_weights_go_into_the_models_own_configuration(mode
     assert model.training_scheduler.config.prediction_type == "v_prediction"
     batch = processor([pair("a")] * 150)
     batch = dataclasses.replace(batch, target_pixel_values=torch.zeros(150, 3, 32, 32))
-    draws, _ = Objective(model, ObjectiveConfig()).draw(batch, range(150))
-    assert draws.drop.double().mean() == pytest.approx(0.3, abs=0.1)
+    noise, _ = Objective(model, ObjectiveConfig()).draw_noise(batch, range(150))
+    assert noise.drop.double().mean() == pytest.approx(0.3, abs=0.1)
 
 
 def scheduler(prediction_type, **more):
@@ -340,16 +341,16 @@ def test_min_snr_weights_use_the_ratio_of_diffusers_and_survive_pure_noise():
 def test_what_the_unet_predicts_is_what_it_learns(model, processor, prediction_type):
     objective = Objective(model, ObjectiveConfig(prediction_type=prediction_type, condition_dropout=0.0))
     batch = processor(DOCUMENTS[3], eos=True, include_target=True, target_pixels=True)
-    draws, _ = objective.draw(batch, [0])
+    noise, _ = objective.draw_noise(batch, [0])
     said = []
     hook = model.image_decoder.unet.conv_out.register_forward_hook(lambda *a: said.append(a[-1].detach()))
     loss = objective(batch, [0], objective.totals([batch])).image
     hook.remove()
-    latents = model.image_decoder.encode(batch.target_pixel_values.double(), draws.latent_noise)
-    product = model.training_scheduler.alphas_cumprod[draws.timestep].double().view(-1, 1, 1, 1)
+    latents = model.image_decoder.encode(batch.target_pixel_values.double(), noise.latent_noise)
+    product = model.training_scheduler.alphas_cumprod[noise.timestep].double().view(-1, 1, 1, 1)
     targets = {
-        "epsilon": draws.noise,
-        "v_prediction": product.sqrt() * draws.noise - (1 - product).sqrt() * latents,
+        "epsilon": noise.noise,
+        "v_prediction": product.sqrt() * noise.noise - (1 - product).sqrt() * latents,
         "sample": latents,
     }
     expected = (said[0] - targets[prediction_type]).pow(2).mean()

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from mm_interleaved.devices import training_format
 from mm_interleaved.documents.document import Document
+from mm_interleaved.models.denoising import denoising_loss, draw_noise
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.models.losses import denoising_target
 from mm_interleaved.recipes.storyworld.attribute_supervision import badge_cells
 from mm_interleaved.recipes.storyworld.batches import DocumentBatch
 from mm_interleaved.recipes.storyworld.vae_stage import detail
@@ -144,28 +144,22 @@ class DenoisingStage(ABC):
 
     def compute_losses(self, batch: list[DenoisingExample]) -> Losses:
         model, decoder = self.model, self.model.image_decoder
-        device = batch[0].latents.device
+        latents = torch.stack([example.latents for example in batch])
+        scheduler, device = model.training_scheduler, latents.device
         with fast_attention(device):
-            # 1. What each image is conditioned on.
             conditioning = self.condition([example.context for example in batch])
             earlier = self._earlier_images(batch)
-
-            # 2. Noise it.
-            latents = torch.stack([example.latents for example in batch])
-            scheduler = model.training_scheduler
-            num_steps = scheduler.config.num_train_timesteps
-            timestep = torch.randint(0, num_steps, (len(batch),), device=device)
-            noise = torch.randn_like(latents)
-            noisy = scheduler.add_noise(latents, noise, timestep)
-            chance_I = torch.rand(len(batch), device=device, dtype=torch.float32)
-            drop_I11 = (chance_I < model.config.condition_dropout)[:, None, None]
-            conditioning = torch.where(drop_I11, decoder.negative_conditioning, conditioning)
-
-            # 3. Predict.
-            prediction = decoder.predict(noisy, timestep, conditioning, earlier)
-        target = denoising_target(scheduler, latents, noise, timestep)
+            noise = draw_noise(
+                tuple(latents.shape),
+                scheduler.config.num_train_timesteps,
+                model.config.condition_dropout,
+                device=device,
+                dtype=latents.dtype,
+                with_latent_noise=False,
+            )
+            error_IXyx = denoising_loss(decoder, scheduler, latents, conditioning, earlier, noise)
         weight_I1yx = torch.stack([example.weight for example in batch])
-        loss = ((prediction.float() - target).square() * weight_I1yx).mean()
+        loss = (error_IXyx * weight_I1yx).mean()
         return Losses(
             total=loss,
             named={"image": loss},
@@ -191,4 +185,4 @@ class DenoisingStage(ABC):
             row[: len(example.earlier)] = torch.arange(first, first + len(example.earlier))
             first += len(example.earlier)
         levels = [torch.stack(level) for level in zip(*images, strict=True)]
-        return self.model.image_decoder.look_at(levels, index_IK.to(levels[0].device))
+        return self.model.image_decoder.project_earlier_images(levels, index_IK.to(levels[0].device))
