@@ -4,6 +4,7 @@ Letters: I images, X latent channels, y and x rows and columns of the latents, R
 channels.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class DiffusionNoise(NamedTuple):
 
 
 def draw_noise(
-    shape: tuple[int, int, int, int],
+    shape: Sequence[int],
     num_timesteps: int,
     condition_dropout: float,
     *,

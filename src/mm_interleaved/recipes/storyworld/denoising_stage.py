@@ -150,7 +150,7 @@ class DenoisingStage(ABC):
             conditioning = self.condition([example.context for example in batch])
             earlier = self._earlier_images(batch)
             noise = draw_noise(
-                tuple(latents.shape),
+                latents.shape,
                 scheduler.config.num_train_timesteps,
                 model.config.condition_dropout,
                 device=device,
