@@ -267,6 +267,8 @@ class MMInterleavedForConditionalGeneration(MMInterleavedPreTrainedModel, Prompt
         # 4. Losses.
         captured = {"hidden_states": read.hidden_states, "attentions": read.attentions}
         output = MMInterleavedOutput(logits=logits, hidden=hidden, **captured, **cache_by_name)
+        if targets.is_empty:
+            return output
         targets = replace(targets, document_start=document_start)
         return self._with_losses(output, targets, input_ids, features, image_start)
 

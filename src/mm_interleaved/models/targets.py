@@ -5,7 +5,7 @@ Letters: B rows, T tokens, I images of all rows in row-major order.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -38,6 +38,11 @@ class TrainingTargets:
     """(I,) bool, images to be generated without seeing earlier ones (synchronizer dropout); default none."""
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is no loss to compute."""
+        return self.text_target is None and not self.has_images
+
+    @property
     def has_images(self) -> bool:
         """Whether any image is to be generated."""
         return self.target_pixel_values is not None and len(self.target_pixel_values) > 0
@@ -59,6 +64,9 @@ class OtherArguments(TypedDict, total=False):
     output_hidden_states: bool | None
 
 
+# Constants: compiled decoding passes here, and cannot ask a class for its fields.
+NO_TARGETS = TrainingTargets()
+BATCH_FIELDS = ("document_start", "text_target", "image_target", "target_pixel_values")
 LIBRARY_ARGUMENTS = ("use_cache", "past_key_values", "output_attentions", "output_hidden_states")
 FORMER_NAMES = {"draws": "noise", "image_weight": "image_weight", "hide_earlier": "hide_earlier"}
 """Arguments of `forward` in 0.1 that no batch has, and the fields of `TrainingTargets` that they are now."""
@@ -71,24 +79,25 @@ def gathered_targets(targets: TrainingTargets | None, others: Mapping[str, Any])
         TypeError: an argument that `forward` does not know.
         ValueError: a field given both ways.
     """
-    names = {field.name for field in fields(TrainingTargets)}
     single: dict[str, Any] = {}
     for name, value in others.items():
+        if name in LIBRARY_ARGUMENTS:
+            continue
         if name in FORMER_NAMES:
             warnings.warn(
                 f"forward({name}=…) is deprecated: give targets=TrainingTargets({FORMER_NAMES[name]}=…)",
                 DeprecationWarning,
                 stacklevel=4,
             )
-        elif name in LIBRARY_ARGUMENTS:
-            continue
-        elif name not in OtherArguments.__optional_keys__:
+        elif name not in BATCH_FIELDS:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
         if value is not None:
             single[FORMER_NAMES.get(name, name)] = value
+    if not single:
+        return NO_TARGETS if targets is None else targets
     if targets is None:
         return TrainingTargets(**single)
-    both = [name for name in names & single.keys() if getattr(targets, name) is not None]
+    both = [name for name in single if getattr(targets, name) is not None]
     if both:
         raise ValueError(f"targets: found {', '.join(sorted(both))} in them and beside them, expected one")
     return replace(targets, **single)
