@@ -24,9 +24,9 @@ rows and columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,14 @@ from mm_interleaved.models.norms import normalize
 from mm_interleaved.models.offloading import value_of
 from mm_interleaved.models.positions import pixel_centres, resize_grid_table
 from mm_interleaved.models.sampling_terms import Terms, checked_relative_index, sampling_terms
-from mm_interleaved.models.weights_at_hand import State, weight_state, weights_at_hand
+from mm_interleaved.models.weights_at_hand import FoldingCache, weights_at_hand
 
-if TYPE_CHECKING:
-    from mm_interleaved.models.gated_synchronizer import GatedSynchronizer
-    from mm_interleaved.models.synchronizer import FeatureSynchronizer
-    from mm_interleaved.models.unet import MapSynchronizer
+Core = Any
+"""A `FeatureSynchronizer`; this and the next two import this file, so they cannot be named here."""
+GatedBlock = Any
+"""A `GatedSynchronizer`."""
+MapBlock = Any
+"""A `MapSynchronizer`."""
 
 # ---- The choice ----------------------------------------------------------------------------------------
 
@@ -73,7 +75,7 @@ def with_shortcut(
     return decorate
 
 
-def core_weights(core: FeatureSynchronizer) -> list[Tensor] | None:
+def core_weights(core: Core) -> list[Tensor] | None:
     """See `weights_at_hand`: of a `FeatureSynchronizer` and its layers."""
     # A subclass with a `forward` of its own computes what is not known here.
     if getattr(type(core).forward, "shortcut", None) is not attend:
@@ -84,45 +86,6 @@ def core_weights(core: FeatureSynchronizer) -> list[Tensor] | None:
 
 
 # ---- What is kept --------------------------------------------------------------------------------------
-
-
-class FoldingCache:
-    """Keeps what was folded, for as long as the weights are the same ones with the same content.
-
-    What passes `weight_state` unseen shows with the next images: values get a cache of their own.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[Any, tuple[list[Tensor], list[State], Any]] = {}
-
-    def last(self, key: Any) -> Any:
-        """What was kept last for this key, or None; for compiled code, which cannot inspect weights."""
-        return self._kept[key][2] if key in self._kept else None
-
-    def tensors(self) -> list[Tensor]:
-        """All that is kept, of tables that are dataclasses of tensors and of such tables."""
-        tables, found = [kept[2] for kept in self._kept.values()], []
-        for table in tables:
-            values = [getattr(table, place.name) for place in fields(table)]
-            found += [value for value in values if isinstance(value, Tensor)]
-            tables += [value for value in values if is_dataclass(value)]
-        return found
-
-    def get(self, key: Any, weights: list[Tensor], fold: Callable[[], Any]) -> Any:
-        """`fold()`, or what it returned for this key before."""
-        state = [weight_state(weight) for weight in weights]
-        kept = self._kept.get(key)
-        if kept is None or kept[1] != state:
-            # Inside no autograd, autocast or inference mode, so that the result serves in any of them.
-            device_type = weights[0].device.type
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-                torch.autocast(device_type, enabled=False),
-            ):
-                # The weights are kept too: as long as they live, no other can have their address.
-                kept = self._kept[key] = (weights, state, fold())
-        return kept[2]
 
 
 Tables = TypeVar("Tables")
@@ -174,9 +137,7 @@ class FoldedTerms:
         return term.unflatten(-1, self.index.shape[1:])
 
 
-def fold_terms(
-    core: FeatureSynchronizer, scale_D: Tensor | None = None, shift_D: Tensor | None = None
-) -> FoldedTerms:
+def fold_terms(core: Core, scale_D: Tensor | None = None, shift_D: Tensor | None = None) -> FoldedTerms:
     """M, c and T of a `FeatureSynchronizer`, folded in single precision or better; M is kept in the precision
     of the weights.
 
@@ -196,7 +157,7 @@ def fold_terms(
     return FoldedTerms(weight.to(query.weight.dtype), bias, index.unflatten(-1, (core.num_heads, -1)))
 
 
-def term_layer(core: FeatureSynchronizer) -> tuple[Tensor, Tensor]:
+def term_layer(core: Core) -> tuple[Tensor, Tensor]:
     """W and b, of offsets and logits head by head and without what nothing reads: (H * E, D), (H * E,)."""
     H, L, P = core.num_heads, core.num_levels, core.num_points
     joined: list[Tensor] = []
@@ -207,9 +168,7 @@ def term_layer(core: FeatureSynchronizer) -> tuple[Tensor, Tensor]:
     return joined[0], joined[1]
 
 
-def terms_now(
-    core: FeatureSynchronizer, query_BQD: Tensor, index_BQN: Tensor, reference_BQ2: Tensor | None
-) -> Terms:
+def terms_now(core: Core, query_BQD: Tensor, index_BQN: Tensor, reference_BQ2: Tensor | None) -> Terms:
     """`FeatureSynchronizer.terms` with one matrix instead of two or three; gradients reach all of them."""
     index_K = torch.arange(min(core.max_images, index_BQN.shape[-1] + 1), device=query_BQD.device)
     weight_eD, bias_e = term_layer(core)
@@ -249,7 +208,7 @@ def features_to_sample(cells: Tensor) -> Tensor:
     return torch.cat([cells, one, zero], dim=-1).unsqueeze(-2)
 
 
-def sampled_weights(core: FeatureSynchronizer, norm: nn.RMSNorm | nn.LayerNorm | None = None) -> Tensor:
+def sampled_weights(core: Core, norm: nn.RMSNorm | nn.LayerNorm | None = None) -> Tensor:
     """What projects sampled features: of each head its rows of the value projection, its bias, and the ignore
     value, in the order of `features_to_sample`: (H, d, C + 2).
 
@@ -262,7 +221,7 @@ def sampled_weights(core: FeatureSynchronizer, norm: nn.RMSNorm | nn.LayerNorm |
     return weights.unflatten(0, (core.num_heads, -1))
 
 
-def _value_layer(core: FeatureSynchronizer, norm: nn.RMSNorm | nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+def _value_layer(core: Core, norm: nn.RMSNorm | nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
     """The value projection with the affine part of the norm before it: (V, C) and (V,)."""
     weight_VC, bias_V = core.value_projection.weight, core.value_projection.bias
     if norm is None:
@@ -273,9 +232,7 @@ def _value_layer(core: FeatureSynchronizer, norm: nn.RMSNorm | nn.LayerNorm | No
     return weight_VC * norm.weight, bias_V
 
 
-def _sample(
-    core: FeatureSynchronizer, values: ImageValues, terms: Terms, sampled_weights_HdC: Tensor | None
-) -> Tensor:
+def _sample(core: Core, values: ImageValues, terms: Terms, sampled_weights_HdC: Tensor | None) -> Tensor:
     """`FeatureSynchronizer.sample`, of features as of values: (B, Q, V)."""
     if values.is_projected:
         return core.sample(values, *terms)
@@ -286,9 +243,7 @@ def _sample(
     return torch.einsum("bqhc,hdc->bqhd", seen_BQHC, sampled_weights_HdC).flatten(2)
 
 
-def keep_features(
-    core: FeatureSynchronizer, cells_BNSC: Tensor, level_sizes: tuple[int, ...]
-) -> ImageValues | None:
+def keep_features(core: Core, cells_BNSC: Tensor, level_sizes: tuple[int, ...]) -> ImageValues | None:
     """Stands in for `FeatureSynchronizer.project_cells` where features are kept instead of values."""
     if core.keep != "features" or core_weights(core) is None:
         return None
@@ -335,7 +290,7 @@ def project_for_all(
 # ---- The shortcuts: of the synchronizer alone, in a language model's layer, behind a map of a U-Net ------
 
 
-def nothing_visible(core: FeatureSynchronizer) -> Tensor:
+def nothing_visible(core: Core) -> Tensor:
     """What a query gets that sees no image: (D,)."""
     ignore_V = value_of(core, "ignore_value")
     return core.output_projection(ignore_V.to(core.output_projection.weight.dtype))
@@ -351,7 +306,7 @@ class FoldedLayer:
 
 
 def attend(
-    core: FeatureSynchronizer,
+    core: Core,
     query_BQD: Tensor,
     values: ImageValues,
     visible_BQN: Tensor,
@@ -375,7 +330,7 @@ def attend(
 
 
 def _attend_now(
-    core: FeatureSynchronizer,
+    core: Core,
     query_BQD: Tensor,
     values: ImageValues,
     index_BQN: Tensor,
@@ -399,7 +354,7 @@ def _attend_now(
 
 
 def attend_gated(
-    block: GatedSynchronizer, hidden_BTD: Tensor, values: ImageValues, relative_index_BTN: Tensor
+    block: GatedBlock, hidden_BTD: Tensor, values: ImageValues, relative_index_BTN: Tensor
 ) -> Tensor | None:
     """Stands in for `GatedSynchronizer.forward`: the gate and both norms are folded as well."""
     core = block.synchronizer
@@ -454,7 +409,7 @@ class FoldedMap:
 
 
 def attend_from_map(
-    block: MapSynchronizer, map_IXyx: Tensor, values: ImageValues, relative_index_IK: Tensor
+    block: MapBlock, map_IXyx: Tensor, values: ImageValues, relative_index_IK: Tensor
 ) -> Tensor | None:
     """Stands in for `MapSynchronizer.forward`: norms, position table and convolution are folded as well."""
     core, (height, width) = block.synchronizer, map_IXyx.shape[-2:]

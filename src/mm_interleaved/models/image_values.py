@@ -4,16 +4,13 @@ Letters: B rows, N images, J images that there are values of, H heads, S cells a
 channels a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mm_interleaved.models.folding import FoldingCache
+from mm_interleaved.models.weights_at_hand import FoldingCache
 
 
 class ImageValues(NamedTuple):

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from mm_interleaved.models.folding import FoldingCache, attend, keep_features, with_shortcut
+from mm_interleaved.models.folding import attend, keep_features, with_shortcut
 from mm_interleaved.models.image_values import ImageValues, check_levels, flatten_pyramid
 from mm_interleaved.models.linear import OptionalBiasLinear
 from mm_interleaved.models.offloading import value_of
 from mm_interleaved.models.sampling_terms import Terms, checked_relative_index, sampling_terms
+from mm_interleaved.models.weights_at_hand import FoldingCache
 from mm_interleaved.ops import SamplingPlan, multi_image_deformable_attention, sampling_plan
 
 KEEP = ("values", "features")

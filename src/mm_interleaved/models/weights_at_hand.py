@@ -5,8 +5,11 @@ layers, accelerate's offloading brings weights only during a call, FSDP2 brings 
 weights instead of calling modules asks here first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -68,3 +71,42 @@ class WeightsState:
 
     def is_that_of(self, model: nn.Module) -> bool:
         return [weight_state(weight) for weight in model.parameters()] == self._states
+
+
+class FoldingCache:
+    """Keeps what was folded, for as long as the weights are the same ones with the same content.
+
+    What passes `weight_state` unseen shows with the next images: values get a cache of their own.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[list[Tensor], list[State], Any]] = {}
+
+    def last(self, key: Any) -> Any:
+        """What was kept last for this key, or None; for compiled code, which cannot inspect weights."""
+        return self._kept[key][2] if key in self._kept else None
+
+    def tensors(self) -> list[Tensor]:
+        """All that is kept, of tables that are dataclasses of tensors and of such tables."""
+        tables, found = [kept[2] for kept in self._kept.values()], []
+        for table in tables:
+            values = [getattr(table, place.name) for place in fields(table)]
+            found += [value for value in values if isinstance(value, Tensor)]
+            tables += [value for value in values if is_dataclass(value)]
+        return found
+
+    def get(self, key: Any, weights: list[Tensor], fold: Callable[[], Any]) -> Any:
+        """`fold()`, or what it returned for this key before."""
+        state = [weight_state(weight) for weight in weights]
+        kept = self._kept.get(key)
+        if kept is None or kept[1] != state:
+            # Inside no autograd, autocast or inference mode, so that the result serves in any of them.
+            device_type = weights[0].device.type
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(device_type, enabled=False),
+            ):
+                # The weights are kept too: as long as they live, no other can have their address.
+                kept = self._kept[key] = (weights, state, fold())
+        return kept[2]
