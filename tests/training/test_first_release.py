@@ -9,7 +9,7 @@ import torch
 from PIL import Image as PILImage
 
 from mm_interleaved.cli.main import run as run_command
-from mm_interleaved.errors import StorageError
+from mm_interleaved.errors import StorageError, UsageError
 from mm_interleaved.recipes.registry import RECIPES, Recipe
 from mm_interleaved.recipes.run import run_recipe
 from mm_interleaved.recipes.storyworld.former_names import present_line, stage_folder
@@ -17,6 +17,7 @@ from mm_interleaved.typed_settings import to_record
 from saved_checkpoints import load_newest_checkpoint
 from studies.__main__ import create_app
 from studies.learning_curves import read_stages, write_curves
+from studies.recipes import STUDY_RECIPES
 
 SIZES = [
     "vae_channels=8,8,8", "vision_dim=16", "text_dim=24", "text_layers=2", "unet_channels=16,16,16,16",
@@ -83,6 +84,30 @@ def test_a_setting_may_be_given_by_its_former_name(tmp_path, caplog):
         run_recipe("storyworld", ["painter.steps=7"], out=tmp_path / "run", recipes=recipes)
     assert taken[0]["unet"]["steps"] == 7
     assert "painter.steps: the setting is called unet.steps now" in caplog.text
+
+
+def test_an_ablation_of_the_first_release_goes_on_with_its_settings(tmp_path, caplog):
+    taken = []
+
+    def train(settings, folder, *, show_progress):
+        taken.append(settings)
+        return folder
+
+    recipe = STUDY_RECIPES["ablation"]
+    names = {"former_names": recipe.former_names, "may_change": recipe.may_change}
+    recipes = {"ablation": Recipe(recipe.settings, train, **names)}
+    record = to_record(recipe.settings())
+    record["twins"], record["painter"] = ["both-1"], record.pop("unet") | {"steps": 7}
+    del record["variants"]
+    (tmp_path / "painter-looking-1" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "settings.json").write_text(json.dumps({"recipe": "ablation", "settings": record}))
+    run_recipe("ablation", resume=True, out=tmp_path, recipes=recipes)
+    assert taken[0].variants == ("both-1",) and taken[0].unet.steps == 7
+    assert "settings differ" not in caplog.text
+    run_recipe("ablation", ["twins=neither-1"], resume=True, out=tmp_path, recipes=recipes)
+    assert taken[1].variants == ("neither-1",)
+    with pytest.raises(UsageError, match=r"began with unet\.steps=7, found 8"):
+        run_recipe("ablation", ["painter.steps=8"], resume=True, out=tmp_path, recipes=recipes)
 
 
 def test_the_ablation_takes_its_variants_by_their_former_name(tmp_path, capsys):

@@ -74,11 +74,6 @@ def render_batch(seed: int, start: int, count: int, split: str = "train") -> np.
     return pixels
 
 
-def contact_sheet(seed: int, rows: int, columns: int, scale: int) -> np.ndarray:
-    """The images of `scene_at("train", seed, 0 ...)`, see `sheet_of`."""
-    return sheet_of(render_batch(seed, 0, rows * columns), columns, scale)
-
-
 def sheet_of(images: np.ndarray, columns: int, scale: int) -> np.ndarray:
     """(height, width, 3) uint8: images (count, 64, 64, 3) row by row with white gaps, enlarged `scale`
     times.

@@ -166,6 +166,7 @@ def train_stage(
                 batch = stage.make_batch(run.step)
                 if measure_flops and not run.meter.flops_a_token:
                     _measure_flops(stage, run, batch)
+                    # Counting took random numbers; the step has to find those that it would have found.
                     torch.manual_seed(step_seed(seed, run.step, ranks.rank))
                 is_stopping = _update(stage, config, run, batch, bool(stop))
                 is_stopping = is_stopping or (ranks.size == 1 and bool(stop))
@@ -197,6 +198,7 @@ def trained_parameters(stage: Stage) -> dict[str, nn.Parameter]:
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """The seed of everything random in one step; ranks have their own (for dropout)."""
+    # Primes above any usual number of steps, so that runs, their steps and their ranks do not share seeds.
     return (seed * 1_000_003 + step + rank * 1_000_000_007) % 2**63
 
 

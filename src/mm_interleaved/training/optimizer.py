@@ -43,6 +43,7 @@ class MuonWithAdamW:
         rules: Mapping[str, ParameterRule] = MappingProxyType({}),
     ) -> None:
         self._parameters = dict(parameters)
+        # Views share memory with the parameters, so Muon's step on a view changes the kernel itself.
         self._views = {
             name: nn.Parameter(parameters[name].detach().view(len(parameters[name]), -1))
             for name in parameters

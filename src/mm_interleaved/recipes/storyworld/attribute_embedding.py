@@ -62,6 +62,8 @@ class AttributeEmbedding:
     def logits(self, conditioning: Tensor) -> Tensor:
         """Logits (I, sum(NUM_VALUES)) of all values: how much a conditioning resembles the embedding."""
         half_INd = conditioning.reshape(len(conditioning), len(self.tables), -1)
+        # A row's product with itself is its width d, with another about sqrt(d): so the right value has logit
+        # 8, and the others little, whatever the width.
         sharpness = 8.0 / half_INd.shape[-1]
         logits = [
             sharpness * half_INd[:, n] @ table[1:].T for n, table in enumerate(self.tables[: len(NUM_VALUES)])

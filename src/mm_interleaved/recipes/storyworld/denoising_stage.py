@@ -171,6 +171,7 @@ class DenoisingStage(ABC):
         change_I1HW = detail(2 * pixels.float() - 1)
         edges_I1yx = F.avg_pool2d(change_I1HW, self.model.image_decoder.latent_factor)
         badges_I1yx = badge_cells(documents, edges_I1yx.shape[-1])[:, None].to(pixels.device)
+        # Mean 1, so that images with many edges do not count more than others, nor change the learning rate.
         weight_I1yx = 1 + self.detail_weight * edges_I1yx + self.badge_weight * badges_I1yx
         return weight_I1yx / weight_I1yx.mean((1, 2, 3), keepdim=True)
 

@@ -36,6 +36,7 @@ class ImageStage(DenoisingStage):
         row_I, column_I = (batch.image_start != NO_IMAGE).nonzero(as_tuple=True)
         end_I = batch.image_start[row_I, column_I]
         start_I = batch.document_start[row_I, end_I]
+        # In float32: pools are kept longer than a step, and trained on outside this autocast.
         context_ICD, mask_IC = gather_contexts(hidden_BTD.float(), row_I, start_I, end_I)
         return [context_CD[mask_C] for context_CD, mask_C in zip(context_ICD, mask_IC, strict=True)]
 

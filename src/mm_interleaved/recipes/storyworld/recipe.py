@@ -239,6 +239,7 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
         "detail_weight": config.detail_weight,
         "badge_weight": config.badge_weight,
     }
+    # A pool holds the images of 24 batches, each of which is denoised four times before the next is read.
     run(UNetStage(model, images, **settings), config.unet, stage_folder(folder, "unet"))
     run(ImageStage(model, images, **settings), config.image, folder / "image")
     remove_folder(folder / "model")

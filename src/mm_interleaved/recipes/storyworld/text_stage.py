@@ -106,6 +106,7 @@ class TextStage:
             hidden = self._read_text_only(inputs) if batch.is_text_only else read_batch(self.model, inputs)
             row_I, column_I = (inputs.image_start != NO_IMAGE).nonzero(as_tuple=True)
             end_I = inputs.image_start[row_I, column_I]
+            # One document a row: the context of each image is all that stands before it.
             conditioning, _ = self.model.condition(hidden, row_I, torch.zeros_like(end_I), end_I)
         labels_IN = (stated_labels if batch.is_text_only else known_labels)(batch.documents).to(device)
         named = {
@@ -148,6 +149,7 @@ class TextStage:
 
     def _read_text_only(self, inputs: Batch) -> Tensor:
         model, config = self.model, self.model.config
+        # Without pyramids the synchronizers are passed over, and the vision tower does not run.
         shape = inputs.num_images, config.num_slots, config.text_config.hidden_size
         slots_ISD = torch.zeros(shape, dtype=torch.float32, device=inputs.input_ids.device)
         return model(
@@ -175,6 +177,7 @@ def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 def read_batch(model: MMInterleavedForConditionalGeneration, batch: Batch) -> Tensor:
     """Final hidden states (B, T, D) of a batch with one document a row, its images visible."""
+    # Logits are computed by whoever needs them; the forward pass gives those of one position at least.
     return model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,

@@ -41,6 +41,7 @@ class UNetStage(DenoisingStage):
     def read_contexts(self, documents: DocumentBatch) -> list[Tensor]:
         """The labels of each image, (1, N)."""
         labels_IN = true_labels(documents.documents).to(documents.batch.pixel_values.device)
+        # As a context of one token: pools hold the same kind of example for both denoising stages.
         return [labels_N[None] for labels_N in labels_IN]
 
     def condition(self, contexts: list[Tensor]) -> Tensor:

@@ -104,6 +104,8 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     """
     images = images.to(device_of(vae))
     mean_C, std_C = (f(vae.encode(images).latent_dist.mean.float()) for f in (_channel_mean, _channel_std))
+    # New latents are (z - mean) / std, for the decoder z = std * new + mean. The posterior's moments are the
+    # first convolution's outputs: means first, then logarithms of variances.
     channels = len(mean_C)
     before, after = vae.quant_conv, vae.post_quant_conv
     assert before is not None and after is not None, "a VAE has a convolution on either side of its latents"
