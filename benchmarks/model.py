@@ -1,7 +1,7 @@
 """What a GPU would take at least, computed from shapes: a table of what nobody has measured.
 
 Least times are the greater of operations and bytes at assumed rates; nothing is run, and no model is made but
-on the meta device. Prints Markdown, as docs/performance.md has it.
+on the meta device. Prints Markdown, as docs/performance_results.md has it.
 """
 
 from functools import cache

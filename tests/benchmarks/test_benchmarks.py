@@ -446,7 +446,7 @@ def test_published_sizes_are_counted_as_the_goal_wants():
 
 
 def test_what_the_docs_tell_of_a_gpu_is_what_is_computed():
-    docs = Path(__file__).parents[2] / "docs" / "performance.md"
+    docs = Path(__file__).parents[2] / "docs" / "performance_results.md"
     assert model.told() in docs.read_text(encoding="utf-8")
 
 

@@ -1,7 +1,8 @@
 """Weights in few bits: a third to a half of the bytes that a word of a large model has to read.
 
 Only the language model's own attention and feed-forward layers are kept so, nearly all of its weights. Not
-exact: what it costs is measured in `tests/unit/models/test_quantization.py` and told in docs/performance.md.
+exact: what it costs is measured in `tests/unit/models/test_quantization.py` and reported in
+docs/performance_results.md.
 """
 
 from __future__ import annotations
