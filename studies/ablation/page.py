@@ -17,7 +17,7 @@ from PIL import ImageDraw, ImageFont
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
-from mm_interleaved.evaluation.registry import TASKS
+from mm_interleaved.evaluation.tasks.storyworld import STORYWORLD
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.recipes.run import SETTINGS_NAME
 from mm_interleaved.storyworld.renderer import render_scene
@@ -72,7 +72,7 @@ def write_page(run: Path, variants: Sequence[Variant], docs: Path) -> Path:
     }
     write_file(docs / "ablation_results.json", (json.dumps(record, indent=1) + "\n").encode())
     plot_slots(results, docs / "images" / "ablation_slots.png")
-    gold = TASKS["storyworld"].read_gold(run / "data" / "documents.jsonl")
+    gold = STORYWORLD.read_gold(run / "data" / "documents.jsonl")
     scored = [variant for variant in variants if variant.name in {result["twin"] for result in results}]
     write_file(
         docs / "images" / "ablation_drawings.png", to_png(_few_colours(side_by_side(run, scored, gold)))

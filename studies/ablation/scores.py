@@ -14,8 +14,8 @@ from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.documents.document_files import read_documents, write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.predictions import read_predictions
-from mm_interleaved.evaluation.registry import TASKS
 from mm_interleaved.evaluation.runner import evaluate_model
+from mm_interleaved.evaluation.tasks.storyworld import STORYWORLD
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.runs.generate import ModelChoice, OnEvent, RunRequest
@@ -75,7 +75,7 @@ def score_variants(run: Path, variants: Sequence[Variant], num_documents: int, o
         if not model.exists() or (out / RESULT_NAME).exists():
             continue
         request = RunRequest(documents=(), output=out, model=ModelChoice(name=str(model)))
-        task = TASKS["storyworld"]
+        task = STORYWORLD
         scores, _ = evaluate_model(task, data, request, on_event)
         gold = task.read_gold(data)
         scores |= generated_badges(read_predictions(out / "predictions.jsonl"), gold)

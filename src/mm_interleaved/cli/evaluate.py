@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +18,15 @@ from mm_interleaved.cli.places import folder_to_write
 from mm_interleaved.cli.report import SOME_FAILED, show_events
 from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import UsageError, escape
+from mm_interleaved.evaluation.names import TASK_NAMES
 from mm_interleaved.generation.events import Event
 from mm_interleaved.spelling import hint, unknown_name
 
 if TYPE_CHECKING:
     from mm_interleaved.runs.generate import RunRequest
 
-TASK_NAMES = ("storyworld",)
-"""Kept here too, so that the help does not import what scores."""
+JUDGE_KEY = "MM_INTERLEAVED_JUDGE_KEY"
+"""Environment variable with the judge's API key, which is written nowhere."""
 PREDICTOR_NAMES = ("constant", "text-only", "nearest", "copy")
 """Of `storyworld.baselines`."""
 
@@ -44,6 +49,29 @@ Predictor = Annotated[
         help=f"Score a trivial answer instead of a model's: {', '.join(PREDICTOR_NAMES)}.", metavar="NAME"
     ),
 ]
+TaskPrompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt", help="Another prompt than the published one: caption, question, ...", metavar="NAME"
+    ),
+]
+SourceSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the data's format, e.g. images=DIR."),
+]
+Inception = Annotated[
+    Path | None, typer.Option(help="TorchScript weights of Inception: FID and KID.", metavar="FILE")
+]
+Clip = Annotated[
+    str | None, typer.Option(help="A CLIP, folder or hub id: agreement of texts and images.", metavar="MODEL")
+]
+JudgeUrl = Annotated[
+    str | None,
+    typer.Option(help="Judge interleaved answers by a model behind this URL (.../v1).", metavar="URL"),
+]
+JudgeModel = Annotated[
+    str | None, typer.Option(help="The judge's name there; without a URL, a local folder.", metavar="NAME")
+]
 
 
 def evaluate(
@@ -52,6 +80,12 @@ def evaluate(
     output: OutputFolder,
     predictions: Predictions = None,
     predictor: Predictor = None,
+    prompt: TaskPrompt = None,
+    settings: SourceSettings = None,
+    inception: Inception = None,
+    clip: Clip = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
     model: Model = "storyworld",
     new_run: NewRun = False,
     batch_size: BatchSize = None,
@@ -62,14 +96,26 @@ def evaluate(
 ) -> int:
     """Answer a task's documents and score the answers: predictions.jsonl, scores.json, report.html."""
     _check_names(tasks, predictions, predictor)
-    from mm_interleaved.evaluation.registry import TASKS
+    from mm_interleaved.evaluation.registry import make_task
+    from mm_interleaved.evaluation.task import TaskOptions
+    from mm_interleaved.evaluation.tasks.interleaved import judge_named
     from mm_interleaved.runs.generate import ModelChoice, RunRequest
+
+    options = TaskOptions(
+        compat=flags.get("compat"),
+        prompt=prompt,
+        inception=inception,
+        clip=clip,
+        judge=judge_named(judge_url, judge_model, os.environ.get(JUDGE_KEY, "")),
+        source=_source_settings(settings or ()),
+    )
 
     num_failed = 0
     for name in tasks:
         out = output if len(tasks) == 1 else output / name
+        task = make_task(name, replace(options, judge_memory=out / "verdicts.jsonl"))
         if predictor is not None or predictions is not None:
-            scores = _scores_without_model(TASKS[name], data, out, predictions, predictor)
+            scores = _scores_without_model(task, data, out, predictions, predictor)
         else:
             request = RunRequest(
                 documents=(),
@@ -79,7 +125,7 @@ def evaluate(
                 new_run=new_run,
                 batch_size=batch_size,
             )
-            scores, failed = _scores_of_model(TASKS[name], data, request)
+            scores, failed = _scores_of_model(task, data, request)
             num_failed += failed
         for metric, value in scores.items():
             say(f"{metric:<24} {value:.4f}")
@@ -97,6 +143,20 @@ def _check_names(tasks: list[str], predictions: Path | None, predictor: str | No
         raise UsageError("give either --predictor or --predictions, found both")
 
 
+def _source_settings(assignments: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE`, a value in JSON or a string, as settings of a source."""
+    found: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--set: found {escape(assignment)!r}, expected KEY=VALUE")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
 def _scores_without_model(
     task: Any, data: Path, output: Path, predictions: Path | None, predictor: str | None
 ) -> dict[str, float]:
@@ -107,6 +167,7 @@ def _scores_without_model(
         from mm_interleaved.storyworld.baselines import write_predictions
 
         predictions = write_predictions(predictor, task.read_gold(data), output)
+    assert predictions is not None, "one of the two is given"
     return evaluate_predictions(task, data, predictions, output)
 
 

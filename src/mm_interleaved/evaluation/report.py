@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_interleaved.documents.document import Document, Text
+from mm_interleaved.evaluation.task import Task
 from mm_interleaved.files import make_folder, remove_temporary_files, write_file
 from mm_interleaved.runs.page import OpenImage, render_page
+from mm_interleaved.versions import __version__
+
+RECORD = "evaluation.json"
+
+
+def write_record(
+    out: Path,
+    task: Task,
+    data: Path,
+    gold: Sequence[Document],
+    *,
+    flags: Mapping[str, Any] | None = None,
+    seconds: float | None = None,
+) -> None:
+    """Writes what the scores were made with; the model, its hash and the machine stand in
+    `run/manifest.json`.
+
+    Args:
+        flags: generation settings that outrank the documents' own; None where no model ran.
+        seconds: of reading, answering and scoring.
+    """
+    first = gold[0]
+    record = {
+        "data": {"path": str(data), "sha256": hash_documents(gold), "documents": len(gold)},
+        "prompt": [part.text if isinstance(part, Text) else "<image>" for part in first.parts],
+        "published_settings": dict(task.settings),
+        "settings": None if flags is None else dict(flags),
+        "notes": list(task.notes),
+        "seconds": seconds,
+        "run": "run/manifest.json" if flags is not None else None,
+        "version": __version__,
+    }
+    write_file(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def hash_documents(documents: Sequence[Document]) -> str:
+    """SHA-256 of what is asked and of its answers: texts, pixels and order, wherever the files lie."""
+    total = hashlib.sha256()
+    for document in documents:
+        total.update(document.id.encode("utf-8", "backslashreplace"))
+        for part in (*document.parts, *document.target):
+            is_text = isinstance(part, Text)
+            content = part.text.encode("utf-8", "backslashreplace") if is_text else part.load().tobytes()
+            total.update(b"TI"[not is_text :][:1] + len(content).to_bytes(8, "big") + content)
+    return total.hexdigest()
 
 
 def write_report(

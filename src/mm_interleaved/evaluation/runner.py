@@ -3,6 +3,8 @@
 OUT/run/               the run folder of the generation, as `generate` writes it
 OUT/predictions.jsonl  see `predictions`
 OUT/scores.json        flat: "<task>.<metric>" -> number
+OUT/evaluation.json    what the numbers were made with: task, options, settings, data by hash, seconds, run
+OUT/answers/           where the benchmark has an evaluator of its own: the files that it reads
 OUT/report.html        the scores, and the documents with the answers
 """
 
@@ -10,7 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from mm_interleaved.documents.document import Document, Image, document_to_record
 from mm_interleaved.documents.images import open_image as load_image
-from mm_interleaved.errors import InputError
+from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.predictions import prediction_of, read_predictions
-from mm_interleaved.evaluation.report import write_report
+from mm_interleaved.evaluation.report import write_record, write_report
 from mm_interleaved.evaluation.task import Task
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
@@ -49,10 +52,13 @@ def evaluate_model(
         request: its `documents` are replaced by the task's; its `output` is OUT above.
         load: see `run_documents`; default: `load_generator`.
     """
+    begun = time.monotonic()
     load = cache(load or load_generator)
     out = request.output
     gold = task.read_gold(data)
+    _check_images(gold)
     make_folder(out)
+    request = replace(request, flags={**task.settings, **request.flags})
     # The model must not see the gold answers, and the run must not depend on them.
     questions = [replace(document, target=()) for document in gold]
     outcome = run_documents(replace(request, documents=questions, output=out / "run"), on_event, load=load)
@@ -73,8 +79,16 @@ def evaluate_model(
     write_file(out / "predictions.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
     answers = read_predictions(out / "predictions.jsonl", gold)
     scores = task.score(answers, gold)
-    made_by = f"{len(answers)} of {len(gold)} documents answered"
-    write_report(out, scores, made_by, outcome.records, lambda path: load_image(out / "run" / path))
+    write_report(
+        out,
+        scores,
+        _made_by(task, answers, gold),
+        outcome.records,
+        lambda path: load_image(out / "run" / path),
+    )
+    write_record(out, task, data, gold, flags=request.flags, seconds=time.monotonic() - begun)
+    if task.export is not None:
+        task.export(answers, gold, out / "answers")
     return scores, outcome.num_failed
 
 
@@ -91,9 +105,29 @@ def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -
         return name
 
     records = [document_to_record(answer, keep) for answer in answers]
-    made_by = f"{len(answers)} of {len(gold)} documents answered"
-    write_report(out, scores, made_by, records, lambda name: images[name].load())
+    write_report(out, scores, _made_by(task, answers, gold), records, lambda name: images[name].load())
+    write_record(out, task, data, gold)
+    if task.export is not None:
+        task.export(answers, gold, out / "answers")
     return scores
+
+
+def _made_by(task: Task, answers: Sequence[Document], gold: Sequence[Document]) -> str:
+    return "; ".join((f"{len(answers)} of {len(gold)} documents answered", *task.notes))
+
+
+def _check_images(gold: Sequence[Document]) -> None:
+    """Refuses documents with an image that cannot be read, before a model runs for nothing.
+
+    Raises:
+        InputError: names the first of them; another in its place, or none, would be another benchmark.
+    """
+    for document in gold:
+        for image in document.images:
+            try:
+                image.load()
+            except InputError as error:
+                raise InputError(f"document {escape(document.id)!r}: {error}", field=error.field) from error
 
 
 def _ranking(generator: InterleavedGenerator, document: Document) -> list[int]:

@@ -12,8 +12,8 @@ from echo_generator import EchoGenerator
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import InputError, TooLongError
 from mm_interleaved.evaluation import runner
-from mm_interleaved.evaluation.registry import TASKS
 from mm_interleaved.evaluation.runner import _ranking, evaluate_model, evaluate_predictions
+from mm_interleaved.evaluation.tasks.storyworld import STORYWORLD
 from mm_interleaved.files import make_folder
 from mm_interleaved.generation.loading import AS_IT_IS, Acceleration
 from mm_interleaved.runs.generate import ModelChoice, RunRequest
@@ -33,11 +33,11 @@ def read(lines, record):
     folder, _ = lines
     path = folder / "changed.jsonl"
     path.write_text(json.dumps(record) + "\n")
-    return TASKS["storyworld"].read_gold(path)
+    return STORYWORLD.read_gold(path)
 
 
 def test_what_data_storyworld_writes_is_taken(lines):
-    assert len(TASKS["storyworld"].read_gold(lines[0])) == 60
+    assert len(STORYWORLD.read_gold(lines[0])) == 60
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_model_that_answers_and_ranks_is_loaded_once(lines, tmp_path, monkeypa
     data.write_text(json.dumps(lines[1]["dialogue"]) + "\n")
     chosen = ModelChoice(name=str(model), device="cpu", acceleration=Acceleration(channels_last=True))
     request = RunRequest(documents=(), output=tmp_path / "out", model=chosen)
-    evaluate_model(TASKS["storyworld"], data, request, lambda document, event: None)
+    evaluate_model(STORYWORLD, data, request, lambda document, event: None)
     assert loaded == [chosen.acceleration]
     [prediction] = map(json.loads, (tmp_path / "out" / "predictions.jsonl").read_text().splitlines())
     count = len(lines[1]["dialogue"]["meta"]["candidates"])
@@ -111,13 +111,13 @@ def test_a_model_that_answers_and_ranks_is_loaded_once(lines, tmp_path, monkeypa
 
 
 def test_documents_with_held_out_looks_are_scored_once_more(lines):
-    gold = TASKS["storyworld"].read_gold(lines[0])
+    gold = STORYWORLD.read_gold(lines[0])
     answers = [replace(document, parts=document.target, target=()) for document in gold]
     wrong = next(document for document in gold if document.meta["is_held_out"] and document.target)
     answers = [answer for answer in answers if answer.id != wrong.id]
-    scores = TASKS["storyworld"].score(answers, gold)
+    scores = STORYWORLD.score(answers, gold)
     assert 0 < scores["held_out.layout.correct"] < scores["layout.correct"] < 1
-    everything = TASKS["storyworld"].score([], [d for d in gold if not d.meta["is_held_out"]])
+    everything = STORYWORLD.score([], [d for d in gold if not d.meta["is_held_out"]])
     assert not any(name.startswith("held_out.") for name in everything)
 
 
@@ -134,7 +134,7 @@ def answered(lines, tmp_path, change):
 
 def scored(lines, tmp_path, change):
     gold, path = answered(lines, tmp_path, change)
-    return evaluate_predictions(TASKS["storyworld"], gold, path, tmp_path / "out")
+    return evaluate_predictions(STORYWORLD, gold, path, tmp_path / "out")
 
 
 def test_answers_that_are_wrong_or_failed_or_empty_are_scored(lines, tmp_path):

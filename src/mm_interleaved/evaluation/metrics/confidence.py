@@ -1,4 +1,6 @@
-"""How sure a mean is: bootstrap confidence intervals (Efron, 1979) over the cases that it is a mean of."""
+"""How sure a mean is (bootstrap intervals, Efron 1979), and how far two measures rank cases alike
+(Spearman).
+"""
 
 from __future__ import annotations
 
@@ -44,3 +46,25 @@ def paired_interval(
     """The interval of the mean of `first - second`, case by case: whether one model is better."""
     differences = [one - other for one, other in zip(first, second, strict=True)]
     return bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rho, -1 to 1: the correlation of ranks, equal values sharing their mean rank.
+
+    Raises:
+        ValueError: fewer than three cases, or a side on which all are equal.
+    """
+    ranks = [_ranks(np.asarray(side, float)) for side in (first, second)]
+    if len(ranks[0]) != len(ranks[1]) or len(ranks[0]) < 3:
+        raise ValueError(
+            f"expected three cases or more on both sides, found {len(ranks[0])} and {len(ranks[1])}"
+        )
+    if any(np.ptp(side) == 0 for side in ranks):
+        raise ValueError("all values of one side are equal, which ranks nothing")
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]

@@ -45,15 +45,16 @@ def agreement(text_TD: np.ndarray, image_TD: np.ndarray) -> float:
     return float(np.einsum("td,td->t", text_TD, image_TD).mean()) if len(text_TD) else 0.0
 
 
-def retrieval_agreement(text_TD: np.ndarray, image_TD: np.ndarray) -> float:
-    """How often the own image is nearer to a text than another image of the document, 0 to 1.
+def own_image_wins(scores_TT: np.ndarray) -> float:
+    """How often the own image goes better with a text than another image of the document, 0 to 1.
 
-    Unlike a cosine it needs no scale: 0.5 is chance. 1 where there is one image only.
+    It needs no scale, unlike a cosine: 0.5 is chance, ties count half. 1 where there is one image only.
+
+    Args:
+        scores_TT: how well text t (row) goes with image i (column); the own image stands on the diagonal.
     """
-    _check_pairs(text_TD, image_TD)
-    if len(text_TD) < 2:
+    if len(scores_TT) < 2:
         return 1.0
-    scores_TT = text_TD @ image_TD.T
     own = np.diag(scores_TT)[:, None]
     wins = (own > scores_TT) + 0.5 * (own == scores_TT)
     others = ~np.eye(len(scores_TT), dtype=bool)

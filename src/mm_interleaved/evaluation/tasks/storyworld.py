@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.evaluation.task import Task
+from mm_interleaved.evaluation.task import Task, TaskOptions
 from mm_interleaved.storyworld import tasks
 from mm_interleaved.storyworld.scores import score
 from mm_interleaved.storyworld.world import check_scene
@@ -78,3 +78,8 @@ def _score_storyworld(predictions: Sequence[Document], gold: Sequence[Document])
 
 
 STORYWORLD = Task(read_gold=_read_storyworld, score=_score_storyworld)
+
+
+def storyworld(options: TaskOptions) -> Task:
+    """The task; it has no options."""
+    return STORYWORLD

@@ -8,8 +8,8 @@ from mm_interleaved.evaluation.metrics.interleaved import (
     consistency,
     copy_rate,
     count_agreement,
+    own_image_wins,
     repetition,
-    retrieval_agreement,
     structure,
     word_overlap,
 )
@@ -43,10 +43,10 @@ def test_counts_and_overlaps():
 def test_agreement_of_texts_and_images():
     assert agreement(AXES, AXES) == 1.0
     assert agreement(AXES, AXES[::-1]) == 0.0
-    assert retrieval_agreement(AXES, AXES) == 1.0
-    assert retrieval_agreement(AXES, np.ones((4, 4)) / 2) == 0.5
-    assert retrieval_agreement(AXES, AXES[[1, 0, 3, 2]]) == pytest.approx(1 / 3)
-    assert retrieval_agreement(AXES[:1], AXES[1:2]) == 1.0
+    assert own_image_wins(AXES) == 1.0
+    assert own_image_wins(np.ones((4, 4))) == 0.5
+    assert own_image_wins(AXES[[1, 0, 3, 2]]) == pytest.approx(1 / 3)
+    assert own_image_wins(np.zeros((1, 1))) == 1.0
     with pytest.raises(ValueError, match="shapes"):
         agreement(AXES, AXES[:2])
 

@@ -12,7 +12,11 @@ from mm_interleaved.evaluation.metrics.choices import (
     says_yes,
     yes_no_scores,
 )
-from mm_interleaved.evaluation.metrics.confidence import bootstrap_interval, paired_interval
+from mm_interleaved.evaluation.metrics.confidence import (
+    bootstrap_interval,
+    paired_interval,
+    rank_correlation,
+)
 from mm_interleaved.evaluation.metrics.retrieval import ndcg, rank_of, ranking_scores
 from mm_interleaved.evaluation.metrics.segmentation import confusion, mean_iou
 
@@ -130,3 +134,16 @@ def test_intervals_hold_the_mean_and_shrink_with_more_cases():
     assert paired_interval([1.0, 1.0], [0.5, 0.5]) == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="expected values"):
         bootstrap_interval([])
+
+
+def test_rank_correlation_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        first, second = rng.integers(0, 5, 12), rng.integers(0, 5, 12)
+        assert rank_correlation(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+    assert rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="ranks nothing"):
+        rank_correlation([1, 1, 1], [1, 2, 3])
+    with pytest.raises(ValueError, match="three cases"):
+        rank_correlation([1, 2], [1, 2])

@@ -1,0 +1,107 @@
+"""POPE and SEED-Bench: questions whose choices are given.
+
+POPE (arXiv 2305.10355) asks for yes or no. SEED-Bench (arXiv 2307.16125) gives four options, which are ranked
+by their likelihood, as its authors do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from mm_interleaved.documents.document import Document, Text
+from mm_interleaved.documents.record_files import read_records
+from mm_interleaved.documents.strict_json import Field, FieldError
+from mm_interleaved.evaluation.answers import answer_ranking, answer_text, by_gold
+from mm_interleaved.evaluation.metrics.choices import (
+    choice_accuracy,
+    says_yes,
+    yes_no_scores,
+)
+from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.tasks.annotations import annotation_file, json_lines, question_about
+
+POPE_FILES = ("coco_pope_random.json", "coco_pope_popular.json", "coco_pope_adversarial.json", "*pope*.json*")
+SEED_FILES = ("SEED-Bench.json", "SEED-Bench-2.json", "seed_bench.json")
+_LETTERS = "ABCD"
+
+
+def pope(options: TaskOptions) -> Task:
+    """Whether an object is in an image: accuracy, precision, recall, F1 and how often yes is said."""
+    return Task(
+        read_gold=partial(_read_pope, options),
+        score=_score_pope,
+        settings={"layout": "T", "max_new_tokens": 10},
+    )
+
+
+def seed_bench(options: TaskOptions) -> Task:
+    """Four options a question: accuracy, in all and by type of question."""
+    return Task(
+        read_gold=partial(_read_seed, options),
+        score=_score_seed,
+        settings={"layout": "T", "max_new_tokens": 4},
+    )
+
+
+def _read_pope(options: TaskOptions, data: Path) -> list[Document]:
+    path = annotation_file(data, POPE_FILES)
+    return [_pope_document(options, path, record.field, record.place) for record in json_lines(path)]
+
+
+def _pope_document(options: TaskOptions, path: Path, record: Field, place: str) -> Document:
+    try:
+        label = record["label"].text().strip().lower()
+        if label not in ("yes", "no"):
+            record["label"].wrong("yes or no")
+        question = record["text" if "text" in record else "question"].text()
+        return question_about(
+            options, path, record, f"pope:{record['question_id'].value}", question, (Text(label),),
+            {"is_yes": label == "yes"},
+        )  # fmt: skip
+    except FieldError as error:
+        raise error.at(place) from error
+
+
+def _read_seed(options: TaskOptions, data: Path) -> list[Document]:
+    path = annotation_file(data, SEED_FILES)
+    [table] = read_records(path)
+    try:
+        return [_seed_document(options, path, question) for question in table.field["questions"].list()]
+    except FieldError as error:
+        raise error.at(str(path)) from error
+
+
+def _seed_document(options: TaskOptions, path: Path, record: Field) -> Document:
+    choices = [record[f"choice_{letter.lower()}"].text() for letter in _LETTERS]
+    answer = record["answer"].text().strip().upper()
+    if answer not in _LETTERS or len(answer) != 1:
+        record["answer"].wrong("one of A, B, C, D")
+    right = _LETTERS.index(answer)
+    kind = record.get("question_type_id")
+    meta = {"candidates": choices, "gold_index": right, "kind": "" if kind is None else str(kind.value)}
+    name, question = f"seed:{record['question_id'].value}", record["question"].text()
+    return question_about(options, path, record, name, question, (Text(choices[right]),), meta)
+
+
+def _score_pope(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
+    answers = [says_yes(answer_text(prediction)) for prediction in by_gold(predictions, gold)]
+    scores = yes_no_scores(answers, [document.meta["is_yes"] for document in gold])
+    return {
+        f"pope.{name}": getattr(scores, name)
+        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    }
+
+
+def _score_seed(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
+    rankings = [answer_ranking(prediction) for prediction in by_gold(predictions, gold)]
+    chosen = [ranking[0] if ranking else None for ranking in rankings]
+    right = [document.meta["gold_index"] for document in gold]
+    scores = {"seed-bench.accuracy": choice_accuracy(chosen, right)}
+    for kind in sorted({document.meta["kind"] for document in gold} - {""}):
+        own = [place for place, document in enumerate(gold) if document.meta["kind"] == kind]
+        scores[f"seed-bench.accuracy.type_{kind}"] = choice_accuracy(
+            [chosen[place] for place in own], [right[place] for place in own]
+        )
+    return scores

@@ -1,0 +1,80 @@
+"""VisDial 1.0: a hundred candidate answers to the last question of a dialogue about an image, ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mm_interleaved.documents.document import Document
+from mm_interleaved.errors import InputError
+from mm_interleaved.evaluation.answers import answer_ranking, by_gold
+from mm_interleaved.evaluation.metrics.retrieval import ndcg, ranking_scores
+from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents, has_annotation_file
+
+DIALOGUES = ("visdial_1.0_val.json", "visdial.json")
+DENSE = ("visdial_1.0_val_dense_annotations.json",)
+
+
+def visual_dialogue(options: TaskOptions) -> Task:
+    """The task; candidates are ranked by their likelihood, the answer that is generated does not count.
+
+    Of each dialogue one round is asked: the one with dense annotations, or the last where there are none.
+    """
+    is_released = options.compat == "released"
+    notes = ("MRR, recall and mean rank are of one round a dialogue, not of all ten",)
+    return Task(
+        read_gold=partial(_read, is_released, options),
+        score=_score,
+        settings={"layout": "T", "max_new_tokens": 16},
+        notes=(*notes, "the round before the question is left out of the dialogue") if is_released else notes,
+    )
+
+
+def _read(is_released: bool, options: TaskOptions, data: Path) -> list[Document]:
+    path = annotation_file(data, DIALOGUES)
+    folder = data if data.is_dir() else data.parent
+    settings: dict[str, Any] = {
+        "paths": str(path),
+        "is_conversation": options.prompt == "conversation",
+        "skips_previous_round": is_released,
+    }
+    if has_annotation_file(folder, DENSE):
+        settings["dense_annotations"] = str(annotation_file(folder, DENSE))
+    documents = gold_documents("visdial", settings | options.source)
+    for document in documents:
+        if not {"candidates", "gold_index"} <= document.meta.keys():
+            raise InputError(
+                f"{path}: {document.id}: expected answer_options and gt_index (test splits lack them)",
+                field="answer_options",
+            )
+    return documents
+
+
+def _score(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
+    rankings = [answer_ranking(prediction) for prediction in by_gold(predictions, gold)]
+    # What was not ranked counts as the worst, as everywhere.
+    complete = [ranking or _worst(document) for ranking, document in zip(rankings, gold, strict=True)]
+    scores = ranking_scores(complete, [document.meta["gold_index"] for document in gold])
+    pairs = zip(complete, gold, strict=True)
+    gains = [
+        ndcg(ranking, document.meta["relevance"])
+        for ranking, document in pairs
+        if "relevance" in document.meta
+    ]
+    return {
+        **({"visdial.ndcg": fmean(gains)} if gains else {}),
+        "visdial.mrr": scores.mrr,
+        **{f"visdial.recall_at_{limit}": share for limit, share in scores.recall.items()},
+        "visdial.mean_rank": scores.mean_rank,
+    }
+
+
+def _worst(document: Document) -> list[int]:
+    """The candidates from the least relevant on, the right answer last."""
+    count, gold = len(document.meta["candidates"]), document.meta["gold_index"]
+    relevance = document.meta.get("relevance") or [0.0] * count
+    return sorted(range(count), key=lambda index: (index == gold, relevance[index]))

@@ -1,0 +1,113 @@
+"""VQAv2, OK-VQA, TextVQA, VizWiz and GQA: short answers to questions about images.
+
+Prompts and decoding are the published ones: one word asked for, 3 beams, at most 10 tokens, length penalty 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mm_interleaved.data.storage.records import read_table
+from mm_interleaved.documents.document import Document, Text
+from mm_interleaved.documents.strict_json import Field, FieldError
+from mm_interleaved.errors import InputError, escape
+from mm_interleaved.evaluation.answers import answer_text, by_gold
+from mm_interleaved.evaluation.metrics.vqa import exact_accuracy, mean_vqa_accuracy, released_clean_up
+from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents, question_about
+
+SETTINGS = {"layout": "T", "num_beams": 3, "min_new_tokens": 0, "max_new_tokens": 10, "length_penalty": 0.0}
+
+
+class _Files(NamedTuple):
+    questions: tuple[str, ...]
+    annotations: tuple[str, ...] = ()
+    """Where answers stand in a file of their own."""
+    prompt: str = "question-released"
+
+
+FILES: Mapping[str, _Files] = {
+    "vqav2": _Files(
+        ("v2_OpenEnded_mscoco_val2014_questions.json", "questions.json"),
+        ("v2_mscoco_val2014_annotations.json", "annotations.json"),
+    ),
+    "okvqa": _Files(("OpenEnded_mscoco_val2014_questions.json",), ("mscoco_val2014_annotations.json",)),
+    "textvqa": _Files(
+        ("TextVQA_0.5.1_val.json", "textvqa_val_questions.json"), ("textvqa_val_annotations.json",)
+    ),
+    "vizwiz": _Files(("val.json",), prompt="question-released-vizwiz"),
+}
+
+
+GQA_FILES = ("testdev_balanced_questions.json", "val_balanced_questions.json", "gqa*.json")
+
+
+def questions(name: str, options: TaskOptions) -> Task:
+    """The task of a data set of questions, a key of `FILES`."""
+    is_released = options.compat == "released"
+    return Task(
+        read_gold=partial(_read, name, FILES[name], options),
+        score=partial(_score, name, is_released),
+        settings=SETTINGS,
+        notes=("answers are cut at substrings before they are normalised",) if is_released else (),
+    )
+
+
+def _read(name: str, files: _Files, options: TaskOptions, data: Path) -> list[Document]:
+    path = annotation_file(data, files.questions)
+    settings: dict[str, Any] = {"paths": str(path), "prompt": options.prompt or files.prompt}
+    if files.annotations and data.is_dir() and not path.name.startswith("TextVQA"):
+        settings["annotations"] = str(annotation_file(data, files.annotations))
+    documents = gold_documents("vqa", settings | options.source)
+    bare = [document.id for document in documents if not (document.meta.get("answers") or document.target)]
+    if bare:
+        raise InputError(
+            f"{path}: {name} needs answers, question {escape(bare[0])!r} has none ({len(bare)} without); "
+            "test splits are scored by their servers",
+            field="answers",
+        )
+    return documents
+
+
+def gqa(options: TaskOptions) -> Task:
+    """GQA's balanced questions, `{id: {"imageId", "question", "answer"}}`: the one answer, or wrong."""
+    return Task(read_gold=partial(_read_gqa, options), score=_score_gqa, settings=SETTINGS)
+
+
+def _read_gqa(options: TaskOptions, data: Path) -> list[Document]:
+    path = annotation_file(data, GQA_FILES)
+    options = options if options.prompt else replace(options, prompt="question-released")
+    try:
+        table = read_table(str(path))
+        return [_gqa_document(options, path, key, table[key]) for key in table.object()]
+    except FieldError as error:
+        raise error.at(str(path)) from error
+
+
+def _gqa_document(options: TaskOptions, path: Path, key: str, record: Field) -> Document:
+    answer = Text(record["answer"].text())
+    return question_about(options, path, record, f"gqa:{key}", record["question"].text(), (answer,), {})
+
+
+def _score_gqa(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
+    answers = [_first_line(answer_text(prediction)).rstrip(".") for prediction in by_gold(predictions, gold)]
+    truths = [" ".join(part.text for part in one.target if isinstance(part, Text)) for one in gold]
+    return {"gqa.accuracy": exact_accuracy(answers, truths)}
+
+
+def _score(
+    name: str, is_released: bool, predictions: Sequence[Document], gold: Sequence[Document]
+) -> dict[str, float]:
+    answers = [_first_line(answer_text(prediction)) for prediction in by_gold(predictions, gold)]
+    if is_released:
+        answers = list(map(released_clean_up, answers))
+    people = [document.meta["answers"] for document in gold]
+    return {f"{name}.accuracy": mean_vqa_accuracy(answers, people)}
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0].strip()

@@ -1,0 +1,214 @@
+"""The paper's tasks on StoryWorld's exports: perfect and spoilt answers, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.errors import InputError, UsageError
+from mm_interleaved.evaluation.task import TaskOptions
+from mm_interleaved.evaluation.tasks import captioning as captioning_module
+from mm_interleaved.evaluation.tasks.captioning import captioning
+from mm_interleaved.evaluation.tasks.choices import pope, seed_bench
+from mm_interleaved.evaluation.tasks.dialogue import visual_dialogue
+from mm_interleaved.evaluation.tasks.generated_images import maps_to_images, stories
+from mm_interleaved.evaluation.tasks.grounding import grounding
+from mm_interleaved.evaluation.tasks.questions import questions
+from mm_interleaved.storyworld.exports import write_storyworld
+
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+    for form in ("coco", "vqav2", "visdial", "refcoco", "ade20k", "vist"):
+        write_storyworld(folder / form, COUNT, 3, "test", form)
+    return folder
+
+
+def perfect(gold):
+    """The gold answers, as a model would give them."""
+    return [
+        Document(
+            id=document.id,
+            parts=tuple(replace(part, generated=True) for part in document.target),
+            meta={"ranking": ranking_of(document)} if "candidates" in document.meta else {},
+        )
+        for document in gold
+    ]
+
+
+def ranking_of(document):
+    right = document.meta["gold_index"]
+    return [right, *(index for index in range(len(document.meta["candidates"])) if index != right)]
+
+
+def spoilt(gold, text):
+    """Every second answer replaced by this text."""
+    answers = perfect(gold)
+    wrong = (Text(text, generated=True),)
+    return [replace(answer, parts=wrong, meta={}) if i % 2 else answer for i, answer in enumerate(answers)]
+
+
+def test_questions(exports):
+    task = questions("vqav2", TaskOptions())
+    gold = task.read_gold(exports / "vqav2")
+    assert len(gold) == COUNT and task.settings["num_beams"] == 3
+    assert gold[0].parts[0].text == "Based on the image, please answer the question."
+    assert task.score(perfect(gold), gold) == {"vqav2.accuracy": 1.0}
+    assert task.score(spoilt(gold, "nothing of the kind"), gold) == {"vqav2.accuracy": 0.5}
+    assert task.score([], gold) == {"vqav2.accuracy": 0.0}
+
+
+def test_the_released_way_of_cutting_answers_is_noted(exports):
+    task = questions("vqav2", TaskOptions(compat="released"))
+    assert task.notes and not questions("vqav2", TaskOptions()).notes
+    gold = task.read_gold(exports / "vqav2")
+    answers = [replace(a, parts=(Text(f"it is {a.parts[0].text}", generated=True),)) for a in perfect(gold)]
+    assert task.score(answers, gold)["vqav2.accuracy"] == 1.0
+    assert questions("vqav2", TaskOptions()).score(answers, gold)["vqav2.accuracy"] == 0.0
+
+
+def test_boxes(exports):
+    task = grounding("refcoco", TaskOptions())
+    gold = task.read_gold(exports / "refcoco")
+    assert task.score(perfect(gold), gold) == {"refcoco.accuracy": 1.0}
+    assert task.score(spoilt(gold, "(000,000)(001,001)"), gold) == {"refcoco.accuracy": 0.5}
+    assert task.score(spoilt(gold, "no box"), gold) == {"refcoco.accuracy": 0.5}
+    released = grounding("refcoco", TaskOptions(compat="released"))
+    assert released.score(perfect(gold), gold) == {"refcoco.accuracy": 1.0} and released.notes
+
+
+def test_dialogues(exports):
+    task = visual_dialogue(TaskOptions())
+    gold = task.read_gold(exports / "visdial")
+    scores = task.score(perfect(gold), gold)
+    assert scores["visdial.mrr"] == scores["visdial.recall_at_1"] == scores["visdial.mean_rank"] == 1.0
+    assert "visdial.ndcg" not in scores
+    last = max(len(document.meta["candidates"]) for document in gold)
+    half = task.score(spoilt(gold, ""), gold)
+    assert half["visdial.mrr"] == pytest.approx((1 + 1 / last) / 2)
+
+
+def test_dense_annotations_give_the_gain(exports, tmp_path):
+    table = json.loads((exports / "visdial" / "visdial.json").read_text())
+    dialogs = table["data"]["dialogs"]
+    dense = [
+        {
+            "image_id": dialog["image_id"],
+            "round_id": len(dialog["dialog"]),
+            "gt_relevance": [float(i == dialog["dialog"][-1]["gt_index"]) for i in range(
+                len(dialog["dialog"][-1]["answer_options"]))],
+        }
+        for dialog in dialogs
+    ]  # fmt: skip
+    (tmp_path / "visdial_1.0_val.json").write_text(json.dumps(table))
+    (tmp_path / "visdial_1.0_val_dense_annotations.json").write_text(json.dumps(dense))
+    task = visual_dialogue(TaskOptions(source={"images": str(exports / "visdial")}))
+    gold = task.read_gold(tmp_path)
+    assert task.score(perfect(gold), gold)["visdial.ndcg"] == 1.0
+    assert task.score([], gold)["visdial.ndcg"] == 0.0
+    rounds = [len(document.parts) for document in gold]
+    released = visual_dialogue(TaskOptions(compat="released", source={"images": str(exports / "visdial")}))
+    texts = [document.parts[1].text.count("question:") for document in released.read_gold(tmp_path)]
+    full = [document.parts[1].text.count("question:") for document in gold]
+    assert rounds and [one + 1 for one in texts] == full
+
+
+def test_captions_and_the_full_stop(exports, monkeypatch):
+    """What reaches the scorer; its scores are compared with the package's in tests/equivalence."""
+    seen = {}
+
+    def scores(captions, references, metrics):
+        seen.update(captions=captions, references=references)
+        return {"CIDEr": 1.0}
+
+    monkeypatch.setattr(captioning_module, "caption_scores", scores)
+    task = captioning("coco", TaskOptions())
+    gold = task.read_gold(exports / "coco")
+    assert task.score(perfect(gold), gold) == {"coco.CIDEr": 1.0}
+    assert all(seen["captions"][key] in texts for key, texts in seen["references"].items())
+    answers = [Document(id=d.id, parts=(Text("One. Two.", generated=True),)) for d in gold[1:]]
+    captioning("coco", TaskOptions(compat="released")).score(answers, gold)
+    assert set(seen["captions"].values()) == {"", "One"}
+
+
+def test_images_need_an_extractor(exports):
+    for make in (maps_to_images, lambda options: stories("vist", options)):
+        with pytest.raises(UsageError, match="expected --inception"):
+            make(TaskOptions())
+
+
+@pytest.mark.parametrize("form", ["ade20k", "vist"])
+def test_images_that_are_missing_are_counted(exports, form):
+    options = TaskOptions(clip="nowhere")
+    task = maps_to_images(options) if form == "ade20k" else stories("vist", options)
+    gold = task.read_gold(exports / form)
+    assert all(isinstance(document.target[-1], Image) for document in gold)
+    assert task.score([], gold) == {f"{form}.complete": 0.0}
+
+
+def test_yes_or_no(tmp_path, exports):
+    image = next((exports / "coco" / "images").glob("*.png"))
+    lines = [
+        {"question_id": number, "image": image.name, "text": "Is there a dog?", "label": label}
+        for number, label in enumerate(["yes", "no", "yes", "no"])
+    ]
+    (tmp_path / "coco_pope_random.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = TaskOptions(source={"images": str(image.parent)})
+    gold = pope(options).read_gold(tmp_path)
+    assert pope(options).score(perfect(gold), gold)["pope.f1"] == 1.0
+    always = [Document(id=document.id, parts=(Text("Yes.", generated=True),)) for document in gold]
+    assert pope(options).score(always, gold) == pytest.approx(
+        {
+            "pope.accuracy": 0.5,
+            "pope.precision": 0.5,
+            "pope.recall": 1.0,
+            "pope.f1": 2 / 3,
+            "pope.yes_ratio": 1.0,
+        }
+    )
+    lines[2]["label"] = "perhaps"
+    (tmp_path / "coco_pope_random.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r":3: label: found the string 'perhaps', expected yes or no"):
+        pope(options).read_gold(tmp_path)
+
+
+def test_four_options(tmp_path, exports):
+    image = next((exports / "coco" / "images").glob("*.png"))
+    record = {
+        "question_id": "7", "question_type_id": 1, "data_id": image.name, "question": "Who is it?",
+        "choice_a": "a dog", "choice_b": "a cat", "choice_c": "a duck", "choice_d": "a fox", "answer": "C",
+    }  # fmt: skip
+    (tmp_path / "SEED-Bench.json").write_text(json.dumps({"questions": [record]}))
+    options = TaskOptions(source={"images": str(image.parent)})
+    gold = seed_bench(options).read_gold(tmp_path)
+    assert gold[0].target == (Text("a duck"),)
+    assert seed_bench(options).score(perfect(gold), gold) == {
+        "seed-bench.accuracy": 1.0, "seed-bench.accuracy.type_1": 1.0,
+    }  # fmt: skip
+    assert seed_bench(options).score([], gold)["seed-bench.accuracy"] == 0.0
+
+
+def test_what_is_missing_or_broken_is_named(exports, tmp_path):
+    with pytest.raises(InputError, match=r"found none of coco_karpathy_test\.json"):
+        captioning("coco", TaskOptions()).read_gold(tmp_path)
+    with pytest.raises(InputError, match="there is no such file"):
+        captioning("coco", TaskOptions()).read_gold(tmp_path / "nowhere")
+    table = json.loads((exports / "vqav2" / "questions.json").read_text())
+    table["questions"][2]["question"] = "  "
+    (tmp_path / "questions.json").write_text(json.dumps(table))
+    shared = {"images": str(exports / "vqav2")}
+    (tmp_path / "annotations.json").write_text((exports / "vqav2" / "annotations.json").read_text())
+    with pytest.raises(InputError, match=r"questions\[2\].*expected a question"):
+        questions("vqav2", TaskOptions(source=shared)).read_gold(tmp_path)
+    table["questions"][2]["question"] = table["questions"][3]["question"]
+    (tmp_path / "questions.json").write_text(json.dumps(table))
+    annotations = json.loads((tmp_path / "annotations.json").read_text())
+    for annotation in annotations["annotations"]:
+        annotation.pop("answers"), annotation.pop("multiple_choice_answer", None)
+    (tmp_path / "annotations.json").write_text(json.dumps(annotations))
+    with pytest.raises(InputError, match=r"needs answers.*8 without"):
+        questions("vqav2", TaskOptions(source=shared)).read_gold(tmp_path)
