@@ -150,7 +150,10 @@ def test_a_damaged_note_is_put_aside_with_a_warning(corpus, tmp_path, caplog, te
     else:
         note.write_text(text)
     check_data(data, tmp_path / "run", ALONE)
-    assert "whether the data was changed is not known" in caplog.text and f"now damaged-{DATA_NAME}" in caplog.text
+    assert (
+        "whether the data was changed is not known" in caplog.text
+        and f"now damaged-{DATA_NAME}" in caplog.text
+    )
     assert note.read_bytes() == whole
 
 

@@ -113,6 +113,7 @@ class Inspection:
 
     def _sample_place(self, number: int) -> int | None:
         """Where on the sheet the document of this number goes: each is as likely to stay as any other."""
+        # Reservoir sampling: nobody knows how many documents there are before the last one.
         if number < self.num_samples:
             return number
         place = self._rng.below(number + 1)

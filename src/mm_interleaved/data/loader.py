@@ -34,6 +34,7 @@ BLANK_ROW = -1
 """Number of a row that is no row of the data, see `TrainingLoader`."""
 _BAD_KINDS = ("broken", "image", "refused")
 _TOLERATED = 10
+"""Bad items that end no run, whatever their share: one in a hundred is many of a small corpus."""
 _LOGGED_EACH = 100
 """Skips of a kind that are logged one by one; later ones, every so many."""
 
@@ -171,6 +172,7 @@ class TrainingLoader:
                 rows = list(chain.from_iterable(next_rows(items[0]) for _ in range(max(1, self.num_workers))))
                 if loaded != self._loaded:
                     raise RuntimeError("the loader's state was loaded while its steps were being read")
+                # Each process gives every so manyth stream; a step has its rows in the order of the streams.
                 rows.sort(key=lambda row: row.stream_index)
                 step = self._step
                 self._step += 1
@@ -253,6 +255,7 @@ class TrainingLoader:
                 if name not in ("name", "source"):
                     settings[f"{entry.name}.{name}"] = getattr(entry, name)
             settings[f"{entry.name}.shards"] = len(self.row_streams.shards.get(entry.name, ()))
+        # As it comes back from a checkpoint, where tuples are lists: it is compared with one.
         return json.loads(json.dumps(settings, default=asdict))
 
     # ---- Skips -----------------------------------------------------------------------------------

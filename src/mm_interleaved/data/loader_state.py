@@ -31,6 +31,7 @@ def current_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_form(state: Mapping[str, Any]) -> None:
     """Refuses a state of which some part is missing or is something else."""
+    # A state that was edited or cut would otherwise be read as another place in the data, silently.
     numbers = [state["step"]]
     for index, own in state["row_streams"].items():
         numbers += [int(index), own["rows"]]

@@ -71,8 +71,10 @@ class RowDataset(IterableDataset):
 
 
 def begin_worker(_: int) -> None:
-    """Who stops a run tells all of its processes; this one ends when the one it works for says so, or is no
-    more: and then the run's folder is to be free at once.
+    """Signals that stop a run reach all of its processes; this one ends with the one that it works for.
+
+    The locks of that one are forgotten here: otherwise the run's folder would stay locked as long as a worker
+    lives.
     """
     forget_locks()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -80,6 +82,7 @@ def begin_worker(_: int) -> None:
 
 
 def as_it_is(rows: Any) -> Any:
+    """Leaves rows uncollated: the loader makes the batches, out of the rows of all processes."""
     return rows
 
 

@@ -82,6 +82,7 @@ def _read(line: Record, folder: ImageStore) -> Document:
         expected = ", ".join("+".join(form.known_by) for form in FORMATS)
         names = ", ".join(escape(name, 40) for name in fields) or "none"
         raise FieldError(record.path, f"found the fields {names}, expected those of a document ({expected})")
+    # 1. Parts by the reader of the form, 2. what all forms have, 3. what holds for every record.
     _check_spelling(record, found.known_by)
     body = found.read(record, folder)
     given_target = record.get("target")
@@ -138,6 +139,7 @@ def _other_fields(record: Field) -> dict[str, Any]:
 
 def _check_spelling(record: Field, known: Sequence[str]):
     """Refuses a field that looks like a misspelt one of all documents."""
+    # `targets` would be carried along like any unknown field, and the document would lose its answer.
     for name in record.object():
         close = get_close_matches(name, [k for k in _COMMON if k not in record], n=1, cutoff=0.8)
         if close and name not in (*_COMMON, *known):

@@ -78,6 +78,7 @@ def with_slots(pieces: Sequence[PartOrSlot], num_images: int) -> list[PartOrSlot
     Returns:
         None where no spelling matches.
     """
+    # The first spelling that occurs as often as there are images: others may be prose about images.
     wanted = num_images - sum(isinstance(piece, Slot) for piece in pieces)
     has_marks = any(isinstance(piece, Text) and _may_hold_markup(piece.text) for piece in pieces)
     for pattern in _PATTERNS if wanted > 0 and has_marks else ():

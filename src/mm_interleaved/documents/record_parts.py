@@ -149,6 +149,7 @@ def joined(record: Field, pieces: list[PartOrSlot], folder: ImageStore) -> list[
     slots = [piece for piece in pieces if isinstance(piece, Slot)]
     if given is None:
         return without_slots(pieces)
+    # Some exports name each image twice: in its place and in a list of all.
     if _are_named_in(pieces, images):
         return without_slots(pieces)
     _check_indices(slots, len(images))

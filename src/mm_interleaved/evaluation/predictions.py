@@ -46,6 +46,7 @@ def read_predictions(path: Path, gold: Sequence[Document] | None = None) -> list
     places: dict[str, str] = {}
     for record in read_records(path):
         fields = record.field.object()
+        # `read_record` refuses documents without parts; an answer may have none, and counts as wrong.
         is_empty = "error" in fields or not fields.get("content", True)
         answer = None if is_empty else read_record(record, folder)
         key = _id_of(record) if answer is None else answer.id

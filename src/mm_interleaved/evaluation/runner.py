@@ -53,6 +53,7 @@ def evaluate_model(
         load: see `run_documents`; default: `load_generator`.
     """
     begun = time.monotonic()
+    # The run and the ranking ask for the same model; it is read once.
     load = cache(load or load_generator)
     out = request.output
     gold = task.read_gold(data)

@@ -40,7 +40,7 @@ class Batch(Mapping[str, "Tensor | None"]):
     pixel_values: Tensor
     """(I, 3, H, W) float in [0, 1], for the encoder."""
     target_pixel_values: Tensor | None
-    """(I, 3, H', W') float in [0, 1], what the decoder has to paint; None where no images are learned."""
+    """(I, 3, H', W') float in [0, 1], what the decoder has to generate; None where no images are learned."""
     text_target: Tensor
     """(B, T) bool: this token counts in the text loss, as the one to be predicted."""
     image_target: Tensor

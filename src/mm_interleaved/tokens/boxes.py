@@ -42,6 +42,7 @@ class Box:
         is_inside = min(left, top) >= -TOLERANCE and right <= self.width + TOLERANCE
         if not is_inside or bottom > self.height + TOLERANCE:
             raise ValueError(f"found the box {shown}, which does not lie in the image of {size}")
+        # Read as pixels, shares of the image would all mean its first pixel.
         if max(self.edges) <= 1 < max(self.width, self.height):
             raise ValueError(f"found the box {shown}, which looks like shares of the image, expected pixels")
 

@@ -44,12 +44,12 @@ class SegmentationPairs:
         record = line.field
         image_id = record["image_id"]
         caption = Text(record["caption"].text().strip() + self.caption_end)
-        shown, drawn = (
+        segmentation, image = (
             first_image(store, _names(folder, split, image_id.text()), image_id.path)
             for folder in ("annotations_with_color", "images")
         )
-        parts = (caption, shown) if self.is_text_first else (shown, caption)
-        return Document(id=f"{split}:{position}", parts=parts, target=(drawn,), layout="I")
+        parts = (caption, segmentation) if self.is_text_first else (segmentation, caption)
+        return Document(id=f"{split}:{position}", parts=parts, target=(image,), layout="I")
 
 
 def _names(folder: str, split: str, image_id: str) -> list[str]:

@@ -95,6 +95,7 @@ def _entries(folder: str) -> Mapping[str, FileEntry]:
     return _read_entries(*fingerprint(path)) if file_exists(path) else {}
 
 
+# By size and time of change too: a manifest that was written anew is read anew.
 @lru_cache(maxsize=64)
 def _read_entries(path: str, size: int, changed: int) -> Mapping[str, FileEntry]:
     with open_file(path) as file, reading(path):
