@@ -7,45 +7,35 @@ is not strict JSON is a broken item; the others are read.
 from __future__ import annotations
 
 import csv
-import errno
-import gzip
 import json
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from itertools import chain
 from types import MappingProxyType
-from typing import IO, Any, NoReturn, TypeAlias
+from typing import IO, NoReturn, TypeAlias
 
 from mm_interleaved.data.source import BrokenItem, FilteredItem, Item, attempt
-from mm_interleaved.data.storage.files import file_size, fingerprint, is_hidden, name_of, open_file, reading
+from mm_interleaved.data.storage.compressed import DAMAGE, ungzipped, unzipped
+from mm_interleaved.data.storage.files import fingerprint, name_of, open_file, reading
 from mm_interleaved.data.storage.manifests import check_against_manifest
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.record_files import GZIP_DAMAGE, MAX_RECORD_BYTES, Record, decoded
 from mm_interleaved.documents.record_rules import refuse_content_beside
 from mm_interleaved.documents.strict_json import Field, FieldError, parse_strict
-from mm_interleaved.errors import InputError, StorageError, escape
+from mm_interleaved.errors import InputError, escape
 
 MAX_TABLE_BYTES = 2 << 30
 """Of a JSON file that is read whole."""
 REMEMBERED_TABLES = 32
 """Tables that a process keeps: more than a mixture has, since one that falls out is parsed again for each
 row stream that begins to read it. Worker processes that are forked inherit those that `shards` has read."""
-_MAX_RATIO = 200
-"""A zip that promises to become more times larger than this is refused; JSON shrinks to a tenth or so."""
-_SMALL_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}"]', re.DOTALL)
 _COLUMN = re.compile(r"^(\d+): ")
 _NOT_BLANK = re.compile(rb"\S")
 _BOM = b"\xef\xbb\xbf"
-
-_ZIP_DAMAGE = (zipfile.BadZipFile, *GZIP_DAMAGE, zlib.error, struct.error, ValueError)
-"""What zipfile and gzip raise where the bytes make no sense; zipfile an OSError too."""
 
 _RawValue: TypeAlias = tuple[str, int, bytes]
 """Place for messages, number from 1 (a line's, or a place in a list), the bytes of one JSON value."""
@@ -138,7 +128,7 @@ def _table_bytes(path: str) -> bytes:
             if not name_of(path).lower().endswith(".gz"):
                 return file.read()
             with ExitStack() as stack:
-                data = _unpacked(stack, file, path).read(MAX_TABLE_BYTES + 1)
+                data = ungzipped(stack, file, path).read(MAX_TABLE_BYTES + 1)
     except GZIP_DAMAGE as error:
         raise InputError(f"{escape(path)}: damaged, or no gzip ({escape(str(error))})") from error
     if len(data) > MAX_TABLE_BYTES:
@@ -178,68 +168,15 @@ def _raw_values(path: str) -> Iterator[_RawValue]:
         check_against_manifest(path)
         file, name = stack.enter_context(open_file(path)), name_of(path).lower()
         if name.endswith(".zip"):
-            file, name = _unzipped(stack, file, path)
+            file, name = unzipped(stack, file, path)
         elif name.endswith(".gz"):
-            file, name = _unpacked(stack, file, path), name.removesuffix(".gz")
+            file, name = ungzipped(stack, file, path), name.removesuffix(".gz")
         read = next((reader for end, reader in _READERS.items() if name.lower().endswith(end)), _lines)
         try:
             with reading(path):
                 yield from read(file, path)
-        except _ZIP_DAMAGE as error:
+        except DAMAGE as error:
             raise InputError(f"{path}: damaged ({escape(str(error))})") from error
-
-
-def _unzipped(stack: ExitStack, file: IO[bytes], path: str) -> tuple[IO[bytes], str]:
-    """The one file in a zip, and its name."""
-    try:
-        archive = stack.enter_context(zipfile.ZipFile(file))
-        members = [
-            member for member in archive.infolist() if not member.is_dir() and not is_hidden(member.filename)
-        ]
-        if len(members) != 1:
-            raise InputError(f"{path}: found {len(members)} files in the zip, expected one")
-        [member] = members
-        if member.flag_bits & 1:
-            raise InputError(f"{path}: is encrypted, expected a plain zip")
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise InputError(f"{path}: found the compression {member.compress_type}, expected deflate")
-        if member.file_size > max(_SMALL_BYTES, _MAX_RATIO * member.compress_size):
-            raise InputError(
-                f"{path}: {member.compress_size} bytes that become {member.file_size}, expected at most "
-                f"{_MAX_RATIO} times as many"
-            )
-        return stack.enter_context(archive.open(member)), member.filename
-    except (*_ZIP_DAMAGE, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged, or no zip ({escape(str(error))})") from error
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
-        # A place before the beginning of the file.
-        raise InputError(f"{path}: damaged, or no zip ({error.strerror})") from error
-
-
-def _unpacked(stack: ExitStack, file: IO[bytes], path: str) -> Any:
-    """The contents of a gzip file."""
-    limit = max(_SMALL_BYTES, _MAX_RATIO * file_size(path))
-    return _Unpacked(stack.enter_context(gzip.GzipFile(fileobj=file)), limit, path)
-
-
-class _Unpacked:
-    """A gzip file that is read no further than an honest one goes; nothing in it states how far that is."""
-
-    def __init__(self, file: gzip.GzipFile, limit: int, path: str):
-        self.file, self.limit, self.path = file, limit, path
-
-    def read(self, size: int) -> bytes:
-        return self._checked(self.file.read(size))
-
-    def readline(self, size: int) -> bytes:
-        return self._checked(self.file.readline(size))
-
-    def _checked(self, data: bytes) -> bytes:
-        if self.file.tell() > self.limit:
-            raise InputError(f"{self.path}: becomes more than {self.limit} bytes, expected a smaller file")
-        return data
 
 
 def _lines(file: IO[bytes], path: str) -> Iterator[_RawValue]:
