@@ -25,7 +25,7 @@ from mm_interleaved.recipes.storyworld.unet_stage import UNetStage
 from mm_interleaved.recipes.storyworld.vae_stage import VAEStage
 from mm_interleaved.recipes.storyworld.vision_stage import VisionStage
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
-from mm_interleaved.training.loop import Stage
+from mm_interleaved.training.stage import Stage
 from studies.plots import load_pyplot, plain_axes, plain_numbers, save_figure
 from studies.published_costs import costs_text, study_costs
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.stage import Losses
 
 CONFIG = StageConfig(
     steps=4, learning_rate=1e-2, warmup_steps=1, ema_decay=0.9, save_every=1, log_every=1, keep_checkpoints=1

@@ -26,10 +26,11 @@ from mm_interleaved.recipes.storyworld.text_stage import TextStage
 from mm_interleaved.recipes.storyworld.unet_stage import UNetStage
 from mm_interleaved.storyworld.training_documents import INTERVIEW
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
-from mm_interleaved.training.loop import Stage, train_stage
+from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.parameter_groups import synchronizer_rules
 from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.stage import Stage
 from mm_interleaved.typed_settings import to_record
 from studies.ablation.build import build_variant
 from studies.ablation.settings import AblationConfig

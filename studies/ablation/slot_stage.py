@@ -20,7 +20,7 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import (
 )
 from mm_interleaved.recipes.storyworld.vision_stage import PROBES, LabelledImages, SlotProbe, labelled_images
 from mm_interleaved.training.computation import device_of, fast_attention
-from mm_interleaved.training.loop import Losses
+from mm_interleaved.training.stage import Losses
 
 
 class SlotStage:

@@ -15,8 +15,9 @@ from mm_interleaved.recipes.run import run_recipe
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.stage_cost import average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextStage
-from mm_interleaved.training.loop import StoppedBySignal, trained_parameters
+from mm_interleaved.training.loop import StoppedBySignal
 from mm_interleaved.training.parameter_groups import synchronizer_rules
+from mm_interleaved.training.stage import trained_parameters
 from mm_interleaved.typed_settings import flat_record
 from studies.ablation import recipe as ablation
 from studies.ablation.build import VariantSizes

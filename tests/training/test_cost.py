@@ -10,9 +10,9 @@ from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.stage_cost import COUNTING, average_flops
 from mm_interleaved.recipes.storyworld.text_stage import TextStage
 from mm_interleaved.recipes.storyworld.unet_stage import UNetStage
-from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.metrics import count_flops
 from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.stage import Losses
 from studies.cost import read_cost, with_cost
 
 EDITS = BatchKind(share=1, batch_size=2, tasks={"edit": 1})

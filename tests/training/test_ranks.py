@@ -18,11 +18,12 @@ from mm_interleaved.recipes.run import run_recipe
 from mm_interleaved.training.checkpoints import newest_checkpoint
 from mm_interleaved.training.config import CorpusConfig, TrainConfig
 from mm_interleaved.training.documents import DocumentsStage, build_loader
-from mm_interleaved.training.loop import Losses, train_stage
+from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.objectives import Objective, ObjectiveConfig
 from mm_interleaved.training.parallel import ALONE, ParallelConfig, joined_ranks, spread
 from mm_interleaved.training.parameter_groups import PART_NAMES, PartConfig, PartsConfig, choose_trained
 from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.stage import Losses
 
 CONFIG = TrainConfig(
     corpora={"world": CorpusConfig(kind="storyworld", paths=("draw", "caption"), learn_prompts=True)},

@@ -39,10 +39,11 @@ from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.training_documents import training_document
 from mm_interleaved.storyworld.world import BADGES, POSITIONS, SPECIES, scene_from_record
 from mm_interleaved.storyworld.world import NAMES as WHO
-from mm_interleaved.training.loop import Losses, StoppedBySignal, train_stage
+from mm_interleaved.training.loop import StoppedBySignal, train_stage
 from mm_interleaved.training.optimizer import MuonWithAdamW, learning_rate
 from mm_interleaved.training.parameter_groups import LinearProbe, inner_matrices
 from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.stage import Losses
 from saved_checkpoints import load_newest_checkpoint
 
 ONE_DRAWING = BatchKind(share=1, batch_size=1, tasks={"draw": 1})

@@ -53,7 +53,7 @@ def train(
 
     if not sys.stderr.isatty():
         # No bar is drawn then: lines of the log report how far it is.
-        logging.getLogger("mm_interleaved.training.loop").setLevel(logging.INFO)
+        logging.getLogger("mm_interleaved.training.stage_run").setLevel(logging.INFO)
     name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
     folder = run_recipe(
         recipe, assignments or (), resume=resume, out=output or Path("runs", name), show_progress=True

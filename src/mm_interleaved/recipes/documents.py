@@ -33,11 +33,12 @@ from mm_interleaved.training.config import CorpusConfig, TrainConfig
 from mm_interleaved.training.curves import CurvesPage
 from mm_interleaved.training.data_files import check_data
 from mm_interleaved.training.documents import DocumentsStage, build_loader, build_mixture
-from mm_interleaved.training.loop import train_stage, trained_parameters
+from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.metrics import LogWriter, TensorBoardWriter, WandbWriter
 from mm_interleaved.training.objectives import Objective
 from mm_interleaved.training.parallel import Ranks, joined_ranks, spread
 from mm_interleaved.training.parameter_groups import choose_trained, count_parameters
+from mm_interleaved.training.stage import trained_parameters
 from mm_interleaved.typed_settings import to_record
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.tokens.sequence import LearningRule
 from mm_interleaved.training.bad_samples import BadSamples
 from mm_interleaved.training.config import CorpusConfig, TrainConfig
-from mm_interleaved.training.loop import Losses, MicroBatches
 from mm_interleaved.training.objectives import Objective, StepTotals
 from mm_interleaved.training.parallel import ALONE, Ranks, summing_gradients
+from mm_interleaved.training.stage import Losses, MicroBatches
 
 
 class _Piece(NamedTuple):

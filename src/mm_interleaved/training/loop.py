@@ -11,36 +11,21 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from mm_interleaved.errors import MMInterleavedError, NumericalError, StorageError, escape
-from mm_interleaved.files import remove_temporary_files
-from mm_interleaved.training.checkpoints import (
-    CheckedFolder,
-    Checkpoint,
-    newest_checkpoint,
-    remove_leftovers,
-    save_checkpoint,
-    tidy,
-)
-from mm_interleaved.training.computation import LossScale, autocast
-from mm_interleaved.training.metrics import LinesFile, Log, LogWriter, Meter, count_flops
-from mm_interleaved.training.optimizer import (
-    AveragedWeights,
-    MuonWithAdamW,
-    ParameterRule,
-    learning_rate,
-)
+from mm_interleaved.errors import MMInterleavedError, NumericalError
+from mm_interleaved.training.metrics import LogWriter, count_flops
+from mm_interleaved.training.optimizer import ParameterRule
 from mm_interleaved.training.parallel import ALONE, Ranks, whole
-from mm_interleaved.training.parameter_groups import inner_matrices
-from mm_interleaved.training.settings import LOG_NAME, StageConfig
+from mm_interleaved.training.settings import StageConfig
+from mm_interleaved.training.stage import Losses, MicroBatches, Observer, Stage, StreamStage
+from mm_interleaved.training.stage_run import StageRun
 
 logger = logging.getLogger(__name__)
 
@@ -49,74 +34,6 @@ class StoppedBySignal(MMInterleavedError):  # noqa: N818 - nothing went wrong
     """A signal asked the run to stop; it saved first and can be resumed."""
 
     exit_code = 75
-
-
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """What a stage computed on one batch, or on one micro-batch: then its share of the step's losses."""
-
-    total: Tensor
-    """Scalar to be minimised."""
-    named: Mapping[str, Tensor]
-    """Scalars for the log."""
-    counts: Mapping[str, int]
-    """What went in, e.g. images and tokens; for the rates in the log."""
-    document_ids: tuple[str, ...] = field(default=())
-    """Which documents they came from; named if the loss is not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatches:
-    """A batch in pieces that are computed one after another, their gradients added up."""
-
-    pieces: tuple[Any, ...]
-
-
-class Stage(Protocol):
-    """One stage of a recipe."""
-
-    name: str
-
-    def trained_parts(self) -> Mapping[str, nn.Module]:
-        """The modules whose parameters this stage changes, by name."""
-        ...
-
-    def make_batch(self, step: int) -> Any:
-        """The batch of a step, a pure function of the run's seed and the step; or `MicroBatches`."""
-        ...
-
-    def compute_losses(self, batch: Any) -> Losses:
-        """Forward pass; random numbers come from torch's global generator, seeded by the loop."""
-        ...
-
-
-@runtime_checkable
-class StreamStage(Stage, Protocol):
-    """A stage that reads a stream, on one or several ranks; a checkpoint holds its place in the stream."""
-
-    def state(self) -> Mapping[str, Any]:
-        """Where the stream is after the last batch, as JSON, the same on every rank; all ranks call it."""
-        ...
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes there; called before the first batch is made."""
-        ...
-
-    def summing_gradients(self, is_last: bool) -> AbstractContextManager[None]:
-        """Within, forward and backward of a micro-batch; ranks exchange gradients only in the last."""
-        ...
-
-
-class Observer(Protocol):
-    """Is called with the model while it trains, e.g. to generate samples."""
-
-    every: int
-    """Steps between two calls; 0 = never."""
-
-    def __call__(self, step: int) -> None:
-        """Called after so many steps, in the run's number type, with the averaged weights where there are
-        any."""
-        ...
 
 
 def train_stage(
@@ -152,7 +69,7 @@ def train_stage(
         StorageError: a checkpoint could not be written or read.
         ModelFileError: there are checkpoints, and none of them is whole.
     """
-    run = _StageRun(stage, config, folder, settings or {}, rules, ranks, writers)
+    run = StageRun(stage, config, folder, settings or {}, rules, ranks, writers)
     run.resume()
     # A bar is for a terminal; a file gets the lines of the log.
     has_progress = show_progress and ranks.is_first and sys.stderr.isatty()
@@ -186,23 +103,13 @@ def train_stage(
     run.hand_on()
 
 
-def trained_parameters(stage: Stage) -> dict[str, nn.Parameter]:
-    """The parameters of a stage's parts, by name; those that require no gradient stay as they are."""
-    return {
-        f"{part}.{name}": parameter
-        for part, module in stage.trained_parts().items()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
-
-
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """The seed of everything random in one step; ranks have their own (for dropout)."""
     # Primes above any usual number of steps, so that runs, their steps and their ranks do not share seeds.
     return (seed * 1_000_003 + step + rank * 1_000_000_007) % 2**63
 
 
-def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any, wants_stop: bool) -> bool:
+def _update(stage: Stage, config: StageConfig, run: StageRun, batch: Any, wants_stop: bool) -> bool:
     """One optimizer step. True if some rank wants to stop after it."""
     # 1. Gradients of all micro-batches.
     run.optimizer.zero_grad()
@@ -241,7 +148,7 @@ def _update(stage: Stage, config: StageConfig, run: "_StageRun", batch: Any, wan
     return bool(sums[1])
 
 
-def _backward(stage: Stage, run: "_StageRun", batch: Any) -> list[Losses]:
+def _backward(stage: Stage, run: StageRun, batch: Any) -> list[Losses]:
     """Adds up the gradients of a batch's pieces; returns their losses without their graphs."""
     pieces = batch.pieces if isinstance(batch, MicroBatches) else (batch,)
     results = []
@@ -259,7 +166,7 @@ def _summing(stage: Stage, *, is_last: bool) -> AbstractContextManager[None]:
     return stage.summing_gradients(is_last) if isinstance(stage, StreamStage) else nullcontext()
 
 
-def _refuse(stage: Stage, run: "_StageRun", losses: Sequence[Losses], norm: float, is_bad: bool) -> None:
+def _refuse(stage: Stage, run: StageRun, losses: Sequence[Losses], norm: float, is_bad: bool) -> None:
     """Stops all ranks, naming the documents of those whose loss is not finite (of all, if it is the norm)."""
     total = sum(float(piece.total) for piece in losses)
     pieces = [piece for piece in losses if not is_bad or not math.isfinite(float(piece.total))]
@@ -273,7 +180,7 @@ def _refuse(stage: Stage, run: "_StageRun", losses: Sequence[Losses], norm: floa
     )
 
 
-def _observe(observer: Observer, run: "_StageRun") -> None:
+def _observe(observer: Observer, run: StageRun) -> None:
     """Calls an observer; what it fails at is no reason to end the run."""
     with run.averaged_weights(), run.number_type():
         try:
@@ -283,190 +190,13 @@ def _observe(observer: Observer, run: "_StageRun") -> None:
             logger.warning("%s failed after step %d (%s: %s)", name, run.step, type(error).__name__, error)
 
 
-def _measure_flops(stage: Stage, run: "_StageRun", batch: Any) -> None:
+def _measure_flops(stage: Stage, run: StageRun, batch: Any) -> None:
     """Counts what one batch costs a token, so that the log can report the share of the device in use."""
     losses: list[Losses] = []
     flops = count_flops(lambda: losses.extend(_backward(stage, run, batch)))
     run.optimizer.zero_grad()
     tokens = sum(piece.counts.get("tokens", 0) for piece in losses)
     run.meter.flops_a_token = flops / tokens if tokens else 0.0
-
-
-class _StageRun:
-    """The state of a stage while it trains: what a checkpoint saves and restores."""
-
-    def __init__(
-        self,
-        stage: Stage,
-        config: StageConfig,
-        folder: Path,
-        settings: Mapping[str, Any],
-        rules: Mapping[str, ParameterRule],
-        ranks: Ranks,
-        writers: Sequence[LogWriter],
-    ) -> None:
-        self.stage, self.config, self.folder, self.settings = stage, config, folder, settings
-        self.ranks = ranks
-        self.step = 0
-        self.norm = 0.0
-        self.parameters = trained_parameters(stage)
-        self.device = next(iter(self.parameters.values())).device
-        matrices = inner_matrices(stage.trained_parts()) if config.optimizer == "muon" else frozenset[str]()
-        self.optimizer = MuonWithAdamW(self.parameters, matrices, config, rules)
-        self.average = AveragedWeights(self.parameters, config.ema_decay) if config.ema_decay else None
-        self.number_format = config.number_format(self.device).name
-        self.scale = LossScale(self.number_format == "float16")
-        self.meter = Meter(self.device, ranks.size)
-        self._file = LinesFile(folder / LOG_NAME)
-        self.lines = Log((self._file, *writers))
-
-    def number_type(self) -> torch.autocast:
-        """Within, convolutions and matrix products run in the stage's number format."""
-        return autocast(self.number_format, self.device)
-
-    def resume(self) -> None:
-        checkpoint = newest_checkpoint(self.folder, self.ranks, accept=self._accept)
-        if self.ranks.is_first:
-            # What an interrupted save or rotation left, and lines of steps that will be done again.
-            remove_leftovers(self.folder)
-            remove_temporary_files(self.folder)
-            newest = self._file.cut(0 if checkpoint is None else checkpoint.step)
-            if checkpoint is None and newest:
-                # Stopped before it saved; or copied in part, without its checkpoints.
-                logger.warning(
-                    "%s: %s has a line of step %d and no checkpoint is there; beginning at step 0",
-                    self.folder,
-                    LOG_NAME,
-                    newest,
-                )
-        if checkpoint is None:
-            return
-        self.step = checkpoint.step
-        checkpoint.read_into("weights", {name: p.detach() for name, p in self.parameters.items()})
-        if "optimizer" in checkpoint.groups:
-            self.optimizer.prepare_state(checkpoint.names("optimizer"))
-            checkpoint.read_into("optimizer", self.optimizer.tensors())
-        if self.average is not None and "average" in checkpoint.groups:
-            checkpoint.read_into("average", self.average.tensors)
-        elif self.average is not None:
-            # It was not kept so far: it begins with the weights as they are now, not as they were at first.
-            self.average = AveragedWeights(self.parameters, self.config.ema_decay)
-        self._warn_of_differences(checkpoint.state)
-        tidy(self.folder, self.step, self.config.keep_checkpoints, self.ranks)
-        logger.info("stage %s goes on after step %d", self.stage.name, self.step)
-
-    def _accept(self, checkpoint: CheckedFolder) -> None:
-        """Takes over what a checkpoint says beside its tensors. Raises StorageError where that, though its
-        hash is right, is not what a run of this stage writes.
-        """
-        state = checkpoint.state
-        try:
-            if "weights" not in checkpoint.groups:
-                raise KeyError("weights")
-            for name in ("threads", "ranks"):
-                int(state.get(name, 1))
-            if isinstance(self.stage, StreamStage):
-                stream = state["stream"]
-                if stream.get("step", checkpoint.step) != checkpoint.step:
-                    raise ValueError(f"stream: found step {stream['step']}")
-                self.stage.load_state(stream)
-            if "loss_scale" in state:
-                if not 0 < state["loss_scale"]["factor"] < math.inf:
-                    raise ValueError(f"loss_scale: found {state['loss_scale']['factor']}")
-                if self.scale.is_used:
-                    self.scale.restore(state["loss_scale"])
-        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            found = f"{type(error).__name__}: {escape(str(error))}"
-            raise StorageError(
-                f"{checkpoint.folder}: not a checkpoint of the stage {self.stage.name} ({found})"
-            ) from error
-
-    def save(self) -> None:
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "optimizer": self.optimizer.tensors(),
-        }
-        if self.average is not None:
-            tensors["average"] = self.average.tensors
-        state: dict[str, Any] = {
-            "stage": self.stage.name,
-            "settings": dict(self.settings),
-            "ranks": self.ranks.size,
-            "threads": torch.get_num_threads(),
-            "number_format": self.number_format,
-        }
-        if self.scale.is_used:
-            state["loss_scale"] = self.scale.record()
-        if isinstance(self.stage, StreamStage):
-            state["stream"] = dict(self.stage.state())
-        tensors = {group: named for group, named in tensors.items() if named}
-        save_checkpoint(
-            self.folder,
-            Checkpoint(self.step, tensors, state),
-            keep=self.config.keep_checkpoints,
-            ranks=self.ranks,
-        )
-
-    def hand_on(self) -> None:
-        """Leaves the averaged weights in the modules."""
-        if self.average is not None:
-            _copy(self.average.tensors, self.parameters)
-
-    @contextmanager
-    def averaged_weights(self):
-        """Within, the modules hold the averaged weights."""
-        if self.average is None:
-            yield
-            return
-        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        _copy(self.average.tensors, self.parameters)
-        try:
-            yield
-        finally:
-            _copy(kept, self.parameters)
-
-    def log(self, progress: tqdm) -> None:
-        """Writes a line to the log every `log_every` steps, and at the end."""
-        progress.update()
-        if self.step % self.config.log_every and self.step != self.config.steps:
-            return
-        numbers = self.meter.read()
-        if not self.ranks.is_first:
-            return
-        line = {
-            "stage": self.stage.name,
-            "step": self.step,
-            **numbers,
-            "norm": round(self.norm, 4),
-            "lr": learning_rate(self.step, self.config),
-        }
-        self.lines.write(line)
-        logger.info("%s", line)
-        progress.set_postfix(numbers)
-
-    def _warn_of_differences(self, state: Mapping[str, Any]) -> None:
-        for what, now in (
-            ("threads", torch.get_num_threads()),
-            ("ranks", self.ranks.size),
-            ("number_format", self.number_format),
-        ):
-            before = state.get(what, now)
-            if before != now:
-                logger.warning(
-                    "%s: was %s, is now %s: sums are rounded otherwise, so bits will differ",
-                    what.replace("_", " "),
-                    before,
-                    now,
-                )
-
-
-@torch.no_grad()
-def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
-    assert source.keys() == destination.keys(), (
-        f"tensors differ: {sorted(source.keys() ^ destination.keys())[:4]}"
-    )
-    for name, tensor in source.items():
-        destination[name].copy_(tensor)
 
 
 @contextmanager

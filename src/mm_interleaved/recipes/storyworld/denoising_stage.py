@@ -23,7 +23,7 @@ from mm_interleaved.recipes.storyworld.batches import DocumentBatch
 from mm_interleaved.recipes.storyworld.vae_stage import detail
 from mm_interleaved.tokens.visibility import NO_IMAGE, context_images
 from mm_interleaved.training.computation import autocast, device_of, fast_attention
-from mm_interleaved.training.loop import Losses
+from mm_interleaved.training.stage import Losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class DenoisingStage(ABC):
 
     @abstractmethod
     def trained_parts(self) -> Mapping[str, nn.Module]:
-        """See `loop.Stage`."""
+        """See `stage.Stage`."""
 
     @abstractmethod
     def read_contexts(self, documents: DocumentBatch) -> list[Tensor]:

@@ -17,8 +17,8 @@ from torch import nn
 from mm_interleaved.recipes.storyworld.batches import BatchKind, DocumentBatches
 from mm_interleaved.recipes.storyworld.denoising_stage import DenoisingExample, DenoisingStage
 from mm_interleaved.recipes.storyworld.text_stage import TextStage
-from mm_interleaved.training.loop import Stage
 from mm_interleaved.training.metrics import count_flops
+from mm_interleaved.training.stage import Stage
 
 COUNTING = 2
 """Version of this count, which stands beside what it gave: another one is counted again."""

@@ -34,8 +34,8 @@ from mm_interleaved.recipes.storyworld.coreference_supervision import (
 from mm_interleaved.tokens.batch import Batch
 from mm_interleaved.tokens.visibility import NO_IMAGE
 from mm_interleaved.training.computation import device_of, fast_attention
-from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.parameter_groups import LinearProbe
+from mm_interleaved.training.stage import Losses
 
 MINIMISED = ("text", "attributes", "distance", "introductions", "coreference")
 """The losses whose sum is minimised."""

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from mm_interleaved.training.computation import device_of
-from mm_interleaved.training.loop import Losses
+from mm_interleaved.training.stage import Losses
 
 
 class PixelSource(Protocol):

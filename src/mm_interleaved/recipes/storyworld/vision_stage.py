@@ -28,8 +28,8 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import (
 from mm_interleaved.storyworld.renderer import render_batch, scene_at
 from mm_interleaved.storyworld.world import POSITIONS
 from mm_interleaved.training.computation import device_of, fast_attention
-from mm_interleaved.training.loop import Losses
 from mm_interleaved.training.parameter_groups import LinearProbe
+from mm_interleaved.training.stage import Losses
 
 LEVELS = (0, 1, 2)
 """Levels of the pyramid that are probed: those that synchronizers sample."""
