@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
@@ -37,7 +37,7 @@ def write_file(path: Path, data: bytes):
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path) -> Generator[IO[bytes], None, None]:
     """A file that is whole or not there: what is written to the one that is yielded takes its place at the
     end, under a temporary name first, synced, then renamed over what was there. What killed writers of the
     same file left is removed.
@@ -48,7 +48,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[IO[bytes]]:
+def _whole_file(path: Path) -> Generator[IO[bytes], None, None]:
     with storage_errors(path), _temporary_of(path, lambda temporary: temporary.touch()) as temporary:
         with open(temporary, "wb") as file:
             yield file
@@ -113,7 +113,7 @@ def make_folder(path: Path):
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Generator[Path, None, None]:
     """A folder that is whole or not there: fill the one that is yielded; it takes its place when all is
     written. What killed writers of the same folder left is removed.
 
@@ -207,7 +207,7 @@ def remove_any(path: Path):
 
 
 @contextmanager
-def _temporary_of(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+def _temporary_of(path: Path, make: Callable[[Path], object]) -> Generator[Path, None, None]:
     """What is written before it takes the place of `path`. Within, whoever looks for leftovers sees that its
     writer lives; behind, it is gone.
     """
@@ -255,7 +255,7 @@ def _make_anew(folder: Path):
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Generator[None, None, None]:
     """Hold a folder for this process; a second process is refused, with the name of who holds it.
 
     The kernel drops the lock when its holder dies, however it dies, so a stale lock cannot be left behind.
@@ -310,7 +310,7 @@ def disk_failure(error: BaseException) -> str | None:
 
 
 @contextmanager
-def storage_errors(path: Path, done: str = "written") -> Iterator[None]:
+def storage_errors(path: Path, done: str = "written") -> Generator[None, None, None]:
     """Within, what the file system refuses is a StorageError that names `path`."""
     try:
         yield
@@ -328,7 +328,7 @@ def is_real_folder(path: Path) -> bool:
     return _mode_is(path, stat.S_ISDIR)
 
 
-def _mode_is(path: Path, kind) -> bool:
+def _mode_is(path: Path, kind: Callable[[int], bool]) -> bool:
     try:
         return kind(os.lstat(path).st_mode)
     # A name may also be none that a file can have: a null character in it, half a character.

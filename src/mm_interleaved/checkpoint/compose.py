@@ -110,7 +110,7 @@ def compose(
     kind = DTYPES[dtype] if dtype else (text.dtype or torch.float32)
     with model_file_errors("parts that do not fit each other"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MMInterleavedForConditionalGeneration._from_config(config, dtype=kind)
+        model = MMInterleavedForConditionalGeneration._from_config(config, dtype=kind)  # pyright: ignore[reportPrivateUsage]
     with torch.no_grad():
         _take_language_model(model, llm, tokens.copied)
         _take_clip(model, vision)
@@ -150,8 +150,9 @@ def _special_tokens(text: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, 
     if eos is None:
         raise ModelFileError(f"llm {escape(llm)}: its tokenizer has no end-of-text token, expected one")
     first = text.vocab_size
-    ids = {"image_start": first, "image": first + 1, "eos": eos}
-    copied = {}
+    # Ids of a tokenizer are typed as anything that a token may be.
+    ids: dict[str, Any] = {"image_start": first, "image": first + 1, "eos": eos}
+    copied: dict[int, Any] = {}
     for name, found in (("bos", tokenizer.bos_token_id), ("pad", tokenizer.pad_token_id)):
         if found is None or found in ids.values():
             found = first + 2 + len(copied)

@@ -265,7 +265,7 @@ def compare_keys(
     )
 
 
-def _compile(rules: Mapping[str, str]) -> list[tuple[re.Pattern, str]]:
+def _compile(rules: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
     compiled = []
     for source, target in rules.items():
         pattern = re.escape(source)
@@ -278,7 +278,7 @@ def _compile(rules: Mapping[str, str]) -> list[tuple[re.Pattern, str]]:
     return compiled
 
 
-def _translate(key: str, rules: list[tuple[re.Pattern, str]]) -> str | None:
+def _translate(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
     for pattern, target in rules:
         match = pattern.fullmatch(key)
         if match:

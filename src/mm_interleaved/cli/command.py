@@ -40,7 +40,7 @@ class OrderedCommand(TyperCommand):
     It takes the spellings of earlier versions, and says the right one of an option that does not exist.
     """
 
-    def make_parser(self, ctx):
+    def make_parser(self, ctx: Any):
         parser: Any = super().make_parser(ctx)
         own = {spelling for parameter in self.params for spelling in parameter.opts}
         for parameter in self.params:
@@ -49,7 +49,7 @@ class OrderedCommand(TyperCommand):
                 parser.add_option(parameter, former, dest=parameter.name)
         return parser
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             # The third result names the parameter of every option, once for each time it was typed, in order.
             _, _, typed = self.make_parser(ctx).parse_args(args=list(args))
@@ -75,7 +75,7 @@ class OrderedCommand(TyperCommand):
 class CommandGroup(TyperGroup):
     """Commands; of one that does not exist, the right name is said."""
 
-    def resolve_command(self, ctx, args):
+    def resolve_command(self, ctx: Any, args: list[str]):
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             raise UsageError(unknown_name("command", args[0], self.list_commands(ctx)))
         return super().resolve_command(ctx, args)
@@ -87,7 +87,7 @@ def typed_in_order(context: typer.Context, **values: list[Any]) -> list[tuple[st
     return [(name, next(left[name])) for name in context.meta[_ORDER] if name in left]
 
 
-def command(app: typer.Typer, name: str | None = None, *, panel: str | None = None) -> Callable:
+def command(app: typer.Typer, name: str | None = None, *, panel: str | None = None) -> Callable[..., Any]:
     """Register a function as a command of `app`; its docstring is the help, what it returns the exit code."""
 
     def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -138,6 +138,8 @@ def field_help(dataclass: type) -> dict[str, str]:
         match statement, follower:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 found[name] = inspect.cleandoc(text)
+            case _:
+                pass
     return found
 
 

@@ -160,7 +160,7 @@ def convert(
     faults = Faults()
     with progress(_num_items(shards, None), source) as bar:
 
-        def report(item):
+        def report(item: Any):
             if isinstance(item, BrokenItem):
                 faults.add(item)
             bar.advance(source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -48,7 +48,7 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int | None, text: str) -> Iterator[Progress]:
+def progress(total: int | None, text: str) -> Generator[Progress, None, None]:
     """The progress over `total` things; None where nobody knows how many there are."""
     if sys.stderr.isatty():
         with _bar(total, text) as show:
@@ -72,7 +72,7 @@ def _lines(total: int | None) -> Callable[[int, str], None]:
 
 
 @contextmanager
-def _bar(total: int | None, text: str) -> Iterator[Callable[[int, str], None]]:
+def _bar(total: int | None, text: str) -> Generator[Callable[[int, str], None], None, None]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar

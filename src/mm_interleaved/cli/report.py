@@ -59,7 +59,8 @@ def event_text(event: Event | str) -> str:
             return f"generating image {index + 1}"
         case ImagePreview(step=step):
             return f"denoising, step {step}"
-    return ""
+        case _:
+            return ""
 
 
 def _summary(outcome: RunOutcome) -> str:

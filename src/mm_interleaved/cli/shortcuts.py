@@ -267,7 +267,8 @@ def _outcome(event: Any, num_given: int) -> str | MMInterleavedError | None:
             return " ".join(texts).strip()
         case Failed(error=error):
             return error
-    return None
+        case _:
+            return None
 
 
 def _storyworld_opening(seed: int) -> list[Part]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mm_interleaved.data.few_shot import FewShot, merge_documents
 from mm_interleaved.data.packing import RowRule, cut_to_fit
-from mm_interleaved.documents.document import Document, Image
+from mm_interleaved.documents.document import Document, Image, Part
 from mm_interleaved.errors import ImageError, InputError
 from mm_interleaved.tokens.sequence import LearningRule, Sequence, encode_document
 from mm_interleaved.tokens.vocabulary import Vocabulary
@@ -116,7 +116,7 @@ class Preparation:
 def _with_open_images(document: Document) -> Document:
     """The document with its images in memory. Raises ImageError."""
 
-    def opened(part):
+    def opened(part: Part) -> Part:
         return replace(part, source=part.load()) if isinstance(part, Image) else part
 
     return replace(

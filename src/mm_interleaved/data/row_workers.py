@@ -41,7 +41,7 @@ class _Failure(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RowDataset(IterableDataset):
+class RowDataset(IterableDataset[Any]):
     """One list of rows a step: of all row streams that this process reads."""
 
     row_streams: RowStreams

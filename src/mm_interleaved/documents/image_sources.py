@@ -47,6 +47,8 @@ def image_source(source: Any) -> PILImage.Image | Path | bytes:
             return _of_array(source)
         case os.PathLike():
             return Path(os.fsdecode(source))
+        case _:
+            pass
     if callable(getattr(source, "read", None)):
         data = source.read()
         if isinstance(data, bytes):

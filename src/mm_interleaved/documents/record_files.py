@@ -12,7 +12,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +78,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
+def _opened(path: Path) -> Generator[tuple[IO[bytes] | gzip.GzipFile, bool], None, None]:
     """The file's bytes, decompressed, and whether they are one JSON value."""
     if str(path) == STANDARD_INPUT:
         data = standard_input()

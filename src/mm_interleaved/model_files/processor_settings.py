@@ -22,12 +22,12 @@ FIELDS: Mapping[str, Any] = {
     "special_ids": dict,
 }
 
-_TOKEN = str | dict | None
+_TOKEN = str | dict[str, Any] | None
 _TOKENIZER_HINTS: Mapping[str, Any] = {
     **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _TOKEN),
     **dict.fromkeys(("tokenizer_class", "backend", "padding_side", "truncation_side"), str | None),
     **dict.fromkeys(("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces"), bool | None),
-    "extra_special_tokens": list | dict | None,
+    "extra_special_tokens": list[Any] | dict[str, Any] | None,
     "model_max_length": int | float | None,
 }
 

@@ -80,7 +80,7 @@ def _from_hub(name: str, patterns: tuple[str, ...], hub: Mapping[str, Any]) -> P
     from huggingface_hub.constants import HF_HUB_CACHE
 
     reason = "only local files are allowed" if hub.get("local_files_only") else _out_of_reach(name, hub)
-    given = {**hub, "local_files_only": reason is not None}
+    given: dict[str, Any] = {**hub, "local_files_only": reason is not None}
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), **given))
     except Exception as error:  # the hub client raises a dozen kinds; all mean that it is not to be had

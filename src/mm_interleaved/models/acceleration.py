@@ -53,7 +53,8 @@ def _without_additions(module: Any, known: dict[int, Any]) -> Any:
             stock = stock.base_layer if is_layer else stock.original_module
         # Parameters and buffers stand in tables that both share, so a move to another device moves both.
         known[id(module)] = twin = copy.copy(stock)
-        twin._modules = {name: _without_additions(part, known) for name, part in stock._modules.items()}
+        parts = stock._modules.items()  # pyright: ignore[reportPrivateUsage]
+        twin._modules = {name: _without_additions(part, known) for name, part in parts}  # pyright: ignore[reportPrivateUsage]
     return known[id(module)]
 
 

@@ -3,7 +3,7 @@
 Parts never see the configuration; what does not fit together is refused here, in one sentence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,7 +126,7 @@ def build_image_decoder(config: MMInterleavedConfig) -> ImageDecoder | None:
 
 
 @contextmanager
-def _out_of(part: str) -> Iterator[None]:
+def _out_of(part: str) -> Generator[None, None, None]:
     """What is raised while something is built out of a part of the configuration names that part.
 
     Stock classes meet a value that they cannot work with by all kinds of errors.

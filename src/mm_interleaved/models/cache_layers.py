@@ -200,4 +200,4 @@ def keep_address(*tensors: Tensor) -> None:
     """
     if not torch.compiler.is_compiling():
         for tensor in tensors:
-            torch._dynamo.mark_static_address(tensor)
+            torch._dynamo.mark_static_address(tensor)  # pyright: ignore[reportPrivateUsage]

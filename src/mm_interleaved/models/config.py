@@ -26,8 +26,8 @@ _OUR_HINTS: Mapping[str, Mapping[str, Any]] = {
 BASE_HINTS: Mapping[str, Any] = {
     "architectures": list[str] | None,
     "dtype": Literal["float64", "float32", "bfloat16", "float16"] | None,
-    "id2label": dict | None,
-    "label2id": dict | None,
+    "id2label": dict[Any, Any] | None,
+    "label2id": dict[Any, Any] | None,
     "output_attentions": bool | None,
     "output_hidden_states": bool | None,
     "return_dict": bool | None,

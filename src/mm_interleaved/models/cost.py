@@ -186,5 +186,7 @@ def _picture_flops(config: Mapping[str, Any], sizes: Mapping[str, int], steps: i
                 decoding += 2 * size * (side * 2 ** int(number)) ** 2
             case "vae", "decoder", block, *_:
                 decoding += 2 * size * (side * 2 ** (num_doublings if block == "conv_out" else 0)) ** 2
+            case _:
+                pass
     # Guidance predicts twice, with the context and without.
     return 2 * steps * step + decoding

@@ -34,6 +34,6 @@ def is_own(module: nn.Module) -> bool:
     return type(module).__module__.startswith(PACKAGE)
 
 
-def is_loaded(tensor) -> bool:
+def is_loaded(tensor: object) -> bool:
     """Whether a tensor came from a checkpoint, so that it must not be initialised (transformers' mark)."""
     return getattr(tensor, "_is_hf_initialized", False)

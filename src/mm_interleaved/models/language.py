@@ -40,7 +40,7 @@ class _InterleavedForward:
     """A Llama-shaped layer's forward with the synchronizer between self-attention and feed-forward."""
 
     def forward(
-        self, hidden_states: Tensor, image_view: ImageView | None = None, **attention_arguments
+        self, hidden_states: Tensor, image_view: ImageView | None = None, **attention_arguments: Any
     ) -> Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_arguments)
         hidden_states = hidden_states + attended

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def sincos_1d_table(
-    num_positions: int, dim: int, *, device=None, dtype: torch.dtype = torch.float32
+    num_positions: int, dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(T, D) table: half of the channels sines, half cosines, of position / 10000^(2i / D)."""
     return _sincos(torch.arange(num_positions, device=device, dtype=torch.float64), dim).to(dtype)

@@ -9,7 +9,7 @@ def register() -> None:
     AutoModelForImageTextToText and AutoProcessor; any number of times.
     """
     # The import registers configuration and model.
-    import mm_interleaved.models.interleaved  # noqa: F401
+    import mm_interleaved.models.interleaved  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
     register_processor()
 

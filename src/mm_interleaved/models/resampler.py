@@ -4,6 +4,8 @@ Used twice: image tokens to the slots of the language model, and hidden states t
 Letters: B rows, Q queries, T tokens, D hidden channels, C token channels, H heads, d channels a head.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +67,11 @@ class ResamplerLayer(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        options = {"num_heads": num_heads, "query_key_norm": query_key_norm, "dropout": dropout}
+        options: dict[str, Any] = {
+            "num_heads": num_heads,
+            "query_key_norm": query_key_norm,
+            "dropout": dropout,
+        }
         self.dropout = dropout
         self.self_attention = ResamplerAttention(dim, dim, **options)
         self.cross_attention = ResamplerAttention(dim, token_dim, **options) if has_cross_attention else None

@@ -1,7 +1,7 @@
 """A change to something that threads share, which lasts as long as any of them needs it."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -29,7 +29,7 @@ class SharedChange(Generic[Target]):
         self._changes: WeakKeyDictionary[Target, _Change] = WeakKeyDictionary()
 
     @contextmanager
-    def of(self, target: Target) -> Iterator[None]:
+    def of(self, target: Target) -> Generator[None, None, None]:
         """Within, the target is changed."""
         change = self._enter(target)
         try:

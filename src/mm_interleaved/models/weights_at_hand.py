@@ -26,9 +26,9 @@ def weights_at_hand(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> li
     for module in modules:
         if type(module) not in kinds or "forward" in vars(module):
             return None
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
             return None
-        for weight in (*module._parameters.values(), *module._buffers.values()):
+        for weight in (*module._parameters.values(), *module._buffers.values()):  # pyright: ignore[reportPrivateUsage]
             if weight is None:
                 continue
             if type(weight) not in (nn.Parameter, Tensor) or weight.device.type == "meta":

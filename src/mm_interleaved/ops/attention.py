@@ -11,6 +11,7 @@ the relative-index table.
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from mm_interleaved.ops.reference import attend_reference, sample_reference
 HAS_TRITON = find_spec("triton") is not None
 
 
-def _attend_triton(*arguments) -> Tensor:
+def _attend_triton(*arguments: Any) -> Tensor:
     # Not every machine has Triton, and only this implementation needs it.
     from mm_interleaved.ops.triton_op import attend_triton
 

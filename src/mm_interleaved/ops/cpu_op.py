@@ -268,7 +268,7 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, value_BSHD: Tensor, location_BQHLP2: Tensor, weight_BQHLP: Tensor, level_sizes
+        ctx: Any, value_BSHD: Tensor, location_BQHLP2: Tensor, weight_BQHLP: Tensor, level_sizes: Any
     ) -> Tensor:
         ctx.level_sizes = level_sizes
         ctx.save_for_backward(value_BSHD, location_BQHLP2, weight_BQHLP)

@@ -13,7 +13,7 @@ Letters: as `attention.py`, and R rows of a block, Q queries of a tile, C images
 """
 
 # What is decorated is another language, of which pyright understands the grammar only.
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportMissingParameterType=false
 
 import triton
 import triton.language as tl

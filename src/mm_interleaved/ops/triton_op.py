@@ -185,7 +185,7 @@ def attend_images(
 
 
 @attend_images.register_fake
-def _(value, image, query_term, *rest) -> tuple[Tensor, Tensor]:
+def _(value: Tensor, image: Tensor, query_term: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _empty_results(value, query_term)
 
 
@@ -280,7 +280,9 @@ def attend_images_backward(
 
 
 @attend_images_backward.register_fake
-def _(grad_out, value, image, query_term, index_term, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad_out: Tensor, value: Tensor, image: Tensor, query_term: Tensor, index_term: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     needs_value, needs_query_term, needs_index_term = rest[-3:]
     return (
         value.new_empty(value.shape if needs_value else 0),
@@ -289,7 +291,7 @@ def _(grad_out, value, image, query_term, index_term, *rest) -> tuple[Tensor, Te
     )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     value, image, query_term, index_term, relative_index, reference, ignore, *sizes = inputs
     ctx.save_for_backward(value, image, query_term, index_term, relative_index, reference, *output)
     ctx.sizes, ctx.ignore_dtype = sizes, ignore.dtype

@@ -6,7 +6,7 @@ PyTorch is loaded when the settings are known to be right.
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,9 @@ def present_assignments(assignments: Iterable[str], former_names: Mapping[str, s
 
 
 @contextmanager
-def _kept_settings(path: Path, name: str, settings: Any, former_names: Mapping[str, str]) -> Iterator[None]:
+def _kept_settings(
+    path: Path, name: str, settings: Any, former_names: Mapping[str, str]
+) -> Generator[None, None, None]:
     """Writes the settings; those of a resumed run come back if it is refused before it has gone on, so that
     what could not be set does not stand in the way of the next attempt.
     """
@@ -223,7 +225,7 @@ def _refuse_changes(out: Path, begun: Any, settings: Any, may_change: frozenset[
 
 
 @contextmanager
-def _exit_status(out: Path) -> Iterator[None]:
+def _exit_status(out: Path) -> Generator[None, None, None]:
     """Leaves each rank's end in a file: torchrun itself ends with 1 whatever it was."""
     rank = os.environ.get("RANK")
     code, reason = 1, "a bug of ours"

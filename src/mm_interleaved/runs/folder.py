@@ -19,7 +19,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +139,7 @@ class RunFolder:
         in_order = sorted(self.finished, key=order.__getitem__)
         if in_order != list(self.finished):
             self.finished = {key: self.finished[key] for key in in_order}
-            self._write_all()
+            self.write_all()
         page = render(list(self.finished.values()))
         write_file(self.path / PAGE, page)
         self.manifest["outputs"] = {**self.output_hashes(), "page": sha256_of(page)}
@@ -154,7 +154,7 @@ class RunFolder:
             },
         }
 
-    def _write_all(self):
+    def write_all(self):
         """The finished records anew, in their order; their hashes behind them, as nothing is committed by a
         hash alone.
         """
@@ -178,7 +178,7 @@ def open_run(
     *,
     new_run: bool = False,
     retry_errors: bool = False,
-) -> Iterator[RunFolder]:
+) -> Generator[RunFolder, None, None]:
     """Begin a run in an empty folder, or go on with the one that stands there.
 
     Args:
@@ -445,7 +445,7 @@ def _take_up(run: RunFolder, retry_errors: bool):
     run.finished, run.hashes = kept, {key: hashes[key] for key in kept}
     is_noted = not kept or (run.path / HASHES).exists()
     if len(kept) != len(lines) or len(kept) != len(hashes) or not is_noted:
-        run._write_all()
+        run.write_all()
 
 
 def _put_aside_those_there(paths: Iterable[Path]):

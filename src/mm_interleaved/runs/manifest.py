@@ -16,15 +16,15 @@ from mm_interleaved.files import is_regular_file
 MANIFEST = "manifest.json"
 FORMAT = "mm-interleaved run 1"
 MAX_THREADS = 1024
-_MANIFEST_FIELDS = {
+_MANIFEST_FIELDS: dict[str, Any] = {
     "model": dict, "model.name": str, "model.sha256": str, "device": str, "dtype": str,
     "settings": dict, "flags": dict, "input": dict, "threads": int, "machine": dict, "versions": dict,
 }  # fmt: skip
-_OPTIONAL_FIELDS = {
+_OPTIONAL_FIELDS: dict[str, Any] = {
     "acceleration": dict, "acceleration.channels_last": bool, "acceleration.compile": bool,
     "acceleration.quantization": str, "acceleration.adapter": dict, "outputs": dict,
 }  # fmt: skip
-_DEPENDENT_FIELDS = {
+_DEPENDENT_FIELDS: dict[str, dict[str, Any]] = {
     "acceleration.adapter": {"acceleration.adapter.folder": str, "acceleration.adapter.sha256": str},
     "outputs": {"outputs.records": dict, "outputs.images": dict},
 }

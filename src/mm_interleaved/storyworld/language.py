@@ -5,9 +5,10 @@ what they do not know. Badges and patterns are never written: only the images ca
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from mm_interleaved.seeded_random import SeededRandom
 from mm_interleaved.storyworld.world import (
@@ -108,13 +109,17 @@ def count_sentence(count: int, noun: str) -> str:
     return f"There {'is' if count == 1 else 'are'} {COUNTS[count]} {noun}{'' if count == 1 else 's'}."
 
 
-def from_left(things):
+def from_left(things: Iterable[Any]) -> list[Any]:
     """Figures or props in the order of their positions, from left to right."""
     return sorted(things, key=lambda thing: POSITIONS.index(thing.position))
 
 
 def tell_panel(
-    rng: SeededRandom, scene: Scene, previous: Scene | None, introduced: Mapping[str, Character], props: set
+    rng: SeededRandom,
+    scene: Scene,
+    previous: Scene | None,
+    introduced: Mapping[str, Character],
+    props: set[Any],
 ) -> str:
     """The text of one panel: what is new against the previous one, and where everybody is.
 
@@ -189,7 +194,7 @@ class Said:
     position: str | None = None
 
 
-def _any_of(words) -> str:
+def _any_of(words: Iterable[str]) -> str:
     return "(?:" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + ")"
 
 

@@ -70,7 +70,7 @@ def document(split: str, seed: int, index: int, task: str | None = None) -> Docu
     rng = SeededRandom(_DOCUMENT_DOMAIN, SPLITS.index(split), seed, index)
     task = task or _TASK_ROUND[index % len(_TASK_ROUND)]
     made = TASKS[task](rng, split)
-    meta = {"task": task, "split": split, "seed": seed, "index": index, **made.meta}
+    meta: dict[str, Any] = {"task": task, "split": split, "seed": seed, "index": index, **made.meta}
     meta["is_held_out"] = any(
         is_held_out(figure["species"], figure["body_colour"])
         for scene in meta["scenes"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.errors import InputError
 
@@ -85,7 +85,7 @@ class Vocabulary:
     ) -> Vocabulary:
         """The vocabulary of a tokenizer that already has all special tokens; `pad` where it defines none."""
         known = tokenizer.get_vocab()
-        ids = {
+        ids: dict[str, Any] = {
             "image_start": known.get(image_start_token),
             "image": known.get(image_token),
             "bos": tokenizer.bos_token_id,

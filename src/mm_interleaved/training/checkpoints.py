@@ -94,8 +94,8 @@ class CheckedFolder:
         """
         path = self._place(group)
         found = self.names(group)
-        if found != destination.keys():
-            differing = sorted(found ^ destination.keys())[:3]
+        if found != frozenset(destination):
+            differing = sorted(found ^ frozenset(destination))[:3]
             raise UsageError(
                 f"{path}: other weights than are trained now; only in one of the two: "
                 f"{', '.join(differing)}; what trains cannot change on the way, but a new run can start from "

@@ -58,7 +58,7 @@ class LossScale:
         """Divides the gradients by the factor."""
         if self.is_used:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.factor)
+            torch._foreach_mul_(gradients, 1 / self.factor)  # pyright: ignore[reportPrivateUsage]
 
     def shrink(self) -> bool:
         """After an overflow: halves the factor. False if it cannot be halved: the numbers are at fault."""

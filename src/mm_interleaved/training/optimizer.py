@@ -181,4 +181,5 @@ class AveragedWeights:
         """Moves the average towards the parameters as they are after optimizer step number `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         names = list(self.tensors)
-        torch._foreach_lerp_([self.tensors[n] for n in names], [parameters[n] for n in names], 1 - decay)
+        averages, targets = [self.tensors[n] for n in names], [parameters[n] for n in names]
+        torch._foreach_lerp_(averages, targets, 1 - decay)  # pyright: ignore[reportPrivateUsage]

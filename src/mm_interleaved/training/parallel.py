@@ -6,7 +6,7 @@ Nothing of this is needed by one process alone.
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -71,7 +71,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined_ranks(config: ParallelConfig, device: str = "auto") -> Iterator[Ranks]:
+def joined_ranks(config: ParallelConfig, device: str = "auto") -> Generator[Ranks, None, None]:
     """This process among those that torchrun started; alone where it started none.
 
     Args:
@@ -150,7 +150,7 @@ def spread(
 
 
 @contextmanager
-def summing_gradients(model: nn.Module, is_last: bool) -> Iterator[None]:
+def summing_gradients(model: nn.Module, is_last: bool) -> Generator[None, None, None]:
     """Within, ranks exchange gradients only in the last micro-batch of a step."""
     if isinstance(model, DistributedDataParallel):
         if is_last:

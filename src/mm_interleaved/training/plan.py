@@ -177,7 +177,8 @@ def _fsdp_unit(name: str) -> str | None:
             return "mid_block"
         case "image_decoder", "vae", *_:
             return "vae"
-    return None
+        case _:
+            return None
 
 
 def _row_cost(
@@ -271,7 +272,8 @@ class _Places:
                 return self.clip_tokens if reads else self.slots
             case "vision", "slot_projection", *_:
                 return self.slots
-        return self.clip_tokens
+            case _:
+                return self.clip_tokens
 
     def _of_decoder(self, parts: list[str]) -> float:
         match parts[1:]:
@@ -298,7 +300,8 @@ class _Places:
             case "resampler", *rest:
                 reads = "cross_attention" in rest and ("key" in rest or "value" in rest)
                 return self.tokens / 2 if reads else self.config["conditioning_resampler"]["num_queries"]
-        return 0
+            case _:
+                return 0
 
     def _level(self, block: str, rest: list[str]) -> int:
         if block == "mid_block":

@@ -165,7 +165,7 @@ class StageRun:
         finally:
             _copy(kept, self.parameters)
 
-    def log(self, progress: tqdm) -> None:
+    def log(self, progress: "tqdm[Any]") -> None:
         """Writes a line to the log every `log_every` steps, and at the end."""
         progress.update()
         if self.step % self.config.log_every and self.step != self.config.steps:

@@ -8,7 +8,7 @@ by itself. Tables that hold the images' bytes (the `Image` feature of `datasets`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -124,7 +124,7 @@ def _rows(path: str, start: int) -> Iterator[tuple[int, int, int, dict[str, Any]
 
 
 @contextmanager
-def _naming_damage(path: str) -> Iterator[None]:
+def _naming_damage(path: str) -> Generator[None, None, None]:
     try:
         yield
     except MMInterleavedError:

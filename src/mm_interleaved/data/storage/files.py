@@ -12,7 +12,7 @@ import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import IO, Any
@@ -213,7 +213,7 @@ def _archive(address: str, process: int) -> Any:
 
 
 @contextmanager
-def reading(path: str) -> Iterator[None]:
+def reading(path: str) -> Generator[None, None, None]:
     """A failing disk or network becomes a StorageError that names the file."""
     try:
         yield
@@ -226,7 +226,7 @@ def reading(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _reaching(address: str) -> Iterator[None]:
+def _reaching(address: str) -> Generator[None, None, None]:
     """Whatever the client of a storage raises names the address: InputError where there is no such file or
     no such archive, else StorageError.
     """

@@ -232,7 +232,7 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
 
     # 3. The image decoder: first from attribute embeddings, then from what the language model has read.
     images = documents(IMAGE_BATCHES, seed=config.seed, target_pixels=True)
-    settings = {
+    settings: dict[str, Any] = {
         "batch_size": config.image_batch_size,
         "pool_batches": 24,
         "repeats": 4,

@@ -6,7 +6,7 @@ image, and coreference.
 Letters: B rows, T tokens, I images, S slots, D hidden channels, M mentions.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,7 +161,7 @@ class TextStage:
 
 
 @contextmanager
-def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
+def output_of(module: nn.Module) -> Generator[list[Tensor], None, None]:
     """A list that receives a module's outputs while it is called within."""
     seen: list[Tensor] = []
 
