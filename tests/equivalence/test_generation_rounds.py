@@ -232,7 +232,7 @@ def test_strength_zero_equals_no_earlier_images_and_one_is_the_default(model, pi
 
 
 @torch.no_grad()
-def test_images_painted_together_equal_images_painted_alone(model, pictures):
+def test_images_denoised_together_equal_images_denoised_alone(model, pictures):
     session = open_session(model, [BOS, 5], pictures[0], [7])
     session.start_image()
     conditioning, earlier = session.conditioning(), session.earlier_images("all")
