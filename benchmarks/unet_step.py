@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cost import cached_cost, textbook_cost
 from benchmarks.decode_token import COMPILING_SECONDS
@@ -25,6 +24,7 @@ from benchmarks.painting import painting_cases
 from benchmarks.sizes import SynchronizerSize
 from benchmarks.textbook import textbook_between
 from mm_interleaved.generation.schedulers import build_scheduler
+from mm_interleaved.models.operations import count_operations
 from mm_interleaved.models.unet import Between, unet_forward
 
 PUBLISHED = ((320, 640, 1280, 1280), 64, 1024)
@@ -283,11 +283,9 @@ def _unet_flops(unet: Any, sample_size: int) -> float:
         with torch.device("meta"):
             meta = UNet2DConditionModel.from_config(unet.config)
     width = meta.config.cross_attention_dim
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        unet_forward(
-            meta,
+    with torch.device("meta"):
+        latents, conditioning = (
             torch.empty(GUIDED, 4, sample_size, sample_size),
-            torch.tensor(1),
             torch.empty(GUIDED, 77, width),
         )
-    return float(counter.get_total_flops())
+        return count_operations(lambda: unet_forward(meta, latents, torch.tensor(1), conditioning)).products

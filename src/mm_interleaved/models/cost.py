@@ -1,4 +1,4 @@
-"""What a model needs: memory for a full context, and time by counting multiplications. No weight is read.
+"""What a model needs: memory by shapes, and time by operations (see `operations.py`). No weight is read.
 
 Estimates, not measurements: time assumes the sustained rates of `DEVICES` and a fixed cost of starting each
 operation, so it is right within a factor of a few.
@@ -15,6 +15,13 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_STEPS = 30
 START_SECONDS = 5e-5
 """Python and PyTorch around each weight that is used; most of a tiny model's time."""
+HALF = 2
+"""Bytes of an activation in training, which is kept in bfloat16."""
+UNET_MAPS_A_RESOLUTION = 14
+"""Maps that checkpointed blocks of a U-Net leave, and one block at work, in maps of its width."""
+ADAPTER_TENSORS = 140
+"""Tensors of all pyramid cells that the adapter keeps an image, which is not computed again: chosen such that
+the sum is what the shipped model keeps of a row of 512 tokens and 8 images (109 MB, 2026-11)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +55,17 @@ class Needs:
     cached_values: int
     """Keys, values and hidden states of all tokens, pyramids and projections of all images."""
     word_parameters: int
-    """Read and multiplied for each token."""
+    """Read for each token."""
+    word_flops: float
+    """Of a token behind a full context."""
     word_tensors: int
     """In which they stand."""
     step_tensors: int
     """Used in each denoising step."""
     picture_flops: float | None
-    """Of all denoising steps, guided, and the decoding of one picture; None for a model that only writes."""
+    """Of all denoising steps, guided, and the decoding of one image; None for a model that only writes."""
     image_flops: float
-    """To look at one picture."""
+    """Of encoding one image, and of projecting it for all synchronizers."""
     steps: int
 
     def memory(self, dtype: str) -> int:
@@ -68,7 +77,7 @@ class Needs:
         return self.parameters * (4 * 5 + (BYTES[dtype] if BYTES[dtype] < 4 else 0))
 
     def seconds_a_picture(self, device: DeviceClass, dtype: str) -> float | None:
-        """Painting one picture and looking at it."""
+        """Generating one image and encoding it."""
         if self.picture_flops is None:
             return None
         starting = self.steps * self.step_tensors * START_SECONDS
@@ -76,7 +85,7 @@ class Needs:
 
     def words_a_second(self, device: DeviceClass, dtype: str) -> float:
         """Tokens one after another: each reads all weights, which takes longer than multiplying them."""
-        multiplying = 2 * self.word_parameters / device.flops[dtype]
+        multiplying = self.word_flops / device.flops[dtype]
         reading = self.word_parameters * BYTES[dtype] / device.bandwidth
         return 1 / (max(multiplying, reading) + self.word_tensors * START_SECONDS)
 
@@ -91,29 +100,39 @@ def needs_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     Args:
         config: its `config.json`.
         shapes: of all its tensors, by name.
+
+    Raises:
+        ValueError: no model can be built by the configuration.
     """
+    # Loaded here: whoever asks for the help of a command waits for neither torch nor transformers.
+    from mm_interleaved.models import operations
+
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    text, vision = config["text_config"], config["vision_config"]
+    text = config["text_config"]
     tokens = text["max_position_embeddings"]
     slots = config["slot_resampler"]["num_queries"]
     synchronizer = config.get("text_synchronizer")
     images = tokens // (slots + 1)
     if synchronizer is not None:
         images = min(images, synchronizer["max_images"] - 1)
-    grid = vision["image_size"] // vision["patch_size"]
     steps = (config.get("generation_settings") or {}).get("num_inference_steps", DEFAULT_STEPS)
     word_sizes = [size for name, size in sizes.items() if name.startswith(_USED_FOR_WORDS)]
-    paints = bool(config.get("unet_config"))
+    model = operations.meta_model(config)
+    picture_flops = None
+    if model.image_decoder is not None:
+        step = operations.step_operations(model, min(images, _num_seen(config)))
+        picture_flops = (step * steps + operations.decoding_operations(model)).total
     return Needs(
         parameters=sum(sizes.values()),
         tokens=tokens,
         images=images,
         cached_values=tokens * _values_a_token(text) + _values_of_images(config, shapes, images),
         word_parameters=sum(word_sizes),
+        word_flops=operations.word_operations(model, tokens - 1, images).total,
         word_tensors=len(word_sizes),
         step_tensors=sum(name.startswith(_USED_FOR_STEPS) for name in sizes),
-        picture_flops=_picture_flops(config, sizes, steps) if paints else None,
-        image_flops=2.0 * grid**2 * sum(size for name, size in sizes.items() if name.startswith("vision.")),
+        picture_flops=picture_flops,
+        image_flops=operations.image_operations(model).total,
         steps=steps,
     )
 
@@ -153,40 +172,60 @@ def _projected(
 def _values_of_images(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], num_images: int
 ) -> int:
-    """Of all images the pyramid and what the language model projects of it; of those that one picture looks
-    at, what the painter projects.
+    """Of all images the pyramid and what the language model projects of it; of those that one image attends
+    to, what the image decoder projects.
     """
     vision = config["vision_config"]
     an_image = sum(_cells(vision)) * vision["hidden_size"]
     an_image += _projected(config, shapes, "text_synchronizer", "language_model.")
-    painter = config.get("image_synchronizer")
-    num_seen = 0
-    if painter is not None:
-        num_seen = 1 if config.get("context_images") == "previous" else painter["max_images"] - 1
-    seen = min(num_images, num_seen) * _projected(config, shapes, "image_synchronizer", "image_decoder.")
-    return num_images * an_image + seen
+    seen = min(num_images, _num_seen(config))
+    return num_images * an_image + seen * _projected(config, shapes, "image_synchronizer", "image_decoder.")
 
 
-def _picture_flops(config: Mapping[str, Any], sizes: Mapping[str, int], steps: int) -> float:
-    """Every weight is multiplied once for each cell of the map that its block works on."""
-    side = config["unet_config"].get("sample_size") or 64
-    num_halvings = len(config["unet_config"]["block_out_channels"]) - 1
-    num_doublings = len(config["vae_config"]["block_out_channels"]) - 1
-    step = decoding = 0.0
-    for name, size in sizes.items():
-        match name.removeprefix("image_decoder.").split("."):
-            case "unet", "time_embedding", *_:
-                step += 2 * size
-            case "unet", block, *rest:
-                level = {"down_blocks": 0, "mid_block": num_halvings, "up_blocks": num_halvings}.get(block, 0)
-                if block in ("down_blocks", "up_blocks"):
-                    level = abs(level - int(rest[0]))
-                step += 2 * size * (side / 2**level) ** 2
-            case "vae", "decoder", "up_blocks", number, *_:
-                decoding += 2 * size * (side * 2 ** int(number)) ** 2
-            case "vae", "decoder", block, *_:
-                decoding += 2 * size * (side * 2 ** (num_doublings if block == "conv_out" else 0)) ** 2
-            case _:
-                pass
-    # Guidance predicts twice, with the context and without.
-    return 2 * steps * step + decoding
+def _num_seen(config: Mapping[str, Any]) -> int:
+    """Earlier images that a generated one attends to, at most."""
+    synchronizer = config.get("image_synchronizer")
+    if synchronizer is None:
+        return 0
+    return 1 if config.get("context_images") == "previous" else synchronizer["max_images"] - 1
+
+
+def activation_bytes(config: Mapping[str, Any], tokens: int, images: int) -> float:
+    """What a row keeps for its backward pass under checkpointing, and the largest thing at work.
+
+    Args:
+        config: as `needs_of`.
+        tokens, images: of the row; every image is encoded and generated.
+    """
+    text, vision = config["text_config"], config["vision_config"]
+    cells = _cells(vision)
+    # 1. The language model: its input of each layer, one layer at work.
+    kept = float(HALF) * tokens * text["hidden_size"] * text["num_hidden_layers"]
+    layer = float(HALF) * tokens * (8 * text["hidden_size"] + 3 * text["intermediate_size"])
+    # Logits in bfloat16, in float32 for the loss, and their gradient.
+    logits = tokens * text["vocab_size"] * (2.0 + 4 + 4)
+    # 2. Features and values of its synchronizers.
+    synchronizer = config.get("text_synchronizer")
+    if synchronizer is not None:
+        num_layers = math.ceil(text["num_hidden_layers"] / synchronizer["every"])
+        channels = synchronizer["value_dim"] + vision["hidden_size"]
+        kept += HALF * images * num_layers * sum(cells[level] for level in synchronizer["levels"]) * channels
+    # 3. Each image: adapter, CLIP, U-Net with its synchronizers.
+    an_image = float(HALF) * sum(cells[1:]) * vision["hidden_size"] * ADAPTER_TENSORS
+    an_image += HALF * (cells[2] + 1) * vision["hidden_size"] * vision["num_hidden_layers"]
+    if config.get("unet_config"):
+        an_image += _denoising_activation_bytes(config)
+    return kept + max(layer, logits) + logits + images * an_image
+
+
+def _denoising_activation_bytes(config: Mapping[str, Any]) -> float:
+    unet, vision = config["unet_config"], config["vision_config"]
+    side, widths = unet.get("sample_size") or 64, unet["block_out_channels"]
+    maps = sum(width * (side / 2**level) ** 2 for level, width in enumerate(widths))
+    kept = HALF * maps * UNET_MAPS_A_RESOLUTION
+    synchronizer = config.get("image_synchronizer")
+    if synchronizer is not None:
+        cells = sum(_cells(vision)[level] for level in synchronizer["levels"])
+        places = 3 * len(widths) + 1
+        kept += HALF * places * cells * (synchronizer["value_dim"] + vision["hidden_size"])
+    return kept

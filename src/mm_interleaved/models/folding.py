@@ -75,13 +75,13 @@ def with_shortcut(
     return decorate
 
 
-def core_weights(core: Core) -> list[Tensor] | None:
+def core_weights(core: Core, device: torch.device) -> list[Tensor] | None:
     """See `weights_at_hand`: of a `FeatureSynchronizer` and its layers."""
     # A subclass with a `forward` of its own computes what is not known here.
     if getattr(type(core).forward, "shortcut", None) is not attend:
         return None
-    own = weights_at_hand((core,), (type(core),))
-    parts = weights_at_hand(tuple(core.children()), (nn.Linear, OptionalBiasLinear, nn.Embedding))
+    own = weights_at_hand((core,), (type(core),), device)
+    parts = weights_at_hand(tuple(core.children()), (nn.Linear, OptionalBiasLinear, nn.Embedding), device)
     return None if own is None or parts is None else own + parts
 
 
@@ -245,7 +245,7 @@ def _sample(core: Core, values: ImageValues, terms: Terms, sampled_weights_HdC: 
 
 def keep_features(core: Core, cells_BNSC: Tensor, level_sizes: tuple[int, ...]) -> ImageValues | None:
     """Stands in for `FeatureSynchronizer.project_cells` where features are kept instead of values."""
-    if core.keep != "features" or core_weights(core) is None:
+    if core.keep != "features" or core_weights(core, cells_BNSC.device) is None:
         return None
     check_levels(level_sizes, core.num_levels)
     return _unprojected(features_to_sample(cells_BNSC), level_sizes)
@@ -267,8 +267,8 @@ def project_for_all(
 ) -> list[ImageValues]:
     """The same features (..., S, C), normalised and projected for each block."""
     norms, cores = [block.feature_norm for block in blocks], [block.synchronizer for block in blocks]
-    are_at_hand = all(core_weights(core) is not None for core in cores) and (
-        weights_at_hand(norms, (nn.RMSNorm, nn.LayerNorm)) is not None
+    are_at_hand = all(core_weights(core, cells.device) is not None for core in cores) and (
+        weights_at_hand(norms, (nn.RMSNorm, nn.LayerNorm), cells.device) is not None
     )
     if not are_at_hand or len({(type(norm), norm.eps) for norm in norms}) > 1:
         return [
@@ -320,7 +320,7 @@ def attend(
     def fold() -> FoldedLayer:
         return FoldedLayer(fold_terms(core), None if values.is_projected else sampled_weights(core))
 
-    tables = kept_tables(core, core, values, lambda: core_weights(core), fold)
+    tables = kept_tables(core, core, values, lambda: core_weights(core, query_BQD.device), fold)
     if tables is None:
         return _attend_now(core, query_BQD, values, index_BQN, reference_BQ2)
     query_BQHE = tables.terms.of(query_BQD)
@@ -342,7 +342,7 @@ def _attend_now(
     Args:
         norm: whose affine part kept features still lack.
     """
-    is_at_hand = core_weights(core) is not None
+    is_at_hand = core_weights(core, query_BQD.device) is not None
     if values.is_projected and not is_at_hand:
         return None
     arguments = query_BQD, index_BQN, reference_BQ2
@@ -363,15 +363,17 @@ def attend_gated(
         return block.gate.tanh() * core(hidden_BTD, values, relative_index_BTN)
 
     def weights() -> list[Tensor] | None:
-        of_core = core_weights(core)
-        of_norms = weights_at_hand((block.query_norm, block.feature_norm), (nn.RMSNorm,))
+        device = hidden_BTD.device
+        of_core = core_weights(core, device)
+        of_norms = weights_at_hand((block.query_norm, block.feature_norm), (nn.RMSNorm,), device)
         return None if of_core is None or of_norms is None else [*of_core, *of_norms, block.gate]
 
     def fold() -> FoldedLayer:
         return FoldedLayer(
             fold_terms(core, block.query_norm.weight),
             None if values.is_projected else sampled_weights(core, block.feature_norm),
-            float(block.gate.tanh()),
+            # On the meta device any number will do.
+            1.0 if block.gate.is_meta else float(block.gate.tanh()),
         )
 
     tables = kept_tables(block, block, values, weights, fold)
@@ -417,9 +419,10 @@ def attend_from_map(
         return block.conv(nothing_visible(core)[None, :, None, None]).expand_as(map_IXyx)
 
     def weights() -> list[Tensor] | None:
-        of_core = core_weights(core)
+        device = map_IXyx.device
+        of_core = core_weights(core, device)
         parts = (block.query_norm, block.feature_norm, block.conv)
-        of_parts = weights_at_hand(parts, (nn.LayerNorm, nn.Conv2d))
+        of_parts = weights_at_hand(parts, (nn.LayerNorm, nn.Conv2d), device)
         return None if of_core is None or of_parts is None else [*of_core, *of_parts, block.position_table]
 
     def fold() -> FoldedMap:

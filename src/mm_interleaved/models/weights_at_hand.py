@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 
-def weights_at_hand(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> list[Tensor] | None:
+def weights_at_hand(
+    modules: Sequence[nn.Module], kinds: tuple[type, ...], device: torch.device | None = None
+) -> list[Tensor] | None:
     """All parameters and buffers of modules, if reading them is the same as calling the modules; else None.
 
     It is not where a library has put something in the module's place or around it (LoRA, quantised layers,
@@ -21,7 +23,10 @@ def weights_at_hand(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> li
 
     Args:
         kinds: what the modules must be: exactly these classes, whose `forward` is known.
+        device: of what is computed with them. On the meta device, where shapes alone are computed, weights
+            need no more than shapes; elsewhere a weight that is there is one that a library will bring.
     """
+    is_shape_alone = device is not None and device.type == "meta"
     weights: list[Tensor] = []
     for module in modules:
         if type(module) not in kinds or "forward" in vars(module):
@@ -31,7 +36,9 @@ def weights_at_hand(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> li
         for weight in (*module._parameters.values(), *module._buffers.values()):  # pyright: ignore[reportPrivateUsage]
             if weight is None:
                 continue
-            if type(weight) not in (nn.Parameter, Tensor) or weight.device.type == "meta":
+            if type(weight) not in (nn.Parameter, Tensor):
+                return None
+            if weight.device.type == "meta" and not is_shape_alone:
                 return None
             weights.append(weight)
     return weights
@@ -102,6 +109,8 @@ class FoldingCache:
         if kept is None or kept[1] != state:
             # Inside no autograd, autocast or inference mode, so that the result serves in any of them.
             device_type = weights[0].device.type
+            # Which autocast does not know.
+            device_type = "cpu" if device_type == "meta" else device_type
             with (
                 torch.inference_mode(False),
                 torch.no_grad(),

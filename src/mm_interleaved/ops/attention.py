@@ -139,7 +139,7 @@ def deformable_sampling(
 def choose_implementation(implementation: str, value: Tensor) -> str:
     """Resolve "auto": on CUDA the fused kernel, if Triton is there and PyTorch is not asked for deterministic
     algorithms (its gradients are added up in no fixed order); elsewhere the gather path, but for devices
-    without `embedding_bag`.
+    without `embedding_bag` and for the one without numbers.
 
     Raises:
         ValueError: the name is unknown, or Triton is wanted and not installed.
@@ -148,7 +148,8 @@ def choose_implementation(implementation: str, value: Tensor) -> str:
         is_fixed_order = torch.are_deterministic_algorithms_enabled()
         if value.device.type == "cuda" and HAS_TRITON and not is_fixed_order:
             return "triton"
-        return "reference" if value.device.type == "mps" else "gather"
+        # On the meta device the fast path would have to know how many pairs are visible.
+        return "reference" if value.device.type in ("mps", "meta") else "gather"
     if implementation == "triton" and not HAS_TRITON:
         raise ValueError(
             "implementation 'triton' needs Triton, which is not installed; install mm-interleaved[kernels]"

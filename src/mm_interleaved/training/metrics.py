@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved.errors import StorageError, UsageError
 from mm_interleaved.files import is_regular_file, put_aside, storage_errors, write_file
@@ -193,10 +192,11 @@ def _read_line(text: str) -> dict[str, Any] | None:
 
 
 def count_flops(work: Any) -> float:
-    """Multiplications and additions of a call, by PyTorch's own count of what it dispatches."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return float(counter.get_total_flops())
+    """Operations of a call without those of bilinear sampling, see `models.operations`."""
+    # Loaded here: whoever reads a log does not wait for the libraries of models.
+    from mm_interleaved.models.operations import count_operations
+
+    return count_operations(work).products
 
 
 def peak_memory(device: torch.device) -> int:

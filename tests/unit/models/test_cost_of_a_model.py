@@ -8,11 +8,20 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.models.cost import DEVICES, needs_of
-from mm_interleaved.models.unet import unet_forward
+from mm_interleaved.models.operations import (
+    count_operations,
+    decoding_operations,
+    image_operations,
+    meta_model,
+    step_operations,
+    word_operations,
+)
+from mm_interleaved.models.vision import select_levels
 from tiny import tiny_model
 
 
@@ -31,19 +40,74 @@ def shapes(model):
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def done(work):
+    """Operations of a call with numbers, as PyTorch counts them; it counts fused attention on GPUs alone."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
+
+
 @torch.no_grad()
-def test_counted_operations_of_a_picture_are_those_that_are_done(model, config, shapes):
+def test_counted_operations_of_an_image_are_those_that_are_done(model, config, shapes):
     decoder = model.image_decoder
     steps, side = 4, config["unet_config"]["sample_size"]
+    session = InterleavedSession(model)
+    session.append_text([1])
+    session.append_image(torch.rand(1, 3, 32, 32))
+    session.start_image()
+    earlier = session.earlier_images("all").repeat(2)
+    latents = torch.randn(2, config["unet_config"]["in_channels"], side, side)
+    conditioning = torch.randn(2, 4, config["unet_config"]["cross_attention_dim"])
+    timestep = torch.tensor([3, 3])
+    # The first step folds weights.
+    decoder.predict(latents, timestep, conditioning, earlier)
+    whole = meta_model(config)
+    conditioned = decoder.negative_conditioning.detach().expand(2, -1, -1)
+    step = done(lambda: decoder.predict(latents, timestep, conditioned, earlier))
+    assert step_operations(whole, 1).products == step
+    decoding = done(lambda: decoder.vae.decode(latents[:1]))
+    assert decoding_operations(whole).products == decoding
+    encoding = done(
+        lambda: decoder.project_earlier_images(
+            select_levels(read_images(model), config["image_synchronizer"]["levels"]), torch.tensor([[0]])
+        )
+    )
+    assert image_operations(whole).products == encoding
     config = {**config, "generation_settings": {"num_inference_steps": steps}}
-    latents = torch.randn(1, config["unet_config"]["in_channels"], side, side)
-    conditioning = torch.randn(1, 5, config["unet_config"]["cross_attention_dim"])
-    with FlopCounterMode(display=False) as step:
-        unet_forward(decoder.unet, latents, torch.tensor([3]), conditioning)
-    with FlopCounterMode(display=False) as decoding:
-        decoder.vae.decode(latents)
-    done = 2 * steps * step.get_total_flops() + decoding.get_total_flops()
-    assert 0.5 < needs_of(config, shapes).picture_flops / done < 2
+    counted = step_operations(whole, min(needs_of(config, shapes).images, 9)).total
+    assert needs_of(config, shapes).picture_flops == steps * counted + decoding
+
+
+def read_images(model):
+    """The pyramid of an image, which every language layer has projected."""
+    pyramid = model.encode_images(torch.rand(1, 3, 32, 32)).pyramid
+    model.project_images(pyramid)
+    return pyramid
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_counted_operations_of_a_word_are_those_that_are_done(model, config, num_images):
+    session = InterleavedSession(model)
+    session.append_text([1, 5])
+    for _ in range(num_images):
+        session.append_image(torch.rand(1, 3, 32, 32))
+    session.append_text([6])
+    session.read()
+    # The first word after new images folds weights.
+    session.append_text([7])
+    session.read()
+    length = session.cache.num_tokens
+    session.append_text([8])
+    read = done(session.read)
+    assert word_operations(meta_model(config), length, num_images).products == read
+
+
+def test_sampling_is_counted_by_its_formula():
+    value, grid = torch.rand(2, 3, 4, 4), torch.rand(2, 5, 6, 2)
+    counted = count_operations(lambda: torch.nn.functional.grid_sample(value, grid, align_corners=False))
+    # Four cells for each of 5 x 6 samples of 3 channels, multiplied and added.
+    assert counted.products == 0 and counted.sampling == 2 * 3 * 5 * 6 * 8
 
 
 @torch.no_grad()
