@@ -22,7 +22,7 @@ from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.model_files.resolve import find_model
-from mm_interleaved.models.acceleration import compile_painter, use_channels_last
+from mm_interleaved.models.acceleration import compile_image_decoder, use_channels_last
 from mm_interleaved.models.image_decoder import EarlierImages, ImageDecoder
 
 TEXT = "Here is Lulu, a green duck with a white crown. It is a cloudy day in the town. Lulu sits on the left."
@@ -109,7 +109,7 @@ def exact_cases(setting: Setting, easel: Easel) -> Iterator[Case]:
     sides = {"as it is": easel.steps, "channels_last": partial(easel.steps, decoder=last)}
     if setting.is_gpu:
         compiled = copy.deepcopy(last)
-        compile_painter(compiled)
+        compile_image_decoder(compiled)
         sides["channels_last, compiled"] = partial(easel.steps, decoder=compiled)
     result = compare(
         setting,

@@ -18,7 +18,7 @@ from mm_interleaved.generation import diffusion, schedulers
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import ImageDone
 from mm_interleaved.generation.loading import Acceleration
-from mm_interleaved.models.acceleration import compile_painter, load_adapter, use_channels_last
+from mm_interleaved.models.acceleration import compile_image_decoder, load_adapter, use_channels_last
 from mm_interleaved.models.compilation import compile_each
 from mm_interleaved.models.unet import DeepFeatures, unet_blocks, unet_forward
 from mm_interleaved.training.adaptation import add_low_rank
@@ -251,7 +251,7 @@ def test_compiled_blocks_compute_the_same_and_keep_their_names():
 
 def test_an_unknown_back_end_is_refused(painter):
     with pytest.raises(UsageError, match=r"expected one of .*found 'fast'"):
-        compile_painter(painter[0].image_decoder, "fast")
+        compile_image_decoder(painter[0].image_decoder, "fast")
 
 
 # ---- Adapters -----------------------------------------------------------------------------------

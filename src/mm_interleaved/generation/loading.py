@@ -141,5 +141,5 @@ def _accelerate(model: Any, acceleration: Acceleration) -> Any:
     if acceleration.channels_last:
         ways.use_channels_last(model.image_decoder)
     if acceleration.compile:
-        ways.compile_painter(model.image_decoder)
+        ways.compile_image_decoder(model.image_decoder)
     return adapter

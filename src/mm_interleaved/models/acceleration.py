@@ -1,4 +1,4 @@
-"""What is done to a loaded model so that it paints faster: another memory layout, compiled blocks, adapters.
+"""What is done to a loaded model to generate images faster: another memory layout, compiled blocks, adapters.
 
 The first two are exact but for rounding; an adapter (low-rank additions, such as an LCM-LoRA that was
 distilled to a few steps) is another model, and what it costs is measured by `report_error`.
@@ -27,7 +27,7 @@ class Adapter:
 
     Attributes:
         without: the image decoder on the same weights that lacks them. It stands beside the model, which
-            stays as it is: whoever draws with it changes nothing for others who draw at the same time.
+            stays as it is: who generates with it changes nothing for others who generate at the same time.
     """
 
     def __init__(self, model: MMInterleavedForConditionalGeneration):
@@ -52,9 +52,9 @@ def _without_additions(module: Any, known: dict[int, Any]) -> Any:
             is_layer = isinstance(stock, BaseTunerLayer)
             stock = stock.base_layer if is_layer else stock.original_module
         # Parameters and buffers stand in tables that both share, so a move to another device moves both.
-        known[id(module)] = twin = copy.copy(stock)
+        known[id(module)] = bare = copy.copy(stock)
         parts = stock._modules.items()  # pyright: ignore[reportPrivateUsage]
-        twin._modules = {name: _without_additions(part, known) for name, part in parts}  # pyright: ignore[reportPrivateUsage]
+        bare._modules = {name: _without_additions(part, known) for name, part in parts}  # pyright: ignore[reportPrivateUsage]
     return known[id(module)]
 
 
@@ -67,8 +67,8 @@ def use_channels_last(decoder: ImageDecoder) -> None:
     decoder.vae.to(memory_format=layout)
 
 
-def compile_painter(decoder: ImageDecoder, backend: str = "inductor") -> None:
-    """Compile the U-Net; the first picture pays for it (about a minute on a CPU).
+def compile_image_decoder(decoder: ImageDecoder, backend: str = "inductor") -> None:
+    """Compile the U-Net; the first image pays for it (about a minute on a CPU).
 
     Raises:
         UsageError: there is no such back end.
@@ -84,13 +84,13 @@ def load_adapter(model: MMInterleavedForConditionalGeneration, folder: Path) -> 
             or a LoRA of Stable Diffusion as diffusers keeps it, which goes into the U-Net.
 
     Raises:
-        UsageError: PEFT is not installed, or the model does not paint.
+        UsageError: PEFT is not installed, or the model generates no images.
         ModelFileError: the folder holds neither, or one of another model.
     """
     if find_spec("peft") is None:
         raise UsageError("an adapter needs PEFT, which is not installed; install mm-interleaved[train]")
     if model.image_decoder is None:
-        raise UsageError("adapter: this model does not paint", field="adapter")
+        raise UsageError("adapter: this model generates no images", field="adapter")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     try:

@@ -1,8 +1,8 @@
-"""The image decoder: context in, pictures out.
+"""The image decoder: context in, images out.
 
     context (hidden states) -> resampler -> conditioning -> U-Net, looking into earlier images -> VAE
 
-Letters: I images being painted, K earlier images each looks at, T context tokens, D hidden channels, R
+Letters: I images being denoised, K earlier images each attends to, T context tokens, D hidden channels, R
 conditioning vectors, X latent channels, y and x rows and columns of the latents.
 """
 
@@ -48,10 +48,11 @@ class EarlierImages:
 
 
 class ProjectedImages:
-    """What the U-Net sees of a document's images, from one picture to the next: projected once an image.
+    """What the U-Net sees of a document's images, over all images that it generates: projected once each.
 
-    Images that a picture does not look at are forgotten when the next one wants others: in the published size
-    one takes 145 MB in half precision (performance.md, section 4), and "previous" wants one at a time.
+    Images that a generated one does not attend to are forgotten when the next one wants others: in the
+    published size one takes 145 MB in half precision (performance.md, section 4), and "previous" wants one at
+    a time.
 
     Args:
         project: `ImageDecoder.project_earlier_images` of the images with these numbers, each seen.
@@ -63,7 +64,7 @@ class ProjectedImages:
         self._values: tuple[ImageValues, ...] = ()
 
     def of(self, images: Sequence[int]) -> EarlierImages | None:
-        """What one picture sees of these images, from old to new; None where it cannot look."""
+        """What one generated image sees of these, from old to new; None without synchronizers."""
         new = [image for image in images if image not in self._images]
         if new or not self._values:
             projected = self._project(new)
@@ -94,13 +95,13 @@ def _joined(
 
 
 class ImageDecoder(nn.Module):
-    """Paints images from the language model's context and from earlier images (paper, section 3.1).
+    """Generates images from the language model's context and from earlier images (paper, section 3.1).
 
     Args:
         resampler: reads a context into the U-Net's conditioning.
         unet: a stock U-Net of the SD 1.x/2.x shape.
         vae: its autoencoder.
-        synchronizers: what lets the U-Net see earlier images; None paints from the context alone.
+        synchronizers: what lets the U-Net see earlier images; None generates from the context alone.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class ImageDecoder(nn.Module):
     def project_earlier_images(
         self, pyramid: Sequence[Tensor], context_index_IK: Tensor
     ) -> EarlierImages | None:
-        """Project the images that each painted image may look at.
+        """Project the images that each generated image may attend to.
 
         Args:
             pyramid: all images' maps (J, C, s, s), finest first.
@@ -188,7 +189,7 @@ class ImageDecoder(nn.Module):
         decoded = self.vae.decode(unscaled).sample
         if decoded.dtype == torch.float16 and unscaled.isfinite().all() and not decoded.isfinite().all():
             # Some published autoencoders exceed the range of float16 inside; an overflow ends as no number.
-            logger.warning("the autoencoder leaves the range of float16; its pictures are decoded in float32")
+            logger.warning("the autoencoder leaves the range of float16; its images are decoded in float32")
             decoded = copy.deepcopy(self.vae).float().decode(unscaled.float()).sample
         # Before they are clamped, which makes a number of what is infinite.
         return (check_finite(decoded, "the pixels of a generated image") / 2 + 0.5).clamp(0, 1)

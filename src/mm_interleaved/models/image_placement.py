@@ -1,7 +1,7 @@
 """Which images stand where: token ids, table of images and pixels are held against each other here alone.
 
 An image is its image-start token and the slots right behind it. An image-start token without slots announces
-an image that is still to be painted.
+an image that is still to be generated.
 Letters: B rows, T tokens, N images a row, I images of all rows in row-major order, S slots an image.
 """
 

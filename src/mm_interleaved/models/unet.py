@@ -1,9 +1,9 @@
-"""The denoiser: a stock U-Net whose twelve skips and middle look into earlier images.
+"""The denoiser: a stock U-Net whose twelve skips and middle attend to earlier images.
 
 `unet_forward` composes the public submodules of diffusers' `UNet2DConditionModel`; without a callback it
 equals the stock forward to the bit (tests/equivalence).
-Letters: I images being painted, K earlier images each looks at, X skip channels, y and x rows and columns of
-a map, Q pixels of a map (y * x), C feature channels, T conditioning vectors, D their channels.
+Letters: I images being denoised, K earlier images each attends to, X skip channels, y and x rows and columns
+of a map, Q pixels of a map (y * x), C feature channels, T conditioning vectors, D their channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -155,7 +155,7 @@ def skip_channels(unet: Any) -> list[tuple[int, int]]:
 
 
 class MapSynchronizer(nn.Module):
-    """The synchronizer of one U-Net map: each pixel looks at its own place in earlier images.
+    """The synchronizer of one U-Net map: each pixel attends to its own place in earlier images.
 
     Its 1 x 1 convolution starts at zero, so a pretrained U-Net starts unchanged (paper, section 3.2).
 
@@ -233,7 +233,7 @@ class UNetSynchronizers(nn.Module):
         """
 
         seeing_I = relative_index_IK.any(1)
-        # In training, pictures without earlier ones share a batch with others: they get their constant.
+        # In training, images without earlier ones share a batch with others: they get their constant.
         are_mixed = torch.is_grad_enabled() and not bool(seeing_I.all())
 
         def added(block: Any, values: ImageValues, to: Tensor) -> Tensor:

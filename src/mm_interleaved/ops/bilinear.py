@@ -5,7 +5,7 @@ onto the map where it would leave it; the hats then give both cells of an axis t
 none, so that no mask is needed.
 Axes of two (x and y, first and second cell) are written out or stand first: a last axis of two costs ten
 times the arithmetic.
-Letters: n bags (a query in one image or pyramid), j samples of a bag and head (L * P); the others as in
+Letters: n pairs of a query and an image (or pyramid), j samples of a pair and head (L * P); the others as in
 `attention.py`.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Levels(NamedTuple):
-    """What is to be known of the levels, for each of the j samples of a bag and head.
+    """What is to be known of the levels, for each of the j samples of a pair and head.
 
     `size`, `last_low`, `start`: (j,), cells along one side, the greatest first cell along one side, and the
     cells of all larger levels. `steps`: (4, j) int32, from the first of a sample's four cells to each of them
@@ -54,7 +54,7 @@ def _level_numbers(
     return [list(row) for row in zip(*numbers, strict=True)], [list(row) for row in zip(*steps, strict=True)]
 
 
-class Corners(NamedTuple):
+class BilinearTerms(NamedTuple):
     """Of samples (n, H, j); along x and along y, first axis of all but `cell`.
 
     `cell`: int32, the first of the four cells, counted through all levels. `distance`: of the sample from
@@ -67,7 +67,7 @@ class Corners(NamedTuple):
     far: Tensor
 
 
-def bilinear_corners(place_2nHj: Tensor, levels: Levels) -> Corners:
+def bilinear_terms(place_2nHj: Tensor, levels: Levels) -> BilinearTerms:
     """The cells of samples at (x, y), in cells of their level; the centre of cell i lies at i."""
     low = torch.minimum(place_2nHj.floor().clamp_(min=0), levels.last_low)
     # A place that is no number gets a cell all the same; its shares are no numbers either.
@@ -77,26 +77,26 @@ def bilinear_corners(place_2nHj: Tensor, levels: Levels) -> Corners:
     far = torch.rsub((distance - 1).abs_(), 1).clamp_(min=0)
     if levels.has_second is not None:
         far.mul_(levels.has_second)
-    return Corners(cell, distance, near, far)
+    return BilinearTerms(cell, distance, near, far)
 
 
-def corner_weights(corners: Corners, weight_nHj: Tensor) -> Tensor:
+def bilinear_weights(bilinear: BilinearTerms, weight_nHj: Tensor) -> Tensor:
     """What each of the four cells weighs, in the order of `Levels.steps`: (n, H, 4, j)."""
     n, H, j = weight_nHj.shape
     out_nH4j = weight_nHj.new_empty(n, H, 4, j)
-    upper, lower = weight_nHj * corners.near[1], weight_nHj * corners.far[1]
-    for corner, (y, x) in enumerate(
-        ((upper, corners.near), (upper, corners.far), (lower, corners.near), (lower, corners.far))
+    upper, lower = weight_nHj * bilinear.near[1], weight_nHj * bilinear.far[1]
+    for cell, (y, x) in enumerate(
+        ((upper, bilinear.near), (upper, bilinear.far), (lower, bilinear.near), (lower, bilinear.far))
     ):
-        torch.mul(y, x[0], out=out_nH4j[:, :, corner])
+        torch.mul(y, x[0], out=out_nH4j[:, :, cell])
     return out_nH4j
 
 
-def corner_gradients(
-    corners: Corners, gradient_nH4j: Tensor, weight_nHj: Tensor, levels: Levels
+def bilinear_gradients(
+    bilinear: BilinearTerms, gradient_nH4j: Tensor, weight_nHj: Tensor, levels: Levels
 ) -> tuple[Tensor, Tensor]:
-    """Of the samples' weights, (n, H, j), and places, (2, n, H, j), from that of `corner_weights`."""
-    near, far = corners.near, corners.far
+    """Of the samples' weights, (n, H, j), and places, (2, n, H, j), from that of `bilinear_weights`."""
+    near, far = bilinear.near, bilinear.far
     upper_left, upper_right, lower_left, lower_right = gradient_nH4j.unbind(2)
     # 1. Of the four shares, two along x, two along y.
     of_near, of_far = torch.empty_like(near), torch.empty_like(far)
@@ -109,7 +109,7 @@ def corner_gradients(
         of_far.mul_(levels.has_second)
     # 2. A hat rises over [-1, 0) and falls over [0, 1), as for whoever takes the floor of a place: between
     # both cells the far one gains what the near one loses.
-    whole = corners.distance.floor()
+    whole = bilinear.distance.floor()
     outside = torch.where(whole == -1, of_near, (whole == 1).to(far.dtype).mul_(of_far).neg_())
     of_place = torch.where(whole == 0, of_far.sub_(of_near), outside)
     return of_weight, of_place.mul_(weight_nHj)

@@ -1,8 +1,8 @@
-"""Weighted bilinear sampling as bags of table rows: no sample is ever stored, forward or backward.
+"""Weighted bilinear sampling as embedding bags: no sample is ever stored, forward or backward.
 
-A cell of a head is a row of a table, a query's samples in an image are a bag of rows, four a point. The work
-is cut into portions that fit a processor's cache. Backward computes places and weights again: what is kept is
-the arguments, the result and one number a query and head.
+A cell of a head is a row of a table, a query's samples in an image are an embedding bag of rows, four a
+point. The work is cut into portions that fit a processor's cache. Backward computes places and weights again:
+what is kept is the arguments, the result and one number a query and head.
 Letters: M visible pairs of query and image, n of them in a portion, q queries of all rows, j samples of a
 pair and head (L * P), b bags (a pair and head each), r rows a bag (4 j), R rows of a table; the others as in
 `attention.py`.
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mm_interleaved.ops.bilinear import (
-    Corners,
+    BilinearTerms,
     Levels,
-    bilinear_corners,
-    corner_gradients,
-    corner_weights,
+    bilinear_gradients,
+    bilinear_terms,
+    bilinear_weights,
     level_table,
 )
-from mm_interleaved.ops.embedding_bag import sum_bags, table_gradient, weight_gradients
+from mm_interleaved.ops.embedding_bag import sum_embedding_bags, table_gradient, weight_gradients
 from mm_interleaved.ops.visible_pairs import VisiblePairs, log_normalizers, visible_pairs
 
 # Table rows looked up at once: on a CPU a few megabytes of row numbers and weights, elsewhere as many as
@@ -162,7 +162,7 @@ def _attend(
     relative_index_BQN: Tensor,
     sizes: Sizes,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over all pairs of a query and one logit of zero, of bags of rows: the result, and the
+    """Softmax over all pairs of a query and one logit of zero, by embedding bags: the result, and the
     logarithms of what all weights were divided by, (q, H).
     """
     B, Q, H, _ = query_term_BQHE.shape
@@ -176,11 +176,13 @@ def _attend(
     table_RD = value_JSHD.reshape(-1, value_JSHD.shape[-1])
     levels = level_table(sizes.level_sizes, sizes.num_points, term_MHE.dtype, term_MHE.device)
     for portion in _portions(len(pairs.query), logit_MHj.shape[1:].numel(), value_JSHD.device):
-        corners = _corners(term_MHE[portion], _references(pairs, portion, reference_q2), levels, sizes)
+        bilinear = _bilinear_terms(
+            term_MHE[portion], _references(pairs, portion, reference_q2), levels, sizes
+        )
         weight_nHj = _weights(logit_MHj[portion], pairs.rows(normalizer_qH, portion))
-        row_br = _rows(corners.cell, levels, pairs.image[portion], value_JSHD)
-        weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
-        seen_nHD = sum_bags(table_RD, row_br, weight_br).view(-1, H, table_RD.shape[1])
+        row_br = _rows(bilinear.cell, levels, pairs.image[portion], value_JSHD)
+        weight_br = bilinear_weights(bilinear, weight_nHj).view(row_br.shape)
+        seen_nHD = sum_embedding_bags(table_RD, row_br, weight_br).view(-1, H, table_RD.shape[1])
         pairs.add(out_qHD, portion, seen_nHD.to(out_qHD.dtype))
     return out_qHD.view(B, Q, H, value_JSHD.shape[-1]).to(value_JSHD.dtype), normalizer_qH
 
@@ -229,11 +231,13 @@ def _gradients(
     of_reference_q2 = gradient_qHD.new_zeros(B * Q, 2)
     of_term_MHE = torch.empty_like(term_MHE)
     for portion in _portions(len(pairs.query), term_MHE[..., 2 * P :].shape[1:].numel(), term_MHE.device):
-        corners = _corners(term_MHE[portion], _references(pairs, portion, reference_q2), levels, sizes)
+        bilinear = _bilinear_terms(
+            term_MHE[portion], _references(pairs, portion, reference_q2), levels, sizes
+        )
         weight_nHj = _weights(term_MHE[portion, :, 2 * P :], pairs.rows(normalizer_qH, portion))
         gradient_nHD = pairs.rows(gradient_qHD, portion)
-        of_weight_nHj, of_place_2nHj = _bag_gradients(
-            gradient_nHD, corners, weight_nHj, levels, value_JSHD, pairs.image[portion],
+        of_weight_nHj, of_place_2nHj = _sample_gradients(
+            gradient_nHD, bilinear, weight_nHj, levels, value_JSHD, pairs.image[portion],
             of_value_JSHD, needs_samples=any(needs[1:4]),
         )  # fmt: skip
         if of_weight_nHj is None:
@@ -264,7 +268,7 @@ def _gradients(
 
 
 class _Sample(torch.autograd.Function):
-    """Bags of rows whose places and weights are given."""
+    """Embedding bags whose places and weights are given."""
 
     @staticmethod
     def forward(
@@ -277,10 +281,10 @@ class _Sample(torch.autograd.Function):
         levels = level_table(level_sizes, P, location_BQHLP2.dtype, value_BSHD.device)
         out = []
         for portion in _portions(B * Q, H * L * P, value_BSHD.device):
-            corners, weight_nHj, row_n = _given(portion, location_BQHLP2, weight_BQHLP, levels)
-            row_br = _rows(corners.cell, levels, row_n, value_BSHD)
-            weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
-            out.append(sum_bags(table_RD, row_br, weight_br))
+            bilinear, weight_nHj, row_n = _given(portion, location_BQHLP2, weight_BQHLP, levels)
+            row_br = _rows(bilinear.cell, levels, row_n, value_BSHD)
+            weight_br = bilinear_weights(bilinear, weight_nHj).view(row_br.shape)
+            out.append(sum_embedding_bags(table_RD, row_br, weight_br))
         return torch.cat(out).view(B, Q, H, value_BSHD.shape[-1])
 
     @staticmethod
@@ -295,9 +299,9 @@ class _Sample(torch.autograd.Function):
         of_weight_nHj = weight_BQHLP.new_empty(B * Q, H, L * P)
         gradient_qHD = gradient_BQHD.flatten(0, 1)
         for portion in _portions(B * Q, H * L * P, value_BSHD.device):
-            corners, weight_nHj, row_n = _given(portion, location_BQHLP2, weight_BQHLP, levels)
-            of_weight, of_place_2nHj = _bag_gradients(
-                gradient_qHD[portion].to(dtype), corners, weight_nHj, levels, value_BSHD, row_n,
+            bilinear, weight_nHj, row_n = _given(portion, location_BQHLP2, weight_BQHLP, levels)
+            of_weight, of_place_2nHj = _sample_gradients(
+                gradient_qHD[portion].to(dtype), bilinear, weight_nHj, levels, value_BSHD, row_n,
                 of_value_BSHD, needs_samples=any(needs[1:3]),
             )  # fmt: skip
             if of_weight is not None:
@@ -311,9 +315,9 @@ class _Sample(torch.autograd.Function):
         )
 
 
-def _bag_gradients(
+def _sample_gradients(
     gradient_nHD: Tensor,
-    corners: Corners,
+    bilinear: BilinearTerms,
     weight_nHj: Tensor,
     levels: Levels,
     value_JSHD: Tensor,
@@ -329,16 +333,16 @@ def _bag_gradients(
     gradient_bD = gradient_nHD.flatten(0, 1)
     images, place_n = _distinct(image_n)
     value_iSHD = value_JSHD[images].to(gradient_nHD.dtype)
-    row_br = _rows(corners.cell, levels, place_n, value_iSHD)
+    row_br = _rows(bilinear.cell, levels, place_n, value_iSHD)
     if of_value_JSHD is not None:
-        weight_br = corner_weights(corners, weight_nHj).view(row_br.shape)
+        weight_br = bilinear_weights(bilinear, weight_nHj).view(row_br.shape)
         of_table_RD = table_gradient(gradient_bD, value_iSHD.shape[:-1].numel(), row_br, weight_br)
         _add_at(of_value_JSHD, images, of_table_RD.view_as(value_iSHD))
     if not needs_samples:
         return None, None
-    of_corner_br = weight_gradients(gradient_bD, value_iSHD.flatten(0, 2), row_br)
+    of_cell_br = weight_gradients(gradient_bD, value_iSHD.flatten(0, 2), row_br)
     n, H, j = weight_nHj.shape
-    return corner_gradients(corners, of_corner_br.view(n, H, 4, j), weight_nHj, levels)
+    return bilinear_gradients(bilinear, of_cell_br.view(n, H, 4, j), weight_nHj, levels)
 
 
 def _portions(num_pairs: int, samples_per_pair: int, device: torch.device) -> Iterator[slice]:
@@ -370,7 +374,7 @@ def _references(pairs: VisiblePairs, portion: slice, reference_q2: Tensor) -> Te
     return reference_q2 if len(reference_q2) == 1 else pairs.rows(reference_q2, portion)
 
 
-def _corners(term_nHE: Tensor, reference_n2: Tensor, levels: Levels, sizes: Sizes) -> Corners:
+def _bilinear_terms(term_nHE: Tensor, reference_n2: Tensor, levels: Levels, sizes: Sizes) -> BilinearTerms:
     """Where the pairs of a portion look."""
     P = sizes.num_points
     offset_2nHP = term_nHE[..., : 2 * P].unflatten(-1, (P, 2)).movedim(-1, 0)
@@ -382,7 +386,7 @@ def _corners(term_nHE: Tensor, reference_n2: Tensor, levels: Levels, sizes: Size
     half = location_2nHP.new_tensor(-0.5)
     for level, size in enumerate(sizes.level_sizes):
         torch.add(half, location_2nHP, alpha=size, out=place_2nHLP[..., level, :])
-    return bilinear_corners(place_2nHLP.flatten(-2), levels)
+    return bilinear_terms(place_2nHLP.flatten(-2), levels)
 
 
 def _weights(logit_nHj: Tensor, normalizer_nH: Tensor) -> Tensor:
@@ -392,19 +396,19 @@ def _weights(logit_nHj: Tensor, normalizer_nH: Tensor) -> Tensor:
 
 def _given(
     portion: slice, location_BQHLP2: Tensor, weight_BQHLP: Tensor, levels: Levels
-) -> tuple[Corners, Tensor, Tensor]:
-    """Corners, weights and rows of the bags of a portion."""
+) -> tuple[BilinearTerms, Tensor, Tensor]:
+    """Cells, weights and rows of the embedding bags of a portion."""
     location_nHj2 = location_BQHLP2.flatten(0, 1)[portion].flatten(2, 3)
-    # In the order of its axes, as in `_corners`.
+    # In the order of its axes, as in `_bilinear_terms`.
     place_2nHj = (location_nHj2.movedim(-1, 0).contiguous() * levels.size).sub_(0.5)
     row_n = torch.arange(portion.start, portion.stop, device=place_2nHj.device)
     row_n = row_n.div_(location_BQHLP2.shape[1], rounding_mode="floor")
     weight_nHj = weight_BQHLP.flatten(0, 1)[portion].flatten(2)
-    return bilinear_corners(place_2nHj, levels), weight_nHj, row_n
+    return bilinear_terms(place_2nHj, levels), weight_nHj, row_n
 
 
 def _rows(cell_nHj: Tensor, levels: Levels, image_n: Tensor, value_JSHD: Tensor) -> Tensor:
-    """Rows of the table of (image, cell, head), the memory order of the values, of all corners: (b, r).
+    """Rows of the table of (image, cell, head), the memory order of the values, of all four cells: (b, r).
 
     32-bit numbers where they suffice: half the memory, and half the time to sort.
     """

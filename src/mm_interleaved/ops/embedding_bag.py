@@ -1,4 +1,4 @@
-"""Weighted sums of table rows ("bags"), and the two gradients of one: `embedding_bag` without its backward.
+"""Embedding bags, weighted sums of table rows, and their two gradients: `embedding_bag` without its backward.
 
 Stock PyTorch sorts 64-bit numbers and adds row by row to get the table's gradient. Here the transposed bags
 are formed by one radix sort of 32-bit row numbers and summed by `embedding_bag` itself, whose loop is by far
@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def sum_bags(table_RD: Tensor, row_bj: Tensor, weight_bj: Tensor) -> Tensor:
+def sum_embedding_bags(table_RD: Tensor, row_bj: Tensor, weight_bj: Tensor) -> Tensor:
     """Each bag's weighted sum of rows, (b, D), in the dtype of the table."""
     return F.embedding_bag(row_bj, table_RD, mode="sum", per_sample_weights=weight_bj.to(table_RD.dtype))
 
 
 def weight_gradients(gradient_bD: Tensor, table_RD: Tensor, row_bj: Tensor) -> Tensor:
-    """Of the weights of `sum_bags`, (b, j): the product of each row with its bag's gradient."""
+    """Of the weights of `sum_embedding_bags`, (b, j): the product of each row with its bag's gradient."""
     bags, per_bag = row_bj.shape
     if table_RD.device.type != "cpu" or table_RD.shape[1] == 0:
         weight = torch.zeros(row_bj.shape, dtype=table_RD.dtype, device=row_bj.device, requires_grad=True)
@@ -44,7 +44,7 @@ def weight_gradients(gradient_bD: Tensor, table_RD: Tensor, row_bj: Tensor) -> T
 
 
 def table_gradient(gradient_bD: Tensor, num_rows: int, row_bj: Tensor, weight_bj: Tensor) -> Tensor:
-    """Of the table of `sum_bags`: (R, D)."""
+    """Of the table of `sum_embedding_bags`: (R, D)."""
     row, order = row_bj.flatten().sort(stable=True)
     end_R = torch.bincount(row, minlength=num_rows).cumsum(0)
     bag = torch.div(order.to(row_bj.dtype), row_bj.shape[1], rounding_mode="floor")

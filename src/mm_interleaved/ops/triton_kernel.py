@@ -8,7 +8,7 @@ The softmax is online: a row starts at the logit of zero, "look nowhere" (maximu
 ignore value), and is rescaled when a greater logit comes. Coordinates, weights and sums have the dtype of
 the query terms (float32), whatever the dtype of the values. The backward pass computes it all again from the
 terms and `lse`, the logarithm of each query's sum.
-`triton_attention.py` launches these kernels. Formulas: `sampling_plan`; corners of a point: `corners.py`.
+`triton_op.py` launches these kernels. Formulas: `sampling_plan`; the four cells of a point: `bilinear.py`.
 Letters: as `attention.py`, and R rows of a block, Q queries of a tile, C images of a chunk.
 """
 
@@ -76,7 +76,7 @@ def _first_cell(position_R, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _corner(
+def _cell(
     column_R,
     right_R,
     line_R,
@@ -207,9 +207,9 @@ def forward_kernel(
                 sum_R += weight_R
                 column_R, right_R = _first_cell(x_R, LEVEL_SIZES[level])
                 line_R, below_R = _first_cell(y_R, LEVEL_SIZES[level])
-                for corner in tl.static_range(4):
-                    cell_R, is_on_map_R, share_x_R, share_y_R = _corner(
-                        column_R, right_R, line_R, below_R, corner % 2, corner // 2, LEVEL_SIZES[level]
+                for cell in tl.static_range(4):
+                    cell_R, is_on_map_R, share_x_R, share_y_R = _cell(
+                        column_R, right_R, line_R, below_R, cell % 2, cell // 2, LEVEL_SIZES[level]
                     )
                     offset_R = (LEVEL_STARTS[level] + cell_R) * value_stride_s
                     cell_RD = tl.load(
@@ -381,9 +381,9 @@ def term_gradients_kernel(
                 sample_R = tl.zeros_like(lse_R)
                 slope_x_R = tl.zeros_like(lse_R)
                 slope_y_R = tl.zeros_like(lse_R)
-                for corner in tl.static_range(4):
-                    cell_R, is_on_map_R, share_x_R, share_y_R = _corner(
-                        column_R, right_R, line_R, below_R, corner % 2, corner // 2, LEVEL_SIZES[level]
+                for cell in tl.static_range(4):
+                    cell_R, is_on_map_R, share_x_R, share_y_R = _cell(
+                        column_R, right_R, line_R, below_R, cell % 2, cell // 2, LEVEL_SIZES[level]
                     )
                     offset_R = (LEVEL_STARTS[level] + cell_R) * value_stride_s
                     cell_RD = tl.load(
@@ -393,8 +393,8 @@ def term_gradients_kernel(
                     )
                     product_R = tl.sum(grad_out_RD * cell_RD.to(real), axis=1)
                     sample_R += share_x_R * share_y_R * product_R
-                    slope_x_R += (share_y_R if corner % 2 else -share_y_R) * product_R
-                    slope_y_R += (share_x_R if corner // 2 else -share_x_R) * product_R
+                    slope_x_R += (share_y_R if cell % 2 else -share_y_R) * product_R
+                    slope_y_R += (share_x_R if cell // 2 else -share_x_R) * product_R
                 image_logits = image_logits + (weight_R * (sample_R - delta_R),)  # noqa: RUF005
                 image_x_R += weight_R * slope_x_R * (LEVEL_SIZES[level] / BASE_SIZE)
                 image_y_R += weight_R * slope_y_R * (LEVEL_SIZES[level] / BASE_SIZE)

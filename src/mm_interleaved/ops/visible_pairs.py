@@ -1,4 +1,4 @@
-"""Who looks at what: the visible pairs of query and image, and the softmax over the pairs of a query.
+"""Which query sees which image: the visible pairs, and the softmax over the pairs of a query.
 
 Letters: M visible pairs, q queries of all rows; the others as in `attention.py`.
 """
@@ -14,7 +14,7 @@ class VisiblePairs(NamedTuple):
 
     `query`: which of the B * Q queries. `image`: which of the J images. `relative`: row of the relative-index
     table. `are_queries`: whether they are the queries in their order, each with the one image there is (a
-    picture painted after one other): then nothing has to be looked up, or summed up, by query.
+    image generated after one other): then nothing has to be looked up, or summed up, by query.
     """
 
     query: Tensor

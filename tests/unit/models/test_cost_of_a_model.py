@@ -74,7 +74,9 @@ def test_counted_operations_of_an_image_are_those_that_are_done(model, config, s
     )
     assert image_operations(whole).products == encoding
     config = {**config, "generation_settings": {"num_inference_steps": steps}}
-    counted = step_operations(whole, min(needs_of(config, shapes).images, 9)).total
+    counted = step_operations(
+        whole, min(needs_of(config, shapes).images, config["image_synchronizer"]["max_images"] - 1)
+    ).total
     assert needs_of(config, shapes).picture_flops == steps * counted + decoding
 
 
