@@ -27,7 +27,7 @@ Docs = Annotated[
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    for function in (ablation, scaling, curves, attention_maps, gallery, oracle, census):
+    for function in (ablation, scaling, curves, attention_maps, gallery, oracle, census, judge_free):
         command(app, panel=_PANEL)(function)
     # The name that it had while it was a command of the package.
     app.command("sight", hidden=True)(attention_maps)
@@ -235,3 +235,26 @@ def oracle(
         )
         for name, number in error.wrong.most_common():
             say(f"  {name}: {number:,} of {error.total[name]:,} wrong")
+
+
+def judge_free(
+    stories: Annotated[
+        int, typer.Option(help="Stories of the test split, spoilt to five degrees.", min=10)
+    ] = 60,
+    seed: Annotated[int, typer.Option(help="Seed of the stories.", min=0)] = 0,
+    model: Model = "storyworld",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+):
+    """Rank spoilt stories by the judge-free scores of `evaluate`, and compare with the truth."""
+    from mm_interleaved.cli.process import load_quietly
+    from mm_interleaved.evaluation.judge_free import GeneratorReader
+    from mm_interleaved.model_files.resolve import find_model
+    from studies.judge_free import ENOUGH, SPOILT, agreements
+
+    reader = GeneratorReader(load_quietly(find_model(model), device=device, dtype=dtype))
+    with progress(len(SPOILT), "reading the model") as bar:
+        for found in agreements(reader, stories, seed):
+            bar.advance(found.score)
+            verdict = "" if found.correlation >= ENOUGH else f", below {ENOUGH}: no measure of it"
+            say(f"{found.score}: {found.correlation:.3f} over {found.num_cases} stories{verdict}")

@@ -8,7 +8,7 @@ was spoilt).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class Agreement(NamedTuple):
 Spoil = Callable[[Document, list[Document], float, random.Random], Case]
 
 
-def agreements(reader: Reader, num_stories: int, seed: int = 0) -> list[Agreement]:
+def agreements(reader: Reader, num_stories: int, seed: int = 0) -> Iterator[Agreement]:
     """The rank correlation of every judge-free score with the truth.
 
     Args:
@@ -55,7 +55,6 @@ def agreements(reader: Reader, num_stories: int, seed: int = 0) -> list[Agreemen
     """
     stories = [document("test", seed, index, "story") for index in range(num_stories)]
     rng = random.Random(seed)
-    found = []
     for name, (spoil, sign) in SPOILT.items():
         cases = [spoil(story, stories, degree / 4, rng) for story, degree in _degrees(stories)]
         pairs = [
@@ -64,8 +63,7 @@ def agreements(reader: Reader, num_stories: int, seed: int = 0) -> list[Agreemen
             if name in (scores := judge_free_scores(case.question, case.answer, reader))
         ]
         values, truths = zip(*pairs, strict=True)
-        found.append(Agreement(name, sign * rank_correlation(values, truths), len(pairs)))
-    return found
+        yield Agreement(name, sign * rank_correlation(values, truths), len(pairs))
 
 
 def _degrees(stories: Sequence[Document]) -> list[tuple[Document, int]]:

@@ -144,7 +144,7 @@ def test_bad_usage_ends_with_2(capsys, tmp_path, monkeypatch, arguments, words):
     [
         (["curves", "-o", "page.html"], "expected a folder"),
         (["gallery", "-o", "sheet"], "expected a file NAME.png"),
-        (["ablation", "--set", "twins=nobody"], "twins: found 'nobody'"),
+        (["ablation", "--set", "twins=nobody"], "variants: found 'nobody'"),
         (["sightseeing"], "unknown command 'sightseeing'"),
     ],
 )

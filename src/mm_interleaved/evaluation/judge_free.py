@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image as PILImage
 from torch.nn import functional as F
 
 from mm_interleaved.documents.document import Document, Image, Part, Text
@@ -31,6 +32,7 @@ from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.tokens.task_prompts import CAPTION
 
 CAPTION_TOKENS = 64
+GREY, GREY_SIDE = (128, 128, 128), 64
 
 
 class Reader(Protocol):
@@ -121,8 +123,12 @@ def _agreement(pairs: Sequence[tuple[str, Image]], reader: Reader) -> dict[str, 
     texts, images = [text for text, _ in pairs], [image for _, image in pairs]
     captions = reader.captions(images)
     found = {"caption_round_trip": float(np.mean([*map(word_overlap, texts, captions)]))}
-    weights = [reader.weigh([text], image)[0] for text, image in pairs]
-    return found | {"text_image_agreement": float(np.exp(np.mean(weights)))}
+    # Against a grey image, so that texts that are likely in any case do not count as fitting.
+    before = reader.weigh(texts, Image(PILImage.new("RGB", (GREY_SIDE, GREY_SIDE), GREY)))
+    gains = [
+        reader.weigh([text], image)[0] - prior for (text, image), prior in zip(pairs, before, strict=True)
+    ]
+    return found | {"text_image_agreement": float(np.mean(gains))}
 
 
 def _wanted(question: Document) -> list[str] | None:
