@@ -61,14 +61,14 @@ _HIDDEN = (
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.name == "model":
-        from benchmarks.model import told
+        from benchmarks.model import report
 
-        print(told())
+        print(report())
         return 0
     if options.name == "plot":
         from benchmarks.plot import draw
 
-        draw(options.output or RESULTS, options.pictures)
+        draw(options.output or RESULTS, options.images)
         return 0
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         print("no GPU here: nothing was measured", file=sys.stderr)
@@ -97,7 +97,7 @@ def is_short(seconds: float, parts: Sequence[str]) -> bool:
 
 
 def run_part(name: str, options: argparse.Namespace, deadline: float = math.inf) -> dict[str, Any]:
-    """Run one part, tell each case as it comes, and the result as one line of JSON.
+    """Run one part; print each case as it comes, and the result as one line of JSON.
 
     Args:
         deadline: see `Setting`.
@@ -153,13 +153,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results are kept (or read: plot)")
     parser.add_argument(
-        "--pictures", type=Path, metavar="DIR", default=Path("docs/images"), help="where plots are drawn"
+        # The second is the former name.
+        "--images",
+        "--pictures",
+        type=Path,
+        metavar="DIR",
+        default=Path("docs/images"),
+        help="where plots go",
     )
     return parser
 
 
 def _line(case: Case) -> str:
-    """A case in words: sizes first, then times, then the ratio."""
+    """A case in one line: sizes first, then times, then the ratio."""
     words = [
         f"{key}={_number(value)}"
         for key, value in case.items()

@@ -94,9 +94,9 @@ class Rung:
     def __call__(self, hidden_BQD: Tensor, values: ImageValues, relative_index_BQN: Tensor) -> Tensor:
         """What is added to the residual stream: (B, Q, D)."""
         core = self.layer.synchronizer
-        look = _look_at_all if self.samples_hidden else multi_image_deformable_attention
+        attend = _attend_to_all_pairs if self.samples_hidden else multi_image_deformable_attention
         query_term, index_term = self.terms(self.layer, hidden_BQD)
-        seen_BQHd = look(
+        seen_BQHd = attend(
             values.value,
             query_term,
             index_term,
@@ -110,7 +110,7 @@ class Rung:
         return self.layer.gate.tanh() * core.output_projection(seen_BQHd.flatten(2))
 
 
-def _look_at_all(
+def _attend_to_all_pairs(
     value_BNSHd: Tensor,
     query_term_BQHE: Tensor,
     index_term_KHE: Tensor,
@@ -140,7 +140,7 @@ def _look_at_all(
 
 
 class DenseGate:
-    """A layer that looks nothing up: a matrix of what every cell weighs for every head, times the features.
+    """A layer that samples nothing: a matrix of what every cell weighs for every head, times the features.
 
     Its projections are folded as ours are, and the values are projected after the sum.
     """

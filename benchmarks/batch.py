@@ -1,7 +1,7 @@
 """Eight documents of the shipped model: continued at once, or one after another.
 
-Captions and answers are words about a picture; stories are words and pictures in turn. Words must be the
-same, pictures too but for what the last bits of their latents do to 8 bits.
+Captions and answers are text about an image; stories are text and images in turn. Texts must be the same,
+images too but for what the last bits of their latents do to 8 bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,14 +46,14 @@ def batch_case(setting: Setting, generator: Any, task: str, layout: str) -> Case
             "one by one": lambda: continued(generator, documents, 1),
             "at once": lambda: continued(generator, documents, AT_ONCE),
         },
-        # In half precision words may part where two are as likely; what is compared then is the time.
+        # In half precision tokens may differ where two are as likely; what is compared then is the time.
         tolerance=float("inf") if setting.dtype in HALF else PIXEL_TOLERANCE,
     )
     return {"task": task, "layout": layout, "documents": AT_ONCE, **result.record("at once")}
 
 
 def continued(generator: Any, documents: Sequence[Document], batch_size: int) -> list[Tensor]:
-    """What was made of each, as numbers of 0 to 1: texts by their bits, pictures by their pixels."""
+    """What was made of each, as numbers of 0 to 1: texts by their bits, images by their pixels."""
     completed = generator.generate_batch(documents, batch_size=batch_size)
     parts = [part for one in completed for part in one.parts if part.generated]
     return [_bits(part.text) if isinstance(part, Text) else _pixels(part) for part in parts]

@@ -1,7 +1,10 @@
 """What the arithmetic costs, counted from shapes: the model that stands beside each measured ratio.
 
-A multiplication and its addition are two operations. Bytes are those that memory must deliver at least once.
-Letters as in `textbook.py`; M visible pairs of a query and an image, E terms of a query.
+A lower bound, counted by hand on purpose: the operations that the formulas need and the bytes that memory
+must deliver, whatever an implementation does beside them. `mm_interleaved.models.operations` counts what
+the code executes instead, which includes what an implementation wastes and knows no bytes. A multiplication
+and its addition are two operations. Bytes are those that memory must deliver at least once. Letters as in
+`textbook.py`; M visible pairs of a query and an image, E terms of a query.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""One layer's synchronizer for one new word: the textbook projects all images again, ours looks them up.
+"""One layer's synchronizer for one new token: the textbook projects all images again, ours keeps their
+values.
 
 Beside the values that are kept for the layer stand two ways to keep features alone: sampled and then
 projected, or all weighed by one matrix. Three copies of the layer take turns, so that neither side finds its
@@ -67,7 +68,7 @@ def decode_case(
         copies.setdefault("dense", []).append(
             partial(DenseGate(layer), hidden, features, index, size.level_sizes)
         )
-    # The first word after new images multiplies the weights that are folded; it is timed by itself.
+    # The first token after new images multiplies the weights that are folded; it is timed by itself.
     begin = time.perf_counter()
     for each in copies["ours"]:
         each()

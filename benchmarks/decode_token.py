@@ -1,10 +1,10 @@
-"""One word of a whole language model behind a filled cache: what images add to it, and the memory's limit.
+"""One token of a whole language model behind a filled cache: what images add to it, and the memory's limit.
 
 The limit is the time to read all weights and all keys and values once, at the bandwidth of a large copy
 measured in the same run. Beside the growing cache stand the static one and, on a GPU, the static one in
 compiled code; then several documents of unequal length, one by one and in one pass.
-On a CPU the full size is one group of layers of the published language model: those between two that look
-into images, and one of these. What images add to it is what they add to the whole.
+On a CPU the full size is one group of layers of the published language model: those between two that attend
+to images, and one of these. What images add to it is what they add to the whole.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -112,25 +112,25 @@ def token_cases(
 def group_cases(
     setting: Setting, model: Any, size: SynchronizerSize, context: int, images: Sequence[int]
 ) -> Iterator[Case]:
-    """What images add to a word, measured and counted; the textbook beside it in few turns, as it is slow.
+    """What images add to a token, measured and counted; the textbook beside it in few turns, as it is slow.
 
-    Keys and values are drawn, not computed: reading a prompt would take longer than all else.
+    Keys and values are random, not computed: reading a prompt would take longer than all else.
 
     Args:
         size: of its synchronizers, to count what they cost.
         images: the first is none, 0.
     """
-    ours = {count: stepper(model, context, count, fill=drawn_cache) for count in images}
+    ours = {count: stepper(model, context, count, fill=random_cache) for count in images}
     # 1. The growth, in turns of one comparison; each side has outputs of its own.
     also: dict[str, Run] = {_so_many(count): ours[count] for count in images[1:]}
-    # A hundredth is looked for: turns enough, also where they are slow.
+    # A hundredth has to show: turns enough, also where they are slow.
     patient = replace(setting, patience=3 * setting.patience)
     together = compare(patient, {_so_many(0): ours[0]}, also=also)
     rate = rates(setting.device, setting.dtype)
     # 2. Each against the textbook.
     brief = replace(setting, least=1, patience=0.0, seconds=0.0)
     for count in images:
-        theirs = textbook_stepper(model, context, count, fill=drawn_cache) if count else ours[count]
+        theirs = textbook_stepper(model, context, count, fill=random_cache) if count else ours[count]
         result = compare(brief, {"textbook": theirs, "ours": ours[count]})
         name = _so_many(count)
         case = {"images": count, "context": context, **result.record("ours")}
@@ -153,7 +153,7 @@ def group_cases(
 def counted_growth(
     model: Any, size: SynchronizerSize, context: int, images: int, rate: Rates
 ) -> dict[str, float]:
-    """What images add to the operations and to the bytes of a word, as shares, and to its least time."""
+    """What images add to the operations and to the bytes of a token, as shares, and to its least time."""
     none, some = (token_cost(model, size, context, count) for count in (0, images))
     least = [cost.seconds(rate.flops_a_second, rate.bytes_a_second) for cost in (some, none)]
     return {
@@ -164,9 +164,9 @@ def counted_growth(
 
 
 def token_cost(model: Any, size: SynchronizerSize, context: int, images: int) -> Cost:
-    """Of one word behind so many tokens: what all weights, keys, values and images cost.
+    """Of one token behind so many others: what all weights, keys, values and images cost.
 
-    Without an image, a layer that looks into images adds its constant: one matrix, read and multiplied.
+    Without an image, a layer that attends to images adds its constant: one matrix, read and multiplied.
     """
     text, width = model.config.text_config, model.dtype.itemsize
     groups = len(model.language_model.synchronized_layers)
@@ -177,10 +177,10 @@ def token_cost(model: Any, size: SynchronizerSize, context: int, images: int) ->
     none = Cost(2.0 * (stock + constant + cached), width * (stock + constant + cached))
     if not images:
         return none
-    looking = cached_cost(size, 1, images, 1, width)
+    attending = cached_cost(size, 1, images, 1, width)
     return Cost(
-        none.flops + groups * looking.flops - 2.0 * constant,
-        none.bytes + groups * looking.bytes - width * constant,
+        none.flops + groups * attending.flops - 2.0 * constant,
+        none.bytes + groups * attending.bytes - width * constant,
     )
 
 
@@ -194,7 +194,7 @@ def _so_many(images: int) -> str:
 
 @torch.inference_mode()
 def batch_case(setting: Setting, model: Any, context: int, images: int) -> Case:
-    """A word of each of several documents, all with pictures and of unequal length."""
+    """A token of each of several documents, all with images and of unequal length."""
     lengths = [context - SHORTER * row for row in range(ROWS)]
     caches = [filled_cache(model, length, images) for length in lengths]
     token_BTD = _normal(model, ROWS, 1, model.config.text_config.hidden_size)
@@ -273,7 +273,7 @@ def textbook_stepper(
     forward: Run | None = None,
     fill: Callable[..., PrefixCache] | None = None,
 ) -> Run:
-    """The same, with layers that look into images as the textbook does."""
+    """The same, with layers that attend to images as the textbook does."""
     with textbook_layers(model.language_model):
         step = stepper(model, context, images, room=room, forward=forward, fill=fill)
 
@@ -294,7 +294,7 @@ def filled_cache(model: Any, context: int, images: int, room: int | None = None)
     return cache
 
 
-def drawn_cache(model: Any, context: int, images: int, room: int | None = None) -> PrefixCache:
+def random_cache(model: Any, context: int, images: int, room: int | None = None) -> PrefixCache:
     """The same with random keys and values, which costs no pass."""
     cache, text = _cache_of_images(model, context, images, room), model.config.text_config
     head_dim = text.hidden_size // text.num_attention_heads

@@ -41,8 +41,8 @@ def deformops_attention(
 ) -> Tensor:
     """`multi_image_deformable_attention` with the softmax inside its kernel.
 
-    Its softmax has no slot for looking nowhere; that one's share is put back by the sigmoid of the logits'
-    log-sum-exp.
+    Its softmax has no slot for attending to nothing; the share of that slot is put back by the sigmoid of the
+    logits' log-sum-exp.
     """
     N, L = value_BNSHd.shape[1], len(level_sizes)
     term_BQHNE = (query_term_BQHE[:, :, None] + index_term_KHE[relative_index_BQN]).transpose(2, 3)

@@ -107,7 +107,7 @@ class Comparison:
 
 
 Case = dict[str, Any]
-"""Sizes, `ratio`, `equal`, and whatever else a part has to tell; plain numbers, words and dictionaries."""
+"""Sizes, `ratio`, `equal`, and whatever else a part reports; plain numbers, strings and dictionaries."""
 
 
 def compare(
@@ -187,8 +187,8 @@ def exact_first(setting: Setting, case: Callable[[Setting], Case]) -> Case:
         return case(setting)
     brief = replace(setting, least=1, seconds=0.0, patience=0.0, turn=0.0, compiles=False)
     strict = case(replace(brief, dtype=torch.float32))
-    told = case(setting)
-    return {**told, "equal": told["equal"] and strict["equal"], "error_in_float32": strict["error"]}
+    result = case(setting)
+    return {**result, "equal": result["equal"] and strict["equal"], "error_in_float32": strict["error"]}
 
 
 def _wants_more(setting: Setting, turns: int, spent: float) -> bool:
@@ -219,7 +219,7 @@ def in_turn(runs: Sequence[Run]) -> Run:
 
 
 def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was told."""
+    """Until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

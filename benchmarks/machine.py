@@ -51,7 +51,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def _gpu_clock_rate(device: torch.device) -> int | None:
-    """Of the streaming multiprocessors, now; None where the driver does not tell."""
+    """Of the streaming multiprocessors, now; None where the driver does not report it."""
     try:
         return torch.cuda.clock_rate(device)
     except (RuntimeError, ModuleNotFoundError):

@@ -31,14 +31,14 @@ HALF, SINGLE = 2, 4
 """Bytes a number: weights, values and results; offsets and logits."""
 TOKENS, IMAGES = 2048, 8
 CONTEXT = 1024
-PICTURE_STEPS = 30
+IMAGE_STEPS = 30
 AT_ONCE = 8
 """Documents continued at once."""
 FORWARD, BACKWARD = 1, 2
 """Backward computes twice what forward does: for the inputs and for the weights."""
 
 
-def told() -> str:
+def report() -> str:
     """The table, in Markdown."""
     lines = [
         f"Computed for {ASSUMED.bytes_a_second / 1e12:.1f} TB/s and {ASSUMED.flops_a_second / 1e12:.0f}"
@@ -47,12 +47,12 @@ def told() -> str:
         "| what | the other side: GFLOP, GB, least time | ours | ratio of operations, of bytes |",
         "| --- | --- | --- | --- |",
     ]
-    [word] = _word()
-    lines += [_row(*row) for row in (*_layer(), word, *_sampling(), *_picture(), *_batch())]
-    a_second = 1 / word[-1].seconds(ASSUMED.flops_a_second, ASSUMED.bytes_a_second)
+    [token] = _token()
+    lines += [_row(*row) for row in (*_layer(), token, *_sampling(), *_image(), *_batch())]
+    a_second = 1 / token[-1].seconds(ASSUMED.flops_a_second, ASSUMED.bytes_a_second)
     lines += [
         "",
-        f"At that bandwidth ours writes {a_second:.0f} words a second, at 80 % of it {0.8 * a_second:.0f}.",
+        f"At that bandwidth ours writes {a_second:.0f} tokens a second, at 80 % of it {0.8 * a_second:.0f}.",
     ]
     return "\n".join(lines)
 
@@ -77,19 +77,19 @@ def _layer() -> list[Row]:
     ]
 
 
-def _word() -> list[Row]:
-    none, some = (_word_cost(images) for images in (0, IMAGES))
-    looking = _times(textbook_cost(LANGUAGE, 1, IMAGES, 1, HALF), _synchronized_layers())
+def _token() -> list[Row]:
+    none, some = (_token_cost(images) for images in (0, IMAGES))
+    attending = _times(textbook_cost(LANGUAGE, 1, IMAGES, 1, HALF), _synchronized_layers())
     # Its synchronizers in the place of a constant, which is nothing beside them.
-    theirs = Cost(none.flops + looking.flops, none.bytes + looking.bytes)
-    return [(f"a word of 13 B behind {CONTEXT} tokens, {IMAGES} images", theirs, some)]
+    theirs = Cost(none.flops + attending.flops, none.bytes + attending.bytes)
+    return [(f"a token of 13 B behind {CONTEXT} tokens, {IMAGES} images", theirs, some)]
 
 
 def _batch() -> list[Row]:
     """Several documents one after another (the other side), and at once: weights are read once for all."""
-    word, weights = _word_cost(IMAGES), _word_cost(0, context=0)
-    words = Cost(AT_ONCE * word.flops, AT_ONCE * word.bytes - (AT_ONCE - 1) * weights.bytes)
-    step = _picture()[0][-1]
+    token, weights = _token_cost(IMAGES), _token_cost(0, context=0)
+    tokens = Cost(AT_ONCE * token.flops, AT_ONCE * token.bytes - (AT_ONCE - 1) * weights.bytes)
+    step = _image()[0][-1]
     channels, sample_size, value_dim = PUBLISHED
     with torch.device("meta"):
         unet = UNet2DConditionModel(**unet_settings(channels, sample_size, value_dim))
@@ -97,8 +97,8 @@ def _batch() -> list[Row]:
     alone = Cost(step.flops, step.bytes + unet_bytes)
     steps = Cost(AT_ONCE * alone.flops, AT_ONCE * alone.bytes - (AT_ONCE - 1) * unet_bytes)
     return [
-        (f"a word of each of {AT_ONCE} documents: one by one; at once", _times(word, AT_ONCE), words),
-        (f"a guided U-Net step of {AT_ONCE} pictures: one by one; at once", _times(alone, AT_ONCE), steps),
+        (f"a token of each of {AT_ONCE} documents: one by one; at once", _times(token, AT_ONCE), tokens),
+        (f"a guided U-Net step of {AT_ONCE} images: one by one; at once", _times(alone, AT_ONCE), steps),
     ]
 
 
@@ -122,7 +122,7 @@ def _synchronized_layers() -> int:
     return len(_writer().language_model.synchronized_layers)
 
 
-def _word_cost(images: int, context: int = CONTEXT) -> Cost:
+def _token_cost(images: int, context: int = CONTEXT) -> Cost:
     return token_cost(_writer(), LANGUAGE, context, images)
 
 
@@ -150,7 +150,7 @@ def _ours_sampling(size: SynchronizerSize, queries: int, images: int, pairs: int
     return Cost(sampling_flops(size, pairs), sampling_bytes(size, queries, pairs, images, HALF, SINGLE))
 
 
-def _picture() -> list[Row]:
+def _image() -> list[Row]:
     counted = published_counts(1)
     flops, moved = counted["flops"], counted["bytes"]
     # Counted for a model in single precision.
@@ -163,9 +163,9 @@ def _picture() -> list[Row]:
     return [
         ("a guided U-Net step after one image (bytes: synchronizers alone)", steps["textbook"], steps["our"]),
         (
-            f"a picture of {PICTURE_STEPS} steps",
-            _times(steps["textbook"], PICTURE_STEPS),
-            _times(steps["our"], PICTURE_STEPS),
+            f"an image of {IMAGE_STEPS} steps",
+            _times(steps["textbook"], IMAGE_STEPS),
+            _times(steps["our"], IMAGE_STEPS),
         ),
     ]
 

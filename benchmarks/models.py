@@ -1,4 +1,4 @@
-"""Whole models of chosen sizes with random weights: a reader and writer of documents, and a painter."""
+"""Whole models of chosen sizes with random weights: a model of text, and an image decoder."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def writer_config(
     vision_dim: int = 256,
     vocabulary: int = VOCABULARY,
 ) -> MMInterleavedConfig:
-    """A model that reads and writes; every fourth layer looks into images, as published."""
+    """A model that reads and writes; every fourth layer attends to images, as published."""
     return MMInterleavedConfig(
         text_config={
             "model_type": "llama",
@@ -91,14 +91,15 @@ def random_model(
     return model.eval()
 
 
-def random_painter(
+def random_image_decoder(
     channels: tuple[int, ...],
     sample_size: int,
     value_dim: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[ImageDecoder, tuple[SynchronizerSize, ...]]:
-    """A painter of the shape of Stable Diffusion 2.1, and the sizes of its synchronizers, the middle last.
+    """An image decoder of the shape of Stable Diffusion 2.1, and the sizes of its synchronizers, the middle
+    last.
 
     Features and conditioning are as wide as the values.
     """

@@ -1,4 +1,4 @@
-"""Pictures of the result files: cost against images and rounds, and the share of the limit.
+"""Plots of the result files: cost against images and rounds, and the share of the limit.
 
 Needs matplotlib (extra `bench`).
 """
@@ -15,7 +15,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 WIDTH, HEIGHT, DOTS = 6.4, 4.0, 130
 
 
-def draw(results: Path, pictures: Path) -> None:
+def draw(results: Path, images: Path) -> None:
     """Draw `bench_*.png` of every result that is there."""
     try:
         import matplotlib
@@ -24,7 +24,7 @@ def draw(results: Path, pictures: Path) -> None:
         from matplotlib import pyplot
     except ImportError as error:
         raise SystemExit("plots need matplotlib: pip install 'mm-interleaved[bench]'") from error
-    pictures.mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
     found = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))
     }
@@ -38,7 +38,7 @@ def draw(results: Path, pictures: Path) -> None:
             axes.spines[side].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
-        path = pictures / f"bench_{name}.png"
+        path = images / f"bench_{name}.png"
         # Without a date, so that the same results give the same file.
         figure.savefig(path, dpi=DOTS, metadata={"Software": None})
         pyplot.close(figure)
@@ -64,7 +64,7 @@ def _decode(axes: Any, result: Result) -> None:
     axes.set_yscale("log")
     axes.set_xlim(-1, images[-1] * 1.2)
     axes.set_xticks(images)
-    _titles(axes, result, "One layer's synchronizer, one new word", "images in the document", "ms")
+    _titles(axes, result, "One layer's synchronizer, one new token", "images in the document", "ms")
 
 
 def _token(axes: Any, result: Result) -> None:
@@ -85,7 +85,7 @@ def _token(axes: Any, result: Result) -> None:
     axes.set_xticks(images)
     layers = cases[0].get("layers")
     what = "a whole model" if layers is None else f"{layers} layers of the published size"
-    _titles(axes, result, f"A word of {what}, context {context}", "images in the document", "ms")
+    _titles(axes, result, f"A token of {what}, context {context}", "images in the document", "ms")
 
 
 def _prefill(axes: Any, result: Result) -> None:
@@ -109,7 +109,7 @@ def _story(axes: Any, result: Result) -> None:
         _label(axes, case["images"], times[-1], side, color)
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, case["images"] * 1.25)
-    _titles(axes, result, "A round of 40 words and a picture", "round", "ms, without painting")
+    _titles(axes, result, "A round of 40 tokens and an image", "round", "ms, without denoising")
 
 
 def _unet(axes: Any, result: Result) -> None:

@@ -107,7 +107,7 @@ def map_cases(setting: Setting, size: SynchronizerSize, grid: int) -> Iterator[C
 
 
 def smooth_cells(size: SynchronizerSize, images: int, generator: torch.Generator) -> Tensor:
-    """Features as pictures have them: neighbours are alike. (1, N, S, C), float64, deviation one."""
+    """Features as images have them: neighbours are alike. (1, N, S, C), float64, deviation one."""
     levels = []
     for side in size.level_sizes:
         coarse = torch.randn(

@@ -1,6 +1,6 @@
 """The sampling alone, softmax included: every implementation that runs here, forward, backward, and both.
 
-Two cases: language queries, which all look around one point (their gradients collide), and the U-Net's
+Two cases: language queries, which all sample around one point (their gradients collide), and the U-Net's
 pixels, each at its own place.
 """
 
@@ -70,7 +70,7 @@ def language_inputs(setting: Setting, queries: int, images: int, size: Synchroni
 
 
 def unet_inputs(setting: Setting, grid: int, size: SynchronizerSize | None = None) -> Inputs:
-    """The pixels of a square map look at one image, each around its own place."""
+    """The pixels of a square map attend to one image, each around its own place."""
     side = (torch.arange(grid, device=setting.device) + 0.5) / grid
     centre = torch.stack([side.repeat(grid), side.repeat_interleave(grid)], dim=-1)[None]
     visible = torch.ones(1, grid * grid, 1, dtype=torch.bool, device=setting.device)
@@ -95,13 +95,13 @@ def both_ways(setting: Setting, kind: str, inputs: Inputs, *, queries: int, imag
     flops = sampling_flops(inputs.size, pairs)
     moved = sampling_bytes(inputs.size, queries, pairs, images, *widths)
 
-    def told(result: Comparison, passes: str, times_flops: int, times_bytes: int) -> Case:
+    def with_costs(result: Comparison, passes: str, times_flops: int, times_bytes: int) -> Case:
         """Beside what it costs: the backward pass samples again, and adds to what it read, which is both
         read and written."""
         costs = Cost(times_flops * flops, times_bytes * moved)
         rate = rates(setting.device, setting.dtype)
         limit = costs.seconds(rate.flops_a_second, rate.bytes_a_second)
-        case = {**sizes, "pass": passes, **_told(result)}
+        case = {**sizes, "pass": passes, **_record(result)}
         case |= {"flops": {"each": costs.flops}, "bytes": {"each": costs.bytes}}
         return case | ({"share_of_limit": limit / result.median[case["fastest"]]} if result.equal else {})
 
@@ -109,7 +109,7 @@ def both_ways(setting: Setting, kind: str, inputs: Inputs, *, queries: int, imag
         forward = compare(setting, {name: lambda f=f: f(inputs) for name, f in attends.items()})
         if setting.dtype in HALF:
             forward = _ours_within(forward, 2e-2)
-    yield told(forward, "forward", 1, 1)
+    yield with_costs(forward, "forward", 1, 1)
 
     leaves = (inputs.value, inputs.query_term, inputs.index_term)
     trained = Inputs(
@@ -135,7 +135,7 @@ def both_ways(setting: Setting, kind: str, inputs: Inputs, *, queries: int, imag
         tolerance=tolerance,
         measure="norm",
     )
-    yield told(backward, "backward", 2, 3)
+    yield with_costs(backward, "backward", 2, 3)
     del kept
     both = compare(
         setting,
@@ -143,7 +143,7 @@ def both_ways(setting: Setting, kind: str, inputs: Inputs, *, queries: int, imag
         tolerance=tolerance,
         measure="norm",
     )
-    yield told(both, "forward+backward", 3, 4)
+    yield with_costs(both, "forward+backward", 3, 4)
 
 
 def implementations(setting: Setting) -> list[str]:
@@ -153,12 +153,12 @@ def implementations(setting: Setting) -> list[str]:
 
 
 def _ours_within(result: Comparison, limit: float) -> Comparison:
-    """A stricter look at ours alone: deformops rounds places, too, to the precision of the values."""
+    """A stricter limit for ours alone: deformops rounds places, too, to the precision of the values."""
     ours = [error for name, error in result.error.items() if name != "deformops"]
     return result if max(ours) <= limit else replace(result, equal=False, median={})
 
 
-def _told(result: Comparison) -> Case:
+def _record(result: Comparison) -> Case:
     """The ratio is that of the fastest to the reference; `ratios` has all."""
     if not result.equal:
         return result.record("reference")
@@ -166,10 +166,10 @@ def _told(result: Comparison) -> Case:
     names = [name for name in result.median if name in ours]
     best = min(names, key=lambda name: result.median[name])
     ratios = {name: result.ratio(name) for name in result.median}
-    told = {"fastest": best, **result.record(best), "ratios": ratios}
+    record = {"fastest": best, **result.record(best), "ratios": ratios}
     if "deformops" in result.median:
-        told["ratio_to_deformops"] = result.ratio(best, "deformops")
-    return told
+        record["ratio_to_deformops"] = result.ratio(best, "deformops")
+    return record
 
 
 def _inputs(setting: Setting, size: SynchronizerSize, visible: Tensor, reference: Tensor) -> Inputs:

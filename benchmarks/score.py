@@ -12,13 +12,13 @@ from torch import Tensor
 
 from benchmarks.harness import TOLERANCE, Case, Setting, compare
 from benchmarks.models import BOS, random_model, writer_config
-from benchmarks.story import counted, picture, text_of
+from benchmarks.story import counted, image_of_round, text_of
 from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import InterleavedSession
 
 RELEASED_BATCH = 4
 CONTEXT = 149
-"""Words after the image; with it the context has 214 tokens, as a dialogue of VisDial."""
+"""Tokens after the image; with it the context has 214 tokens, as a dialogue of VisDial."""
 
 
 def run(setting: Setting) -> Iterator[Case]:
@@ -69,7 +69,7 @@ def read_once(model: Any, context: Sequence[int], options: Sequence[Sequence[int
     """Ours: one session, its prefix shared by all options."""
     session = InterleavedSession(model)
     session.append_text([BOS])
-    session.append_image(picture(0, model))
+    session.append_image(image_of_round(0, model))
     session.append_text(context)
     return score_options(session, options)
 
@@ -91,7 +91,7 @@ def read_each(model: Any, context: Sequence[int], options: Sequence[Sequence[int
             counts[row, len(prompt) - 1 : len(whole) - 1] = 1
         logits = model(
             input_ids=ids,
-            pixel_values=picture(0, model).expand(len(group), -1, -1, -1),
+            pixel_values=image_of_round(0, model).expand(len(group), -1, -1, -1),
             image_start=torch.ones(len(group), 1, dtype=torch.int64, device=model.device),
         ).logits
         log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]

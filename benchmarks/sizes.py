@@ -62,7 +62,7 @@ LANGUAGE = SynchronizerSize(
 """A layer of the released 13-billion language model."""
 
 UNET_LEVELS = (64, 32, 16, 8)
-"""Of the pyramid that the released U-Net looks into."""
+"""Of the pyramid that the released U-Net attends to."""
 
 
 def unet_map(channels: int, base_size: float) -> SynchronizerSize:
@@ -96,7 +96,7 @@ def feature_synchronizer(size: SynchronizerSize) -> FeatureSynchronizer:
 def gated_synchronizer(
     size: SynchronizerSize, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> GatedSynchronizer:
-    """A language-model layer's synchronizer, filled by `random_weights`."""
+    """A language-model layer's synchronizer with random weights, see `fill_parameters`."""
     return random_module(
         lambda: GatedSynchronizer(feature_synchronizer(size), size.query_dim, size.feature_dim),
         device,

@@ -1,9 +1,9 @@
-"""A story of many pictures: what a round costs when nothing is forgotten, and when all is read again.
+"""A story of many images: what a round costs with a cache, and when the whole document is read again.
 
-Words and pictures are scripted, so both sides see the same document. The side that forgets follows the
-released script: in every round it encodes all images and reads the whole document twice, once to write and
-once to paint, the second time with a grey picture in the place of the one to come. Both use our
-synchronizers, so the ratio is that of remembering alone.
+Tokens and images are scripted, so both sides see the same document. The side without a cache follows the
+released script: in every round it encodes all images and reads the whole document twice, once for the text
+and once for the image, the second time with a grey image in the place of the one to come. Both use our
+synchronizers, so the ratio is that of the cache alone.
 """
 
 import statistics
@@ -21,13 +21,13 @@ from benchmarks.models import BOS, IMAGE_SIZE, random_model, writer_config
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.models.transformers_versions import CACHE
 
-WORDS = 40
-"""Of a round, as in reference texts."""
+ROUND_TOKENS = 40
+"""Of text in a round, as in reference texts."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What the model was asked to do."""
+    """What the model computed."""
 
     prefilled: int = 0
     """Tokens read in passes of more than one."""
@@ -52,8 +52,8 @@ class Work:
 
 
 @dataclass(slots=True)
-class Told:
-    """A story told: what the last picture is painted from, and what each round took."""
+class StoryRun:
+    """A finished story: what the last image is conditioned on, and what each round took."""
 
     hidden: Tensor
     seconds: list[float] = field(default_factory=list)
@@ -73,34 +73,34 @@ def run(setting: Setting) -> Iterator[Case]:
     lengths = (2, 10) if setting.quick else (2, 5, 10, 20)
     model = random_model(config, setting.device, setting.dtype)
     for rounds in lengths:
-        yield story_case(setting, model, rounds, words=WORDS, repeats=2 if rounds <= 10 else 1)
+        yield story_case(setting, model, rounds, num_tokens=ROUND_TOKENS, repeats=2 if rounds <= 10 else 1)
 
 
-def story_case(setting: Setting, model: Any, rounds: int, *, words: int, repeats: int) -> Case:
+def story_case(setting: Setting, model: Any, rounds: int, *, num_tokens: int, repeats: int) -> Case:
     """Both sides in turns; the times of a round are medians over the turns."""
-    told: dict[str, list[Told]] = {"read again": [], "remembered": []}
+    runs: dict[str, list[StoryRun]] = {"read again": [], "remembered": []}
     peaks = {}
-    for name, way in (("read again", tell_again), ("remembered", tell)):
+    for name, way in (("read again", run_recomputing), ("remembered", run_incrementally)):
         with peak_bytes(setting.device) as peak:
-            way(model, rounds, words)
+            way(model, rounds, num_tokens)
         peaks[name] = peak["bytes"]
     for _ in range(repeats):
-        told["read again"].append(tell_again(model, rounds, words))
-        told["remembered"].append(tell(model, rounds, words))
-    expected, found = told["read again"][0].hidden, told["remembered"][0].hidden
+        runs["read again"].append(run_recomputing(model, rounds, num_tokens))
+        runs["remembered"].append(run_incrementally(model, rounds, num_tokens))
+    expected, found = runs["read again"][0].hidden, runs["remembered"][0].hidden
     error = ((found - expected).abs().max() / expected.abs().max()).item()
     curve = {
         name: [statistics.median(times) for times in zip(*(each.seconds for each in turns), strict=True)]
-        for name, turns in told.items()
+        for name, turns in runs.items()
     }
     seconds = {name: sum(each) for name, each in curve.items()}
-    work = {name: turns[0].work for name, turns in told.items()}
+    work = {name: turns[0].work for name, turns in runs.items()}
     forgot, kept = work["read again"], work["remembered"]
     # Neighbours of the second and the last round are averaged with them: single rounds are too short to time.
     last, early = curve["remembered"][-3:], curve["remembered"][1:4]
     return {
         "images": rounds,
-        "words_a_round": words,
+        "words_a_round": num_tokens,
         "ratio": seconds["read again"] / seconds["remembered"],
         "equal": error <= TOLERANCE[setting.dtype],
         "error": {"read again": 0.0, "remembered": error},
@@ -119,82 +119,82 @@ def story_case(setting: Setting, model: Any, rounds: int, *, words: int, repeats
     }
 
 
-def expected_work(rounds: int, words: int, slots: int) -> dict[str, Work]:
+def expected_work(rounds: int, num_tokens: int, slots: int) -> dict[str, Work]:
     """What both sides must do, from the shape of the story; an image takes its start token and its slots."""
-    a_round = words + 1 + slots
+    a_round = num_tokens + 1 + slots
     again, kept = Work(), Work()
     for number in range(rounds):
         # The first pass of all reads one token, which is no prefill.
         again.prefilled += (number * a_round + 1 if number else 0) + (number + 1) * a_round + 1
-        again.decoded += words + (0 if number else 1)
+        again.decoded += num_tokens + (0 if number else 1)
         again.encoded += number + number + 1
         kept.prefilled += slots + 1 if number else 2
-        kept.decoded += words - 1 + 1
+        kept.decoded += num_tokens - 1 + 1
         kept.encoded += 1
     return {"read again": again, "remembered": kept}
 
 
-def picture(number: int, model: Any) -> Tensor:
-    """The picture of a round: (1, 3, H, W)."""
+def image_of_round(number: int, model: Any) -> Tensor:
+    """The image of a round: (1, 3, H, W), in [0, 1]."""
     generator = torch.Generator().manual_seed(number)
     return torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(model.device, model.dtype)
 
 
-def text_of(number: int, words: int) -> list[int]:
-    """The words of a round."""
-    return [3 + (7 * number + 11 * word) % 900 for word in range(words)]
+def text_of(number: int, num_tokens: int) -> list[int]:
+    """The token ids of a round."""
+    return [3 + (7 * number + 11 * token) % 900 for token in range(num_tokens)]
 
 
 @torch.inference_mode()
-def tell(model: Any, rounds: int, words: int) -> Told:
-    """One session from the first word to the last picture."""
+def run_incrementally(model: Any, rounds: int, num_tokens: int) -> StoryRun:
+    """One session from the first token to the last image."""
     clock = time.perf_counter if model.device.type == "cuda" else cpu_seconds
     with counted(model) as work:
-        session, told = InterleavedSession(model), Told(torch.empty(0), work=work)
+        session, story = InterleavedSession(model), StoryRun(torch.empty(0), work=work)
         session.append_text([BOS])
         for number in range(rounds):
             begin = clock()
-            for word in text_of(number, words):
-                session.append_text([word])
+            for token in text_of(number, num_tokens):
+                session.append_text([token])
                 session.read()
             session.start_image()
             hidden = session.read()
-            session.finish_image(picture(number, model))
+            session.finish_image(image_of_round(number, model))
             wait(model.device)
-            told.seconds.append(clock() - begin)
-        told.hidden = hidden.clone()
-    return told
+            story.seconds.append(clock() - begin)
+        story.hidden = hidden.clone()
+    return story
 
 
 @torch.inference_mode()
-def tell_again(model: Any, rounds: int, words: int) -> Told:
-    """A new session for every text and for every picture."""
+def run_recomputing(model: Any, rounds: int, num_tokens: int) -> StoryRun:
+    """A new session for every text and for every image."""
     grey = torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5, device=model.device, dtype=model.dtype)
     clock = time.perf_counter if model.device.type == "cuda" else cpu_seconds
     with counted(model) as work:
-        told = Told(torch.empty(0), work=work)
+        story = StoryRun(torch.empty(0), work=work)
         for number in range(rounds):
             begin = clock()
-            session = _read_again(model, number, words)
+            session = _read_again(model, number, num_tokens)
             session.read()
-            for word in text_of(number, words):
-                session.append_text([word])
+            for token in text_of(number, num_tokens):
+                session.append_text([token])
                 session.read()
-            session = _read_again(model, number, words)
-            session.append_text(text_of(number, words))
+            session = _read_again(model, number, num_tokens)
+            session.append_text(text_of(number, num_tokens))
             session.append_image(grey)
-            told.hidden = session.read()[:, : session.image_starts[-1] + 1].clone()
+            story.hidden = session.read()[:, : session.image_starts[-1] + 1].clone()
             wait(model.device)
-            told.seconds.append(clock() - begin)
-    return told
+            story.seconds.append(clock() - begin)
+    return story
 
 
-def _read_again(model: Any, rounds: int, words: int) -> InterleavedSession:
+def _read_again(model: Any, rounds: int, num_tokens: int) -> InterleavedSession:
     session = InterleavedSession(model)
     session.append_text([BOS])
     for number in range(rounds):
-        session.append_text(text_of(number, words))
-        session.append_image(picture(number, model))
+        session.append_text(text_of(number, num_tokens))
+        session.append_image(image_of_round(number, model))
     return session
 
 

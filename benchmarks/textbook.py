@@ -2,12 +2,12 @@
 
 Written from the formulas (paper, section 3.2), in the order of the released code: the features of every image
 are normalised and projected in every call, hidden images too; queries are repeated for each image before any
-linear layer; each level of each image has its own slot for looking nowhere; samples are taken by
+linear layer; each level of each image has its own slot for attending to nothing; samples are taken by
 `grid_sample`, one call a level and image, and kept until they are weighed. It borrows the weights of our
 modules, so that both sides compute the same function.
 Letters: B rows, Q queries, N images, H heads, L levels, P points, S cells an image, C feature channels, D
-query channels, V value channels, d channels a head (V / H), I painted images, K earlier images each looks at,
-X channels of a map, y and x its rows and columns.
+query channels, V value channels, d channels a head (V / H), I images being denoised, K earlier images each
+attends to, X channels of a map, y and x its rows and columns.
 """
 
 import math
@@ -91,7 +91,7 @@ class TextbookSynchronizer(nn.Module):
 
         Args:
             cells_BNSC: normalised features, not projected.
-            visible_BQN: bool, True where a query may look at an image.
+            visible_BQN: bool, True where a query may attend to an image.
             reference_BQ2: (x, y) in [0, 1]; default the centre.
         """
         weights, (B, Q, D), N = self.ours, query_BQD.shape, cells_BNSC.shape[1]
@@ -100,7 +100,7 @@ class TextbookSynchronizer(nn.Module):
         # 1. Values of all images.
         value_BmHd = weights.value_projection(cells_BNSC).flatten(1, 2).unflatten(-1, (H, -1))
 
-        # 2. One query an image, told how far back the image is: 1 = newest, 0 = hidden.
+        # 2. One query an image, with how far back the image is: 1 = newest, 0 = hidden.
         index_BQN = (visible_BQN.sum(-1, keepdim=True) + 1 - visible_BQN.cumsum(-1)) * visible_BQN
         query_BQND = query_BQD[:, :, None].expand(B, Q, N, D).contiguous()
         query_BQND = weights.query_projection(query_BQND) + weights.relative_index_embedding(index_BQN)
@@ -114,7 +114,7 @@ class TextbookSynchronizer(nn.Module):
         reference = reference_BQ2.to(query_BQD.dtype)[:, :, None, None, None, None]
         location_BQNHLP2 = reference + offset_BQNHLP2 / size_L[:, None, None]
 
-        # 4. Weights: one softmax over all images, levels, points and slots for looking nowhere.
+        # 4. Weights: one softmax over all images, levels, points and slots for attending to nothing.
         logit_BQNHLp = weights.attention_logits(query_BQND).view(B, Q, N, H, L, P + 1)
         logit_BQNHLp = logit_BQNHLp + HIDDEN * (~visible_BQN)[..., None, None, None].to(logit_BQNHLp.dtype)
         nowhere = torch.full_like(logit_BQNHLp[..., :1], -math.log(N * L))
@@ -214,7 +214,7 @@ def textbook_between(
 
 @contextmanager
 def textbook_layers(language_model: Any, sample: Sample = grid_sampling) -> Iterator[None]:
-    """Within, the layers of one of our language models look into images as the textbook does.
+    """Within, the layers of one of our language models attend to images as the textbook does.
 
     The values that their caches hold are then plain features: make caches inside, and use them inside.
     """

@@ -1,10 +1,10 @@
 """One denoising step with guidance: the synchronizers' share of it, without and with an earlier image.
 
-Whole pictures of 30 and 250 steps are computed from the timed step, on a GPU painted as well.
+Whole images of 30 and 250 steps are computed from the timed step, on a GPU denoised as well.
 The share is that of the time between the middle and the upward path. On a CPU the sides run in a small size;
 the published one is counted beside it, and its share is timed as well (not with --quick): of a step that
 takes a quarter of a minute, both kinds of synchronizers, and the U-Net alone. After the steps come whole
-pictures of the shipped model, see `painting`.
+images of the shipped model, see `denoising`.
 """
 
 import time
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.cost import cached_cost, textbook_cost
 from benchmarks.decode_token import COMPILING_SECONDS
+from benchmarks.denoising import denoising_cases
 from benchmarks.harness import Case, Run, Setting, compare, compiled, cpu_clock, wait
-from benchmarks.models import random_painter, synchronizer_sizes, unet_settings
-from benchmarks.painting import painting_cases
+from benchmarks.models import random_image_decoder, synchronizer_sizes, unet_settings
 from benchmarks.sizes import SynchronizerSize
 from benchmarks.textbook import textbook_between
 from mm_interleaved.generation.schedulers import build_scheduler
@@ -34,10 +34,10 @@ SMALL = ((64, 128, 256, 256), 16, 256)
 GUIDANCE = 7.5
 GUIDED = 2
 """Images in a step: with the context and without."""
-PICTURE_STEPS = (30, 250)
-"""Of a picture: as the released script samples, and as the paper was evaluated."""
+IMAGE_STEPS = (30, 250)
+"""Of an image: as the released script samples, and as the paper was evaluated."""
 COMPARED_STEPS = 3
-"""Of a picture whose outputs are compared; random weights make of rounding another picture before long."""
+"""Of an image whose outputs are compared; with random weights, rounding soon leads to another image."""
 
 
 def run(setting: Setting) -> Iterator[Case]:
@@ -45,27 +45,27 @@ def run(setting: Setting) -> Iterator[Case]:
         channels, sample_size, value_dim = PUBLISHED
     else:
         channels, sample_size, value_dim = SMALL
-    decoder, sizes = random_painter(channels, sample_size, value_dim, setting.device, setting.dtype)
+    decoder, sizes = random_image_decoder(channels, sample_size, value_dim, setting.device, setting.dtype)
     for images in (0, 1):
         case = step_case(setting, decoder, sizes, sample_size, images)
         yield {**case, "published": published_counts(images)}
     if setting.is_gpu:
-        for steps in PICTURE_STEPS:
+        for steps in IMAGE_STEPS:
             if setting.has(0):
                 step = prepare(setting, decoder, sizes, sample_size, images=1)
-                yield picture_case(setting, decoder, sample_size, step, steps)
+                yield image_case(setting, decoder, sample_size, step, steps)
     if not setting.is_gpu and not setting.quick:
         # 1.3 billion parameters; with the textbook's values of all layers that is most of 12 GB.
         del decoder
-        decoder, sizes = random_painter(*PUBLISHED, setting.device, setting.dtype)
+        decoder, sizes = random_image_decoder(*PUBLISHED, setting.device, setting.dtype)
         yield share_case(setting, decoder, sizes, PUBLISHED[1])
         del decoder
-    yield from painting_cases(setting)
+    yield from denoising_cases(setting)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A guided step of one picture, and what is there before the first one."""
+    """A guided step of one image, and what is there before the first one."""
 
     latents: Tensor
     timestep: Tensor
@@ -80,7 +80,7 @@ class Step:
 def prepare(
     setting: Setting, decoder: Any, sizes: Sequence[SynchronizerSize], sample_size: int, images: int
 ) -> Step:
-    """One picture, guided; it sees one earlier image or none."""
+    """One image, guided; it attends to one earlier image or none."""
     device, dtype = setting.device, setting.dtype
     generator = torch.Generator(device).manual_seed(images)
 
@@ -149,24 +149,24 @@ def step_case(
         "ratios": {name: result.ratio(name) for name in sides},
         "projecting_once_seconds": step.projecting_seconds,
         "picture_seconds_computed": {
-            side: computed_pictures(result.median[side], step.projecting_seconds if side == "ours" else 0.0)
+            side: computed_images(result.median[side], step.projecting_seconds if side == "ours" else 0.0)
             for side in ("textbook", "ours")
         },
         **_counted(decoder.unet, sizes, sample_size, images),
     }
 
 
-def computed_pictures(step_seconds: float, once_seconds: float) -> dict[str, float]:
-    """Of pictures of so many steps, without decoding them: what a timed step gives, times the steps."""
-    return {f"{steps} steps": once_seconds + steps * step_seconds for steps in PICTURE_STEPS}
+def computed_images(step_seconds: float, once_seconds: float) -> dict[str, float]:
+    """Of images of so many steps, without decoding them: what a timed step gives, times the steps."""
+    return {f"{steps} steps": once_seconds + steps * step_seconds for steps in IMAGE_STEPS}
 
 
 @torch.inference_mode()
-def picture_case(setting: Setting, decoder: Any, sample_size: int, step: Step, steps: int) -> Case:
-    """All steps of one guided picture, without decoding it; outputs are those of the first few steps."""
+def image_case(setting: Setting, decoder: Any, sample_size: int, step: Step, steps: int) -> Case:
+    """All steps of one guided image, without decoding it; outputs are those of the first few steps."""
     scheduler_config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "clip_sample": False}
 
-    def picture(predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def denoise_all(predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         scheduler: Any = build_scheduler("ddim", scheduler_config)
         scheduler.set_timesteps(steps, device=step.latents.device)
         latents, first = step.latents[:1], []
@@ -184,11 +184,11 @@ def picture_case(setting: Setting, decoder: Any, sample_size: int, step: Step, s
     def ours(latents: Tensor, timestep: Tensor) -> Tensor:
         return decoder.predict(latents, timestep, step.conditioning, step.guided)
 
-    # A picture takes seconds: the fewest turns must do.
+    # An image takes seconds: the fewest turns must do.
     brief = replace(setting, least=1, seconds=0.0, patience=0.0)
-    result = compare(brief, {"textbook": lambda: picture(textbook), "ours": lambda: picture(ours)})
+    result = compare(brief, {"textbook": lambda: denoise_all(textbook), "ours": lambda: denoise_all(ours)})
     return {
-        "kind": "picture",
+        "kind": "image",
         "images": 1,
         "sample_size": sample_size,
         "steps": steps,
@@ -221,7 +221,7 @@ def share_case(setting: Setting, decoder: Any, sizes: Sequence[SynchronizerSize]
         "share": {side: least / (bare + least) for side, least in result.least.items()},
         "projecting_once_seconds": step.projecting_seconds,
         "picture_seconds_computed": {
-            side: computed_pictures(bare + least, step.projecting_seconds if side == "ours" else 0.0)
+            side: computed_images(bare + least, step.projecting_seconds if side == "ours" else 0.0)
             for side, least in result.least.items()
         },
         **_counted(decoder.unet, sizes, sample_size, 1),

@@ -15,8 +15,8 @@ from benchmarks import (
     batch,
     decode_mmfs,
     decode_token,
+    denoising,
     model,
-    painting,
     precision,
     prefill_mmfs,
     sampler,
@@ -29,7 +29,7 @@ from benchmarks.__main__ import PARTS, main
 from benchmarks.cost import cached_cost, sampling_flops, textbook_cost
 from benchmarks.harness import Setting, compare, exact_first, peak_bytes, saved_for_backward
 from benchmarks.machine import Rates
-from benchmarks.models import random_model, random_painter, writer_config
+from benchmarks.models import random_image_decoder, random_model, writer_config
 from benchmarks.plot import DRAWN, draw
 from benchmarks.sizes import (
     LANGUAGE,
@@ -135,7 +135,7 @@ def test_the_textbook_computes_in_half_precision(layer, dtype):
 
 
 @torch.no_grad()
-def test_a_language_model_and_a_painter_with_textbook_layers_equal_ours(writer, setting):
+def test_a_language_model_and_an_image_decoder_with_textbook_layers_equal_ours(writer, setting):
     ids = torch.tensor([[1, 998, *[999] * 64, 5, 6, 998, *[999] * 64, 7]])
     pixels = torch.rand(2, 3, 112, 112, dtype=torch.float64)
     arguments = {"input_ids": ids, "pixel_values": pixels, "image_start": torch.tensor([[1, 68]])}
@@ -144,15 +144,15 @@ def test_a_language_model_and_a_painter_with_textbook_layers_equal_ours(writer, 
         theirs = writer(**arguments).hidden
     assert (theirs - ours).abs().max() < 1e-11 * ours.abs().max()
     assert torch.equal(writer(**arguments).hidden, ours)
-    decoder, sizes = random_painter((32, 32, 32, 32), 8, 32, CPU, torch.float64)
+    decoder, sizes = random_image_decoder((32, 32, 32, 32), 8, 32, CPU, torch.float64)
     case = unet_step.step_case(setting, decoder, sizes, 8, 1)
     assert case["equal"] and case["share_of_flops"]["ours"] < case["share_of_flops"]["textbook"]
     assert textbook_between is unet_step.textbook_between
-    # What is computed of a picture is its steps and what comes once before them.
+    # What is computed of an image is its steps and what comes once before them.
     once, ours = case["projecting_once_seconds"], case["picture_seconds_computed"]["ours"]
     assert ours["30 steps"] == pytest.approx(once + 30 * case["seconds"]["ours"])
-    picture = unet_step.picture_case(setting, decoder, 8, unet_step.prepare(setting, decoder, sizes, 8, 1), 4)
-    assert picture["equal"] and picture["steps"] == 4
+    image = unet_step.image_case(setting, decoder, 8, unet_step.prepare(setting, decoder, sizes, 8, 1), 4)
+    assert image["equal"] and image["steps"] == 4
     timed = unet_step.share_case(setting, decoder, sizes, 8)
     assert timed["equal"] and all(0 < share < 1 for share in timed["share"].values())
 
@@ -271,7 +271,7 @@ def test_a_quick_run_is_as_small_on_a_gpu(setting, monkeypatch):
     assert max(sizes["tokens"] for sizes in asked) == 512
 
 
-def test_every_part_has_a_picture_or_a_table(tmp_path):
+def test_every_part_has_a_plot_or_a_table(tmp_path):
     pytest.importorskip("matplotlib")
     seconds = {"textbook": 2.0, "ours": 1.0, "read again": 2.0, "remembered": 1.0}
     case = {
@@ -294,15 +294,17 @@ def test_every_part_has_a_picture_or_a_table(tmp_path):
     assert {path.stem for path in tmp_path.glob("*.png")} == {f"bench_{part}-cpu" for part in DRAWN}
 
 
-def test_a_way_of_painting_that_leaves_something_out_tells_its_error(setting):
+def test_an_approximate_way_of_denoising_reports_its_error(setting):
     model = tiny_model(generation_settings={"num_inference_steps": 4, "scheduler": "ddim"})
     conditioning = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
     own = GenerationSettings.combine(model.config.generation_settings)
-    easel = painting.Easel(model.image_decoder, model.config.scheduler_config, own, conditioning, None)
+    inputs = denoising.DenoisingInputs(
+        model.image_decoder, model.config.scheduler_config, own, conditioning, None
+    )
     with torch.no_grad():
-        [kept] = painting.exact_cases(setting, easel)
-        exact = [easel.steps(0)]
-        case = painting.lossy_case(setting, easel, exact, "step_cache=2", {"step_cache": 2})
+        [kept] = denoising.exact_cases(setting, inputs)
+        exact = [inputs.steps(0)]
+        case = denoising.lossy_case(setting, inputs, exact, "step_cache=2", {"step_cache": 2})
     assert kept["equal"] and kept["exact"] and kept["switch"] == "channels_last"
     assert case["equal"] and not case["exact"] and 0 < case["pixel_error"] <= case["pixel_error_most"]
     assert case["seconds"].keys() == {"exact", "switch"}
@@ -338,13 +340,13 @@ def test_the_parts_of_one_layer_agree_at_any_size(setting):
 
 
 def test_a_story_is_read_sixteen_times_less_and_its_images_are_encoded_once(setting, writer):
-    case = story.story_case(setting, writer, 3, words=2, repeats=1)
+    case = story.story_case(setting, writer, 3, num_tokens=2, repeats=1)
     assert case["equal"] and case["model_ratio_bytes"] > 1
     assert all(case["peak_bytes"][side] > 0 for side in ("read again", "remembered"))
     for side, work in story.expected_work(3, 2, writer.config.num_slots).items():
         found = (case["tokens_prefilled"][side], case["tokens_decoded"][side], case["images_encoded"][side])
         assert found == (work.prefilled, work.decoded, work.encoded), side
-    published = story.expected_work(10, story.WORDS, 64)
+    published = story.expected_work(10, story.ROUND_TOKENS, 64)
     assert published["read again"].prefilled >= 16 * published["remembered"].prefilled
     assert (published["read again"].encoded, published["remembered"].encoded) == (100, 10)
 
@@ -378,7 +380,7 @@ def test_documents_at_once_are_compared_letter_by_letter_and_pixel_by_pixel(sett
         assert cost.flops == one_by_one[what].flops and cost.bytes < one_by_one[what].bytes / 3
 
 
-def test_a_word_of_a_whole_model_is_the_same_with_textbook_layers(setting, writer):
+def test_a_token_of_a_whole_model_is_the_same_with_textbook_layers(setting, writer):
     cases = list(decode_token.token_cases(setting, writer, 40, (0, 2)))
     assert [case["equal"] for case in cases] == [True, True]
     assert cases[1]["growth_from_no_image"].keys() == {"textbook", "ours"}
@@ -387,7 +389,7 @@ def test_a_word_of_a_whole_model_is_the_same_with_textbook_layers(setting, write
 
 
 @pytest.mark.slow
-def test_compiled_sides_are_the_same_and_tell_how_long_they_took_to_compile(setting, writer, monkeypatch):
+def test_compiled_sides_are_the_same_and_report_how_long_they_took_to_compile(setting, writer, monkeypatch):
     compile_traced, shapes = torch.compile, []
 
     def compile_eagerly(run, fullgraph=False, **others):
@@ -445,11 +447,11 @@ def test_published_sizes_are_counted_as_the_goal_wants():
     assert 0 < counted["flops"] < 0.015 and 0 < counted["bytes"] < 0.015
 
 
-def test_what_the_docs_tell_of_a_gpu_is_what_is_computed():
+def test_what_the_docs_report_of_a_gpu_is_what_is_computed():
     docs = Path(__file__).parents[2] / "docs" / "performance_results.md"
-    assert model.told() in docs.read_text(encoding="utf-8")
+    assert model.report() in docs.read_text(encoding="utf-8")
 
 
-def test_a_word_of_several_documents_at_once_is_the_same(setting, writer):
+def test_a_token_of_several_documents_at_once_is_the_same(setting, writer):
     case = decode_token.batch_case(setting, writer, 40, 2)
     assert case["equal"] and case["documents"] == 4

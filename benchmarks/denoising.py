@@ -1,7 +1,7 @@
-"""A whole picture of the shipped model: what each way of painting faster saves, and what it costs.
+"""Whole images of the shipped model: what each faster way of denoising saves, and what it costs.
 
-Part of `unet_step`. Ways that are exact are compared by their latents; the others leave something out, and
-the case tells by how much their pictures differ from the exact ones of the same noise, in levels of 0 to 255.
+Part of `unet_step`. Exact ways are compared by their latents; the others approximate, and the case reports
+how far their images are from the exact ones of the same noise, in levels of 0 to 255.
 """
 
 import copy
@@ -36,13 +36,15 @@ LOSSY: dict[str, dict[str, Any]] = {
     "euler, 15 steps": {"scheduler": "euler", "num_inference_steps": 15},
 }
 QUICK = ("step_cache=2", "guidance_cache=2", "unipc, 8 steps")
+KIND = "painting"
+"""In result files, whose names stay those of the first release."""
 COMPARED_WITH = {"scheduler": "ddim", "num_inference_steps": 25}
-"""The sampler whose pictures the others are compared with, whatever the model's own is."""
+"""The sampler whose images the others are compared with, whatever the model's own is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Easel:
-    """What pictures are painted from."""
+class DenoisingInputs:
+    """What images are denoised from."""
 
     decoder: ImageDecoder
     scheduler_config: Mapping[str, Any]
@@ -72,19 +74,19 @@ class Easel:
         return [step.latents for step in steps]
 
 
-def painting_cases(setting: Setting) -> Iterator[Case]:
-    # A picture takes a second: a few turns must do.
+def denoising_cases(setting: Setting) -> Iterator[Case]:
+    # An image takes a second: a few turns must do.
     setting = replace(setting, least=3, seconds=0.0, patience=0.0)
-    easel = open_easel(setting)
-    yield from exact_cases(setting, easel)
-    exact = [easel.steps(seed) for seed in range(2 if setting.quick else 4)]
+    inputs = prepare_inputs(setting)
+    yield from exact_cases(setting, inputs)
+    exact = [inputs.steps(seed) for seed in range(2 if setting.quick else 4)]
     for name in QUICK if setting.quick else LOSSY:
-        yield lossy_case(setting, easel, exact, name, LOSSY[name])
+        yield lossy_case(setting, inputs, exact, name, LOSSY[name])
 
 
 @torch.no_grad()
-def open_easel(setting: Setting, model_name: str = "storyworld") -> Easel:
-    """The shipped model has read a sentence and looks at a picture of noise."""
+def prepare_inputs(setting: Setting, model_name: str = "storyworld") -> DenoisingInputs:
+    """The shipped model after a sentence and an image of noise, which the U-Net attends to."""
     dtype = str(setting.dtype).removeprefix("torch.")
     generator = load_generator(find_model(model_name), device=str(setting.device), dtype=dtype)
     model, processor = generator.model, generator.processor
@@ -93,7 +95,7 @@ def open_easel(setting: Setting, model_name: str = "storyworld") -> Easel:
     session.append_text([processor.vocabulary.bos, *processor.vocabulary.encode_text(TEXT)])
     session.append_image(torch.from_numpy(processor.encoder_pixels(PILImage.fromarray(noise)))[None])
     session.start_image()
-    return Easel(
+    return DenoisingInputs(
         model.image_decoder,
         model.config.scheduler_config,
         GenerationSettings.combine(model.config.generation_settings or {}, COMPARED_WITH),
@@ -102,49 +104,53 @@ def open_easel(setting: Setting, model_name: str = "storyworld") -> Easel:
     )
 
 
-def exact_cases(setting: Setting, easel: Easel) -> Iterator[Case]:
+def exact_cases(setting: Setting, inputs: DenoisingInputs) -> Iterator[Case]:
     """Another memory layout; on a GPU, compiled blocks too (on a CPU compiling takes longer than that)."""
-    last = copy.deepcopy(easel.decoder)
+    last = copy.deepcopy(inputs.decoder)
     use_channels_last(last)
-    sides = {"as it is": easel.steps, "channels_last": partial(easel.steps, decoder=last)}
+    sides = {"as it is": inputs.steps, "channels_last": partial(inputs.steps, decoder=last)}
     if setting.is_gpu:
         compiled = copy.deepcopy(last)
         compile_image_decoder(compiled)
-        sides["channels_last, compiled"] = partial(easel.steps, decoder=compiled)
+        sides["channels_last, compiled"] = partial(inputs.steps, decoder=compiled)
     result = compare(
         setting,
         {name: lambda f=f: f(0)[-1] for name, f in sides.items()},
         # Twenty-five steps add up what each rounds off.
         tolerance=None if setting.dtype in HALF else 1e-3,
     )
-    steps = easel.settings.num_inference_steps
+    steps = inputs.settings.num_inference_steps
     for name in list(sides)[1:]:
-        yield {"kind": "painting", "switch": name, "exact": True, "steps": steps, **result.record(name)}
+        yield {"kind": KIND, "switch": name, "exact": True, "steps": steps, **result.record(name)}
 
 
 def lossy_case(
-    setting: Setting, easel: Easel, exact: Sequence[list[Tensor]], name: str, switches: Mapping[str, Any]
+    setting: Setting,
+    inputs: DenoisingInputs,
+    exact: Sequence[list[Tensor]],
+    name: str,
+    switches: Mapping[str, Any],
 ) -> Case:
-    """`equal`: the first step, in which no cache leaves anything out, is the same as in the exact picture."""
-    lossy = [easel.steps(seed, **switches) for seed in range(len(exact))]
+    """`equal`: the first step, in which no cache leaves anything out, is the same as in the exact image."""
+    lossy = [inputs.steps(seed, **switches) for seed in range(len(exact))]
     is_same = "scheduler" in switches or all(
         torch.equal(a[0], b[0]) for a, b in zip(exact, lossy, strict=True)
     )
     errors = [
-        diffusion.pixel_error(*(diffusion.decode_images(easel.decoder, each[-1])[0] for each in pair))
+        diffusion.pixel_error(*(diffusion.decode_images(inputs.decoder, each[-1])[0] for each in pair))
         for pair in zip(lossy, exact, strict=True)
     ]
     result = compare(
         setting,
-        {"exact": lambda: easel.steps(0)[-1]},
-        also={"switch": lambda: easel.steps(0, **switches)[-1]},
+        {"exact": lambda: inputs.steps(0)[-1]},
+        also={"switch": lambda: inputs.steps(0, **switches)[-1]},
     )
     record = result.record("switch")
     return {
-        "kind": "painting",
+        "kind": KIND,
         "switch": name,
         "exact": False,
-        "steps": switches.get("num_inference_steps", easel.settings.num_inference_steps),
+        "steps": switches.get("num_inference_steps", inputs.settings.num_inference_steps),
         **record,
         "equal": record["equal"] and is_same,
         "pixel_error": statistics.fmean(errors),
