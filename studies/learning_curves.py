@@ -112,7 +112,8 @@ def costs_of(lines: Lines, flops_a_step: Mapping[str, float]) -> list[RunCost]:
             costs.append(
                 RunCost(
                     stage=stage,
-                    run=str(run or stage),
+                    # Runs are named in the log, which keeps the former name of the stage.
+                    run=str(run or stage).replace("painter", "U-Net"),
                     steps=max(int(line["step"]) for line in of_run),
                     flops_a_step=flops_a_step.get(stage),
                     hours=max(seconds) / 3600 if seconds else None,
