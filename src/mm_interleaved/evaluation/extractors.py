@@ -1,4 +1,4 @@
-"""What turns images and texts into features for metrics: Inception, CLIP, or the truth of StoryWorld.
+"""What turns images and texts into features for metrics: Inception or CLIP.
 
 Extractors are given by path or hub id and never fetched unasked. Letters: N images or texts, D channels.
 """

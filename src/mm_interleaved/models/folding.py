@@ -5,10 +5,11 @@ the same as calling layers (`weights_at_hand.py`). The choice is made in one pla
 which wraps their `forward`: a shortcut that returns None leaves the work to what it wraps, as under LoRA,
 quantisation, offloading and sharding.
 
-1. All before sampling is linear (reference/performance.md, E2), so two matrices become one, once an image or
-   once a call: offsets and logits = W (D q + d + r_k) + b = M q + c + T_k, with M = W D, c = W d + b,
-   T = R W^T. A norm's scale and a position table fold as well; after sampling, a gate or a convolution.
-2. Sampling is linear too (E3), so features may be sampled first and projected afterwards; all layers then
+1. All before sampling is linear in the query and in the embedding of its relative index, so two matrices
+   become one, once an image or once a call: offsets and logits = W (D q + d + r_k) + b = M q + c + T_k, with
+   M = W D, c = W d + b, T = R W^T. A norm's scale and a position table fold as well; after sampling, a gate
+   or a convolution.
+2. Sampling is linear too, so features may be sampled first and projected afterwards; all layers then
    share one copy of the features (`keep="features"`).
 3. Norms of features differ in their affine part alone, which goes into the value projection, so features are
    normalised once for all layers.
@@ -201,8 +202,8 @@ def features_to_sample(cells: Tensor) -> Tensor:
     """Features (..., S, C) with two more channels, for one head that stands for all: (..., S, 1, C + 2).
 
     Sampling is linear, so it may come before the projection: `W sum(w_j x_j) + b m`. The sample of a channel
-    of ones is m, the weight that falls onto the map (performance.md, E4: not the sum of all weights); the
-    last channel is filled by looking nowhere alone.
+    of ones is m, the weight that falls onto the map: not the sum of all weights, since projected values are
+    zero outside the map, bias included. The last channel is filled by looking nowhere alone.
     """
     one, zero = torch.ones_like(cells[..., :1]), torch.zeros_like(cells[..., :1])
     return torch.cat([cells, one, zero], dim=-1).unsqueeze(-2)

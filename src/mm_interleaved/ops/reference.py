@@ -38,9 +38,9 @@ def sampling_plan(
     """Places and weights of all samples of all queries.
 
     The offsets and logits of query q looking at image n are `query_term[q] + index_term[relative_index[q,
-    n]]`: the projections are linear, so what depends on the image is a table (reference/performance.md, E2).
-    Next to all samples stands one extra logit of zero, "look nowhere" (E1: the released code spreads it over
-    N * L slots of logit -log(N L), whose total mass is the same exp(0)).
+    n]]`: the projections are linear, so what depends on the image is a table of one row a relative
+    index. Next to all samples stands one extra logit of zero, "look nowhere": the released code spreads it
+    over N * L slots of logit -log(N L), whose total mass is the same, N L exp(-log(N L)) = exp(0).
 
     Args:
         query_term_BQHE: what the query alone contributes.

@@ -2,9 +2,8 @@
 
 By the operations and activations of a row (`models.operations`, `models.cost`), the shapes of the weights and
 the rules of the recipe `pretrain`: language model, CLIP and VAE frozen, the rest trained with AdamW under
-bfloat16 autocast, activations computed again. Time assumes a
-share of what the maker promises, and that exchange of weights hides behind computation; docs/training.md says
-what of this was checked.
+bfloat16 autocast, activations computed again. Time assumes a share of what the maker promises, and that the
+exchange of weights hides behind computation; docs/training.md says what of this was checked.
 """
 
 from __future__ import annotations

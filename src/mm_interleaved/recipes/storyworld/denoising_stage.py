@@ -1,4 +1,4 @@
-"""What the two stages share that train the U-Net: images in pools, and the denoising loss (section 3.2).
+"""What the two stages share that train the U-Net: images in pools, and the denoising loss (section 3.3).
 
 What is frozen costs more than half of a step (vision tower, VAE, language model), and its output for a
 document is always the same. So documents are read in pools, and each image of a pool is denoised several

@@ -2,7 +2,7 @@
 show.
 
 It trains the context projection, the conditioning's resampler, the U-Net and its synchronizers by the
-denoising loss (paper, section 3.2); the language model and the vision tower stay as they are.
+denoising loss (paper, section 3.3); the language model and the vision tower stay as they are.
 """
 
 from collections.abc import Mapping

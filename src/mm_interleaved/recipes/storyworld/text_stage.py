@@ -1,7 +1,7 @@
 """The text stage: the language model learns to read text and images, to write, and to condition images.
 
 It trains the language model with its synchronizers, the text head, and what makes an image's conditioning,
-by the next-token loss (paper, section 3.2) and two kinds of supervision of our own: attributes of the next
+by the next-token loss (paper, section 3.3) and two kinds of supervision of our own: attributes of the next
 image, and coreference.
 Letters: B rows, T tokens, I images, S slots, D hidden channels, M mentions.
 """

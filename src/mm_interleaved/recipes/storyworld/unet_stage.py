@@ -2,7 +2,7 @@
 
 It stands where the released model takes Stable Diffusion's weights: a U-Net that already knows how a
 conditioning becomes an image. It trains the U-Net, its synchronizers and the conditioning of no context by
-the denoising loss (paper, section 3.2).
+the denoising loss (paper, section 3.3).
 """
 
 from collections.abc import Mapping
