@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mm_interleaved.ops.cpu_op import attend_gather, sample_gather
+from mm_interleaved.ops.meta_op import attend_shapes
 from mm_interleaved.ops.reference import attend_reference, sample_reference
 
 HAS_TRITON = find_spec("triton") is not None
@@ -78,6 +79,8 @@ def multi_image_deformable_attention(
         ValueError: the cells do not fit the levels, or the implementation is unknown.
     """
     attend = IMPLEMENTATIONS[choose_implementation(implementation, value_BNSHD)]
+    if value_BNSHD.device.type == "meta":
+        attend = attend_shapes
     B, Q, H, _ = query_term_BQHE.shape
     S, _, D = value_BNSHD.shape[-3:]
     N = relative_index_BQN.shape[2]
