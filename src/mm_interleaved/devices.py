@@ -239,7 +239,7 @@ def cpu_quota(control_groups: Path, membership: Path = Path("/proc/self/cgroup")
 
     Args:
         control_groups: where the kernel shows them (version 2; of version 1 the `cpu` controller).
-        membership: the file that tells in which of them this process is.
+        membership: the file that states in which of them this process is.
     """
     quotas = []
     for controllers, path in _memberships(membership):

@@ -25,7 +25,7 @@ from mm_interleaved.spelling import hint
 Settings = TypeVar("Settings")
 
 _UNSTATED_LIMIT = 2**31 - 1
-"""A limit so high is there for safety; nobody is told of it who stays below."""
+"""A limit so high is there for safety; it is not mentioned to who stays below."""
 _MAX_SUGGESTED = 5
 
 

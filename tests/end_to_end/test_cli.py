@@ -445,7 +445,7 @@ def test_chat_answers_each_line_and_saves_the_conversation(
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     assert run(["chat", "-o", str(tmp_path / "chat"), "--model", str(tiny_folder), "--layout", "T I"]) == 0
     captured = capsys.readouterr()
-    assert "picture-1.png" in captured.out and "picture-2.png" in captured.out
+    assert "image-1.png" in captured.out and "image-2.png" in captured.out
     assert "absent.png" in captured.err
     [conversation] = [json.loads(line) for line in (tmp_path / "chat" / "conversation.jsonl").open()]
     assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"] * 2

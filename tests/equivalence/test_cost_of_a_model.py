@@ -19,7 +19,7 @@ from mm_interleaved.models.operations import (
     image_operations,
     meta_model,
     step_operations,
-    word_operations,
+    token_operations,
 )
 from mm_interleaved.models.vision import select_levels
 from tiny import tiny_model
@@ -77,7 +77,7 @@ def test_counted_operations_of_an_image_are_those_that_are_done(model, config, s
     counted = step_operations(
         whole, min(needs_of(config, shapes).images, config["image_synchronizer"]["max_images"] - 1)
     ).total
-    assert needs_of(config, shapes).picture_flops == steps * counted + decoding
+    assert needs_of(config, shapes).generation_flops == steps * counted + decoding
 
 
 def read_images(model):
@@ -89,7 +89,7 @@ def read_images(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_images", [0, 2])
-def test_counted_operations_of_a_word_are_those_that_are_done(model, config, num_images):
+def test_counted_operations_of_a_token_are_those_that_are_done(model, config, num_images):
     session = InterleavedSession(model)
     session.append_text([1, 5])
     for _ in range(num_images):
@@ -102,7 +102,7 @@ def test_counted_operations_of_a_word_are_those_that_are_done(model, config, num
     length = session.cache.num_tokens
     session.append_text([8])
     read = done(session.read)
-    assert word_operations(meta_model(config), length, num_images).products == read
+    assert token_operations(meta_model(config), length, num_images).products == read
 
 
 def test_sampling_is_counted_by_its_formula():
@@ -145,14 +145,14 @@ def test_a_full_context_takes_memory_and_a_faster_device_less_time(config, shape
     needs = needs_of(config, shapes)
     assert needs.memory("float32") > 4 * needs.parameters
     assert needs.memory("bfloat16") * 2 == needs.memory("float32")
-    times = [needs.seconds_a_picture(device, "float32") for device in DEVICES]
+    times = [needs.seconds_an_image(device, "float32") for device in DEVICES]
     assert times == sorted(times, reverse=True) and times[-1] > 0
     longer = {**config, "text_config": {**config["text_config"], "max_position_embeddings": 10**6}}
     assert needs_of(longer, shapes).memory("float32") > needs.memory("float32")
 
 
-def test_a_model_that_only_writes_takes_no_time_to_paint(config, shapes):
+def test_a_model_that_generates_text_only_takes_no_time_for_images(config, shapes):
     only_text = {**config, "unet_config": None, "vae_config": None, "text_synchronizer": None}
     needs = needs_of(only_text, shapes)
-    assert needs.seconds_a_picture(DEVICES[0], "float32") is None
-    assert needs.words_a_second(DEVICES[0], "float32") > 0
+    assert needs.seconds_an_image(DEVICES[0], "float32") is None
+    assert needs.tokens_a_second(DEVICES[0], "float32") > 0

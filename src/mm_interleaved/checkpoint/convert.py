@@ -44,7 +44,7 @@ _POSITION_TABLES = ("vision.clip.embeddings.position_embedding.weight", "vision.
 
 
 def dry_run(path: Path, *, components: Path | None = None) -> KeyReport:
-    """Compare official names (and shapes, where the files tell them) with our model; no weight is read.
+    """Compare official names (and shapes, where the files state them) with our model; no weight is read.
 
     Args:
         path: a manifest (`state_dict` and configurations as JSON), an index of shards, a file or folder of
@@ -217,7 +217,7 @@ def _official_config(folder: Path, parts: Components) -> MMInterleavedConfig:
 def _fitted(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The arguments of the official model for other stock parts.
 
-    The two image tokens follow the vocabulary, the last ordinary piece pads, pictures have the U-Net's size.
+    The two image tokens follow the vocabulary, the last ordinary piece pads, images have the U-Net's size.
     """
     model, vocab_size = settings["model"], settings["llm"]["vocab_size"]
     tokens = {"pad_token_id": vocab_size - 1, "soi_token_id": vocab_size, "image_token_id": vocab_size + 1}

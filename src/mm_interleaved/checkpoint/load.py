@@ -185,7 +185,7 @@ def _part_that_differs(expected: Mapping[str, tuple[int, ...]], found: Mapping[s
 
 
 def _check_scheduler(path: Path, model: Any) -> None:
-    """Refuses a noise schedule that cannot be made, which would be found out after a whole picture's text."""
+    """Refuses a noise schedule that cannot be made, before any text is generated."""
     try:
         steps = model.training_scheduler
     except Exception as error:  # diffusers checks little by itself: what is raised differs by the value

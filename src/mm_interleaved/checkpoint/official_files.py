@@ -99,7 +99,7 @@ def _check_files(files: list[Path]) -> None:
         numbered = _NUMBERED.fullmatch(file.name)
         if numbered and int(numbered[3]) != len(files):
             raise ModelFileError(
-                f"{file.parent}: {len(files)} shards, {escape(file.name)} tells of {int(numbered[3])}"
+                f"{file.parent}: {len(files)} shards, {escape(file.name)} states {int(numbered[3])}"
             )
     hashes = files[0].parent / HASHES
     if not hashes.is_file():
@@ -113,7 +113,7 @@ def _check_files(files: list[Path]) -> None:
         with open(file, "rb") as data:
             found = hashlib.file_digest(data, "sha256").hexdigest()
         if file.name in expected and expected[file.name].lower() != found:
-            raise ModelFileError(f"{file}: SHA-256 {found}, {HASHES} tells of {escape(expected[file.name])}")
+            raise ModelFileError(f"{file}: SHA-256 {found}, {HASHES} states {escape(expected[file.name])}")
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

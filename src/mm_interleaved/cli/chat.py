@@ -131,6 +131,7 @@ class _Conversation:
         if not text:
             raise UsageError("/draw: found no text, expected /draw TEXT")
         images = [Image(image.source, name=image.name) for image in self.given]
+        # The seed of a document follows from its id: another word here would be another image.
         document = Document(id=f"drawing-{len(self.drawn) + 1}", parts=(*images, Text(text)))
         self.drawn.append(self._complete(document, layout="I"))
         self._save()
@@ -179,7 +180,7 @@ class _Saved:
         from mm_interleaved.files import make_folder, write_file
 
         make_folder(self.folder)
-        path = self._free("picture-{}.png", 1)
+        path = self._free("image-{}.png", 1)
         write_file(path, to_png(image))
         return path
 

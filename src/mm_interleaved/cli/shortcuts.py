@@ -123,6 +123,7 @@ def draw(
     flags: Flags,
 ) -> int:
     """Generate an image of a text."""
+    # The seed of a document follows from its id: another word here would be another image.
     documents = [typed_document("picture", [Text(checked_text(prompt, "PROMPT"))], layout="I")]
     output = output or default_output("picture", documents, model, flags)
     return run_and_report(_request(documents, output, model, device, dtype, flags, new_run))

@@ -122,10 +122,10 @@ def plan(
     say(f"{'time, about':<18} {'':<10} {'an image':>14} {'tokens/s':>14}")
     for device in DEVICES:
         for dtype in device.flops:
-            seconds = needs.seconds_a_picture(device, dtype)
-            picture = "none" if seconds is None else f"{seconds:.2g} s"
-            words = needs.words_a_second(device, dtype)
-            say(f"{device.name:<18} {dtype:<10} {picture:>14} {words:>14,.0f}")
+            seconds = needs.seconds_an_image(device, dtype)
+            image = "none" if seconds is None else f"{seconds:.2g} s"
+            tokens = needs.tokens_a_second(device, dtype)
+            say(f"{device.name:<18} {dtype:<10} {image:>14} {tokens:>14,.0f}")
     say()
     say(f"An image takes {needs.steps} guided steps. Time is right within a factor of a few.")
     if gpus:

@@ -79,7 +79,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             header_size = int.from_bytes(file.read(8), "little")
             if size < 8 or header_size > min(size - 8, _HEADER_LIMIT):
                 raise ModelFileError(
-                    f"{path}: {size} bytes, its header alone tells of {header_size + 8}; it is cut or damaged"
+                    f"{path}: {size} bytes, its header states {header_size + 8}; it is cut or damaged"
                 )
             data = file.read(header_size)
     except OSError as error:
@@ -99,7 +99,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     expected = 8 + header_size + max((end for _, end in spans), default=0)
     if size != expected:
         raise ModelFileError(
-            f"{path}: {size} bytes, its header tells of {expected}; the file is cut or damaged"
+            f"{path}: {size} bytes, its header states {expected}; the file is cut or damaged"
         )
     if has_gaps or is_lying:
         raise ModelFileError(
@@ -128,7 +128,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def check_index(path: Path, placed: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Refuse an index that tells of other tensors than its shards hold. `found`: file of each tensor."""
+    """Refuse an index that lists other tensors than its shards hold. `found`: file of each tensor."""
     if not placed:
         return
     for name in sorted(placed.keys() | found.keys()):

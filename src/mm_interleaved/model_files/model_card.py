@@ -54,15 +54,15 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
-    paints = config.get("unet_config") is not None
-    found = TAGS if paints else [tag for tag in TAGS if tag != "text-to-image"]
+    has_images = config.get("unet_config") is not None
+    found = TAGS if has_images else [tag for tag in TAGS if tag != "text-to-image"]
     data = ModelCardData(
         library_name="mm-interleaved",
         license=license,
-        pipeline_tag="any-to-any" if paints else "image-text-to-text",
+        pipeline_tag="any-to-any" if has_images else "image-text-to-text",
         tags=list(dict.fromkeys([*found, *tags])),
     )
-    sentence = _SENTENCE.format(only_text="" if paints else " This one writes text only.")
+    sentence = _SENTENCE.format(only_text="" if has_images else " This one writes text only.")
     rows = "\n".join(f"| {what} | {number} |" for what, number in _sizes(config).items())
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {name or 'MM-Interleaved'}\n\n{sentence}\n\n"

@@ -38,7 +38,7 @@ def find_model(
         hub: some of `HUB_ARGUMENTS`.
 
     Raises:
-        ModelFileError: there is none; tells where it was looked for.
+        ModelFileError: there is none; states where it was searched for.
     """
     folder = find_folder(name, files=files, hub=hub)
     if not os.path.isfile(folder / CONFIG):

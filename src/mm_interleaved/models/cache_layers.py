@@ -3,7 +3,7 @@
     GrowingTensor, GrowingLayer: take room as they need it, and half as much again, so that they rarely move
     FixedTensor, FixedLayer:     have all their room from the start and never move, for compiled decoding
 
-`torch.cat` at every word moves all words before it: n words cost n² / 2 moves, here less than 3 n.
+`torch.cat` at every token moves all tokens before it: n tokens cost n² / 2 moves, here less than 3 n.
 Letters: B rows, T tokens so far, D channels.
 """
 
@@ -117,7 +117,7 @@ class FixedTensor:
 
 
 class GrowingLayer(DynamicLayer):
-    """transformers' growing layer, which writes where it stands instead of moving at every word."""
+    """transformers' growing layer, which writes where it stands instead of moving at every token."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)

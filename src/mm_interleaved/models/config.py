@@ -111,7 +111,7 @@ class MMInterleavedConfig(PreTrainedConfig):
 
     `adapter`, `slot_resampler`, `conditioning_resampler`, `text_synchronizer`, `image_synchronizer` are
     stored as dictionaries (they are JSON) and read through `part(name)`. `image_decoder` parts may be None: a
-    model that only writes. `text_synchronizer` or `image_synchronizer` None: the twin that cannot look.
+    model that generates text only. `text_synchronizer` or `image_synchronizer` None: the variant without.
     """
 
     model_type = "mm_interleaved"

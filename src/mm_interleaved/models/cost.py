@@ -54,16 +54,16 @@ class Needs:
     """As many as fit into it."""
     cached_values: int
     """Keys, values and hidden states of all tokens, pyramids and projections of all images."""
-    word_parameters: int
+    token_parameters: int
     """Read for each token."""
-    word_flops: float
+    token_flops: float
     """Of a token behind a full context."""
-    word_tensors: int
+    token_tensors: int
     """In which they stand."""
     step_tensors: int
     """Used in each denoising step."""
-    picture_flops: float | None
-    """Of all denoising steps, guided, and the decoding of one image; None for a model that only writes."""
+    generation_flops: float | None
+    """Of all denoising steps, guided, and the decoding of one image; None for text-only models."""
     image_flops: float
     """Of encoding one image, and of projecting it for all synchronizers."""
     steps: int
@@ -76,21 +76,21 @@ class Needs:
         """Bytes to train all: in float32 weights, average, gradients, two moments; the copy computed in."""
         return self.parameters * (4 * 5 + (BYTES[dtype] if BYTES[dtype] < 4 else 0))
 
-    def seconds_a_picture(self, device: DeviceClass, dtype: str) -> float | None:
+    def seconds_an_image(self, device: DeviceClass, dtype: str) -> float | None:
         """Generating one image and encoding it."""
-        if self.picture_flops is None:
+        if self.generation_flops is None:
             return None
         starting = self.steps * self.step_tensors * START_SECONDS
-        return (self.picture_flops + self.image_flops) / device.flops[dtype] + starting
+        return (self.generation_flops + self.image_flops) / device.flops[dtype] + starting
 
-    def words_a_second(self, device: DeviceClass, dtype: str) -> float:
+    def tokens_a_second(self, device: DeviceClass, dtype: str) -> float:
         """Tokens one after another: each reads all weights, which takes longer than multiplying them."""
-        multiplying = self.word_flops / device.flops[dtype]
-        reading = self.word_parameters * BYTES[dtype] / device.bandwidth
-        return 1 / (max(multiplying, reading) + self.word_tensors * START_SECONDS)
+        multiplying = self.token_flops / device.flops[dtype]
+        reading = self.token_parameters * BYTES[dtype] / device.bandwidth
+        return 1 / (max(multiplying, reading) + self.token_tensors * START_SECONDS)
 
 
-_USED_FOR_WORDS = ("language_model.layers", "language_model.norm", "text_head")
+_USED_FOR_TOKENS = ("language_model.layers", "language_model.norm", "text_head")
 _USED_FOR_STEPS = ("image_decoder.unet", "image_decoder.synchronizers")
 
 
@@ -116,22 +116,22 @@ def needs_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     if synchronizer is not None:
         images = min(images, synchronizer["max_images"] - 1)
     steps = (config.get("generation_settings") or {}).get("num_inference_steps", DEFAULT_STEPS)
-    word_sizes = [size for name, size in sizes.items() if name.startswith(_USED_FOR_WORDS)]
+    token_sizes = [size for name, size in sizes.items() if name.startswith(_USED_FOR_TOKENS)]
     model = operations.meta_model(config)
-    picture_flops = None
+    generation_flops = None
     if model.image_decoder is not None:
         step = operations.step_operations(model, min(images, _num_seen(config)))
-        picture_flops = (step * steps + operations.decoding_operations(model)).total
+        generation_flops = (step * steps + operations.decoding_operations(model)).total
     return Needs(
         parameters=sum(sizes.values()),
         tokens=tokens,
         images=images,
         cached_values=tokens * _values_a_token(text) + _values_of_images(config, shapes, images),
-        word_parameters=sum(word_sizes),
-        word_flops=operations.word_operations(model, tokens - 1, images).total,
-        word_tensors=len(word_sizes),
+        token_parameters=sum(token_sizes),
+        token_flops=operations.token_operations(model, tokens - 1, images).total,
+        token_tensors=len(token_sizes),
         step_tensors=sum(name.startswith(_USED_FOR_STEPS) for name in sizes),
-        picture_flops=picture_flops,
+        generation_flops=generation_flops,
         image_flops=operations.image_operations(model).total,
         steps=steps,
     )

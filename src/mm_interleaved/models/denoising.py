@@ -28,7 +28,7 @@ class DiffusionNoise(NamedTuple):
     drop: Tensor
 
 
-def draw_noise(
+def sample_noise(
     shape: Sequence[int],
     num_timesteps: int,
     condition_dropout: float,
@@ -45,15 +45,15 @@ def draw_noise(
         condition_dropout: share of images whose conditioning is dropped.
         dtype: of both noises.
         generator: default torch's global one.
-        with_latent_noise: whether `latent_noise` is drawn.
+        with_latent_noise: whether `latent_noise` is sampled.
     """
 
     def normal() -> Tensor:
-        # Drawn in single precision whatever torch's default is, so that the numbers are the same.
+        # Sampled in single precision whatever torch's default is, so that the numbers are the same.
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     images = shape[0]
-    # The order in which they are drawn is that of the logged losses: another one is another run.
+    # The order in which they are sampled is that of the logged losses: another one is another run.
     timestep = torch.randint(0, num_timesteps, (images,), generator=generator, device=device)
     noise = normal()
     latent_noise = normal() if with_latent_noise else None

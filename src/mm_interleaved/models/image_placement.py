@@ -39,7 +39,7 @@ def placed_images(
         ValueError: ids, table and images do not agree.
     """
     check_ids(input_ids_BT)
-    # A single token is no image: words are written without being searched.
+    # A single token is no image: tokens are generated without being searched.
     if input_ids_BT.shape[1] > 1 or image_start_BN is not None:
         found_BN = image_table(input_ids_BT, image_start_BN, tokens)
     else:

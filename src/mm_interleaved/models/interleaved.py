@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from mm_interleaved.models.build import build_image_decoder, build_language_model, build_vision_tower
 from mm_interleaved.models.config import MMInterleavedConfig
 from mm_interleaved.models.context import add_distances, gather_contexts
-from mm_interleaved.models.denoising import DiffusionNoise, denoising_loss, draw_noise
+from mm_interleaved.models.denoising import DiffusionNoise, denoising_loss, sample_noise
 from mm_interleaved.models.image_decoder import EarlierImages
 from mm_interleaved.models.image_placement import (
     ImageTokens,
@@ -340,7 +340,7 @@ class MMInterleavedForConditionalGeneration(MMInterleavedPreTrainedModel, Prompt
         """Random numbers for the denoising loss of images (I, 3, h, w)."""
         images, _, height, width = target_pixel_values.shape
         factor = self.image_decoder.latent_factor
-        return draw_noise(
+        return sample_noise(
             (images, self.image_decoder.unet.config.in_channels, height // factor, width // factor),
             self.training_scheduler.config.num_train_timesteps,
             self.config.condition_dropout,

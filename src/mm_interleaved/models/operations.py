@@ -117,7 +117,7 @@ def _meta_model(config: str) -> MMInterleavedForConditionalGeneration:
 
 
 @torch.no_grad()
-def word_operations(
+def token_operations(
     model: MMInterleavedForConditionalGeneration, context: int, num_images: int
 ) -> Operations:
     """Of one token behind `context` others and so many images, whose values are kept."""
@@ -137,7 +137,7 @@ def word_operations(
         )
         model.predict_text(read.last_hidden_state)
 
-    # The first word after new images multiplies the weights that are folded; it is not counted.
+    # The first token after new images multiplies the weights that are folded; it is not counted.
     count_operations(read)
     return count_operations(read)
 
@@ -228,8 +228,8 @@ def _row(model: MMInterleavedForConditionalGeneration, tokens: int, images: int)
     view = _view(model, tokens, features.pyramid)
     # What stands where in a row costs nothing: the slots come first.
     slots = features.slots.flatten(0, 1)[None, :tokens]
-    words = torch.empty(1, tokens - slots.shape[1], slots.shape[2], device=META)
-    embeddings = torch.cat([slots, words], dim=1)
+    text = torch.empty(1, tokens - slots.shape[1], slots.shape[2], device=META)
+    embeddings = torch.cat([slots, text], dim=1)
     hidden = _read(model, embeddings, view)
     logits, decoder = model.predict_text(hidden), model.image_decoder
     if decoder is None:

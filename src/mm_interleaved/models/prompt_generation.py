@@ -1,4 +1,4 @@
-"""transformers' `generate` for prompts with images: what is read before it, and what it is told.
+"""transformers' `generate` for prompts with images: what is read before it, and what it is given.
 
     ids, table, pixels, cache -> images into the cache, embeddings of what is unread -> transformers' search
 
@@ -77,7 +77,7 @@ class PromptGenerationMixin(GenerationMixin):
             return super().generate(input_ids, **{CACHE: cache}, **arguments)
 
     def _always_cache(self: Any, arguments: dict[str, Any]) -> None:
-        """Images are looked at through a cache; it changes no word, so `use_cache=False` has one too."""
+        """Images are attended to through a cache; it changes no token, so `use_cache=False` has one too."""
         arguments.pop("use_cache", None)
         given = arguments.get("generation_config")
         # False is a choice, None is left to transformers, which then has a cache.
@@ -131,7 +131,7 @@ class PromptGenerationMixin(GenerationMixin):
             )
         config = arguments.get("generation_config") or self.generation_config
         needed = _longest(num_tokens, config, arguments)
-        # The last word is not read.
+        # The last token is not read.
         if isinstance(cache, PrefixCache) and cache.room is not None and cache.room < needed - 1:
             raise ValueError(
                 f"cache: found room for {cache.room} tokens, expected room for {needed - 1}: give "
@@ -197,7 +197,7 @@ class PromptGenerationMixin(GenerationMixin):
         **kwargs: Any,  # by this name transformers knows that what `forward` takes is welcome
     ) -> dict[str, Any]:
         """As transformers does. Also for the first pass of assisted decoding, which asks neither what the
-        cache holds already nor how the words that it has guessed are embedded.
+        cache holds already nor how the tokens that it has guessed are embedded.
         """
         cache = one_cache(cache, past_key_values)
         # Of stop strings and assistants; `generate` hands on what its search has taken.
@@ -223,7 +223,7 @@ class PromptGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if isinstance(cache, PrefixCache) and _has_several(given.get("input_ids")):
-            # Guessed words, or what follows in a conversation: no images, whatever their ids.
+            # Guessed tokens, or what follows in a conversation: no images, whatever their ids.
             given["inputs_embeds"] = self.embed_words(given["input_ids"])
             given["input_ids"] = None
         if given.get("position_ids") is not None:

@@ -1,4 +1,4 @@
-"""Weights in few bits: a third to a half of the bytes that a word of a large model has to read.
+"""Weights in few bits: a third to a half of the bytes that each token of a large model has to read.
 
 Only the language model's own attention and feed-forward layers are kept so, nearly all of its weights. Not
 exact: what it costs is measured in `tests/unit/models/test_quantization.py` and reported in

@@ -31,7 +31,7 @@ class TrainingTargets:
     target_pixel_values: Tensor | None = None
     """(I, 3, h, w) RGB in [0, 1], what the image decoder shall generate."""
     noise: DiffusionNoise | None = None
-    """Random numbers of the image loss; default: drawn in the pass."""
+    """Random numbers of the image loss; default: sampled in the pass."""
     image_weight: Tensor | None = None
     """(I,) factor of each image's error (see `training.objectives`); default 1."""
     hide_earlier: Tensor | None = None

@@ -17,8 +17,6 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 _VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
 CHUNKS_CONTINUE = _VERSION >= (5, 21)
 """Whether `generate(prefill_chunk_size=...)` goes on behind what a cache holds, or reads all of it again."""
-PENALTY_SPARES_PADDING = _VERSION >= (5, 23)
-"""Whether `generate(repetition_penalty=...)` leaves left padding alone, or takes its ids for words."""
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:

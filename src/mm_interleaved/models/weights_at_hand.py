@@ -49,10 +49,10 @@ State = tuple[int, int] | None
 
 
 def weight_state(weight: Tensor) -> State:
-    """What tells a weight from another one, and from itself after a change.
+    """What distinguishes a weight from another one, and from itself after a change.
 
-    Content is told by version counters, which every change under autograd's eyes raises: optimizers,
-    `load_state_dict`, `copy_`. A fused optimizer or a write through `.data` passes unseen.
+    Changes of content are seen by version counters, which every change under autograd's eyes raises:
+    optimizers, `load_state_dict`, `copy_`. A fused optimizer or a write through `.data` passes unseen.
     """
     if weight.device.type == "meta":
         return None
@@ -64,9 +64,9 @@ def weight_state(weight: Tensor) -> State:
 
 
 class WeightsState:
-    """The weights of a whole model at one time, to tell later whether what was computed still holds.
+    """The weights of a whole model at one time, to find out later whether what was computed still holds.
 
-    Told as `weight_state` does. Added weights (LoRA) and other ones in their place (another device, another
+    Compared by `weight_state`. Added weights (LoRA) and other ones in their place (another device, another
     number format) are a change as well. Weights that an offloading library takes away between calls count as
     unchanged, and so do buffers, which models fill with tables while they run.
     """

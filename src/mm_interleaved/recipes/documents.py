@@ -18,7 +18,7 @@ from mm_interleaved.files import new_folder, remove_folder
 from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.models.finite import damaged_weight
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
-from mm_interleaved.recipes.samples import SampleDrawer, sample_documents
+from mm_interleaved.recipes.samples import SampleWriter, sample_documents
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.adaptation import (
     add_low_rank,
@@ -278,14 +278,14 @@ def _writers(config: TrainConfig, folder: Path) -> Sequence[LogWriter]:
 
 def _observers(
     config: TrainConfig, stage: DocumentsStage, processor: MMInterleavedProcessor, folder: Path
-) -> Sequence[SampleDrawer]:
+) -> Sequence[SampleWriter]:
     if not config.samples.every:
         return ()
     if config.parallel.strategy == "fsdp":
         logger.warning("samples.every: samples are drawn from whole weights only; none with strategy=fsdp")
         return ()
     documents = sample_documents(config.samples)
-    return (SampleDrawer(stage.model, processor, config.samples, documents, folder / "samples"),)
+    return (SampleWriter(stage.model, processor, config.samples, documents, folder / "samples"),)
 
 
 def _without_data(config: TrainConfig) -> TrainConfig:

@@ -70,7 +70,7 @@ def run_recipe(
     if show_progress:
         _hide_bars_of_libraries()
     if is_first:
-        _tell_number_formats(settings)
+        _report_number_formats(settings)
         make_folder(out)
     with (
         locked_folder(out) if is_first else nullcontext(),
@@ -89,7 +89,7 @@ def _hide_bars_of_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _tell_number_formats(settings: Any) -> None:
+def _report_number_formats(settings: Any) -> None:
     """One line where stages compute in another format than usual, or in a slow one."""
     device = rank_device(settings.device)
     formats = [stage.number_format(device) for stage in stages(settings).values()]

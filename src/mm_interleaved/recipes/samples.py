@@ -33,7 +33,7 @@ def sample_documents(config: SamplesConfig) -> list[Document]:
     return [document("validation", 0, index) for index in range(config.count)]
 
 
-class SampleDrawer:
+class SampleWriter:
     """Writes a page of continued documents every so many steps; the same seed each time.
 
     Args:

@@ -52,7 +52,7 @@ def story(split: str, seed: int, index: int) -> Story:
 
 
 def random_story(rng: SeededRandom, split: str) -> Story:
-    """One story, drawn at random."""
+    """One random story."""
     cast = random_cast(rng, split, rng.weighted((1, 2, 3), (55, 38, 7)))
     num_panels = rng.weighted((3, 4, 5, 6), (35, 40, 15, 10))
     # When each character first comes: the hero at once, the others then or up to two panels later.

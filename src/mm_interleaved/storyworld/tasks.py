@@ -253,7 +253,7 @@ def _lonely_scene(rng: SeededRandom, split: str) -> Scene:
 def _edit(rng: SeededRandom, split: str) -> Document:
     """An image and an instruction; the image after it."""
     before = random_scene(rng, split)
-    while (edit := rng.pick(_EDITS)(rng, before, split)) is None:
+    while (edit := rng.pick(_EDITS)(rng, before)) is None:
         pass
     instruction, after = edit
     return _document((scene_image(before), Text(instruction)), (scene_image(after),), [before, after])
@@ -262,7 +262,7 @@ def _edit(rng: SeededRandom, split: str) -> Document:
 _Edit = tuple[str, Scene] | None
 
 
-def _edit_setting(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
+def _edit_setting(rng: SeededRandom, scene: Scene) -> _Edit:
     kind = rng.pick(("place", "time", "weather"))
     words = {"place": PLACES, "time": TIMES, "weather": WEATHERS}[kind]
     value = rng.pick([word for word in words if word != getattr(scene, kind)])
@@ -271,14 +271,14 @@ def _edit_setting(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
     return f"The same scene {where}.", after
 
 
-def _edit_action(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
+def _edit_action(rng: SeededRandom, scene: Scene) -> _Edit:
     figure = rng.pick(scene.figures)
     action = rng.pick([action for action in ACTIONS if action != figure.action])
     after = _with_figure(scene, figure, replace(figure, action=action))
     return f"Now the {figure.character.species} {DOES[action]}.", after
 
 
-def _edit_hat(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
+def _edit_hat(rng: SeededRandom, scene: Scene) -> _Edit:
     """Another hat, if there is one with which the character stays in its split."""
     figure = rng.pick(scene.figures)
     character = figure.character
@@ -288,7 +288,7 @@ def _edit_hat(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
         if hat != "none"
         for colour in HAT_COLOURS
     ]
-    hats = [changed for changed in hats if split_of(changed) == split and changed != character]
+    hats = [changed for changed in hats if split_of(changed) == split_of(character) and changed != character]
     if not hats:
         return None
     changed = rng.pick(hats)
@@ -296,7 +296,7 @@ def _edit_hat(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
     return f"Give the {character.species} {with_article(f'{changed.hat_colour} {changed.hat}')}.", after
 
 
-def _edit_prop(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
+def _edit_prop(rng: SeededRandom, scene: Scene) -> _Edit:
     free = [position for position in POSITIONS if position not in {prop.position for prop in scene.props}]
     unused = [kind for kind in PROPS if kind not in {prop.kind for prop in scene.props}]
     prop = Prop(kind=rng.pick(unused), colour=rng.pick(PROP_COLOURS), position=rng.pick(free))
@@ -304,7 +304,7 @@ def _edit_prop(rng: SeededRandom, scene: Scene, split: str) -> _Edit:
     return f"Add {with_article(f'{prop.colour} {prop.kind}')} {AT[prop.position]}.", after
 
 
-_EDITS: tuple[Callable[[SeededRandom, Scene, str], _Edit], ...] = (
+_EDITS: tuple[Callable[[SeededRandom, Scene], _Edit], ...] = (
     _edit_setting,
     _edit_action,
     _edit_hat,

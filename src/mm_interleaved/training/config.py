@@ -25,7 +25,7 @@ class CorpusConfig:
     kind: str
     """Its format, e.g. `mmc4`, `llava`, `documents` (see docs/data.md)."""
     paths: tuple[str, ...] = ()
-    """Files, globs or addresses; of a corpus that is drawn, its tasks."""
+    """Files, globs or addresses; of a generated corpus, its tasks."""
     images: str | None = None
     """Folder, address or tars of the images; none = where the format has them."""
     options: str = ""
@@ -265,7 +265,7 @@ class TrainConfig:
     wandb: bool = False
     """Curves for Weights & Biases."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    """Samples drawn while training."""
+    """Samples generated while training."""
     model_type: Annotated[str, Choice(tuple(FORMATS))] = "float32"
     """Number type in which the finished model is saved."""
 

@@ -63,7 +63,7 @@ class Objective:
 
     Args:
         model: the model itself, not wrapped.
-        seed: of noise, time steps and dropout. What is drawn for a row depends on its number and on this
+        seed: of noise, time steps and dropout. What is sampled for a row depends on its number and on this
             alone, not on the ranks or micro-batches that rows are spread over.
     """
 
@@ -109,7 +109,7 @@ class Objective:
         batch = batch.to(self.model.device)
         noise, hide_earlier, weight = None, None, None
         if batch.target_pixel_values is not None:
-            noise, hide_earlier = self.draw_noise(batch, row_numbers)
+            noise, hide_earlier = self.sample_noise(batch, row_numbers)
             if self.config.min_snr_gamma is not None:
                 weight = min_snr_weight(
                     noise.timestep, self.model.training_scheduler, self.config.min_snr_gamma
@@ -129,9 +129,9 @@ class Objective:
                 hide_earlier=hide_earlier,
             ),
         )
-        return self._losses(output, counts, batch.num_images, totals)
+        return self._losses(output, counts, totals)
 
-    def draw_noise(self, batch: Batch, row_numbers: Sequence[int]) -> tuple[DiffusionNoise, Tensor]:
+    def sample_noise(self, batch: Batch, row_numbers: Sequence[int]) -> tuple[DiffusionNoise, Tensor]:
         """Random numbers of the image loss, and (I,) bool, which images see no earlier ones.
 
         Args:
@@ -149,7 +149,7 @@ class Objective:
             hidden.append(chance < self.config.synchronizer_dropout)
         return DiffusionNoise(*(torch.cat(values) for values in zip(*noises, strict=True))), torch.cat(hidden)
 
-    def _losses(self, output: Any, counts: TargetCounts, num_images: int, totals: StepTotals) -> StepLosses:
+    def _losses(self, output: Any, counts: TargetCounts, totals: StepTotals) -> StepLosses:
         text_mean = output.text_loss
         image_mean = torch.zeros_like(text_mean) if output.image_loss is None else output.image_loss
         config = self.model.config

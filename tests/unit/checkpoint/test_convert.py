@@ -396,7 +396,7 @@ def test_an_index_may_not_lead_elsewhere_nor_lie(ours, tmp_path):
     refused(folder, tmp_path, "twice")
     path.unlink()
     (folder / shard).unlink()
-    refused(folder, tmp_path, "shards, .* tells of")
+    refused(folder, tmp_path, "shards, .* states")
 
 
 def test_a_tensor_in_two_shards_is_refused(damaged, tmp_path):

@@ -391,7 +391,7 @@ def test_a_cut_file_is_refused_with_its_name_at_any_length(damaged):
         path.write_bytes(whole[:length])
         with pytest.raises(ModelFileError, match=r"model\.safetensors: "):
             tensor_headers(damaged)
-    refused(damaged, r"model\.safetensors: \d+ bytes, its header tells of \d+")
+    refused(damaged, r"model\.safetensors: \d+ bytes, its header states \d+")
 
 
 def test_a_header_that_lies_is_refused(damaged):

@@ -83,7 +83,7 @@ def test_packed_rows_have_the_losses_and_hidden_states_of_their_documents_alone(
     own = sequences(processor)
     objective = Objective(model, ObjectiveConfig(condition_dropout=0.0))
     alone, packed = (processor.collate(rows, target_pixels=True) for rows in (own, [own[:2], own[2:]]))
-    noise, _ = objective.draw_noise(alone, range(4))
+    noise, _ = objective.sample_noise(alone, range(4))
     with torch.no_grad():
         outputs = [forward(model, batch, noise) for batch in (alone, packed)]
     rows = [(0, 0), (0, len(own[0])), (1, 0), (1, len(own[2]))]
@@ -151,7 +151,7 @@ def test_released_losses_are_means_of_micro_batches_over_all_images(processor):
     batches = [processor.collate(own[i : i + 2], target_pixels=True) for i in (0, 2)]
     totals = objective.totals(batches)
     for batch, rows in zip(batches, (range(2), range(2, 4)), strict=True):
-        noise, _ = objective.draw_noise(batch, rows)
+        noise, _ = objective.sample_noise(batch, rows)
         output = forward(model, batch, noise)
         losses = objective(batch, rows, totals)
         torch.testing.assert_close(losses.text, output.text_loss / 2)
@@ -295,7 +295,7 @@ def test_condition_dropout_and_weights_go_into_the_models_own_configuration(mode
     assert model.training_scheduler.config.prediction_type == "v_prediction"
     batch = processor([pair("a")] * 150)
     batch = dataclasses.replace(batch, target_pixel_values=torch.zeros(150, 3, 32, 32))
-    noise, _ = Objective(model, ObjectiveConfig()).draw_noise(batch, range(150))
+    noise, _ = Objective(model, ObjectiveConfig()).sample_noise(batch, range(150))
     assert noise.drop.double().mean() == pytest.approx(0.3, abs=0.1)
 
 
@@ -341,7 +341,7 @@ def test_min_snr_weights_use_the_ratio_of_diffusers_and_survive_pure_noise():
 def test_what_the_unet_predicts_is_what_it_learns(model, processor, prediction_type):
     objective = Objective(model, ObjectiveConfig(prediction_type=prediction_type, condition_dropout=0.0))
     batch = processor(DOCUMENTS[3], eos=True, include_target=True, target_pixels=True)
-    noise, _ = objective.draw_noise(batch, [0])
+    noise, _ = objective.sample_noise(batch, [0])
     said = []
     hook = model.image_decoder.unet.conv_out.register_forward_hook(lambda *a: said.append(a[-1].detach()))
     loss = objective(batch, [0], objective.totals([batch])).image

@@ -53,7 +53,7 @@ class BatchKind:
     """What a batch may be of: documents of about the same length, so that its rows need little padding."""
 
     share: int
-    """How often a step draws this kind, against the shares of the others."""
+    """How often a step samples this kind, against the shares of the others."""
     batch_size: int
     """Documents a step."""
     tasks: Mapping[str, int]
@@ -63,7 +63,7 @@ class BatchKind:
 
 
 class DocumentBatches:
-    """Batches with one document a row; each step draws one of the kinds.
+    """Batches with one document a row; each step samples one of the kinds.
 
     Args:
         target_pixels: also make what the image decoder has to denoise.
@@ -84,7 +84,7 @@ class DocumentBatches:
         self._stride = max(kind.batch_size for kind in kinds)
 
     def kind_of(self, step: int) -> BatchKind:
-        """The kind of batch that a step draws."""
+        """The kind of batch that a step samples."""
         rng = SeededRandom(_STEP_DOMAIN, self.seed, step)
         return rng.weighted(self.kinds, [kind.share for kind in self.kinds])
 

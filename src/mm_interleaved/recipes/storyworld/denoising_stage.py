@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mm_interleaved.devices import training_format
 from mm_interleaved.documents.document import Document
-from mm_interleaved.models.denoising import denoising_loss, draw_noise
+from mm_interleaved.models.denoising import denoising_loss, sample_noise
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.storyworld.attribute_supervision import badge_cells
 from mm_interleaved.recipes.storyworld.batches import DocumentBatch
@@ -149,7 +149,7 @@ class DenoisingStage(ABC):
         with fast_attention(device):
             conditioning = self.condition([example.context for example in batch])
             earlier = self._earlier_images(batch)
-            noise = draw_noise(
+            noise = sample_noise(
                 latents.shape,
                 scheduler.config.num_train_timesteps,
                 model.config.condition_dropout,

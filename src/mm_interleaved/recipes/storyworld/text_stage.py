@@ -40,7 +40,7 @@ from mm_interleaved.training.stage import Losses
 MINIMISED = ("text", "attributes", "distance", "introductions", "coreference")
 """The losses whose sum is minimised."""
 PROBES = "readers"
-"""Name of the linear probes in checkpoints, as the first release wrote it."""
+"""Name of the linear probes in checkpoints: that of the first release, whose runs can so be resumed."""
 
 
 class TextStage:

@@ -34,7 +34,7 @@ from mm_interleaved.training.stage import Losses
 LEVELS = (0, 1, 2)
 """Levels of the pyramid that are probed: those that synchronizers sample."""
 PROBES = "readers"
-"""Name of the linear probes in checkpoints, as the first release wrote it."""
+"""Name of the linear probes in checkpoints: that of the first release, whose runs can so be resumed."""
 
 
 @dataclass(frozen=True, slots=True)
