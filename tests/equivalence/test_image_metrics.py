@@ -10,7 +10,6 @@ from torch import nn
 from mm_interleaved.errors import ModelFileError, UsageError
 from mm_interleaved.evaluation.extractors import ClipEmbedder, InceptionFeatures
 from mm_interleaved.evaluation.metrics.images import (
-    best_candidate,
     clip_score,
     distribution_distances,
     image_similarity,
@@ -73,7 +72,6 @@ def test_similarities():
     axes = np.eye(3)
     assert clip_score(axes, axes) == 100 and clip_score(axes, -axes) == 0
     assert image_similarity(axes, axes[[0, 2, 1]]) == pytest.approx(1 / 3)
-    assert best_candidate(axes[1], axes) == 1
 
 
 def test_extractors_that_are_not_there_are_named(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +19,6 @@ from mm_interleaved.errors import ModelFileError, escape
 
 INCEPTION_SIZE = 299
 INCEPTION_FEATURES = 2048
-
-
-class Embedder(Protocol):
-    """Texts and images into one space."""
-
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, D) float32, unit vectors."""
-        ...
-
-    def images(self, images: Sequence[PILImage.Image]) -> np.ndarray:
-        """(N, D) float32, unit vectors."""
-        ...
 
 
 class InceptionFeatures(nn.Module):

@@ -1,9 +1,9 @@
 """Shortcuts of the synchronizers: the same function of the same weights, with fewer operations.
 
 `synchronizer.py` and `unet.py` say what is computed. This is how it is computed wherever reading weights is
-the same as calling layers (`weights_at_hand.py`). The choice is made in one place, `with_shortcut`,
-which wraps their `forward`: a shortcut that returns None leaves the work to what it wraps, as under LoRA,
-quantisation, offloading and sharding.
+the same as calling layers (`weights_at_hand.py`). The choice is made by `with_shortcut`, which wraps their
+`forward` (and by `project_for_all`, for several layers at once): a shortcut that returns None leaves the work
+to what it wraps, as under LoRA, quantisation, offloading and sharding.
 
 1. All before sampling is linear in the query and in the embedding of its relative index, so two matrices
    become one, once an image or once a call: offsets and logits = W (D q + d + r_k) + b = M q + c + T_k, with

@@ -9,7 +9,7 @@ from transformers import initialization as init
 
 from mm_interleaved.models.folding import attend_gated, project_for_all, with_shortcut
 from mm_interleaved.models.image_values import ImageValues
-from mm_interleaved.models.synchronizer import FeatureSynchronizer
+from mm_interleaved.models.synchronizer import FeatureSynchronizer, plan_of
 from mm_interleaved.ops import SamplingPlan
 
 
@@ -45,4 +45,4 @@ class GatedSynchronizer(nn.Module):
 
     def plan(self, hidden_BTD: Tensor, relative_index_BTN: Tensor) -> SamplingPlan:
         """Where tokens look; arguments as `forward`."""
-        return self.synchronizer.plan(self.query_norm(hidden_BTD), relative_index_BTN)
+        return plan_of(self.synchronizer, self.query_norm(hidden_BTD), relative_index_BTN)

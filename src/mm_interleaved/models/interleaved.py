@@ -41,14 +41,19 @@ from mm_interleaved.models.output import MMInterleavedOutput
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.pretrained import MMInterleavedPreTrainedModel, register_model
 from mm_interleaved.models.prompt_generation import PromptGenerationMixin
-from mm_interleaved.models.targets import OtherArguments, TrainingTargets, check_targets, gathered_targets
+from mm_interleaved.models.targets import (
+    OtherArguments,
+    TrainingTargets,
+    check_targets,
+    gathered_targets,
+    kept_apart,
+)
 from mm_interleaved.models.transformers_versions import CACHE, one_cache
 from mm_interleaved.models.vision import ImageFeatures, select_levels
 from mm_interleaved.tokens.visibility import (
     NO_IMAGE,
     announced_images,
     context_images,
-    isolated_causal_mask,
     relative_image_index,
     visible_images,
 )
@@ -236,14 +241,10 @@ class MMInterleavedForConditionalGeneration(MMInterleavedPreTrainedModel, Prompt
             inputs_embeds = self._embed(input_ids, image_start, None if features is None else features.slots)
 
         # 2. Keep packed documents apart.
-        document_start = targets.document_start
-        if document_start is None:
-            document_start = torch.zeros_like(inputs_embeds[..., 0], dtype=torch.int64)
-        elif cache is None and self.config.compat != "released":
-            attention_mask = isolated_causal_mask(document_start, attention_mask)
-            if position_ids is None:
-                position = torch.arange(document_start.shape[1], device=document_start.device)
-                position_ids = position - document_start
+        are_apart = cache is None and self.config.compat != "released"
+        document_start, attention_mask, position_ids = kept_apart(
+            targets.document_start, inputs_embeds, attention_mask, position_ids, are_apart=are_apart
+        )
 
         # 3. Read, attending to the images.
         values = {} if features is None else self.values_by_row(features.pyramid, image_start)

@@ -1,8 +1,8 @@
 """The multi-modal feature synchronizer (MMFS): queries attend to the feature pyramids of earlier images.
 
 The paper's module (section 3.2), which stands alone. `GatedSynchronizer` is its form inside a language-model
-layer, `MapSynchronizer` (`unet.py`) its form behind a map of the U-Net. It is written as it is defined;
-`folding.py` computes the same with fewer operations wherever it can.
+layer, `MapSynchronizer` (`unet.py`) its form behind a map of the U-Net. It is written by its formula;
+`folding.py` computes the same with fewer operations, chosen where `with_shortcut` stands.
 Letters: B rows, Q queries, N images, H heads, L levels, P points, S cells an image, C feature
 channels, D query channels, V value channels, d channels a head (V / H), E = 2 P + L P terms a head (see
 `ops.attention`), K rows of the relative-index table.
@@ -38,8 +38,8 @@ class FeatureSynchronizer(nn.Module):
         V_nl  = W_v F_nl + b_v                               value_projection of the feature maps
         y     = W_o [Σ α_nlp V_nl(x̂ + Δ_np / s) + α_0 m] + b_o     output_projection, base_size s
 
-    Sums run over all n, l and p. V is sampled bilinearly, zero outside; x̂ in [0, 1]² is the query's reference
-    point; α_0, what the weights lack to one, goes to m, `ignore_value`.
+    Sums run over n, l and p. V is sampled bilinearly, zero outside; x̂ in [0, 1]² is the reference point; α_0,
+    what the weights lack to one, goes to m, `ignore_value`.
 
     Args:
         query_dim: channels of the queries and of the output.
@@ -58,8 +58,7 @@ class FeatureSynchronizer(nn.Module):
         >>> import torch
         >>> from mm_interleaved import FeatureSynchronizer
         >>> synchronizer = FeatureSynchronizer(query_dim=32, feature_dim=24, value_dim=16, num_levels=2)
-        >>> # One row, three images, two levels.
-        >>> maps = [torch.randn(1, 3, 24, 16, 16), torch.randn(1, 3, 24, 8, 8)]
+        >>> maps = [torch.randn(1, 3, 24, 16, 16), torch.randn(1, 3, 24, 8, 8)]  # (row, image, ...), 2 levels
         >>> values = synchronizer.project_values(maps)  # once per image; keep them
         >>> query = torch.randn(1, 5, 32)
         >>> visible = torch.tensor([[[1, 1, 0]] * 5], dtype=torch.bool)  # (row, query, image)
@@ -74,16 +73,9 @@ class FeatureSynchronizer(nn.Module):
         query_dim: int,
         feature_dim: int,
         *,
-        value_dim: int,
-        num_heads: int = 16,
-        num_levels: int = 3,
-        num_points: int = 8,
-        max_images: int = 50,
-        base_size: float = 16,
-        offset_spread: float = 3.0,
-        implementation: str = "auto",
-        keep: str = "values",
-    ):
+        value_dim: int, num_heads: int = 16, num_levels: int = 3, num_points: int = 8, max_images: int = 50,
+        base_size: float = 16, offset_spread: float = 3.0, implementation: str = "auto", keep: str = "values",
+    ):  # fmt: skip
         super().__init__()
         if keep not in KEEP:
             raise ValueError(f"keep must be one of {KEEP}, found {keep!r}")
@@ -95,8 +87,7 @@ class FeatureSynchronizer(nn.Module):
         self.query_projection = nn.Linear(query_dim, query_dim)
         self.relative_index_embedding = nn.Embedding(max_images, query_dim)
         self.sampling_offsets = OptionalBiasLinear(query_dim, num_heads * num_points * 2)
-        # One row a level more than there are points: the released checkpoint carries it, and nothing reads
-        # it, because the weight of looking nowhere is the constant logit zero.
+        # One row a level more than there are points is the released checkpoint's, and nothing reads it.
         self.attention_logits = OptionalBiasLinear(query_dim, num_heads * num_levels * (num_points + 1))
         self.value_projection = nn.Linear(feature_dim, value_dim)
         self.output_projection = nn.Linear(value_dim, query_dim)
@@ -110,14 +101,12 @@ class FeatureSynchronizer(nn.Module):
         init.xavier_uniform_(self.query_projection.weight)
         init.zeros_(self.query_projection.bias)
         init.trunc_normal_(self.relative_index_embedding.weight, std=0.02)
-        init.zeros_(self.sampling_offsets.weight)
         init.uniform_(self.sampling_offsets.bias, -self.offset_spread, self.offset_spread)
-        init.zeros_(self.attention_logits.weight)
-        init.zeros_(self.attention_logits.bias)
+        for zero in (self.sampling_offsets.weight, *self.attention_logits.parameters(), self.ignore_value):
+            init.zeros_(zero)
         for projection in (self.value_projection, self.output_projection):
             init.xavier_uniform_(projection.weight)
             init.zeros_(projection.bias)
-        init.zeros_(self.ignore_value)
 
     def project_values(self, maps: Sequence[Tensor]) -> ImageValues:
         """V of feature maps (B, N, C, s, s), one a level, largest first; B and N may be any leading axes."""
@@ -157,8 +146,7 @@ class FeatureSynchronizer(nn.Module):
     def terms(self, query_BQD: Tensor, visible_BQN: Tensor, reference_BQ2: Tensor | None = None) -> Terms:
         """Δ and a, and what they are added to; arguments as `forward`.
 
-        Both are linear in z, a sum, so what the query and what the relative index contribute is projected
-        apart: once each, instead of once a query and image.
+        Both are linear in z, a sum: query and relative index are projected apart, not once a pair of them.
         """
         relative_index_BQN = checked_relative_index(visible_BQN, self.max_images)
         # Of the table only the rows that so many images can have.
@@ -189,11 +177,19 @@ class FeatureSynchronizer(nn.Module):
         )
         return seen_BQHd.flatten(2)
 
-    def plan(
-        self, query_BQD: Tensor, visible_BQN: Tensor, reference_BQ2: Tensor | None = None
-    ) -> SamplingPlan:
-        """x̂ + Δ / s and α: where the queries look and how much it weighs; arguments as `forward`."""
-        return sampling_plan(
-            *self.terms(query_BQD, visible_BQN, reference_BQ2),
-            num_levels=self.num_levels, num_points=self.num_points, base_size=self.base_size,
-        )  # fmt: skip
+
+def plan_of(
+    synchronizer: FeatureSynchronizer,
+    query_BQD: Tensor,
+    visible_BQN: Tensor,
+    reference_BQ2: Tensor | None = None,
+) -> SamplingPlan:
+    """x̂ + Δ / s and α: where the queries of a synchronizer sample and how much it weighs; arguments as its
+    `forward`.
+    """
+    return sampling_plan(
+        *synchronizer.terms(query_BQD, visible_BQN, reference_BQ2),
+        num_levels=synchronizer.num_levels,
+        num_points=synchronizer.num_points,
+        base_size=synchronizer.base_size,
+    )

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from mm_interleaved.models.denoising import DiffusionNoise
 from mm_interleaved.models.image_placement import check_number, check_one_document, count_images
 from mm_interleaved.models.prefix_cache import PrefixCache
+from mm_interleaved.tokens.visibility import isolated_causal_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,3 +133,28 @@ def check_targets(
         raise ValueError(f"cache: images need a PrefixCache, found {type(cache).__name__}")
     if targets.document_start is not None:
         check_one_document(targets.document_start, attention_mask)
+
+
+def kept_apart(
+    document_start_BT: Tensor | None,
+    embeddings_BTD: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    *,
+    are_apart: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Start of each token's document, mask and positions of a pass whose rows may hold several documents.
+
+    Args:
+        are_apart: documents of a row do not see each other and count their positions from zero; without it
+            the mask and the positions stay as they are.
+    """
+    if document_start_BT is None:
+        start_BT = torch.zeros_like(embeddings_BTD[..., 0], dtype=torch.int64)
+        return start_BT, attention_mask, position_ids
+    if not are_apart:
+        return document_start_BT, attention_mask, position_ids
+    if position_ids is None:
+        position_T = torch.arange(document_start_BT.shape[1], device=document_start_BT.device)
+        position_ids = position_T - document_start_BT
+    return document_start_BT, isolated_causal_mask(document_start_BT, attention_mask), position_ids

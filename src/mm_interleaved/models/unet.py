@@ -19,7 +19,7 @@ from mm_interleaved.models.folding import attend_from_map, project_for_all, with
 from mm_interleaved.models.image_values import ImageValues
 from mm_interleaved.models.offloading import value_of
 from mm_interleaved.models.positions import pixel_centres, resize_grid_table, sincos_2d_table
-from mm_interleaved.models.synchronizer import FeatureSynchronizer
+from mm_interleaved.models.synchronizer import FeatureSynchronizer, plan_of
 from mm_interleaved.ops import SamplingPlan
 
 NORM_EPS = 1e-6
@@ -203,7 +203,7 @@ class MapSynchronizer(nn.Module):
 
     def plan(self, map_IXyx: Tensor, relative_index_IK: Tensor) -> SamplingPlan:
         """Where pixels look, row by row; arguments as `forward`."""
-        return self.synchronizer.plan(*self.queries(map_IXyx, relative_index_IK))
+        return plan_of(self.synchronizer, *self.queries(map_IXyx, relative_index_IK))
 
 
 class UNetSynchronizers(nn.Module):

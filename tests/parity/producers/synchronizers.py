@@ -6,6 +6,7 @@ from golden import Golden
 from torch import Tensor
 
 from mm_interleaved.models.image_values import flatten_pyramid
+from mm_interleaved.models.synchronizer import plan_of
 from mm_interleaved.tokens.visibility import relative_image_index
 
 STORED_PER_UNIT = 32
@@ -23,7 +24,7 @@ def language_synchronizer(golden: Golden, case: str, layer: str, part: str) -> T
         return gated(query, gated.project_cells(cells, level_sizes), visible)
     if part == "mmfs_core_out":
         return core(query, core.project_cells(cells, level_sizes), visible)
-    plan = core.plan(query, visible)
+    plan = plan_of(core, query, visible)
     return {"debug.sampling_locations": plan.location, "debug.point_weights": plan.weight}[part]
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-_LETTER = re.compile(r"^\W*([A-Z])\b(?![a-z'])")
-_ANSWER_IS = re.compile(r"\banswer(?:\s+is)?\s*:?\s*\(?([A-Z])\b", re.IGNORECASE)
 _NO = re.compile(r"\b(no|not)\b|n't\b", re.IGNORECASE)
 
 
@@ -22,24 +20,6 @@ class YesNoScores:
     f1: float
     yes_ratio: float
     """How often yes was answered: hallucinating models say it too often."""
-
-
-def choice_of(answer: str, options: Sequence[str]) -> int | None:
-    """Which option an answer names, by its letter or by its text; None where it names none or several.
-
-    Args:
-        options: texts of the options A, B, C, ...
-    """
-    for pattern in (_ANSWER_IS, _LETTER):
-        match = pattern.search(answer.strip())
-        if match is not None:
-            index = ord(match[1].upper()) - ord("A")
-            return index if index < len(options) else None
-    said = answer.strip().strip(".").lower()
-    equal = [index for index, option in enumerate(options) if option.strip().strip(".").lower() == said]
-    held = [index for index, option in enumerate(options) if option.strip().lower() in said]
-    found = equal or held
-    return found[0] if len(found) == 1 else None
 
 
 def choice_accuracy(chosen: Sequence[int | None], gold: Sequence[int]) -> float:

@@ -35,19 +35,6 @@ def bootstrap_interval(
     return Interval(float(found.mean()), float(low), float(high))
 
 
-def paired_interval(
-    first: Sequence[float],
-    second: Sequence[float],
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """The interval of the mean of `first - second`, case by case: whether one model is better."""
-    differences = [one - other for one, other in zip(first, second, strict=True)]
-    return bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)
-
-
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rho, -1 to 1: the correlation of ranks, equal values sharing their mean rank.
 

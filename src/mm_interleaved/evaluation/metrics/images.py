@@ -77,11 +77,6 @@ def image_similarity(first_ND: np.ndarray, second_ND: np.ndarray) -> float:
     return float(np.einsum("nd,nd->n", first_ND, second_ND).mean())
 
 
-def best_candidate(text_D: np.ndarray, image_KD: np.ndarray) -> int:
-    """Which of several candidates agrees most with its text."""
-    return int(np.argmax(image_KD @ text_D))
-
-
 class _Given(nn.Module):
     """An extractor for features that are there already."""
 

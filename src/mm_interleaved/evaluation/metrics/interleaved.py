@@ -39,28 +39,6 @@ def count_agreement(found: int, wanted: int) -> float:
     return min(found, wanted) / max(found, wanted) if found or wanted else 1.0
 
 
-def agreement(text_TD: np.ndarray, image_TD: np.ndarray) -> float:
-    """Mean cosine of each text with the image that belongs to it, -1 to 1; 0 without any pair."""
-    _check_pairs(text_TD, image_TD)
-    return float(np.einsum("td,td->t", text_TD, image_TD).mean()) if len(text_TD) else 0.0
-
-
-def own_image_wins(scores_TT: np.ndarray) -> float:
-    """How often the own image goes better with a text than another image of the document, 0 to 1.
-
-    It needs no scale, unlike a cosine: 0.5 is chance, ties count half. 1 where there is one image only.
-
-    Args:
-        scores_TT: how well text t (row) goes with image i (column); the own image stands on the diagonal.
-    """
-    if len(scores_TT) < 2:
-        return 1.0
-    own = np.diag(scores_TT)[:, None]
-    wins = (own > scores_TT) + 0.5 * (own == scores_TT)
-    others = ~np.eye(len(scores_TT), dtype=bool)
-    return float(wins[others].mean())
-
-
 def consistency(image_ID: np.ndarray) -> float:
     """Mean cosine of all pairs of images that show one subject, -1 to 1; 1 for fewer than two."""
     if len(image_ID) < 2:
@@ -111,8 +89,3 @@ def _words(text: str) -> list[str]:
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     words = _words(text)
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def _check_pairs(text_TD: np.ndarray, image_TD: np.ndarray) -> None:
-    if text_TD.shape != image_TD.shape:
-        raise ValueError(f"embeddings: found shapes {text_TD.shape} and {image_TD.shape}, expected the same")

@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 
 from mm_interleaved.evaluation.metrics.interleaved import (
-    agreement,
     consistency,
     copy_rate,
     count_agreement,
-    own_image_wins,
     repetition,
     structure,
     word_overlap,
@@ -38,17 +36,6 @@ def test_counts_and_overlaps():
     assert count_agreement(0, 0) == 1.0 and count_agreement(0, 3) == 0.0
     assert word_overlap("A red dog", "a red cat") == pytest.approx(2 / 3)
     assert word_overlap("", "a") == 0.0 and word_overlap("Pip!", "pip") == 1.0
-
-
-def test_agreement_of_texts_and_images():
-    assert agreement(AXES, AXES) == 1.0
-    assert agreement(AXES, AXES[::-1]) == 0.0
-    assert own_image_wins(AXES) == 1.0
-    assert own_image_wins(np.ones((4, 4))) == 0.5
-    assert own_image_wins(AXES[[1, 0, 3, 2]]) == pytest.approx(1 / 3)
-    assert own_image_wins(np.zeros((1, 1))) == 1.0
-    with pytest.raises(ValueError, match="shapes"):
-        agreement(AXES, AXES[:2])
 
 
 def test_images_of_one_subject():

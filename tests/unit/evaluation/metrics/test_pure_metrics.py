@@ -8,17 +8,14 @@ import pytest
 from mm_interleaved.evaluation.metrics.boxes import box_accuracy, in_thousandths, iou
 from mm_interleaved.evaluation.metrics.choices import (
     choice_accuracy,
-    choice_of,
     says_yes,
     yes_no_scores,
 )
 from mm_interleaved.evaluation.metrics.confidence import (
     bootstrap_interval,
-    paired_interval,
     rank_correlation,
 )
 from mm_interleaved.evaluation.metrics.retrieval import ndcg, rank_of, ranking_scores
-from mm_interleaved.evaluation.metrics.segmentation import confusion, mean_iou
 
 
 def test_ranks_of_the_right_answer():
@@ -77,26 +74,6 @@ def test_boxes():
     assert in_thousandths((10, 20, 100, 50), 100, 50) == (100.0, 400.0, 999.0, 999.0)
 
 
-@pytest.mark.parametrize(
-    ("answer", "choice"),
-    [
-        ("B", 1),
-        ("(c) a red cat", 2),
-        ("The answer is: A.", 0),
-        ("answer b", 1),
-        ("a red cat", 2),
-        ("It is a red cat, I think", 2),
-        ("E", None),
-        ("either a dog or a cow", None),
-        ("I don't know", None),
-        ("", None),
-        ("A dog", 0),
-    ],
-)
-def test_the_choice_that_an_answer_names(answer, choice):
-    assert choice_of(answer, ["a dog", "a cow", "a red cat", "nothing"]) == choice
-
-
 def test_choices_and_yes_or_no():
     assert choice_accuracy([0, None, 1], [0, 1, 2]) == pytest.approx(1 / 3)
     assert all(map(says_yes, ("Yes", "maybe", "Yes. No.")))
@@ -108,22 +85,6 @@ def test_choices_and_yes_or_no():
         yes_no_scores([], [])
 
 
-def test_maps_of_classes():
-    truth = np.array([[0, 0], [1, 2]])
-    found = np.array([[0, 1], [1, 7]])
-    counted = confusion(found, truth, 3)
-    assert counted.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
-    assert mean_iou([counted]) == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
-    # Cells of all maps together, and a class that occurs nowhere does not count.
-    perfect = confusion(truth, truth, 4)
-    assert mean_iou([perfect, perfect]) == 1.0
-    assert mean_iou([confusion(found, truth, 3, ignored=2)]) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="shape"):
-        confusion(found, truth[:1], 3)
-    with pytest.raises(ValueError, match="found class 2"):
-        confusion(found, truth, 2)
-
-
 def test_intervals_hold_the_mean_and_shrink_with_more_cases():
     few, many = [0.0, 1.0] * 10, [0.0, 1.0] * 1000
     first, second = bootstrap_interval(few), bootstrap_interval(many)
@@ -131,7 +92,6 @@ def test_intervals_hold_the_mean_and_shrink_with_more_cases():
     # Of a share of one half the standard error is 0.5 / sqrt(n).
     assert second.high - second.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(2000), rel=0.1)
     assert bootstrap_interval(few) == first
-    assert paired_interval([1.0, 1.0], [0.5, 0.5]) == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="expected values"):
         bootstrap_interval([])
 
