@@ -9,7 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_STEPS = 30
@@ -90,10 +95,6 @@ class Needs:
         return 1 / (max(multiplying, reading) + self.token_tensors * START_SECONDS)
 
 
-_USED_FOR_TOKENS = ("language_model.layers", "language_model.norm", "text_head")
-_USED_FOR_STEPS = ("image_decoder.unet", "image_decoder.synchronizers")
-
-
 def needs_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Needs:
     """What a model needs.
 
@@ -107,7 +108,6 @@ def needs_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     # Loaded here: whoever asks for the help of a command waits for neither torch nor transformers.
     from mm_interleaved.models import operations
 
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     text = config["text_config"]
     tokens = text["max_position_embeddings"]
     slots = config["slot_resampler"]["num_queries"]
@@ -116,25 +116,32 @@ def needs_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     if synchronizer is not None:
         images = min(images, synchronizer["max_images"] - 1)
     steps = (config.get("generation_settings") or {}).get("num_inference_steps", DEFAULT_STEPS)
-    token_sizes = [size for name, size in sizes.items() if name.startswith(_USED_FOR_TOKENS)]
     model = operations.meta_model(config)
+    language, decoder = model.language_model, model.image_decoder
+    for_tokens = _tensors_of(language.layers, language.norm, model.text_head)
+    for_steps = [] if decoder is None else _tensors_of(decoder.unet, decoder.synchronizers)
     generation_flops = None
-    if model.image_decoder is not None:
+    if decoder is not None:
         step = operations.step_operations(model, min(images, _num_seen(config)))
         generation_flops = (step * steps + operations.decoding_operations(model)).total
     return Needs(
-        parameters=sum(sizes.values()),
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
         tokens=tokens,
         images=images,
-        cached_values=tokens * _values_a_token(text) + _values_of_images(config, shapes, images),
-        token_parameters=sum(token_sizes),
+        cached_values=tokens * _values_a_token(text) + _values_of_images(config, model, images),
+        token_parameters=sum(tensor.numel() for tensor in for_tokens),
         token_flops=operations.token_operations(model, tokens - 1, images).total,
-        token_tensors=len(token_sizes),
-        step_tensors=sum(name.startswith(_USED_FOR_STEPS) for name in sizes),
+        token_tensors=len(for_tokens),
+        step_tensors=len(for_steps),
         generation_flops=generation_flops,
         image_flops=operations.image_operations(model).total,
         steps=steps,
     )
+
+
+def _tensors_of(*modules: nn.Module | None) -> list[Tensor]:
+    """Their weights, and the tables that are saved with them, which are read as well."""
+    return [tensor for module in modules if module is not None for tensor in module.state_dict().values()]
 
 
 def _values_a_token(text: Mapping[str, Any]) -> int:
@@ -150,15 +157,15 @@ def _cells(vision: Mapping[str, Any]) -> list[int]:
     return [(4 * grid) ** 2, (2 * grid) ** 2, grid**2, (grid // 2) ** 2]
 
 
-def _projected(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], side: str, modules: str
-) -> int:
-    """What the synchronizers of one side keep of an image, see `models.synchronizer.KEEP`."""
-    settings = config.get(side)
+def _projected(config: Mapping[str, Any], part: str, module: nn.Module | None) -> int:
+    """What the synchronizers of a module keep of an image, see `models.synchronizer.KEEP`."""
+    from mm_interleaved.models.synchronizer import FeatureSynchronizer
+
+    settings = config.get(part)
     widths = [
-        shape[0]
-        for name, shape in shapes.items()
-        if name.startswith(modules) and name.endswith("synchronizer.value_projection.weight")
+        layer.value_projection.out_features
+        for layer in (() if module is None else module.modules())
+        if isinstance(layer, FeatureSynchronizer)
     ]
     if settings is None or not widths:
         return 0
@@ -170,16 +177,16 @@ def _projected(
 
 
 def _values_of_images(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], num_images: int
+    config: Mapping[str, Any], model: MMInterleavedForConditionalGeneration, num_images: int
 ) -> int:
     """Of all images the pyramid and what the language model projects of it; of those that one image attends
     to, what the image decoder projects.
     """
     vision = config["vision_config"]
     an_image = sum(_cells(vision)) * vision["hidden_size"]
-    an_image += _projected(config, shapes, "text_synchronizer", "language_model.")
+    an_image += _projected(config, "text_synchronizer", model.language_model)
     seen = min(num_images, _num_seen(config))
-    return num_images * an_image + seen * _projected(config, shapes, "image_synchronizer", "image_decoder.")
+    return num_images * an_image + seen * _projected(config, "image_synchronizer", model.image_decoder)
 
 
 def _num_seen(config: Mapping[str, Any]) -> int:

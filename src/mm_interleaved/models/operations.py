@@ -11,7 +11,7 @@ Letters: I images, K earlier images that a generated one attends to, T tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -196,21 +196,19 @@ class RowOperations:
 
 
 def row_operations(
-    config: Mapping[str, Any], *, tokens: int, images: int, is_frozen: Callable[[str], bool]
+    config: Mapping[str, Any], *, tokens: int, images: int, frozen: Collection[str]
 ) -> RowOperations:
     """Forward and backward pass of a row.
 
     Args:
         images: every one is encoded and generated, from half the row (on average) and one earlier image.
-        is_frozen: of a parameter, by name.
+        frozen: names of the parameters that are not trained.
     """
     model = meta_model(config).train()
     again = _checkpointed(model, tokens, images)
-    frozen = [parameter for name, parameter in model.named_parameters() if is_frozen(name)]
-    learned = [parameter for name, parameter in model.named_parameters() if not is_frozen(name)]
-    for parameters, is_learned in ((frozen, False), (learned, True)):
-        for parameter in parameters:
-            parameter.requires_grad_(is_learned)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     outputs: list[Tensor] = []
     try:
         forward = count_operations(lambda: outputs.extend(_row(model, tokens, images)))

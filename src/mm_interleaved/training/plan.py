@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.cost import activation_bytes
+
+if TYPE_CHECKING:
+    from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 
 BYTES_FROZEN = 2
 BYTES_TRAINED = 4 + 4 + 8
@@ -92,11 +95,15 @@ def training_needs(
         config, shapes: as `models.cost.needs_of`.
         tokens, images: of a row; every image is encoded and generated.
     """
+    # Loaded here: whoever asks for the help of a command waits for neither torch nor transformers.
+    from mm_interleaved.models.operations import meta_model
+
+    stays = frozen_names(meta_model(config))
     frozen = trained = unsharded = 0
     groups: dict[str, int] = {}
     for name, shape in shapes.items():
         size = math.prod(shape)
-        if is_frozen(name):
+        if name in stays:
             frozen += size
         else:
             trained += size
@@ -111,15 +118,21 @@ def training_needs(
         frozen=frozen,
         trained=trained,
         unsharded=unsharded + 2 * largest,
-        row=_row_cost(config, tokens=tokens, images=images),
+        row=_row_cost(config, stays, tokens=tokens, images=images),
     )
 
 
-def is_frozen(name: str) -> bool:
-    """Whether the recipe `pretrain` leaves a tensor as it is."""
-    if ".synchronizer." in name:
-        return False
-    return name.startswith(("language_model.", "vision.clip.", "image_decoder.vae.", "text_head.base."))
+def frozen_names(model: MMInterleavedForConditionalGeneration) -> frozenset[str]:
+    """Names of the parameters that the recipe `pretrain` leaves as they are: it trains the default parts."""
+    from mm_interleaved.training.parameter_groups import PartsConfig, parameters_by_part
+
+    parts = PartsConfig()
+    return frozenset(
+        name
+        for part, parameters in parameters_by_part(model).items()
+        if not getattr(parts, part).train
+        for name in parameters
+    )
 
 
 def plan_lines(needs: TrainingNeeds, gpu: GpuClass, num_gpus: int) -> Iterator[PlanLine]:
@@ -173,11 +186,10 @@ def _fsdp_unit(name: str) -> str | None:
             return None
 
 
-def _row_cost(config: Mapping[str, Any], *, tokens: int, images: int) -> RowCost:
-    # Loaded here: whoever asks for the help of a command waits for neither torch nor transformers.
+def _row_cost(config: Mapping[str, Any], frozen: frozenset[str], *, tokens: int, images: int) -> RowCost:
     from mm_interleaved.models.operations import row_operations
 
-    counted = row_operations(config, tokens=tokens, images=images, is_frozen=is_frozen)
+    counted = row_operations(config, tokens=tokens, images=images, frozen=frozen)
     return RowCost(
         forward_flops=counted.forward.total,
         training_flops=counted.training.total,
