@@ -124,9 +124,9 @@ def curves(
     lines = [line for path in logs or [None] for line in read_stages(path)]
     flops = flops_a_step("storyworld", StoryWorldConfig()) if cost else {}
     for part in costs_of(lines, flops):
-        flops = f", {part.flops_a_step:.2e} FLOPs a step, {part.flops:.2e} in all" if part.flops else ""
+        counted = f", {part.flops_a_step:.2e} FLOPs a step, {part.flops:.2e} in all" if part.flops else ""
         hours = "" if part.hours is None else f", {part.hours:.2f} hours"
-        say(f"{part.stage}, {part.run}: {part.steps} steps{flops}{hours}")
+        say(f"{part.stage}, {part.run}: {part.steps} steps{counted}{hours}")
     say(f"page: {write_curves(lines, flops, output, is_shipped=not logs)}")
 
 
