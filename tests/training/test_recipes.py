@@ -363,3 +363,13 @@ def test_a_run_does_not_go_on_with_data_that_was_edited(folder, tmp_path):
     corpus.write_text(corpus.read_text().replace("lump", "lamp", 1))
     train_documents(longer, tmp_path / "run")
     assert newest_checkpoint(tmp_path / "run" / "documents").step == 2
+
+
+def test_the_help_of_train_names_every_recipe():
+    from mm_interleaved.cli.train import _RECIPE_HELP
+
+    suffixes = ("-storyworld-lora", "-storyworld", "-lora")
+    for name in RECIPES:
+        for suffix in suffixes:
+            name = name.removesuffix(suffix)
+        assert name in _RECIPE_HELP, name

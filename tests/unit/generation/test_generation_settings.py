@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from dataclasses import replace
@@ -165,3 +166,20 @@ def test_rules_of_the_settings_are_those_of_the_configuration():
     # Written twice, because the settings make the flags of a help that must not load transformers.
     assert settings.CONTEXT_RULES == config.CONTEXT_RULES
     assert tuple(schedulers.SCHEDULERS) == settings.SCHEDULERS
+
+
+# Of a document or an image by itself: what a batch computes is the same whatever they are.
+NOT_OF_A_BATCH = {
+    "layout", "max_images", "max_new_tokens", "min_new_tokens", "report_error", "height", "width",
+    "negative_prompt", "num_candidates", "context_images", "seed",
+}  # fmt: skip
+
+
+def test_every_setting_is_of_a_batch_of_texts_of_images_or_of_none():
+    """A setting in none of them would put documents with different values into one batch."""
+    from mm_interleaved.generation.image_batch import DENOISING_SETTINGS
+    from mm_interleaved.generation.text import TEXT_SETTINGS
+
+    names = {field.name for field in dataclasses.fields(GenerationSettings)}
+    assert {*TEXT_SETTINGS, *DENOISING_SETTINGS} | NOT_OF_A_BATCH == names
+    assert not {*TEXT_SETTINGS, *DENOISING_SETTINGS} & NOT_OF_A_BATCH
