@@ -71,7 +71,7 @@ def test_auto_classes_load_the_model(folder, auto):
 
 def test_the_examples_of_the_page_run(folder, capsys):
     page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
-    names = {"folder": folder, "picture": picture()}
+    names = {"folder": folder, "image": picture()}
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 5
     for block in blocks:

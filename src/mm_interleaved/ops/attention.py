@@ -79,7 +79,8 @@ def multi_image_deformable_attention(
         ValueError: the cells do not fit the levels, or the implementation is unknown.
     """
     attend = IMPLEMENTATIONS[choose_implementation(implementation, value_BNSHD)]
-    if value_BNSHD.device.type == "meta":
+    # Plain tensors on the meta device hold no numbers; subclasses that report it may.
+    if value_BNSHD.device.type == "meta" and type(value_BNSHD) is Tensor:
         attend = attend_shapes
     B, Q, H, _ = query_term_BQHE.shape
     S, _, D = value_BNSHD.shape[-3:]
