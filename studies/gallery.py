@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PILImage
 
-from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.document import Document, answer_parts
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.storyworld.renderer import sheet_of
-from mm_interleaved.storyworld.scores import answer_parts, first_image, score
+from mm_interleaved.storyworld.scores import first_image, score
 from mm_interleaved.storyworld.tasks import document, part_pixels
 
 _SCALE = 2

@@ -12,12 +12,12 @@ from statistics import mean
 
 import torch
 
-from mm_interleaved.documents.document import Document, Image
+from mm_interleaved.documents.document import Document, Image, answer_parts
 from mm_interleaved.generation import InterleavedGenerator
 from mm_interleaved.recipes.storyworld.attribute_embedding import AttributeEmbedding
 from mm_interleaved.recipes.storyworld.attribute_supervision import ATTRIBUTES, NUM_VALUES, known_labels
 from mm_interleaved.storyworld.oracle import read_scene
-from mm_interleaved.storyworld.scores import answer_parts, first_image
+from mm_interleaved.storyworld.scores import first_image
 from mm_interleaved.storyworld.tasks import part_pixels
 from mm_interleaved.storyworld.world import Figure, scene_from_record
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_interleaved.documents.document import Document, Image
+from mm_interleaved.documents.document import Document, Image, answer_parts
 from mm_interleaved.documents.document_files import read_documents, write_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.evaluation.predictions import read_predictions
@@ -19,7 +19,7 @@ from mm_interleaved.evaluation.tasks.storyworld import STORYWORLD
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.runs.generate import ModelChoice, OnEvent, RunRequest
-from mm_interleaved.storyworld.scores import answer_parts, first_image
+from mm_interleaved.storyworld.scores import first_image
 from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.world import Scene, scene_from_record
 from studies.ablation.badges import conditioned_badges, generated_badges

@@ -174,3 +174,8 @@ def document_to_record(document: Document, image_path: ImagePath) -> dict[str, A
     if document.meta:
         record["meta"] = dict(document.meta)
     return record
+
+
+def answer_parts(document: Document) -> tuple[Part, ...]:
+    """What was generated: the parts marked so, or all parts where none is marked."""
+    return tuple(part for part in document.parts if part.generated) or document.parts

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm_interleaved.documents.document import Document, Image, Part, Text
+from mm_interleaved.documents.document import Document, Image, Part, Text, answer_parts
 
 
-def answer_parts(prediction: Document | None) -> tuple[Part, ...]:
-    """What was generated: the parts marked so, or all parts where none is marked; else nothing."""
-    if prediction is None:
-        return ()
-    return tuple(part for part in prediction.parts if part.generated) or prediction.parts
+def parts_of(prediction: Document | None) -> tuple[Part, ...]:
+    """See `answer_parts`; nothing without a prediction."""
+    return () if prediction is None else answer_parts(prediction)
 
 
 def answer_text(prediction: Document | None) -> str:
     """The texts of the answer, joined by a space; empty where there is none."""
-    texts = [part.text.strip() for part in answer_parts(prediction) if isinstance(part, Text)]
+    texts = [part.text.strip() for part in parts_of(prediction) if isinstance(part, Text)]
     return " ".join(text for text in texts if text)
 
 
 def answer_images(prediction: Document | None) -> list[Image]:
     """The images of the answer."""
-    return [part for part in answer_parts(prediction) if isinstance(part, Image)]
+    return [part for part in parts_of(prediction) if isinstance(part, Image)]
 
 
 def answer_ranking(prediction: Document | None) -> list[int]:

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from torch.nn import functional as F
 
 from mm_interleaved.documents.document import Document, Image, Part, Text
-from mm_interleaved.evaluation.answers import answer_parts
+from mm_interleaved.evaluation.answers import parts_of
 from mm_interleaved.evaluation.metrics.interleaved import (
     IMAGE,
     TEXT,
@@ -86,7 +86,7 @@ def judge_free_scores(question: Document, answer: Document | None, reader: Reade
         question: with its target where one is known, whose structure is then what is wanted; else the layout.
         answer: its generated parts count.
     """
-    parts = answer_parts(answer)
+    parts = parts_of(answer)
     images = [part for part in parts if isinstance(part, Image)]
     texts = [part.text for part in parts if isinstance(part, Text)]
     scores = {"repetition": repetition(texts)} if texts else {}

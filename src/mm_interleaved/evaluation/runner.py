@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from mm_interleaved.documents.document import Document, Image, document_to_record
 from mm_interleaved.documents.images import open_image as load_image
-from mm_interleaved.errors import InputError, escape
+from mm_interleaved.errors import InputError
 from mm_interleaved.evaluation.predictions import prediction_of, read_predictions
-from mm_interleaved.evaluation.report import write_record, write_report
+from mm_interleaved.evaluation.report import hash_documents, write_record, write_report
 from mm_interleaved.evaluation.task import Task
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
@@ -57,7 +57,7 @@ def evaluate_model(
     load = cache(load or load_generator)
     out = request.output
     gold = task.read_gold(data)
-    _check_images(gold)
+    digest = hash_documents(gold)
     make_folder(out)
     request = replace(request, flags={**task.settings, **request.flags})
     # The model must not see the gold answers, and the run must not depend on them.
@@ -87,7 +87,7 @@ def evaluate_model(
         outcome.records,
         lambda path: load_image(out / "run" / path),
     )
-    write_record(out, task, data, gold, flags=request.flags, seconds=time.monotonic() - begun)
+    write_record(out, task, data, gold, digest, flags=request.flags, seconds=time.monotonic() - begun)
     if task.export is not None:
         task.export(answers, gold, out / "answers")
     return scores, outcome.num_failed
@@ -107,7 +107,7 @@ def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -
 
     records = [document_to_record(answer, keep) for answer in answers]
     write_report(out, scores, _made_by(task, answers, gold), records, lambda name: images[name].load())
-    write_record(out, task, data, gold)
+    write_record(out, task, data, gold, hash_documents(gold))
     if task.export is not None:
         task.export(answers, gold, out / "answers")
     return scores
@@ -115,20 +115,6 @@ def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -
 
 def _made_by(task: Task, answers: Sequence[Document], gold: Sequence[Document]) -> str:
     return "; ".join((f"{len(answers)} of {len(gold)} documents answered", *task.notes))
-
-
-def _check_images(gold: Sequence[Document]) -> None:
-    """Refuses documents with an image that cannot be read, before a model runs for nothing.
-
-    Raises:
-        InputError: names the first of them; another in its place, or none, would be another benchmark.
-    """
-    for document in gold:
-        for image in document.images:
-            try:
-                image.load()
-            except InputError as error:
-                raise InputError(f"document {escape(document.id)!r}: {error}", field=error.field) from error
 
 
 def _ranking(generator: InterleavedGenerator, document: Document) -> list[int]:

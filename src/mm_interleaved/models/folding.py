@@ -70,7 +70,8 @@ def with_shortcut(
             found = shortcut(self, *arguments, **named)
             return plain(self, *arguments, **named) if found is None else found
 
-        chosen.shortcut = shortcut  # type: ignore[attr-defined]
+        # Read by `core_weights`: who overrides the method has no shortcut.
+        vars(chosen)["shortcut"] = shortcut
         return chosen
 
     return decorate

@@ -1,7 +1,7 @@
 """The synchronizer's arithmetic where tensors have shapes and no numbers, to count what it takes.
 
 All samples of all images and levels in one call of `grid_sample`, as many as `reference` takes in a loop:
-PyTorch runs the meta device's operations in Python, where the loop took half of `plan`'s time.
+PyTorch runs the meta device's operations in Python, where a loop is slow.
 """
 
 from __future__ import annotations

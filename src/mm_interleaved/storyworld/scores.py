@@ -7,7 +7,7 @@ read by the grammar of `language`, images by the oracle.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 
-from mm_interleaved.documents.document import Document, Image, Part, Text
+from mm_interleaved.documents.document import Document, Image, Part, Text, answer_parts
 from mm_interleaved.storyworld.language import (
     Said,
     read_actions,
@@ -20,7 +20,7 @@ from mm_interleaved.storyworld.oracle import FigureReading, attribute_matches, r
 from mm_interleaved.storyworld.segmentation import class_map, mean_iou
 from mm_interleaved.storyworld.tasks import part_pixels
 from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
-from mm_interleaved.tokens.boxes import read_box
+from mm_interleaved.tokens.boxes import box_iou, read_box
 
 _MIN_IOU = 0.5
 _LOOK_ATTRIBUTES = ("species", "body_colour", "pattern", "hat", "hat_colour")
@@ -57,11 +57,6 @@ def score(predictions: Iterable[Document], gold: Sequence[Document]) -> dict[str
         _add(found, "layout.correct", _kinds(answer) == _kinds(document.target))
         _SCORERS[task](found, document, answer, ranking)
     return {name: mean(values) for name, values in sorted(found.items())}
-
-
-def answer_parts(prediction: Document) -> tuple[Part, ...]:
-    """What was generated: the parts marked so, or all parts where none is marked."""
-    return tuple(part for part in prediction.parts if part.generated) or prediction.parts
 
 
 def _add(found: Found, name: str, value: float) -> None:
@@ -159,15 +154,6 @@ def _ground(found: Found, document: Document, answer: Sequence[Part], ranking: o
     predicted, truth = read_box(_text(answer)), read_box(_text(document.target))
     assert truth is not None, f"{document.id}: the gold answer is a box"
     _add(found, "ground.accuracy", predicted is not None and box_iou(predicted, truth) >= _MIN_IOU)
-
-
-def box_iou(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> float:
-    """Intersection over union of two boxes (left, top, right, bottom), 0 where one is empty."""
-    width = max(0, min(one[2], other[2]) - max(one[0], other[0]))
-    height = max(0, min(one[3], other[3]) - max(one[1], other[1]))
-    areas = [max(0, box[2] - box[0]) * max(0, box[3] - box[1]) for box in (one, other)]
-    union = sum(areas) - width * height
-    return width * height / union if union else 0.0
 
 
 def first_image(answer: Sequence[Part]) -> Image | None:

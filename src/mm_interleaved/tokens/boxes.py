@@ -122,3 +122,17 @@ def read_box(text: str) -> tuple[int, int, int, int] | None:
         return None
     left, top, right, bottom = (int(number) for number in match.groups())
     return left, top, right, bottom
+
+
+def box_iou(first: Edges, second: Edges) -> float:
+    """Intersection over union, 0 to 1, in any unit that both share; a box that is empty overlaps nothing."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    shared = max(0.0, width) * max(0.0, height)
+    if shared == 0:
+        return 0.0
+    return shared / (_area(first) + _area(second) - shared)
+
+
+def _area(box: Edges) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])

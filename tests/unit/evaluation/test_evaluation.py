@@ -180,3 +180,17 @@ def test_ids_that_are_missing_doubled_or_unknown_are_named(lines, tmp_path, chan
     with pytest.raises(InputError, match=message) as refused:
         scored(lines, tmp_path, change)
     assert refused.value.exit_code == 3 and not (tmp_path / "out").exists()
+
+
+def test_an_image_that_cannot_be_read_is_named_before_a_model_runs(tmp_path):
+    path = write_storyworld(tmp_path / "gold", 20, 3, "test")
+    image = sorted((path.parent / "images").glob("*.png"))[0]
+    image.write_bytes(image.read_bytes()[:40])
+
+    def load(*arguments, **settings):
+        raise AssertionError("no model may be loaded")
+
+    request = RunRequest(documents=(), output=tmp_path / "out", model=ModelChoice())
+    with pytest.raises(InputError, match=rf"document '.+': .*{image.name}"):
+        evaluate_model(STORYWORLD, path, request, lambda document, event: None, load=load)
+    assert not (tmp_path / "out").exists()

@@ -12,10 +12,10 @@ from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import UsageError
 from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
 from mm_interleaved.storyworld.oracle import attribute_matches, read_scene
-from mm_interleaved.storyworld.scores import box_iou, score
+from mm_interleaved.storyworld.scores import score
 from mm_interleaved.storyworld.tasks import TASKS, document, part_pixels, scene_image
 from mm_interleaved.storyworld.world import NAMES, scene_from_record
-from mm_interleaved.tokens.boxes import read_box, write_box
+from mm_interleaved.tokens.boxes import box_iou, read_box, write_box
 
 REQUIRED = {
     "caption.attributes", "vqa.accuracy", "vqa.fine_detail", "ground.accuracy", "draw.attributes",

@@ -17,7 +17,7 @@ from mm_interleaved.documents.images import to_png
 from mm_interleaved.documents.record_files import read_records
 from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.evaluation.answers import answer_parts
+from mm_interleaved.evaluation.answers import parts_of
 from mm_interleaved.files import make_folder, write_file
 
 
@@ -102,7 +102,7 @@ def answers_by_question(
     """Each question and the parts that answer it."""
     found = {answer.id: answer for answer in answers}
     for question in questions:
-        yield question, answer_parts(found.get(question.id))
+        yield question, parts_of(found.get(question.id))
 
 
 def write_images(parts: Sequence[Part], folder: Path, name: Callable[[int], str]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import InputError, MMInterleavedError, escape
-from mm_interleaved.evaluation.answers import answer_parts
+from mm_interleaved.evaluation.answers import parts_of
 from mm_interleaved.files import make_folder, write_file
 
 AXES: Mapping[str, str] = {
@@ -74,7 +74,7 @@ def prompt_parts(question: Document, answer: Document | None, axes: Mapping[str,
         Text("You judge an answer of texts and images. The question was:"),
         *question.parts,
         Text("The answer is:"),
-        *(answer_parts(answer) or (Text("(there is no answer)"),)),
+        *(parts_of(answer) or (Text("(there is no answer)"),)),
         Text(
             f"Rate the answer with whole numbers from 0 (worst) to {HIGHEST} (best) on these axes:\n{asked}\n"
             f"Reply with one JSON object and nothing else: {{{names}}}"

@@ -11,7 +11,7 @@ from statistics import fmean
 import numpy as np
 
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.evaluation.answers import answer_parts, by_gold
+from mm_interleaved.evaluation.answers import by_gold, parts_of
 from mm_interleaved.evaluation.interleaved.registry import BENCHMARKS
 from mm_interleaved.evaluation.judges.judge import Judge, RememberingJudge
 from mm_interleaved.evaluation.metrics.interleaved import (
@@ -70,7 +70,7 @@ def _score(
 
 def _scores_of(question: Document, answer: Document | None) -> dict[str, float]:
     """What needs nobody to read an image."""
-    parts = answer_parts(answer)
+    parts = parts_of(answer)
     kinds = [TEXT if isinstance(part, Text) else IMAGE for part in parts]
     scores = {"answered": float(bool(parts))}
     if question.target:

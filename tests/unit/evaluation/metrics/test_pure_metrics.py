@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mm_interleaved.evaluation.metrics.boxes import box_accuracy, in_thousandths, iou
+from mm_interleaved.evaluation.metrics.boxes import box_accuracy, in_thousandths
 from mm_interleaved.evaluation.metrics.choices import (
     choice_accuracy,
     says_yes,
@@ -16,6 +16,7 @@ from mm_interleaved.evaluation.metrics.confidence import (
     rank_correlation,
 )
 from mm_interleaved.evaluation.metrics.retrieval import ndcg, rank_of, ranking_scores
+from mm_interleaved.tokens.boxes import box_iou
 
 
 def test_ranks_of_the_right_answer():
@@ -64,9 +65,9 @@ def test_gain_is_that_of_torchmetrics():
 
 
 def test_boxes():
-    assert iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
-    assert iou((0, 0, 1, 1), (0, 0, 1, 1)) == 1.0
-    assert iou((0, 0, 1, 1), (1, 0, 2, 1)) == 0.0 == iou((2, 2, 0, 0), (0, 0, 2, 2))
+    assert box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
+    assert box_iou((0, 0, 1, 1), (0, 0, 1, 1)) == 1.0
+    assert box_iou((0, 0, 1, 1), (1, 0, 2, 1)) == 0.0 == box_iou((2, 2, 0, 0), (0, 0, 2, 2))
     # Exactly half counts as found.
     assert box_accuracy([(0, 0, 2, 1), None, (0, 0, 3, 1)], [(0, 0, 1, 1), (0, 0, 1, 1), (0, 0, 1, 1)]) == (
         pytest.approx(1 / 3)
