@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_interleaved.devices import FORMATS, slowness, torch_device, weight_format
+from mm_interleaved.devices import FORMATS, model_format, torch_device
 from mm_interleaved.errors import ModelFileError, NumericalError, UsageError, escape
 from mm_interleaved.model_files.hashing import hash_model
 from mm_interleaved.model_files.headers import saved_format
@@ -118,16 +118,16 @@ def load_generator(
 
 def _number_format(dtype: str, folder: Path, place: torch.device) -> str:
     """The format of the weights: the one that was asked for by name, else what suits the device."""
-    if dtype == "auto":
-        return weight_format(saved_format(folder), place).name
-    if dtype not in FORMATS:
+    is_asked = dtype != "auto"
+    if is_asked and dtype not in FORMATS:
         raise UsageError(
             f"dtype: expected auto, {', '.join(FORMATS)}, found {escape(dtype)!r}{guess(dtype, FORMATS)}",
             field="dtype",
         )
-    if remark := slowness(dtype, place):
-        logger.warning("%s", remark)
-    return dtype
+    chosen = model_format(dtype, "" if is_asked else saved_format(folder), place)
+    if is_asked and chosen.remark:
+        logger.warning("%s", chosen.remark)
+    return chosen.name
 
 
 def _accelerate(model: Any, acceleration: Acceleration) -> Any:
