@@ -12,6 +12,7 @@ _PUBLIC = {
     "Document": "mm_interleaved.documents.document",
     "Text": "mm_interleaved.documents.document",
     "Image": "mm_interleaved.documents.document",
+    "Session": "mm_interleaved.documents.session",
     "MMInterleavedConfig": "mm_interleaved.models.config",
     "MMInterleavedForConditionalGeneration": "mm_interleaved.models.interleaved",
     "MMInterleavedProcessor": "mm_interleaved.tokens.processor",

@@ -16,6 +16,7 @@ from mm_interleaved.documents.formats import read_record
 from mm_interleaved.documents.image_references import ImageFolder
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.documents.record_files import read_records
+from mm_interleaved.documents.session_files import SESSION
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.files import make_folder, write_file
 
@@ -26,6 +27,9 @@ def read_documents(
     path: str | Path, *, image_root: str | Path | None = None, skip_missing_images: bool = False
 ) -> list[Document]:
     """All documents of a `.json` or `.jsonl` file, in order. Images are located, not opened.
+
+    Of a session (`session.json`, see `Document.save`) the one that it shows, as far as it is whole; what is
+    lost is logged.
 
     Args:
         image_root: folder that bounds all image paths; the file's own folder by default.
@@ -38,6 +42,10 @@ def read_documents(
     root = path.parent if image_root is None else Path(image_root)
     if image_root is not None and not os.path.isdir(root):
         raise InputError(f"{root}: there is no such folder, expected the one that holds the images")
+    if path.name == SESSION:
+        documents = [Document.load(path, image_root=root)]
+        _log_remarks(documents)
+        return documents
     folder = ImageFolder(path.parent, root, skip_missing_images)
     documents: list[Document] = []
     places: dict[str, str] = {}

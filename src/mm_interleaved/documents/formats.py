@@ -26,6 +26,7 @@ from mm_interleaved.documents.layout import EXPECTED, canonical_layout
 from mm_interleaved.documents.record_files import Record
 from mm_interleaved.documents.record_parts import IMAGES_BESIDE, Body, content_parts
 from mm_interleaved.documents.record_rules import finished
+from mm_interleaved.documents.session_files import FORMAT as SESSION
 from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import UsageError, escape
 
@@ -85,6 +86,7 @@ def _read(line: Record, folder: ImageStore) -> Document:
     # 1. Parts by the reader of the form, 2. what all forms have, 3. what holds for every record.
     _check_spelling(record, found.known_by)
     body = found.read(record, folder)
+    _pass_over_session(record)
     given_target = record.get("target")
     document = Document(
         id=_id(record, line.number),
@@ -98,6 +100,13 @@ def _read(line: Record, folder: ImageStore) -> Document:
         raise FieldError(record.path, "found an empty document, expected at least one text or image")
     is_plain_text = found.is_plain_text and not any(name in record for name in IMAGES_BESIDE)
     return finished(document, line.place, [record], known=found.known, is_plain_text=is_plain_text)
+
+
+def _pass_over_session(record: Field):
+    """What else a session held (`documents.session_files`) is neither the document's content nor its meta."""
+    session = record.get("session")
+    if session is not None and isinstance(session.value, dict) and session.value.get("format") == SESSION:
+        session.whole()
 
 
 def _id(record: Field, number: int) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mm_interleaved.documents.document import Image
 from mm_interleaved.documents.image_sources import REMOTE_ADDRESS, content_of_data_url, decoded_base64
 from mm_interleaved.documents.images import MAX_FILE_BYTES, file_kind
+from mm_interleaved.documents.parts import Image
 from mm_interleaved.documents.record_files import MAX_RECORD_BYTES
 from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import escape

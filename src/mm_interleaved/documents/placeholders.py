@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mm_interleaved.documents.document import Image, Part, Text
+from mm_interleaved.documents.parts import Image, Part, Text
 
 # Each spelling is looked for by itself: of a text that holds two of them, one may be prose. The numbered ones
 # say which image they mean.

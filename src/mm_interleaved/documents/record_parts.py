@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mm_interleaved.documents.document import Image, Part, Text
 from mm_interleaved.documents.image_references import ImageStore
+from mm_interleaved.documents.parts import Image, Part, Text
 from mm_interleaved.documents.placeholders import PartOrSlot, Slot, filled, images_first, with_slots
 from mm_interleaved.documents.strict_json import Field, FieldError
 

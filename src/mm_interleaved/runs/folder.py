@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.documents.document import Document, Image, document_to_record
-from mm_interleaved.documents.images import image_suffix, read_regular_file, to_png
+from mm_interleaved.documents.images import image_suffix, to_png
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
 from mm_interleaved.files import (
     append_line,
@@ -293,7 +293,7 @@ def input_hashes(documents: Sequence[Document]) -> dict[str, str]:
 
     def content_hash(image: Image, _: int) -> str:
         try:
-            return sha256_of(_encoded(image))
+            return sha256_of(image.encoded())
         except MMInterleavedError as error:
             return f"unreadable: {error}"
 
@@ -398,7 +398,7 @@ def _keep_input(path: Path, documents: Sequence[Document]):
 
     def keep(image: Image, _: int) -> str:
         try:
-            data = _encoded(image)
+            data = image.encoded()
         except MMInterleavedError:
             return f"{IMAGES}/unreadable-{sha256_of(str(image.source).encode())[:16]}"
         name = f"{IMAGES}/{sha256_of(data)[:24]}{image_suffix(data) or '.bin'}"
@@ -452,14 +452,6 @@ def _put_aside_those_there(paths: Iterable[Path]):
     for path in paths:
         if os.path.lexists(path):
             put_aside(path)
-
-
-def _encoded(image: Image) -> bytes:
-    if isinstance(image.source, bytes):
-        return image.source
-    if isinstance(image.source, Path):
-        return read_regular_file(image.source, image.name)
-    return to_png(image.load())
 
 
 def _json_file(record: Mapping[str, Any]) -> bytes:
