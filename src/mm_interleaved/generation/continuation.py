@@ -10,7 +10,7 @@ keys, values and images over all parts.
 import hashlib
 import logging
 from collections.abc import Generator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -64,6 +64,20 @@ def text_share(parts_left: Sequence[str], budget: int, room: int, image_tokens: 
     return min(max(1, fair), budget, room)
 
 
+@dataclass(slots=True)
+class Usage:
+    """What a document has taken so far."""
+
+    prompt_tokens: int = 0
+    """Of the given document, images included."""
+    reused_tokens: int = 0
+    """Of those, the ones that were remembered."""
+    text_tokens: int = 0
+    """Written."""
+    images: int = 0
+    """Generated."""
+
+
 class Continuation:
     """One document while it is continued.
 
@@ -101,6 +115,7 @@ class Continuation:
         notices.warn_of_words([settings.negative_prompt or ""])
         check_sampler(model, settings, self.layout, adapter)
         self.sequence = processor.encode(document)
+        self.usage = Usage(prompt_tokens=len(self.sequence))
         check_fits(self.sequence, model.config.text_config.max_position_embeddings, max_images(model))
 
     @torch.no_grad()
@@ -184,6 +199,7 @@ class Continuation:
         while not is_last:
             run: TextRun = yield request
             ids += run.ids
+            self.usage.text_tokens += len(run.ids)
             stop, is_last = run.stop, run.is_last
             # Decoded from the part's beginning: its text must not depend on the runs in which its ids came.
             text = vocabulary.decode(ids) if is_last else vocabulary.decode_settled(ids)
@@ -226,6 +242,7 @@ class Continuation:
         # 3. From here on it is an image like any other, encoded from the same 8 bits and the same resizing.
         session.finish_encoded_image(encoded)
         self.num_generated += 1
+        self.usage.images += 1
         part = Image(images[chosen], role=self.role, generated=True, seed=seeds[chosen], pixel_error=error)
         self.document = self.document.extended(part)
         yield ImageDone(images[chosen], seeds[chosen], error)

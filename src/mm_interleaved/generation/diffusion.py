@@ -1,13 +1,15 @@
 """Image generation: from noise to latents under the document's conditioning, from latents to pixels.
 
-Network (`ImageDecoder`), sampler (a scheduler of diffusers) and loop (`denoise`) are three things; the
-scheduler owns all mathematics of time.
+Network (`ImageDecoder`), sampler (a scheduler of diffusers) and loop (`denoising`) are three things; the
+scheduler owns all mathematics of time. The loop asks for each prediction, so that whoever answers may compute
+those of several loops in one pass of the U-Net.
 Letters: I images denoised at once, X latent channels, y and x rows and columns of the latents, R conditioning
 vectors, D their channels.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +39,48 @@ class DenoisingStep(NamedTuple):
     prediction: Tensor
 
 
+class Reading(NamedTuple):
+    """What the U-Net is given of each row beside its latents: its conditioning, and the earlier images that
+    it attends to.
+    """
+
+    conditioning: Tensor
+    earlier: EarlierImages | None
+
+    def with_unguided(self, negative_conditioning: Tensor) -> "Reading":
+        """The same, the unguided half before it."""
+        negative = negative_conditioning.expand_as(self.conditioning)
+        earlier = None if self.earlier is None else self.earlier.repeat(2)
+        return Reading(torch.cat([negative, self.conditioning]), earlier)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UNetInput:
+    """A prediction that a loop asks for: one pass of the U-Net."""
+
+    latents: Tensor
+    """(rows, X, y, x), in the number format of the conditioning."""
+    timestep: Tensor
+    """A scalar."""
+    reading: Reading
+    """The same object in all steps that read the same."""
+    context_strength: float = 1.0
+    deep: DeepFeatures | None = None
+    """See `unet_forward`."""
+
+
+def predict(decoder: ImageDecoder, asked: UNetInput) -> Tensor:
+    """The U-Net's prediction: (rows, X, y, x)."""
+    return decoder.predict(
+        asked.latents,
+        asked.timestep,
+        asked.reading.conditioning,
+        asked.reading.earlier,
+        context_strength=asked.context_strength,
+        deep=asked.deep,
+    )
+
+
 @torch.inference_mode()
 def denoise(
     decoder: ImageDecoder,
@@ -56,14 +100,60 @@ def denoise(
     """Turn noise into the latents of images, step by step; the last step's latents are the result.
 
     Computes in PyTorch's inference mode, as its results then are: nothing can be derived from them.
+    Arguments and errors as `denoising`, but for:
+
+    Args:
+        negative_conditioning: what guidance pushes away from, (1 or I, R, D); default: the learned one.
+    """
+    if negative_conditioning is None:
+        negative_conditioning = decoder.learned_negative(conditioning)
+    loop = denoising(
+        scheduler,
+        latents,
+        Reading(conditioning, earlier),
+        negative_conditioning,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        context_strength=context_strength,
+        generator=generator,
+        step_cache=step_cache,
+        guidance_cache=guidance_cache,
+    )
+    answer = None
+    while True:
+        try:
+            item = loop.send(answer)
+        except StopIteration:
+            return
+        answer = None
+        if isinstance(item, UNetInput):
+            answer = predict(decoder, item)
+        else:
+            yield item
+
+
+def denoising(
+    scheduler: SchedulerMixin,
+    latents: Tensor,
+    reading: Reading,
+    negative_conditioning: Tensor,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    context_strength: float = 1.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    step_cache: int = 1,
+    guidance_cache: int = 1,
+) -> Generator[UNetInput | DenoisingStep, Any, None]:
+    """The loop: it yields what the U-Net shall predict, is sent the prediction, and yields the step.
+
     Guidance acts on the conditioning alone: both halves attend to the same earlier images, as in training.
 
     Args:
         latents: standard normal noise, (I, X, y, x).
-        conditioning: what the images shall show, (I, R, D).
-        earlier: the images whose pyramids the U-Net attends to.
+        reading: what the images shall show, (I, R, D), and the images whose pyramids the U-Net attends to.
+        negative_conditioning: what guidance pushes away from, (1 or I, R, D).
         guidance_scale: 1 or less is no guidance.
-        negative_conditioning: what guidance pushes away from, (1 or I, R, D); default: the learned one.
         context_strength: scale of what earlier images add; 1 is as in training, 0 ignores them.
         generator: where the noise of the steps comes from; one an image, or one for all.
         step_cache: compute the U-Net's deep blocks in every so manyth step, and use them again in between
@@ -74,23 +164,20 @@ def denoise(
     Raises:
         ValueError: the scheduler cannot do that many steps, see `schedulers.scheduler_for`.
     """
-    if negative_conditioning is None:
-        negative_conditioning = decoder.learned_negative(conditioning)
-    alone = _Half(conditioning, earlier)
     is_guided = guidance_scale > 1
-    both = alone.with_unguided(negative_conditioning) if is_guided else alone
+    both = reading.with_unguided(negative_conditioning) if is_guided else reading
     set_time_steps(scheduler, num_inference_steps, latents.device)
     accepted = inspect.signature(scheduler.step).parameters
     noise = {"generator": generator} if "generator" in accepted else {}
+    dtype = reading.conditioning.dtype
     # The loop adds small differences up: single precision or better, whatever the network computes in.
-    latents = latents.to(torch.promote_types(conditioning.dtype, torch.float32)) * scheduler.init_noise_sigma
+    latents = latents.to(torch.promote_types(dtype, torch.float32)) * scheduler.init_noise_sigma
     deep = DeepFeatures() if step_cache > 1 else None
     guidance = latents.new_zeros(())
 
     for index, timestep in enumerate(scheduler.timesteps):
         # 1. Expand.
         has_unguided = is_guided and index % guidance_cache == 0
-        reading = both if has_unguided else alone
         with single_precision():
             model_input = scheduler.scale_model_input(
                 torch.cat([latents, latents]) if has_unguided else latents, timestep
@@ -98,14 +185,8 @@ def denoise(
         if deep is not None:
             deep.keep_for(len(model_input), is_fresh=index % step_cache != 0)
         # 2. Predict.
-        prediction = decoder.predict(
-            model_input.to(conditioning.dtype),
-            timestep,
-            reading.conditioning,
-            reading.earlier,
-            context_strength=context_strength,
-            deep=deep,
-        )
+        read = both if has_unguided else reading
+        prediction = yield UNetInput(model_input.to(dtype), timestep, read, context_strength, deep)
         # 3. Guide.
         guided = prediction.to(latents.dtype)
         if has_unguided:
@@ -119,19 +200,6 @@ def denoise(
             result = scheduler.step(guided, timestep, latents, **noise)
         latents = result.prev_sample
         yield DenoisingStep(index + 1, latents, _clean_latents(result), prediction)
-
-
-class _Half(NamedTuple):
-    """What the U-Net is given of each image: its conditioning, and the earlier images it attends to."""
-
-    conditioning: Tensor
-    earlier: EarlierImages | None
-
-    def with_unguided(self, negative_conditioning: Tensor) -> "_Half":
-        """The same, the unguided half before it."""
-        negative = negative_conditioning.expand_as(self.conditioning)
-        earlier = None if self.earlier is None else self.earlier.repeat(2)
-        return _Half(torch.cat([negative, self.conditioning]), earlier)
 
 
 def _clean_latents(result: Any) -> Tensor:

@@ -95,17 +95,21 @@ class InterleavedGenerator:
                 read, or it does not fit into the context.
             NumericalError: the model computed something that is not finite.
         """
-        steps = self._continuation(document, settings, overrides, preview_every).steps()
+        steps = self.begin(document, settings, preview_every=preview_every, **overrides).steps()
         events = stream_batched([steps], self.assistant_model)
         return (event for _, event in steps_in_evaluation_mode(self.model, events))
 
-    def _continuation(
+    def begin(
         self,
         document: Document,
-        settings: GenerationSettings | None,
-        overrides: dict[str, Any],
+        settings: GenerationSettings | None = None,
+        *,
         preview_every: int = 0,
+        **overrides: Any,
     ) -> Continuation:
+        """A document that is ready to be continued, for who batches those of many (`ContinuousBatch`).
+        Arguments and errors as `stream`; no image has been read yet.
+        """
         if not isinstance(document, Document):
             raise TypeError(
                 f"document: expected a Document, found {type(document).__name__}; "
@@ -164,7 +168,7 @@ class InterleavedGenerator:
 
         def steps(place: int) -> Steps:
             own = None if each_settings is None else each_settings[place]
-            yield from self._continuation(documents[place], own, overrides).steps()
+            yield from self.begin(documents[place], own, **overrides).steps()
 
         together = [with_own_failure(document, steps(place)) for place, document in enumerate(documents)]
         return steps_in_evaluation_mode(self.model, stream_batched(together, self.assistant_model))

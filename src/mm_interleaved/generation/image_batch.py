@@ -1,14 +1,18 @@
-"""Images that documents ask for: several of them, of one document or of many, are denoised in one batch.
+"""Images that documents ask for: those of many documents are denoised side by side, a step at a time.
 
-    ImageRequest (seeds, conditioning, earlier images, settings) -> denoise -> 8-bit images
+    ImageRequest (seeds, conditioning, earlier images, settings) -> ImageBatch -> 8-bit images
 
+Each request has a loop of its own (`diffusion.denoising`), with its own sampler, number of steps and
+guidance. What the loops ask the U-Net for is predicted in one pass, wherever each of them stands; so a
+request may join at any step, and leave.
 Letters: I images denoised at once, R conditioning vectors, D their channels, K earlier images each attends
 to.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image as PILImage
@@ -21,14 +25,10 @@ from mm_interleaved.generation.events import ImagePreview
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.finite import check_finite
 from mm_interleaved.models.image_decoder import EarlierImages, ImageDecoder
+from mm_interleaved.models.unet import DeepFeatures
 
 IMAGES_AT_ONCE = 8
-"""Images in one batch of the U-Net, as many as the released code has."""
-DENOISING_SETTINGS = (
-    "scheduler", "num_inference_steps", "guidance_scale", "context_strength", "step_cache", "guidance_cache",
-)  # fmt: skip
-"""Settings that images of one batch have in common."""
-
+"""Images that are denoised side by side, as many as the released code has in a batch."""
 GeneratedImages = list[PILImage.Image]
 
 
@@ -54,81 +54,218 @@ class ImageRequest:
     preview_every: int = 0
     """Steps between two previews; 0 is none."""
 
-    @property
-    def batch_key(self) -> tuple[Any, ...]:
-        """What requests must have in common to share a batch."""
-        settings = (getattr(self.settings, name) for name in DENOISING_SETTINGS)
-        return id(self.decoder), self.size, self.is_published, self.preview_every, *settings
 
-
-class _Noise(NamedTuple):
-    """The noise of one image: the request that wants it, and its seed."""
-
-    number: int
-    seed: int
-
-
-@torch.no_grad()
-def denoise_batch(
-    requests: Mapping[int, ImageRequest],
-) -> Iterator[tuple[int, GeneratedImages | NumericalError | ImagePreview]]:
-    """The images of each request, by its number; previews before, if they are wanted.
+class ImageBatch:
+    """Images that are being denoised: `step` does one step of some of them.
 
     Args:
-        requests: of one `batch_key`. An image whose numbers are not finite is the error of its own request
-            alone.
+        at_once: images denoised side by side at most; others wait.
     """
-    noises = [_Noise(number, seed) for number, request in requests.items() for seed in request.seeds]
-    found: dict[int, GeneratedImages] = {number: [] for number in requests}
-    failed: dict[int, NumericalError] = {}
-    for start in range(0, len(noises), IMAGES_AT_ONCE):
-        group = noises[start : start + IMAGES_AT_ONCE]
-        latents = yield from _denoise([requests[noise.number] for noise in group], group)
-        for noise, latents_1Xyx in zip(group, latents.split(1), strict=True):
-            decoder = requests[noise.number].decoder
-            try:
+
+    def __init__(self, at_once: int = IMAGES_AT_ONCE):
+        self.at_once = at_once
+        self.sizes: Counter[int] = Counter()
+        """How many passes of the U-Net had so many images."""
+        self._requests: dict[int, ImageRequest] = {}
+        # By the place of each loop's first image in its request.
+        self._found: dict[int, dict[int, GeneratedImages]] = {}
+        self._waiting: list[_Loop] = []
+        self._running: list[_Loop] = []
+        self._joined = _JoinedReading()
+
+    def __len__(self) -> int:
+        """Requests that wait for their images."""
+        return len(self._requests)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether some image has been begun."""
+        return bool(self._running)
+
+    def add(self, number: int, request: ImageRequest) -> None:
+        """Denoise the images of one more request, from the next step on."""
+        self._requests[number], self._found[number] = request, {}
+        self._waiting += [
+            _Loop(number, request, range(first, min(first + self.at_once, len(request.seeds))))
+            for first in range(0, len(request.seeds), self.at_once)
+        ]
+
+    def drop(self, number: int) -> None:
+        """Forget a request, if it is there; nothing more is computed for it."""
+        if self._requests.pop(number, None) is None:
+            return
+        del self._found[number]
+        self._waiting = [loop for loop in self._waiting if loop.number != number]
+        self._running = [loop for loop in self._running if loop.number != number]
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, GeneratedImages | NumericalError | ImagePreview]]:
+        """One pass of the U-Net; previews that are due, and the images of requests that are done, each by the
+        number of its request. An image whose numbers are not finite is the error of its own request alone.
+        """
+        self._admit()
+        loops = self._of_one_pass()
+        self.sizes[sum(len(loop.places) for loop in loops)] += 1
+        predictions = self._predict(loops)
+        # Whoever was served goes to the end, so that passes of different kinds take turns.
+        self._running = [loop for loop in self._running if loop not in loops] + loops
+        answers: list[tuple[int, GeneratedImages | NumericalError | ImagePreview]] = []
+        for loop, prediction in zip(loops, predictions, strict=True):
+            # Another loop of its request may have failed.
+            if loop.number in self._requests:
+                answers += self._go_on(loop, prediction)
+        return answers
+
+    def _admit(self) -> None:
+        """Loops begin in the order in which they came, while there is room."""
+        room = self.at_once - sum(len(loop.places) for loop in self._running)
+        while self._waiting and len(self._waiting[0].places) <= room:
+            loop = self._waiting.pop(0)
+            loop.begin()
+            room -= len(loop.places)
+            self._running.append(loop)
+
+    def _of_one_pass(self) -> list["_Loop"]:
+        """The loop that was served longest ago, and all whose predictions can be computed with its own."""
+        wanted = self._running[0].pass_key
+        return [loop for loop in self._running if loop.pass_key == wanted]
+
+    def _predict(self, loops: Sequence["_Loop"]) -> Sequence[Tensor]:
+        decoder, asked = loops[0].request.decoder, [loop.asked for loop in loops]
+        if len(asked) == 1:
+            return [diffusion.predict(decoder, asked[0])]
+        rows = [len(each.latents) for each in asked]
+        deep = join_deep_features([each.deep for each in asked])
+        prediction = diffusion.predict(
+            decoder,
+            diffusion.UNetInput(
+                torch.cat([each.latents for each in asked]),
+                torch.cat([each.timestep.expand(count) for each, count in zip(asked, rows, strict=True)]),
+                self._joined.of([each.reading for each in asked]),
+                asked[0].context_strength,
+                deep,
+            ),
+        )
+        if deep is not None:
+            assert deep.hidden is not None
+            for each, hidden in zip(asked, deep.hidden.split(rows), strict=True):
+                assert each.deep is not None
+                each.deep.hidden = hidden
+        return prediction.split(rows)
+
+    def _go_on(
+        self, loop: "_Loop", prediction: Tensor
+    ) -> list[tuple[int, GeneratedImages | NumericalError | ImagePreview]]:
+        """What comes of one loop's step."""
+        number, request = loop.number, loop.request
+        step = loop.go_on(prediction)
+        try:
+            if not loop.is_done:
+                if request.preview_every and step.number % request.preview_every == 0:
+                    [image] = diffusion.decode_images(request.decoder, step.clean[:1])
+                    return [(number, ImagePreview(image, step.number))]
+                return []
+            images: GeneratedImages = []
+            for latents_1Xyx in step.latents.split(1):
                 check_finite(latents_1Xyx, "the latents of a generated image")
-                found[noise.number] += diffusion.decode_images(decoder, latents_1Xyx)
-            except NumericalError as error:
-                failed.setdefault(noise.number, error)
-    for number, images in found.items():
-        yield number, failed.get(number, images)
+                images += diffusion.decode_images(request.decoder, latents_1Xyx)
+        except NumericalError as error:
+            self.drop(number)
+            return [(number, error)]
+        self._running.remove(loop)
+        found = self._found[number]
+        found[loop.places.start] = images
+        if sum(map(len, found.values())) < len(request.seeds):
+            return []
+        self.drop(number)
+        return [(number, [image for first in sorted(found) for image in found[first]])]
 
 
-def _denoise(
-    requests: Sequence[ImageRequest], noises: Sequence[_Noise]
-) -> Generator[tuple[int, ImagePreview], None, Tensor]:
-    """Latents of one batch; `requests` has the request of each image."""
-    first = requests[0]
-    decoder, settings = first.decoder, first.settings
-    generators = [torch.Generator().manual_seed(noise.seed) for noise in noises]
-    latents = diffusion.initial_latents(decoder, *first.size, generators)
-    steps = diffusion.denoise(
-        decoder,
-        schedulers.scheduler_for(
-            settings.scheduler,
-            first.scheduler_config,
-            settings.num_inference_steps,
-            is_published=first.is_published,
-        ),
-        latents,
-        torch.cat([request.conditioning for request in requests]),
-        join_earlier_images([request.earlier for request in requests]),
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        negative_conditioning=torch.cat([_negative(request) for request in requests]),
-        context_strength=settings.context_strength,
-        generator=generators,
-        step_cache=settings.step_cache,
-        guidance_cache=settings.guidance_cache,
-    )
-    for step in steps:
-        latents = step.latents
-        is_last = step.number == settings.num_inference_steps
-        if first.preview_every and step.number % first.preview_every == 0 and not is_last:
-            [image] = diffusion.decode_images(decoder, step.clean[:1])
-            yield noises[0].number, ImagePreview(image, step.number)
-    return latents
+class _Loop:
+    """The loop of one request's images, or of some of them.
+
+    Args:
+        places: of its images among those of the request.
+    """
+
+    asked: diffusion.UNetInput
+    """What it wants predicted."""
+
+    def __init__(self, number: int, request: ImageRequest, places: range):
+        self.number, self.request, self.places = number, request, places
+        self.is_done = False
+
+    def begin(self) -> None:
+        """From here on it takes memory."""
+        request, count, settings = self.request, len(self.places), self.request.settings
+        generators = [torch.Generator().manual_seed(request.seeds[place]) for place in self.places]
+        self._steps = diffusion.denoising(
+            schedulers.scheduler_for(
+                settings.scheduler,
+                request.scheduler_config,
+                settings.num_inference_steps,
+                is_published=request.is_published,
+            ),
+            diffusion.initial_latents(request.decoder, *request.size, generators),
+            diffusion.Reading(
+                request.conditioning.expand(count, -1, -1),
+                None if request.earlier is None else request.earlier.repeat(count),
+            ),
+            _negative(request),
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            context_strength=settings.context_strength,
+            generator=generators,
+            step_cache=settings.step_cache,
+            guidance_cache=settings.guidance_cache,
+        )
+        self._ask()
+
+    def go_on(self, prediction: Tensor) -> diffusion.DenoisingStep:
+        """The step that this prediction makes; afterwards it asks for the next one, or is done."""
+        step = self._steps.send(prediction)
+        assert isinstance(step, diffusion.DenoisingStep)
+        self.is_done = step.number == self.request.settings.num_inference_steps
+        if not self.is_done:
+            self._ask()
+        return step
+
+    def _ask(self) -> None:
+        asked = next(self._steps)
+        assert isinstance(asked, diffusion.UNetInput)
+        self.asked = asked
+
+    @property
+    def pass_key(self) -> tuple[Any, ...]:
+        """What loops must have in common to share a pass of the U-Net."""
+        asked = self.asked
+        deep = None if asked.deep is None else asked.deep.hidden is None
+        return id(self.request.decoder), asked.latents.shape[1:], asked.context_strength, deep
+
+
+class _JoinedReading:
+    """What several loops read, as one batch; joined anew only when other loops share the pass."""
+
+    def __init__(self) -> None:
+        self._parts: list[diffusion.Reading] = []
+
+    def of(self, parts: list[diffusion.Reading]) -> diffusion.Reading:
+        if [id(part) for part in parts] != [id(part) for part in self._parts]:
+            self._parts = parts
+            self._joined = diffusion.Reading(
+                torch.cat([part.conditioning for part in parts]),
+                join_earlier_images([part.earlier for part in parts]),
+            )
+        return self._joined
+
+
+def join_deep_features(parts: Sequence[DeepFeatures | None]) -> DeepFeatures | None:
+    """Deep features of several loops as those of one batch: all have some, or none has."""
+    given = [part for part in parts if part is not None]
+    if not given:
+        return None
+    hidden = [part.hidden for part in given if part.hidden is not None]
+    return DeepFeatures(torch.cat(hidden) if hidden else None)
 
 
 def _negative(request: ImageRequest) -> Tensor:

@@ -135,6 +135,26 @@ class OnTextAlone(LogitsProcessor):
         return self.others(ids, scores)
 
 
+class OfRows(LogitsProcessor):
+    """Rows whose tokens are chosen differently, each by its own processors.
+
+    Args:
+        choices: rows (B', int64), and what changes their logits; together all rows.
+    """
+
+    def __init__(self, choices: Sequence[tuple[Tensor, LogitsProcessor]]):
+        self.choices = choices
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if len(self.choices) == 1:
+            return self.choices[0][1](input_ids, scores)  # pyright: ignore[reportArgumentType]
+        changed = torch.empty_like(scores)
+        for row_B, choice in self.choices:
+            ids: Any = input_ids[row_B]
+            changed[row_B] = choice(ids, scores[row_B])  # pyright: ignore[reportArgumentType]
+        return changed
+
+
 class SampledToken(LogitsProcessor):
     """Samples the next token of each row with its own generator, and leaves no other choice.
 

@@ -138,6 +138,11 @@ class InterleavedSession:
         limit = max_images(self.model)
         return self.room > self.model.config.num_slots and (limit is None or len(self.image_starts) < limit)
 
+    @property
+    def num_unread(self) -> int:
+        """Tokens that stand in the document and that the model has not read yet."""
+        return self._unread_1UD.shape[1]
+
     # ---- Growing ---------------------------------------------------------------------------------
 
     @torch.no_grad()

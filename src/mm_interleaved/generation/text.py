@@ -56,53 +56,68 @@ class TextRequest:
     generator: torch.Generator | None = None
 
     @property
-    def batch_key(self) -> tuple[Any, ...]:
-        """What requests must have in common to share a pass: all but how long the texts may be."""
+    def is_written_alone(self) -> bool:
+        """Whether it shares no pass with others: beams, and guesses that are checked several at once."""
+        return self.settings.num_beams > 1 or self.settings.prompt_lookup_num_tokens is not None
+
+    @property
+    def pass_key(self) -> tuple[Any, ...]:
+        """What requests must have in common to share a pass."""
+        return id(self.session.model), self.session.cache.is_static, self.is_written_alone
+
+    @property
+    def choice_key(self) -> tuple[Any, ...]:
+        """What requests must have in common to have their tokens chosen alike: all but how long they are."""
         settings = (getattr(self.settings, name) for name in TEXT_SETTINGS)
-        return id(self.session.model), replace(self.rules, max_new_tokens=0), *settings
+        return replace(self.rules, max_new_tokens=0), *settings
 
 
 # ---- One document --------------------------------------------------------------------------------
 
 
 def write_text(request: TextRequest, assistant_model: PreTrainedModel | None = None) -> Iterator[TextRun]:
-    """Continue a document with text; the session grows by it, stop id excluded.
+    """Continue a document with text; the session grows by it, stop id excluded. Arguments as `write_run`."""
+    written: list[int] = []
+    while len(written) < request.rules.max_new_tokens:
+        run = write_run(request, written, assistant_model)
+        written += run.ids
+        yield run
+        if run.is_last:
+            return
 
-    One beam comes in runs of a few tokens, several beams in one run at the end.
+
+def write_run(
+    request: TextRequest, written: Sequence[int], assistant_model: PreTrainedModel | None = None
+) -> TextRun:
+    """The next run of a text part: a few tokens of one beam, all of several beams.
 
     Args:
+        written: ids of the same text part before.
         assistant_model: a smaller language model with the same vocabulary, whose guesses are checked several
             at once; it sees ids alone, no images. Greedy text only.
     """
     session, settings, rules = request.session, request.settings, request.rules
     if settings.num_beams > 1:
-        yield _write_beams(session, settings, rules)
-        return
+        return _write_beams(session, settings, rules)
     if settings.do_sample or session.cache.is_static:
         assistant_model = None
     is_fast = session.cache.is_static or settings.prompt_lookup_num_tokens or assistant_model is not None
-    stream_every = FAST_STREAM_EVERY if is_fast else STREAM_EVERY
-    written: list[int] = []
-    while len(written) < rules.max_new_tokens:
-        run_length = min(stream_every, rules.max_new_tokens - len(written))
-        # An assistant would be handed the embedding of a slot, which is not of its kind.
-        is_alone = assistant_model is not None and not session.ends_in_table
-        new_ids = _write_run(
-            request, written, 1 if is_alone else run_length, None if is_alone else assistant_model
-        )
-        ids, stop = cut_at_stop(new_ids, rules.stop_ids)
-        session.accept(ids)
-        written += ids
-        is_last = stop is not None or len(written) == rules.max_new_tokens
-        yield TextRun(ids, stop, is_last)
-        if is_last:
-            return
+    room = rules.max_new_tokens - len(written)
+    run_length = min(FAST_STREAM_EVERY if is_fast else STREAM_EVERY, room)
+    # An assistant would be handed the embedding of a slot, which is not of its kind.
+    is_alone = assistant_model is not None and not session.ends_in_table
+    new_ids = _generate_run(
+        request, len(written), 1 if is_alone else run_length, None if is_alone else assistant_model
+    )
+    ids, stop = cut_at_stop(new_ids, rules.stop_ids)
+    session.accept(ids)
+    return TextRun(ids, stop, is_last=stop is not None or len(ids) == room)
 
 
-def _write_run(
-    request: TextRequest, written: list[int], max_new_tokens: int, assistant_model: PreTrainedModel | None
+def _generate_run(
+    request: TextRequest, num_written: int, max_new_tokens: int, assistant_model: PreTrainedModel | None
 ) -> list[int]:
-    """The next few ids; `written` are those of the same text part before."""
+    """The next few ids, behind so many of the same text part."""
     session, settings, rules = request.session, request.settings, request.rules
     model = session.model
     session.read_but_last()
@@ -116,7 +131,7 @@ def _write_run(
         attention_mask=torch.ones_like(ids),
         cache=session.cache,
         processors=LogitsProcessorList(
-            [OnTextAlone(processors, ids.shape[1] - len(written), decoder_start(model, settings))]
+            [OnTextAlone(processors, ids.shape[1] - num_written, decoder_start(model, settings))]
         ),
         settings=settings,
         stop_ids=rules.stop_ids,

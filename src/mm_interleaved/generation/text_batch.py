@@ -1,11 +1,14 @@
-"""Text parts of several documents, written in one pass.
+"""Text parts of several documents, written in one pass, a run of a few tokens at a time.
 
-Every document keeps a session of its own; what it remembers is laid side by side for the length of a text
-part, padded on the left, and what was written is handed back. So lengths, images and turns may differ.
+Every document keeps a session of its own; what those remember is laid side by side for as long as no other
+joins them, padded on the left, and what was written is handed back after each run. So lengths, images, turns
+and settings may differ.
 Letters: B rows, T tokens of the longest row, H heads, d channels a head, N images a row, D hidden channels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from mm_interleaved.errors import NumericalError
 from mm_interleaved.generation.logits import (
     LOGITS,
     FiniteRows,
+    OfRows,
     OnTextAlone,
     decoder_start,
     logits_processors,
@@ -27,98 +31,155 @@ from mm_interleaved.generation.text import (
     TextRun,
     call_generate,
     cut_at_stop,
-    write_text,
+    write_run,
 )
 from mm_interleaved.models.prefix_cache import PrefixCache, static_room
 from mm_interleaved.tokens.visibility import NO_IMAGE
 
+PROMPT_TOKENS = 512
+"""New tokens of prompts that a step reads at most, beside those of its first one."""
 
-def write_text_batch(
-    requests: dict[int, TextRequest], assistant_model: PreTrainedModel | None = None
-) -> Iterator[tuple[int, TextRun | NumericalError]]:
-    """The runs of text parts, each as `write_text` gives them, several rows to a pass; the error of a row
-    whose numbers are not finite is its last answer, and the others go on.
 
-    Beams and guessed tokens are written one document after another.
+class TextBatch:
+    """Text parts that are being written: `step` writes a run of those that share a pass. Requests join and
+    leave between runs, each with its own settings.
 
     Args:
-        requests: by number; of one `batch_key`.
-        assistant_model: see `write_text`; only for whoever writes alone.
+        assistant_model: see `write_run`; only for whoever writes alone.
+        run_length: tokens of a run of several rows.
     """
-    first = next(iter(requests.values()))
-    if len(requests) == 1 or first.settings.num_beams > 1 or first.settings.prompt_lookup_num_tokens:
-        for number, request in requests.items():
-            yield from _write_alone(number, request, assistant_model)
-        return
-    batch = _Batch(requests)
-    while batch.rows:
-        yield from batch.write_run()
+
+    def __init__(
+        self, assistant_model: PreTrainedModel | None = None, *, run_length: int = FAST_STREAM_EVERY
+    ):
+        self.assistant_model, self.run_length = assistant_model, run_length
+        self.sizes: Counter[int] = Counter()
+        """How many runs had so many rows."""
+        # Whoever was served goes to the end, so that passes of different kinds take turns.
+        self._parts: dict[int, TextPart] = {}
+        self._rows: _Rows | None = None
+
+    def __len__(self) -> int:
+        """Text parts that are not at their end."""
+        return len(self._parts)
+
+    def add(self, number: int, request: TextRequest) -> None:
+        """Write one more text part, from the next step on."""
+        self._parts[number] = TextPart(number, request)
+
+    def drop(self, number: int) -> None:
+        """Forget a text part, if it is there; nothing more is computed for it."""
+        self._parts.pop(number, None)
+
+    def step(self) -> list[tuple[int, TextRun | NumericalError]]:
+        """One run of some text parts; the error of a row whose numbers are not finite is its last answer, and
+        the others go on. Nothing, where the step went into reading prompts.
+        """
+        first = next(iter(self._parts.values()))
+        parts = [first]
+        if not first.request.is_written_alone:
+            wanted = first.request.pass_key
+            parts = [part for part in self._parts.values() if part.request.pass_key == wanted]
+            if _read_prompts(parts):
+                return []
+            parts.sort(key=lambda part: part.number)
+        self.sizes[len(parts)] += 1
+        runs = self._write_alone(parts[0]) if len(parts) == 1 else self._write_together(parts)
+        for number, run in runs:
+            part = self._parts.pop(number)
+            if isinstance(run, TextRun) and not run.is_last:
+                part.written += run.ids
+                self._parts[number] = part
+        if not self._parts:
+            self._rows = None
+        return runs
+
+    def _write_alone(self, part: "TextPart") -> list[tuple[int, TextRun | NumericalError]]:
+        # Rows that it was one of have not seen what it writes now.
+        self._rows = None
+        try:
+            return [(part.number, write_run(part.request, part.written, self.assistant_model))]
+        except NumericalError as error:
+            return [(part.number, error)]
+
+    def _write_together(self, parts: list["TextPart"]) -> list[tuple[int, TextRun | NumericalError]]:
+        if self._rows is None or not self._rows.shrink_to(parts):
+            self._rows = _Rows(parts)
+        return self._rows.write_run(self.run_length)
 
 
-def _write_alone(
-    number: int, request: TextRequest, assistant_model: PreTrainedModel | None
-) -> Iterator[tuple[int, TextRun | NumericalError]]:
-    try:
-        for run in write_text(request, assistant_model):
-            yield number, run
-    except NumericalError as error:
-        yield number, error
+@dataclass(slots=True, eq=False)
+class TextPart:
+    """A text part, and what of it has been written."""
+
+    number: int
+    request: TextRequest
+    written: list[int] = field(default_factory=list)
 
 
-class _Batch:
-    """Text parts that are being written side by side."""
+def _read_prompts(parts: Sequence[TextPart]) -> bool:
+    """Reads what is new to the sessions, about `PROMPT_TOKENS` of it; whether something is left to read."""
+    num_read = 0
+    for part in parts:
+        num_unread = part.request.session.num_unread - 1
+        if num_read and num_read + num_unread > PROMPT_TOKENS:
+            return True
+        part.request.session.read_but_last()
+        num_read += max(0, num_unread)
+    return False
 
-    def __init__(self, requests: dict[int, TextRequest]):
-        self.requests, self.rows = requests, list(requests)
-        self.written: dict[int, list[int]] = {number: [] for number in requests}
-        for request in requests.values():
-            request.session.read_but_last()
-        sessions = [request.session for request in requests.values()]
+
+class _Rows:
+    """Text parts side by side: what their sessions remember, in one cache."""
+
+    def __init__(self, parts: Sequence[TextPart]):
+        self.parts = list(parts)
+        for part in parts:
+            part.request.session.read_but_last()
+        sessions = [part.request.session for part in parts]
         self.first = sessions[0]
         # Tokens of the longest row, the last one still to be read.
         self.length = max(len(session.ids) for session in sessions)
         caches = [session.cache for session in sessions]
-        room = self.length + max(request.rules.max_new_tokens for request in requests.values())
+        room = self.length + max(part.request.rules.max_new_tokens - len(part.written) for part in parts)
         self.cache = join_caches(caches, self.first.model.config.text_config, room)
 
-    def write_run(self) -> Iterator[tuple[int, TextRun | NumericalError]]:
-        """The next run of each row; rows that are done leave the batch."""
-        requests = [self.requests[number] for number in self.rows]
-        limits = [
-            request.rules.max_new_tokens - len(self.written[number])
-            for number, request in zip(self.rows, requests, strict=True)
-        ]
-        length = min(FAST_STREAM_EVERY, max(limits))
-        finite = FiniteRows()
-        new_ids = self._generate(requests, length, finite)
-        num_finite = finite.num_finite()
+    def shrink_to(self, parts: Sequence[TextPart]) -> bool:
+        """Leave out all rows but these; False if that does not do, as one is new."""
+        places = {id(part): place for place, part in enumerate(self.parts)}
+        staying = [places.get(id(part), -1) for part in parts]
+        if -1 in staying:
+            return False
+        if len(staying) < len(self.parts):
+            self.cache.batch_select_indices(torch.tensor(staying, device=self.first.model.device))
+            self.parts = list(parts)
+        return True
 
-        # 1. Each row takes what is its own, and leaves when it is done.
+    def write_run(self, run_length: int) -> list[tuple[int, TextRun | NumericalError]]:
+        """The next run of each row."""
+        limits = [part.request.rules.max_new_tokens - len(part.written) for part in self.parts]
+        length = min(run_length, max(limits))
+        finite = FiniteRows()
+        new_ids = self._generate(length, finite)
+        num_finite = finite.num_finite()
+        # Each row takes what is its own; it finds its session as if it had been alone.
         runs: list[tuple[int, TextRun | NumericalError]] = []
-        staying = []
-        for row, (number, request, limit) in enumerate(zip(self.rows, requests, limits, strict=True)):
+        for row, (part, limit) in enumerate(zip(self.parts, limits, strict=True)):
+            request = part.request
             ids, stop = cut_at_stop(new_ids[row][:limit], request.rules.stop_ids)
             # What comes behind its end belongs to no text.
             if num_finite[row] < len(ids) + (stop is not None):
-                runs.append((number, NumericalError(f"{LOGITS} are not finite, expected numbers")))
+                runs.append((part.number, NumericalError(f"{LOGITS} are not finite, expected numbers")))
                 continue
-            self.written[number] += ids
-            is_last = stop is not None or len(ids) == limit
             append_row(self.cache, row, self.length - 1, min(length, len(ids) + 1), request.session.cache)
             request.session.accept(ids)
-            runs.append((number, TextRun(ids, stop, is_last)))
-            if not is_last:
-                staying.append(row)
+            runs.append((part.number, TextRun(ids, stop, stop is not None or len(ids) == limit)))
         self.length += length
-        if 0 < len(staying) < len(requests):
-            self.cache.batch_select_indices(torch.tensor(staying, device=self.first.model.device))
-        self.rows = [self.rows[row] for row in staying]
-        # 2. Whoever goes on now finds its session as if it had been alone.
-        yield from runs
+        return runs
 
-    def _generate(self, requests: list[TextRequest], length: int, finite: FiniteRows) -> list[list[int]]:
-        sessions, rules = [request.session for request in requests], requests[0].rules
-        model, settings = self.first.model, requests[0].settings
+    def _generate(self, length: int, finite: FiniteRows) -> list[list[int]]:
+        sessions = [part.request.session for part in self.parts]
+        model, settings = self.first.model, self.parts[0].request.settings
         pads = [self.length - len(session.ids) for session in sessions]
         ids = torch.tensor(
             [
@@ -129,32 +190,44 @@ class _Batch:
         )
         pad_B = torch.tensor(pads, device=model.device)
         position_T = torch.arange(self.length, device=model.device)
-        # What was written stands at the end of every row, however long its document is.
-        num_written = len(self.written[self.rows[0]])
-        generators = [request.generator for request in requests]
-        processors = logits_processors(model, settings, rules, generators, finite=finite)
         are_in_table = all(session.ends_in_table for session in sessions)
         embeddings = None
         if not are_in_table:
             last_B1D = torch.cat([session.prompt()[:, -1:] for session in sessions])
             embeddings = F.pad(last_B1D, (0, 0, self.length - 1, 0))
+        # What ends one row is forbidden to those that it does not end.
+        stop_ids = sorted({stop for part in self.parts for stop in part.request.rules.stop_ids})
         output = call_generate(
             model,
             ids,
             inputs_embeds=embeddings,
             attention_mask=(position_T >= pad_B[:, None]).long(),
             cache=self.cache,
-            processors=LogitsProcessorList(
-                [OnTextAlone(processors, self.length - num_written, decoder_start(model, settings))]
-            ),
+            processors=LogitsProcessorList([finite, self._choices()]),
             settings=settings,
-            stop_ids=rules.stop_ids,
+            stop_ids=stop_ids,
             max_new_tokens=length,
             prefill_chunk_size=1 if self.cache.is_static and are_in_table else None,
         )
         found = output.sequences[:, self.length :]
         # All rows may have stopped before.
-        return F.pad(found, (0, length - found.shape[1]), value=rules.stop_ids[0]).tolist()
+        return F.pad(found, (0, length - found.shape[1]), value=stop_ids[0]).tolist()
+
+    def _choices(self) -> OfRows:
+        """How tokens are chosen: rows alike together, each kind of rows by its own rules."""
+        alike: dict[Any, list[int]] = {}
+        for row, part in enumerate(self.parts):
+            alike.setdefault((part.request.choice_key, len(part.written)), []).append(row)
+        model, choices = self.first.model, []
+        for (_, num_written), rows in alike.items():
+            requests = [self.parts[row].request for row in rows]
+            settings, generators = requests[0].settings, [request.generator for request in requests]
+            processors = logits_processors(model, settings, requests[0].rules, generators, finite=None)
+            # What was written stands at the end of every row, however long its document is.
+            start = self.length - num_written
+            choice = OnTextAlone(processors, start, decoder_start(model, settings))
+            choices.append((torch.tensor(rows, device=model.device), choice))
+        return OfRows(choices)
 
 
 def join_caches(caches: Sequence[PrefixCache], config: Any, room: int) -> PrefixCache:

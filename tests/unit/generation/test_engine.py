@@ -160,14 +160,12 @@ def test_text_does_not_depend_on_how_its_ids_came_in_runs(
     pieces = [f"<0x{byte:02X}>" for byte in "é".encode() + tail]
     ids = llama_tokenizer.convert_tokens_to_ids(["a", *pieces, "b"])
 
-    def in_runs(requests, assistant_model=None):
-        [(number, request)] = requests.items()
-        for end in range(length, len(ids) + length, length):
-            run = ids[end - length : end]
-            request.session.accept(run)
-            yield number, TextRun(run, None, end >= len(ids))
+    def in_runs(request, written, assistant_model=None):
+        run = ids[len(written) : len(written) + length]
+        request.session.accept(run)
+        return TextRun(run, None, len(written) + length >= len(ids))
 
-    monkeypatch.setattr("mm_interleaved.generation.batched.write_text_batch", in_runs)
+    monkeypatch.setattr("mm_interleaved.generation.text_batch.write_run", in_runs)
     stream = InterleavedGenerator(model, processor).stream(Document(id="d", parts=[Text("a")]), layout="T")
     events = list(stream)
     text = processor.vocabulary.decode(ids)

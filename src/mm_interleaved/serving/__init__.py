@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: requests in, documents to the engine, answers out. No model code."""
