@@ -12,7 +12,9 @@ from mm_interleaved.cli.options import Device, Dtype, Model
 from mm_interleaved.cli.output import progress, say
 from mm_interleaved.cli.places import folder_to_write, image_to_write
 from mm_interleaved.documents.document import Document
+from mm_interleaved.errors import UsageError, escape
 from mm_interleaved.generation.events import Event
+from mm_interleaved.spelling import hint
 
 _PANEL = "Studies"
 
@@ -27,7 +29,9 @@ Docs = Annotated[
 
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
-    for function in (ablation, scaling, curves, attention_maps, gallery, oracle, census, judge_free):
+    for function in (
+        ablation, scaling, curves, attention_maps, gallery, oracle, census, judge_free, disabled_synchronizers
+    ):  # fmt: skip
         command(app, panel=_PANEL)(function)
     # The name that it had while it was a command of the package.
     app.command("sight", hidden=True)(attention_maps)
@@ -258,3 +262,26 @@ def judge_free(
             bar.advance(found.score)
             verdict = "" if found.correlation >= ENOUGH else f", below {ENOUGH}: no measure of it"
             say(f"{found.score}: {found.correlation:.3f} over {found.num_cases} stories{verdict}")
+
+
+def disabled_synchronizers(
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Folder of the model.", metavar="DIR", callback=folder_to_write),
+    ],
+    side: Annotated[
+        list[str] | None,
+        typer.Option(help="language or unet; may be repeated. Default: both.", metavar="SIDE"),
+    ] = None,
+    model: Model = "storyworld",
+):
+    """Write a model without its synchronizers, to be evaluated beside the whole one."""
+    from mm_interleaved.model_files.resolve import find_model
+    from studies.disabled_synchronizers import SIDES, write_without_synchronizers
+
+    sides = tuple(side or SIDES)
+    for found in sides:
+        if found not in SIDES:
+            raise UsageError(f"--side: found {escape(found)!r}, {hint(found, SIDES)}")
+    number = write_without_synchronizers(find_model(model), sides, output)
+    say(f"{output}: {model} without {number:,} parameters of its synchronizers ({', '.join(sides)})")

@@ -8,6 +8,7 @@ of its family in `metrics/`, and a line in the `score` of each task that reports
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -50,4 +51,5 @@ def make_task(name: str, options: TaskOptions | None = None) -> Task:
     """The task of a name. Raises UsageError for an unknown one, or for options that it cannot do without."""
     if name not in TASKS:
         raise UsageError(unknown_name("task", name, TASKS), field="task")
-    return TASKS[name](options or TaskOptions())
+    options = options or TaskOptions()
+    return replace(TASKS[name](options), name=name, options=options)

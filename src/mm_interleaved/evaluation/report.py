@@ -10,12 +10,16 @@ from typing import Any
 
 from mm_interleaved.documents.document import Document, Part, Text
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.evaluation.task import Task
+from mm_interleaved.evaluation.cases import Extremes, cases_of, document_score, extremes
+from mm_interleaved.evaluation.pages.confusion_tables import confusion_record
+from mm_interleaved.evaluation.pages.report import report_page
+from mm_interleaved.evaluation.task import Cases, Task, TaskOptions
 from mm_interleaved.files import make_folder, remove_temporary_files, write_file
-from mm_interleaved.runs.page import OpenImage, render_page
 from mm_interleaved.versions import __version__
 
 RECORD = "evaluation.json"
+_NUM_SHOWN = 2
+"""Documents of each kind in a group's gallery."""
 
 
 def write_record(
@@ -26,6 +30,7 @@ def write_record(
     digest: str,
     *,
     flags: Mapping[str, Any] | None = None,
+    predictions: Path | None = None,
     seconds: float | None = None,
 ) -> None:
     """Writes what the scores were made with; the model, its hash and the machine stand in
@@ -34,11 +39,15 @@ def write_record(
     Args:
         digest: of the gold documents, see `hash_documents`.
         flags: generation settings that outrank the documents' own; None where no model ran.
+        predictions: the file of answers where it is not the one in `out`.
         seconds: of reading, answering and scoring.
     """
     first = gold[0]
     record = {
-        "data": {"path": str(data), "sha256": digest, "documents": len(gold)},
+        "task": task.name,
+        "options": _options_record(task.options),
+        "predictions": "predictions.jsonl" if predictions is None else str(predictions.absolute()),
+        "data": {"path": str(data.absolute()), "sha256": digest, "documents": len(gold)},
         "prompt": [part.text if isinstance(part, Text) else "<image>" for part in first.parts],
         "published_settings": dict(task.settings),
         "settings": None if flags is None else dict(flags),
@@ -49,6 +58,17 @@ def write_record(
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_file(out / RECORD, text.encode("utf-8", "backslashreplace"))
+
+
+def _options_record(options: TaskOptions) -> dict[str, Any]:
+    """Those options without which the same task is another one; a judge is named in the notes."""
+    return {
+        "compat": options.compat,
+        "prompt": options.prompt,
+        "inception": None if options.inception is None else str(options.inception.absolute()),
+        "clip": options.clip,
+        "source": dict(options.source),
+    }
 
 
 def hash_documents(documents: Sequence[Document]) -> str:
@@ -77,20 +97,51 @@ def _content(document: Document, part: Part) -> tuple[bytes, bytes]:
 
 def write_report(
     out: Path,
+    task: Task,
     scores: Mapping[str, float],
-    made_by: str,
-    records: Sequence[Mapping[str, Any]],
-    open_image: OpenImage,
+    predictions: Sequence[Document],
+    gold: Sequence[Document],
+    *,
+    errors: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes scores.json and report.html.
+    """Writes scores.json and report.html; where single documents have scores gallery.json, where the truth of
+    attributes is known confusion.json.
 
     Args:
-        made_by: a sentence on how many documents were answered.
-        records: of the answered documents, in the canonical form.
-        open_image: gives the image that a record names.
+        errors: why documents failed, by id.
     """
     make_folder(out)
     remove_temporary_files(out)
     write_file(out / "scores.json", json.dumps(scores, indent=2).encode() + b"\n")
-    page = render_page(records, open_image, title="Evaluation", made_by=made_by, scores=scores)
+    cases = [] if task.cases is None else cases_of(task, predictions, gold)
+    chosen = extremes(task, gold, cases, _NUM_SHOWN) if cases else {}
+    tables = [] if task.confusions is None else task.confusions(predictions, gold)
+    if chosen:
+        _write_json(out / "gallery.json", gallery_record(gold, cases, chosen))
+    if tables:
+        _write_json(out / "confusion.json", confusion_record(tables))
+    made_by = "; ".join((f"{len(predictions)} of {len(gold)} documents answered", *task.notes))
+    page = report_page(
+        task, made_by, scores, predictions, gold, cases=cases, tables=tables, chosen=chosen, errors=errors
+    )
     write_file(out / "report.html", page)
+
+
+def gallery_record(
+    gold: Sequence[Document], cases: Sequence[Cases], chosen: Mapping[str, Extremes]
+) -> dict[str, Any]:
+    """By group and kind: id and score of the documents that are shown."""
+    return {
+        group: {
+            kind: [
+                {"id": gold[place].id, "score": document_score(cases[place])}
+                for place in getattr(found, kind)
+            ]
+            for kind in ("best", "median", "worst")
+        }
+        for group, found in chosen.items()
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_file(path, (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))

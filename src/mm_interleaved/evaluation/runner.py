@@ -5,7 +5,9 @@ OUT/predictions.jsonl  see `predictions`
 OUT/scores.json        flat: "<task>.<metric>" -> number
 OUT/evaluation.json    what the numbers were made with: task, options, settings, data by hash, seconds, run
 OUT/answers/           where the benchmark has an evaluator of its own: the files that it reads
-OUT/report.html        the scores, and the documents with the answers
+OUT/confusion.json     where the truth of each attribute is known: what was read in place of what
+OUT/gallery.json       the best, median and worst documents
+OUT/report.html        all of these, and the documents with the answers
 """
 
 from __future__ import annotations
@@ -13,14 +15,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_interleaved.documents.document import Document, Image, document_to_record
-from mm_interleaved.documents.images import open_image as load_image
+from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import InputError
 from mm_interleaved.evaluation.predictions import prediction_of, read_predictions
 from mm_interleaved.evaluation.report import hash_documents, write_record, write_report
@@ -80,13 +81,8 @@ def evaluate_model(
     write_file(out / "predictions.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
     answers = read_predictions(out / "predictions.jsonl", gold)
     scores = task.score(answers, gold)
-    write_report(
-        out,
-        scores,
-        _made_by(task, answers, gold),
-        outcome.records,
-        lambda path: load_image(out / "run" / path),
-    )
+    errors = {record["id"]: record["error"]["message"] for record in outcome.records if "error" in record}
+    write_report(out, task, scores, answers, gold, errors=errors)
     write_record(out, task, data, gold, digest, flags=request.flags, seconds=time.monotonic() - begun)
     if task.export is not None:
         task.export(answers, gold, out / "answers")
@@ -98,23 +94,12 @@ def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -
     gold = task.read_gold(data)
     answers = read_predictions(predictions, gold)
     scores = task.score(answers, gold)
-    images: dict[str, Image] = {}
-
-    def keep(image: Image, _: int) -> str:
-        name = str(len(images))
-        images[name] = image
-        return name
-
-    records = [document_to_record(answer, keep) for answer in answers]
-    write_report(out, scores, _made_by(task, answers, gold), records, lambda name: images[name].load())
-    write_record(out, task, data, gold, hash_documents(gold))
+    write_report(out, task, scores, answers, gold)
+    file = None if predictions.absolute() == (out / "predictions.jsonl").absolute() else predictions
+    write_record(out, task, data, gold, hash_documents(gold), predictions=file)
     if task.export is not None:
         task.export(answers, gold, out / "answers")
     return scores
-
-
-def _made_by(task: Task, answers: Sequence[Document], gold: Sequence[Document]) -> str:
-    return "; ".join((f"{len(answers)} of {len(gold)} documents answered", *task.notes))
 
 
 def _ranking(generator: InterleavedGenerator, document: Document) -> list[int]:

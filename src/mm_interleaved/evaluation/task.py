@@ -9,6 +9,11 @@ from typing import Any
 
 from mm_interleaved.documents.document import Document
 from mm_interleaved.evaluation.judges.judge import Judge
+from mm_interleaved.evaluation.metrics.confusion import Confusion
+
+Cases = Mapping[str, Sequence[float]]
+"""By metric: what one document adds to it. The metric is the mean over the cases of all documents."""
+Score = Callable[[Sequence[Document], Sequence[Document]], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +40,40 @@ class TaskOptions:
 class Task:
     """One task."""
 
+    name: str = ""
+    """By which `make_task` makes it again."""
+    options: TaskOptions = field(default_factory=TaskOptions)
+    """With which it was made."""
     read_gold: Callable[[Path], list[Document]]
     """All documents of a data folder, with their targets."""
-    score: Callable[[Sequence[Document], Sequence[Document]], dict[str, float]]
+    score: Score
     """(predictions, gold) -> metrics. Never sees a model."""
+    cases: Callable[[Document | None, Document], Cases] | None = None
+    """(prediction, gold document) -> its cases, of those metrics that are means over cases. None where all
+    metrics are of the set as a whole."""
+    confusions: Callable[[Sequence[Document], Sequence[Document]], list[Confusion]] | None = None
+    """(predictions, gold) -> what was read in place of what, where the truth of each attribute is known."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Generation settings of the published evaluation; flags of the command outrank them."""
     export: Callable[[Sequence[Document], Sequence[Document], Path], None] | None = None
     """(predictions, gold, folder): writes what the benchmark's own evaluator reads."""
     notes: tuple[str, ...] = ()
     """Where it deviates from the correct way, for the page."""
+
+
+def each_alone(score: Score, *metrics: str) -> Callable[[Document | None, Document], Cases]:
+    """`Task.cases` of a score that is a mean over documents, each of which counts once: its value for one.
+
+    Args:
+        metrics: the last words of the names of those for which this holds; all where none is named.
+    """
+
+    def cases(prediction: Document | None, document: Document) -> Cases:
+        found = score([] if prediction is None else [prediction], [document])
+        return {
+            name: [value]
+            for name, value in found.items()
+            if not metrics or name.rpartition(".")[2] in metrics
+        }
+
+    return cases

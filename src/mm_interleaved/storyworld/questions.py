@@ -4,7 +4,7 @@ A question's kind is its name in the table at the end; kinds in FINE_DETAIL ask 
 tell.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mm_interleaved.seeded_random import SeededRandom
@@ -26,12 +26,16 @@ from mm_interleaved.storyworld.world import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question, its answer, and the answers of which it is one."""
+    """A question and its answer."""
 
     kind: str
     text: str
     answer: str
-    choices: tuple[str, ...]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The answers of which this is one."""
+        return answers_of(self.kind)
 
     @property
     def is_fine_detail(self) -> bool:
@@ -69,7 +73,6 @@ def _badge(rng: SeededRandom, scene: Scene) -> Question:
         kind="badge",
         text=f"What is on the badge of the {character.species}?",
         answer=character.badge,
-        choices=BADGES,
     )
 
 
@@ -79,7 +82,6 @@ def _pattern(rng: SeededRandom, scene: Scene) -> Question:
         kind="pattern",
         text=f"Which pattern does the {character.species} have?",
         answer=character.pattern,
-        choices=PATTERNS,
     )
 
 
@@ -89,7 +91,6 @@ def _body_colour(rng: SeededRandom, scene: Scene) -> Question:
         kind="body_colour",
         text=f"What colour is the {character.species}?",
         answer=character.body_colour,
-        choices=BODY_COLOURS,
     )
 
 
@@ -99,14 +100,15 @@ def _species(rng: SeededRandom, scene: Scene) -> Question:
         kind="species",
         text=f"Which animal is {AT[figure.position]}?",
         answer=figure.character.species,
-        choices=SPECIES,
     )
 
 
 def _hat(rng: SeededRandom, scene: Scene) -> Question:
     character = rng.pick(scene.figures).character
     return Question(
-        kind="hat", text=f"Which hat does the {character.species} wear?", answer=character.hat, choices=HATS
+        kind="hat",
+        text=f"Which hat does the {character.species} wear?",
+        answer=character.hat,
     )
 
 
@@ -119,7 +121,6 @@ def _hat_colour(rng: SeededRandom, scene: Scene) -> Question | None:
         kind="hat_colour",
         text=f"What colour is the {character.hat} of the {character.species}?",
         answer=character.hat_colour,
-        choices=HAT_COLOURS,
     )
 
 
@@ -129,20 +130,19 @@ def _action(rng: SeededRandom, scene: Scene) -> Question:
         kind="action",
         text=f"What does the {figure.character.species} do?",
         answer=DOES[figure.action],
-        choices=tuple(DOES.values()),
     )
 
 
 def _place(rng: SeededRandom, scene: Scene) -> Question:
-    return Question(kind="place", text="Which place is this?", answer=scene.place, choices=PLACES)
+    return Question(kind="place", text="Which place is this?", answer=scene.place)
 
 
 def _time(rng: SeededRandom, scene: Scene) -> Question:
-    return Question(kind="time", text="Which time of day is it?", answer=scene.time, choices=TIMES)
+    return Question(kind="time", text="Which time of day is it?", answer=scene.time)
 
 
 def _weather(rng: SeededRandom, scene: Scene) -> Question:
-    return Question(kind="weather", text="How is the weather?", answer=scene.weather, choices=WEATHERS)
+    return Question(kind="weather", text="How is the weather?", answer=scene.weather)
 
 
 def _count_animals(rng: SeededRandom, scene: Scene) -> Question:
@@ -150,7 +150,6 @@ def _count_animals(rng: SeededRandom, scene: Scene) -> Question:
         kind="count_animals",
         text="How many animals are there?",
         answer=COUNTS[len(scene.figures)],
-        choices=COUNTS,
     )
 
 
@@ -159,7 +158,6 @@ def _count_props(rng: SeededRandom, scene: Scene) -> Question:
         kind="count_props",
         text="How many things are on the ground?",
         answer=COUNTS[len(scene.props)],
-        choices=COUNTS,
     )
 
 
@@ -168,7 +166,9 @@ def _prop_colour(rng: SeededRandom, scene: Scene) -> Question | None:
         return None
     prop = rng.pick(scene.props)
     return Question(
-        kind="prop_colour", text=f"What colour is the {prop.kind}?", answer=prop.colour, choices=HAT_COLOURS
+        kind="prop_colour",
+        text=f"What colour is the {prop.kind}?",
+        answer=prop.colour,
     )
 
 
@@ -182,7 +182,6 @@ def _prop_kind(rng: SeededRandom, scene: Scene) -> Question | None:
         kind="in_front",
         text=f"What is in front of the {figure.character.species}?",
         answer=kinds[0] if kinds else "nothing",
-        choices=(*PROPS, "nothing"),
     )
 
 
@@ -203,7 +202,7 @@ def _next_to(rng: SeededRandom, scene: Scene) -> Question | None:
             if number + 2 == len(figures)
             else f"Who is next to the right of the {one.character.species}?"
         )
-    return Question(kind="next_to", text=text, answer=answer, choices=SPECIES)
+    return Question(kind="next_to", text=text, answer=answer)
 
 
 def _is_left_of(rng: SeededRandom, scene: Scene) -> Question | None:
@@ -215,7 +214,6 @@ def _is_left_of(rng: SeededRandom, scene: Scene) -> Question | None:
         kind="is_left_of",
         text=f"Is the {one.character.species} to the left of the {other.character.species}?",
         answer="yes" if is_left else "no",
-        choices=("yes", "no"),
     )
 
 
@@ -241,3 +239,30 @@ FINE_DETAIL: Sequence[str] = ("badge", "pattern")
 RELATIONS: Sequence[str] = ("in_front", "is_left_of")
 """Kinds that ask whether two things stand to each other in a certain way; they take longest to learn."""
 _COARSE = tuple(kind for kind in QUESTIONS if kind not in FINE_DETAIL)
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "badge": BADGES,
+    "pattern": PATTERNS,
+    "body_colour": BODY_COLOURS,
+    "species": SPECIES,
+    "hat": HATS,
+    "hat_colour": HAT_COLOURS,
+    "action": tuple(DOES.values()),
+    "place": PLACES,
+    "time": TIMES,
+    "weather": WEATHERS,
+    "count_animals": COUNTS,
+    "count_props": COUNTS,
+    "prop_colour": HAT_COLOURS,
+    "in_front": (*PROPS, "nothing"),
+    "next_to": SPECIES,
+    "is_left_of": ("yes", "no"),
+}
+
+
+def answers_of(kind: str) -> tuple[str, ...]:
+    """All answers to questions of a kind; none for a kind that does not exist."""
+    return _CHOICES.get(kind, ())
+
+
+assert set(_CHOICES) == set(QUESTIONS)

@@ -4,26 +4,19 @@ A pure function of documents: no model here, and no files but the images that th
 read by the grammar of `language`, images by the oracle.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 
 from mm_interleaved.documents.document import Document, Image, Part, Text, answer_parts
-from mm_interleaved.storyworld.language import (
-    Said,
-    read_actions,
-    read_figures,
-    read_introductions,
-    read_props,
-    read_setting,
-)
-from mm_interleaved.storyworld.oracle import FigureReading, attribute_matches, read_scene
+from mm_interleaved.storyworld.language import Said, read_figures, read_props, read_setting
+from mm_interleaved.storyworld.oracle import FigureReading, attribute_matches
+from mm_interleaved.storyworld.panels import LOOK_ATTRIBUTES, Mention, read_panels
+from mm_interleaved.storyworld.readings import read_image
 from mm_interleaved.storyworld.segmentation import class_map, mean_iou
-from mm_interleaved.storyworld.tasks import part_pixels
 from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
 from mm_interleaved.tokens.boxes import box_iou, read_box
 
 _MIN_IOU = 0.5
-_LOOK_ATTRIBUTES = ("species", "body_colour", "pattern", "hat", "hat_colour")
 
 Found = dict[str, list[float]]
 
@@ -48,15 +41,22 @@ def score(predictions: Iterable[Document], gold: Sequence[Document]) -> dict[str
         by_id[prediction.id] = prediction
     found: Found = {}
     for document in gold:
-        task = document.meta.get("task")
-        if task not in _SCORERS:
-            raise ValueError(f"document {document.id!r}: expected a task in its meta, found {task!r}")
-        prediction = by_id.get(document.id)
-        answer = () if prediction is None else answer_parts(prediction)
-        ranking = None if prediction is None else prediction.meta.get("ranking")
-        _add(found, "layout.correct", _kinds(answer) == _kinds(document.target))
-        _SCORERS[task](found, document, answer, ranking)
+        for name, values in cases(by_id.get(document.id), document).items():
+            found.setdefault(name, []).extend(values)
     return {name: mean(values) for name, values in sorted(found.items())}
+
+
+def cases(prediction: Document | None, document: Document) -> Found:
+    """Every metric's cases in one gold document, 0 to 1 each; arguments and errors as `score`."""
+    task = document.meta.get("task")
+    if task not in _SCORERS:
+        raise ValueError(f"document {document.id!r}: expected a task in its meta, found {task!r}")
+    answer = () if prediction is None else answer_parts(prediction)
+    ranking = None if prediction is None else prediction.meta.get("ranking")
+    found: Found = {}
+    _add(found, "layout.correct", _kinds(answer) == _kinds(document.target))
+    _SCORERS[task](found, document, answer, ranking)
+    return found
 
 
 def _add(found: Found, name: str, value: float) -> None:
@@ -121,12 +121,13 @@ def _describing(metric: str) -> Callable[..., None]:
     return score_text
 
 
-def _normal(text: str) -> str:
+def normal(text: str) -> str:
+    """A short answer in the form in which answers are compared."""
     return text.strip().rstrip(".!").strip().lower()
 
 
 def _is_answer(document: Document, answer: Sequence[Part]) -> bool:
-    return _normal(_text(answer)) == _normal(_text(document.target))
+    return normal(_text(answer)) == normal(_text(document.target))
 
 
 def _vqa(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
@@ -164,11 +165,7 @@ def first_image(answer: Sequence[Part]) -> Image | None:
 def _drawing(metric: str) -> Callable[..., None]:
     def score_image(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
         image = first_image(answer)
-        value = (
-            0.0
-            if image is None
-            else mean(attribute_matches(read_scene(part_pixels(image)), _last_scene(document)))
-        )
+        value = 0.0 if image is None else mean(attribute_matches(read_image(image), _last_scene(document)))
         _add(found, metric, value)
 
     return score_image
@@ -180,30 +177,28 @@ def _segmentation(found: Found, document: Document, answer: Sequence[Part], rank
     if image is None:
         _add(found, "segmentation.miou", 0.0)
         return
-    drawn = read_scene(part_pixels(image)).to_scene()
+    drawn = read_image(image).to_scene()
     _add(found, "segmentation.miou", mean_iou(class_map(drawn), class_map(_last_scene(document))))
 
 
 def _story(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
-    """Whom a panel's text names must stand where it says, and look as in the first panel in which it stands.
+    """Whom a panel's text names must stand where it says, and look as in the first panel in which it stands
+    (see `panels`).
 
-    For somebody whose first image is given, that look is the truth; for others it is what the oracle reads
-    in the first generated image, after the text that introduces it. Nobody is kept by an image that is
-    missing, whose text names nobody, or whose text is that of the panel before (a story that stands still
-    would keep everybody), and nobody who was never introduced. Beside the whole look each attribute of it has
-    a score of its own, and `name_known` says how often a named character had been introduced. Last images
-    alone, whose texts are all given, have scores of their own as well, under `story_last`.
+    Nobody is kept by an image that is missing, whose text names nobody, or whose text is that of the panel
+    before (a story that stands still would keep everybody), and nobody who was never introduced. Beside the
+    whole look each attribute of it has a score of its own, and `name_known` says how often a named character
+    had been introduced. Last images alone, whose texts are all given, have scores of their own as well, under
+    `story_last`.
     """
-    appearances = _given_appearances(document)
-    texts = [part.text for part in document.parts if isinstance(part, Text)]
     scored: Found = {}
     num_images = 0
-    for part in answer:
-        if isinstance(part, Text):
-            texts.append(part.text)
-            continue
+    for panel in read_panels(document, answer):
         num_images += 1
-        _score_panel(scored, texts, read_scene(part_pixels(part)).figures, appearances)
+        if not panel.mentions:
+            _keep_nobody(scored)
+        for mention in panel.mentions:
+            _score_mention(scored, mention)
     num_wanted = sum(isinstance(part, Image) for part in document.target)
     for _ in range(num_wanted - num_images):
         _keep_nobody(scored)
@@ -218,47 +213,22 @@ def _keep_nobody(scored: Found) -> None:
     _add(scored, "badge_kept", False)
 
 
-def _given_appearances(document: Document) -> dict[str, Mapping[str, str]]:
-    """By name: what the given images show of each character."""
-    num_given = sum(isinstance(part, Image) for part in document.parts)
-    appearances: dict[str, Mapping[str, str]] = {}
-    for scene in document.meta["scenes"][:num_given]:
-        for figure in scene["figures"]:
-            appearances.setdefault(figure["name"], figure)
-    return appearances
-
-
-def _score_panel(
-    scored: Found,
-    texts: Sequence[str],
-    figures: Sequence[FigureReading],
-    appearances: dict[str, Mapping[str, str]],
-) -> None:
-    """Scores one generated image and adds to `appearances` those who stand in it for the first time."""
-    is_told_again = len(texts) > 1 and texts[-1].split() == texts[-2].split()
-    named = {} if not texts or is_told_again else read_actions(texts[-1])
-    if not named:
+def _score_mention(scored: Found, mention: Mention) -> None:
+    figure, introduced = mention.figure, mention.introduced
+    _add(scored, "name_known", introduced is not None)
+    if introduced is None:
         _keep_nobody(scored)
-    introductions = read_introductions(" ".join(texts))
-    at = {figure.position: figure for figure in figures}
-    for name, said in named.items():
-        figure, introduced = at.get(said.position or ""), introductions.get(name)
-        _add(scored, "name_known", introduced is not None)
-        if introduced is None:
-            _keep_nobody(scored)
-        elif name in appearances:
-            kept = {
-                key: figure is not None and getattr(figure, key) == appearances[name][key]
-                for key in (*_LOOK_ATTRIBUTES, "badge")
-            }
-            for key, is_kept in kept.items():
-                _add(scored, f"{key}_kept", is_kept)
-            _add(scored, "character_kept", all(kept[key] for key in _LOOK_ATTRIBUTES))
-        else:
-            _add(scored, "character_kept", figure is not None and _is_as_stated(figure, introduced))
-            if figure is not None:
-                appearances[name] = {key: getattr(figure, key) for key in (*_LOOK_ATTRIBUTES, "badge")}
-        _add(scored, "action", figure is not None and figure.action == said.action)
+    elif mention.appearance is not None:
+        kept = {
+            key: figure is not None and getattr(figure, key) == mention.appearance[key]
+            for key in (*LOOK_ATTRIBUTES, "badge")
+        }
+        for key, is_kept in kept.items():
+            _add(scored, f"{key}_kept", is_kept)
+        _add(scored, "character_kept", all(kept[key] for key in LOOK_ATTRIBUTES))
+    else:
+        _add(scored, "character_kept", figure is not None and _is_as_stated(figure, introduced))
+    _add(scored, "action", figure is not None and figure.action == mention.said.action)
 
 
 def _is_as_stated(figure: FigureReading, stated: Said) -> bool:

@@ -270,6 +270,14 @@ _WORDS: dict[type, dict[str, tuple[str, ...]]] = {
 """The words that each attribute may have."""
 
 
+def words_of(attribute: str) -> tuple[str, ...]:
+    """The words that an attribute of a scene, a character, a figure or a prop may have; none for others.
+
+    A prop's colour is one of `hat_colour`.
+    """
+    return next((words[attribute] for words in _WORDS.values() if attribute in words), ())
+
+
 def _are_distinct(one: Character, other: Character) -> bool:
     return (
         one.name != other.name

@@ -17,11 +17,11 @@ def image(name="a.png", **more):
     return {"type": "image", "image": name, **more}
 
 
-def page_of(*records, **more):
+def page_of(*records):
     def picture(path):
         return PILImage.new("RGB", (2000, 1000) if path == "large.png" else (8, 8), (10, 200, 30))
 
-    return render_page(records, picture, title="A <title>", made_by="by & by", **more).decode()
+    return render_page(records, picture, title="A <title>", made_by="by & by").decode()
 
 
 def letters(parts):
@@ -81,8 +81,3 @@ def test_large_pictures_are_reduced():
 def test_page_of_many_documents_is_bounded():
     page = page_of(*({"id": str(number), "content": [text("x")]} for number in range(MAX_DOCUMENTS + 5)))
     assert "5 more documents" in page
-
-
-def test_scores_are_shown():
-    assert "vqa.accuracy" in page_of({"id": "a", "content": []}, scores={"vqa.accuracy": 0.25})
-    assert "25.0 %" in page_of({"id": "a", "content": []}, scores={"vqa.accuracy": 0.25})

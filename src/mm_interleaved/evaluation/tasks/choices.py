@@ -19,7 +19,7 @@ from mm_interleaved.evaluation.metrics.choices import (
     says_yes,
     yes_no_scores,
 )
-from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
 from mm_interleaved.evaluation.tasks.annotations import annotation_file, json_lines, question_about
 
 POPE_FILES = ("coco_pope_random.json", "coco_pope_popular.json", "coco_pope_adversarial.json", "*pope*.json*")
@@ -32,6 +32,7 @@ def pope(options: TaskOptions) -> Task:
     return Task(
         read_gold=partial(_read_pope, options),
         score=_score_pope,
+        cases=each_alone(_score_pope, "accuracy", "yes_ratio"),
         settings={"layout": "T", "max_new_tokens": 10},
     )
 
@@ -41,6 +42,7 @@ def seed_bench(options: TaskOptions) -> Task:
     return Task(
         read_gold=partial(_read_seed, options),
         score=_score_seed,
+        cases=each_alone(_score_seed),
         settings={"layout": "T", "max_new_tokens": 4},
     )
 

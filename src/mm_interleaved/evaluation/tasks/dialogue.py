@@ -12,7 +12,7 @@ from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import InputError
 from mm_interleaved.evaluation.answers import answer_ranking, by_gold
 from mm_interleaved.evaluation.metrics.retrieval import ndcg, ranking_scores
-from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
 from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents, has_annotation_file
 
 DIALOGUES = ("visdial_1.0_val.json", "visdial.json")
@@ -29,6 +29,7 @@ def visual_dialogue(options: TaskOptions) -> Task:
     return Task(
         read_gold=partial(_read, is_released, options),
         score=_score,
+        cases=each_alone(_score),
         settings={"layout": "T", "max_new_tokens": 16},
         notes=(*notes, "the round before the question is left out of the dialogue") if is_released else notes,
     )

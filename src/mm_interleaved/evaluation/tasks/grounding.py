@@ -10,7 +10,7 @@ from typing import Any
 from mm_interleaved.documents.document import Document
 from mm_interleaved.evaluation.answers import answer_text, by_gold
 from mm_interleaved.evaluation.metrics.boxes import Box, box_accuracy, in_thousandths
-from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
 from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents
 from mm_interleaved.tokens.boxes import BOX_RANGE, read_box
 
@@ -24,6 +24,7 @@ def grounding(name: str, options: TaskOptions) -> Task:
     return Task(
         read_gold=partial(_read, name, options),
         score=partial(_score, name, is_released),
+        cases=each_alone(partial(_score, name, is_released)),
         settings=SETTINGS,
         notes=("true boxes are rounded to the grid of 0 to 999 first",) if is_released else (),
     )

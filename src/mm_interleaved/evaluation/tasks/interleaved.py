@@ -22,7 +22,7 @@ from mm_interleaved.evaluation.metrics.interleaved import (
     repetition,
     structure,
 )
-from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
 
 
 def interleaved(name: str, options: TaskOptions) -> Task:
@@ -31,6 +31,8 @@ def interleaved(name: str, options: TaskOptions) -> Task:
     return Task(
         read_gold=benchmark.read,
         score=partial(_score, name, _judge(options)),
+        # A judge is asked for money or time, so what it says of single documents is not asked for again.
+        cases=each_alone(partial(_score, name, None)),
         export=benchmark.write,
         notes=() if options.judge is None else (f"judged by {options.judge.name}",),
     )

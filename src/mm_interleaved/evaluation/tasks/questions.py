@@ -17,7 +17,7 @@ from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.answers import answer_text, by_gold
 from mm_interleaved.evaluation.metrics.vqa import exact_accuracy, mean_vqa_accuracy, released_clean_up
-from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
 from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents, question_about
 
 SETTINGS = {"layout": "T", "num_beams": 3, "min_new_tokens": 0, "max_new_tokens": 10, "length_penalty": 0.0}
@@ -52,6 +52,7 @@ def questions(name: str, options: TaskOptions) -> Task:
     return Task(
         read_gold=partial(_read, name, FILES[name], options),
         score=partial(_score, name, is_released),
+        cases=each_alone(partial(_score, name, is_released)),
         settings=SETTINGS,
         notes=("answers are cut at substrings before they are normalised",) if is_released else (),
     )
@@ -75,7 +76,12 @@ def _read(name: str, files: _Files, options: TaskOptions, data: Path) -> list[Do
 
 def gqa(options: TaskOptions) -> Task:
     """GQA's balanced questions, `{id: {"imageId", "question", "answer"}}`: the one answer, or wrong."""
-    return Task(read_gold=partial(_read_gqa, options), score=_score_gqa, settings=SETTINGS)
+    return Task(
+        read_gold=partial(_read_gqa, options),
+        score=_score_gqa,
+        cases=each_alone(_score_gqa),
+        settings=SETTINGS,
+    )
 
 
 def _read_gqa(options: TaskOptions, data: Path) -> list[Document]:

@@ -9,9 +9,12 @@ from typing import Any, NoReturn
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError, escape
-from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.answers import by_gold
+from mm_interleaved.evaluation.metrics.confusion import Confusion
+from mm_interleaved.evaluation.task import Cases, Task, TaskOptions
 from mm_interleaved.storyworld import tasks
-from mm_interleaved.storyworld.scores import score
+from mm_interleaved.storyworld.confusion import SURPLUS, kept_and_lost, values_of
+from mm_interleaved.storyworld.scores import cases, score
 from mm_interleaved.storyworld.world import check_scene
 from mm_interleaved.tokens.boxes import read_box
 
@@ -77,7 +80,33 @@ def _score_storyworld(predictions: Sequence[Document], gold: Sequence[Document])
     }
 
 
-STORYWORLD = Task(read_gold=_read_storyworld, score=_score_storyworld)
+def _cases(prediction: Document | None, document: Document) -> Cases:
+    found = cases(prediction, document)
+    held_out = found if document.meta.get("is_held_out") else {}
+    return found | {f"held_out.{name}": values for name, values in held_out.items()}
+
+
+def _confusions(predictions: Sequence[Document], gold: Sequence[Document]) -> list[Confusion]:
+    """One table for each task and attribute that has cases, in the order of first occurrence."""
+    tables: dict[tuple[str, str], Confusion] = {}
+    for document, prediction in zip(gold, by_gold(predictions, gold), strict=True):
+        task = document.meta["task"]
+        for attribute, truth, read in kept_and_lost(prediction, document):
+            if (task, attribute) not in tables:
+                tables[task, attribute] = Confusion(
+                    task=task, attribute=attribute, order=values_of(attribute), surplus=SURPLUS
+                )
+            tables[task, attribute].counts[truth, read] += 1
+    return list(tables.values())
+
+
+STORYWORLD = Task(
+    name="storyworld",
+    read_gold=_read_storyworld,
+    score=_score_storyworld,
+    cases=_cases,
+    confusions=_confusions,
+)
 
 
 def storyworld(options: TaskOptions) -> Task:

@@ -1,0 +1,1 @@
+"""The pages of evaluations: one of a single evaluation, one that compares several."""
