@@ -222,6 +222,8 @@ def oracle(
         int, typer.Option("--images", "--pictures", help="Images, half of train and half of test.", min=2)
     ] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the images.", min=0)] = 11,
+    boards: Annotated[bool, typer.Option(help="Of scenes with boards of random cells.")] = False,
+    image_size: Annotated[int, typer.Option(help="Of scenes with boards: 64 or 128.")] = 64,
     model: Model = "storyworld",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -229,10 +231,15 @@ def oracle(
     """Measure how often the oracle errs: on clean images, and on those out of the model's VAE."""
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.model_files.resolve import find_model
-    from studies.oracle_error import oracle_errors
+    from studies.oracle_error import board_errors, oracle_errors
 
     generator = load_quietly(find_model(model), device=device, dtype=dtype)
-    for kind, error in oracle_errors(generator, images, seed).items():
+    found = (
+        board_errors(generator, images, seed, image_size)
+        if boards
+        else oracle_errors(generator, images, seed)
+    )
+    for kind, error in found.items():
         say(
             f"{kind}: {error.share_right:.3%} of {error.total.total():,} attributes right; "
             f"{error.images - error.wrong_images:,} of {error.images:,} images wholly"

@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from mm_interleaved.cli.main import run
 from studies.__main__ import create_app
-from studies.oracle_error import oracle_errors
+from studies.oracle_error import board_errors, oracle_errors
 
 
 class PerfectDecoder:
@@ -47,3 +48,23 @@ def test_the_command_tells_both_of_the_shipped_model(capsys):
     assert run(["oracle", "--images", "4", "--device", "cpu"], create_app) == 0
     said = capsys.readouterr().out
     assert "clean: 100.000% of" in said and "VAE: 100.000% of" in said and "4 of 4 images wholly" in said
+
+
+def test_cells_of_boards_are_counted_by_kind_and_scale():
+    found = board_errors(holder(PerfectDecoder(slice(0, 64))), 6, seed=3, image_size=64)
+    assert found["clean"].share_right == 1.0 and found["clean"].wrong_images == 0
+    names = [name for name in found["VAE"].total if name.startswith("cells of a ")]
+    assert names and found["VAE"].total == found["clean"].total
+    # All cells of an even grey are read as the same value.
+    assert (
+        sum(found["VAE"].wrong[name] for name in names) > sum(found["VAE"].total[name] for name in names) / 2
+    )
+
+
+@pytest.mark.parametrize("size", ["64", "128"])
+def test_the_command_tells_both_of_boards(size, capsys):
+    assert (
+        run(["oracle", "--boards", "--images", "2", "--image-size", size, "--device", "cpu"], create_app) == 0
+    )
+    said = capsys.readouterr().out
+    assert "clean: 100.000% of" in said and "cells of a" in said

@@ -186,8 +186,14 @@ def storyworld(
     form: Annotated[
         str, typer.Option("--format", help="jsonl, mmc4, obelics, llava, coco, vqav2, annt, webdataset ...")
     ] = "jsonl",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these, in turn; may be repeated. detail_...: boards of random cells."),
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="64; or 128 where all tasks are detail_....")] = 64,
 ):
     """Make fresh StoryWorld documents over all tasks."""
+    from mm_interleaved.storyworld.catalogue import ALL_TASKS, document_of
     from mm_interleaved.storyworld.exports import EXPORTS, write_storyworld
     from mm_interleaved.storyworld.world import SPLITS
 
@@ -195,7 +201,17 @@ def storyworld(
         raise UsageError(f"--format: found {escape(form)!r}, {hint(form, EXPORTS)}", field="format")
     if split not in SPLITS:
         raise UsageError(f"--split: found {escape(split)!r}, {hint(split, SPLITS)}", field="split")
-    path = write_storyworld(out, documents, seed, split, form)
+    for name in task or ():
+        if name not in ALL_TASKS:
+            raise UsageError(f"--task: found {escape(name)!r}, {hint(name, ALL_TASKS)}", field="task")
+    if task and form != "jsonl":
+        raise UsageError(f"--task: the format {form} says itself which tasks it holds", field="task")
+    try:
+        for name in task or (None,):
+            document_of(split, seed, 0, name, image_size)
+    except ValueError as error:
+        raise UsageError(f"--image-size: {error}", field="image_size") from error
+    path = write_storyworld(out, documents, seed, split, form, task or (), image_size)
     say(f"{path}: {counted(documents, 'document')} of the {split} split")
 
 

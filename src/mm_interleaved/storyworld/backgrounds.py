@@ -25,8 +25,8 @@ _GROUNDS = {
     "desert": (226, 158, 88),
     "mountain": (150, 178, 168),
 }
-# Sixteenths of each colour that are left at that time of day.
-_LIGHT = {"day": (16, 16, 16), "evening": (16, 12, 11), "night": (6, 7, 10)}
+LIGHT = {"day": (16, 16, 16), "evening": (16, 12, 11), "night": (6, 7, 10)}
+"""Sixteenths of red, green and blue that are left at that time of day."""
 
 
 @cache
@@ -39,7 +39,7 @@ def background(place: str, time: str, weather: str) -> np.ndarray:
     for mask, colour in _land(place):
         land[mask] = colour
         covered |= mask
-    land = land * np.array(_LIGHT[time]) // 16
+    land = land * np.array(LIGHT[time]) // 16
     pixels = np.where(covered[..., None], land, pixels)
     if place == "town" and time == "night":
         pixels[_town_windows()] = (255, 225, 120)

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,22 @@ from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder, new_folder, write_file
 from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
+from mm_interleaved.storyworld.catalogue import document_of
 from mm_interleaved.storyworld.segmentation import CLASSES, class_map
-from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.world import scene_from_record
 
 _SHARD_SIZE = 1000
 
 
-def write_storyworld(out: str | Path, documents: int, seed: int, split: str, format: str = "jsonl") -> Path:
+def write_storyworld(
+    out: str | Path,
+    documents: int,
+    seed: int,
+    split: str,
+    format: str = "jsonl",
+    tasks: Sequence[str] = (),
+    image_size: int = IMAGE_SIZE,
+) -> Path:
     """Fresh documents of this world in one of the formats of EXPORTS.
 
     Args:
@@ -36,12 +44,15 @@ def write_storyworld(out: str | Path, documents: int, seed: int, split: str, for
         documents: how many, from index 0 on. Formats that hold one task only take all of them from that task.
         seed: integer from 0. The same split and seed make the same documents, with any number of them.
         split: "train", "validation" or "test".
+        tasks: names out of `catalogue.ALL_TASKS`, in turn, where a format takes all tasks; none: the round of
+            `tasks.document`, which has none about boards.
+        image_size: see `catalogue.document_of`.
 
     Returns:
         The file to read (for formats of several files the one that names the others).
 
     Raises:
-        ValueError: an unknown format or split, no documents.
+        ValueError: an unknown format, split or task, no documents, or a size that a task does not have.
         UsageError: `out` holds something already.
         StorageError: the disk refuses.
     """
@@ -49,11 +60,18 @@ def write_storyworld(out: str | Path, documents: int, seed: int, split: str, for
         raise ValueError(f"format must be one of {', '.join(EXPORTS)}, found {format!r}")
     if documents < 1:
         raise ValueError(f"expected at least 1 document, found {documents}")
+
+    def turn(index: int) -> str | None:
+        return tasks[index % len(tasks)] if tasks else None
+
     out = Path(out)
     with new_folder(out) as folder:
         make_folder(folder / "images")
         path = EXPORTS[format](
-            folder, lambda task: (document(split, seed, index, task) for index in range(documents))
+            folder,
+            lambda task: (
+                document_of(split, seed, index, task or turn(index), image_size) for index in range(documents)
+            ),
         )
     return out / path.relative_to(folder)
 

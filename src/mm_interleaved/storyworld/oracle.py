@@ -56,6 +56,20 @@ SETTING_ATTRIBUTES = ("place", "time", "weather")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Where and when an image is. `confidence` as in `FigureReading`."""
+
+    place: str
+    time: str
+    weather: str
+    confidence: Mapping[str, float]
+
+    def to_scene(self) -> Scene:
+        """A scene without figures and props."""
+        return Scene(place=self.place, time=self.time, weather=self.weather)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FigureReading:
     """What stands at one position. `confidence` has for each attribute 0 (a tie) to 1 (no other fits)."""
 
@@ -123,29 +137,34 @@ def read_scene(image: np.ndarray | PILImage.Image) -> Reading:
         ValueError: an array of another shape or type.
     """
     pixels = _to_pixels(image)
-    place, time, weather, confidence = _read_setting(pixels)
-    bare = background(place, time, weather).astype(np.float32)
+    setting = read_setting(pixels)
+    return read_before(pixels, setting, background(setting.place, setting.time, setting.weather))
+
+
+def read_before(pixels: np.ndarray, setting: Setting, behind: np.ndarray) -> Reading:
+    """What an image shows of which setting and background are known.
+
+    Args:
+        pixels: (64, 64, 3) float32.
+        behind: (64, 64, 3) uint8, what figures and props stand before.
+    """
+    bare = behind.astype(np.float32)
     found = (_read_figure(pixels, bare, position) for position in POSITIONS)
     figures = tuple(figure for figure in found if figure is not None)
-    scene = Scene(
-        place=place,
-        time=time,
-        weather=weather,
-        figures=tuple(_to_figure(figure, "Pip") for figure in figures),
-    )
-    with_figures = render_scene(scene).astype(np.float32)
+    scene = replace(setting.to_scene(), figures=tuple(_to_figure(figure, "Pip") for figure in figures))
+    with_figures = render_scene(scene, behind).astype(np.float32)
     props = tuple(
         prop for position in POSITIONS if (prop := _read_prop(pixels, with_figures, position)) is not None
     )
-    drawn = render_scene(replace(scene, props=props)).astype(np.float32)
+    drawn = render_scene(replace(scene, props=props), behind).astype(np.float32)
     return Reading(
-        place=place,
-        time=time,
-        weather=weather,
+        place=setting.place,
+        time=setting.time,
+        weather=setting.weather,
         figures=figures,
         props=props,
-        confidence=confidence,
-        match=1.0 - float(_price(pixels, drawn).mean()),
+        confidence=setting.confidence,
+        match=1.0 - float(colour_price(pixels, drawn).mean()),
     )
 
 
@@ -194,7 +213,7 @@ def _to_pixels(image: np.ndarray | PILImage.Image) -> np.ndarray:
     return image.astype(np.float32)
 
 
-def _price(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
+def colour_price(pixels: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Squared RGB distance over the last axis, 0 to 1 (the cap)."""
     difference = pixels - colours
     return np.minimum(np.einsum("...c,...c->...", difference, difference), _PRICE_CAP) / _PRICE_CAP
@@ -228,15 +247,21 @@ def _settings() -> tuple[list[tuple[str, str, str]], np.ndarray]:
     return keys, np.stack([background(*key) for key in keys]).astype(np.float32)
 
 
-def _read_setting(pixels: np.ndarray) -> tuple[str, str, str, dict[str, float]]:
+def read_setting(pixels: np.ndarray, counts: np.ndarray | None = None) -> Setting:
+    """The setting of an image, (64, 64, 3) float32.
+
+    Args:
+        counts: (64, 64) bool, the pixels that count; default all.
+    """
     keys, backgrounds = _settings()
-    prices = _price(pixels, backgrounds).mean((1, 2))
+    is_asked = np.ones(pixels.shape[:2], bool) if counts is None else counts
+    prices = colour_price(pixels, backgrounds).mean((1, 2), where=is_asked)
     confidence, chosen = {}, []
     for axis, name in enumerate(SETTING_ATTRIBUTES):
         value, margin = _cheapest(_by_value([key[axis] for key in keys], prices))
         chosen.append(value)
         confidence[name] = margin
-    return chosen[0], chosen[1], chosen[2], confidence
+    return Setting(place=chosen[0], time=chosen[1], weather=chosen[2], confidence=confidence)
 
 
 def _figure_region(pixels: np.ndarray, position: str) -> np.ndarray:
@@ -287,7 +312,7 @@ def _read_lift(region: np.ndarray, behind: np.ndarray) -> int | None:
     The plate's rim is the lightest and the line around it the darkest: their contrast survives a blur that
     shifts both.
     """
-    if _price(region[_CORE], behind[_CORE]).mean() < _PRESENCE_PRICE:
+    if colour_price(region[_CORE], behind[_CORE]).mean() < _PRESENCE_PRICE:
         return None
     rim, line = _plate_rings()
     darkest_channel = region.min(2)
@@ -302,8 +327,8 @@ def _read_lift(region: np.ndarray, behind: np.ndarray) -> int | None:
 def _slot_prices(region: np.ndarray, behind: np.ndarray) -> np.ndarray:
     """(slots, P): the price of each fixed colour at each pixel; that of TRANSPARENT is the background's."""
     palette = figure_palette("red", "none").astype(np.float32)
-    prices = _price(region[None], palette[:, None, None, :])
-    prices[sprites.TRANSPARENT] = _price(region, behind)
+    prices = colour_price(region[None], palette[:, None, None, :])
+    prices[sprites.TRANSPARENT] = colour_price(region, behind)
     return prices.reshape(sprites.NUM_SLOTS, -1)
 
 
@@ -312,7 +337,7 @@ def _colour_prices(region: np.ndarray, colours: Sequence[str], is_body: bool) ->
     slots = (sprites.BODY, sprites.SHADE) if is_body else (sprites.HAT, sprites.HAT_SHADE)
     palettes = [figure_palette(*((colour, "none") if is_body else ("red", colour))) for colour in colours]
     rgb = np.stack([palette[list(slots)] for palette in palettes]).astype(np.float32)
-    return _price(region.reshape(-1, 3), rgb[:, :, None, :])
+    return colour_price(region.reshape(-1, 3), rgb[:, :, None, :])
 
 
 def _read_body(
@@ -426,13 +451,13 @@ def _read_prop(pixels: np.ndarray, without: np.ndarray, position: str) -> Prop |
         slice(left, left + sprites.PROP_COLUMNS),
     )
     region, behind = pixels[window], without[window]
-    bare_price = _price(region, behind)
+    bare_price = colour_price(region, behind)
     best, best_gain = None, _PROP_MARGIN
     for kind in PROPS:
         slots = sprites.prop_sprite(kind)
         is_prop = slots != sprites.TRANSPARENT
         for colour in PROP_COLOURS:
-            price = _price(region, prop_palette(colour).astype(np.float32)[slots])
+            price = colour_price(region, prop_palette(colour).astype(np.float32)[slots])
             gain = float((bare_price - price)[is_prop].sum()) / slots.size
             if gain > best_gain:
                 best, best_gain = Prop(kind=kind, colour=colour, position=position), gain

@@ -51,9 +51,13 @@ _SHADOW = np.array(
 )  # fmt: skip
 
 
-def render_scene(scene: Scene) -> np.ndarray:
-    """(64, 64, 3) uint8: background, then figures, then props."""
-    pixels = background(scene.place, scene.time, scene.weather).copy()
+def render_scene(scene: Scene, behind: np.ndarray | None = None) -> np.ndarray:
+    """(64, 64, 3) uint8: background, then figures, then props.
+
+    Args:
+        behind: (64, 64, 3) uint8, what figures and props are drawn on; default the scene's background.
+    """
+    pixels = (background(scene.place, scene.time, scene.weather) if behind is None else behind).copy()
     for figure in scene.figures:
         _draw_figure(pixels, figure)
     for prop in scene.props:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 
 from mm_interleaved.documents.document import Document, Image, Part, Text, answer_parts
+from mm_interleaved.storyworld.detail.scoring import score_detail_answer, score_detail_images
 from mm_interleaved.storyworld.language import Said, read_figures, read_props, read_setting
 from mm_interleaved.storyworld.oracle import FigureReading, attribute_matches
 from mm_interleaved.storyworld.panels import LOOK_ATTRIBUTES, Mention, read_panels
@@ -29,7 +30,7 @@ def score(predictions: Iterable[Document], gold: Sequence[Document]) -> dict[str
             none is marked, all parts are. A document that is missing counts as wrong. A dialogue may carry
             `meta["ranking"]`, the indices of its candidates from best to worst; without it only the exact
             answer counts.
-        gold: documents of `tasks.document`, with their targets and meta.
+        gold: documents of `catalogue.document_of`, with their targets and meta.
 
     Raises:
         ValueError: a gold document has no task in its meta, or an id occurs twice.
@@ -241,6 +242,13 @@ def _is_as_stated(figure: FigureReading, stated: Said) -> bool:
     )
 
 
+def _detail(add: Callable[[Found, Document, Sequence[Part]], None]) -> Callable[..., None]:
+    def score_detail(found: Found, document: Document, answer: Sequence[Part], ranking: object) -> None:
+        add(found, document, answer)
+
+    return score_detail
+
+
 _SCORERS: dict[str, Callable[[Found, Document, Sequence[Part], object], None]] = {
     "caption": _describing("caption.attributes"),
     "paragraph": _describing("paragraph.attributes"),
@@ -254,4 +262,10 @@ _SCORERS: dict[str, Callable[[Found, Document, Sequence[Part], object], None]] =
     "story_all": _story,
     "few_shot": _few_shot,
     "edit": _drawing("edit.attributes"),
+    "detail_copy": _detail(score_detail_images),
+    "detail_vqa": _detail(score_detail_answer),
+    "detail_edit": _detail(score_detail_images),
+    "detail_segmentation": _detail(score_detail_images),
+    "detail_story": _detail(score_detail_images),
+    "detail_story_last": _detail(score_detail_images),
 }

@@ -72,8 +72,8 @@ def random_story(rng: SeededRandom, split: str) -> Story:
             if arrival == number or (arrival < number and (character is cast[0] or rng.chance(75)))
         ]
         scene = replace(
-            _next_setting(rng, previous),
-            figures=_placed_figures(rng, present, previous),
+            next_setting(rng, previous),
+            figures=placed_figures(rng, present, previous),
             props=_placed_props(rng, props),
         )
         panels.append(Panel(text=tell_panel(rng, scene, previous, introduced, known_props), scene=scene))
@@ -83,7 +83,7 @@ def random_story(rng: SeededRandom, split: str) -> Story:
     return Story(cast=cast, panels=tuple(panels))
 
 
-def _next_setting(rng: SeededRandom, previous: Scene | None) -> Scene:
+def next_setting(rng: SeededRandom, previous: Scene | None) -> Scene:
     """The first setting at random; later ones change seldom, and time only goes forward."""
     if previous is None:
         return Scene(place=rng.pick(PLACES), time=rng.pick(TIMES), weather=rng.pick(WEATHERS))
@@ -97,9 +97,7 @@ def _next_setting(rng: SeededRandom, previous: Scene | None) -> Scene:
     )
 
 
-def _placed_figures(
-    rng: SeededRandom, present: list[Character], previous: Scene | None
-) -> tuple[Figure, ...]:
+def placed_figures(rng: SeededRandom, present: list[Character], previous: Scene | None) -> tuple[Figure, ...]:
     """Everybody at a place of its own; nobody does the same thing at the same place twice in a row."""
     positions = rng.sample(POSITIONS, len(present))
     before = set() if previous is None else set(previous.figures)

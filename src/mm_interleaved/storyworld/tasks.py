@@ -253,10 +253,15 @@ def _lonely_scene(rng: SeededRandom, split: str) -> Scene:
 def _edit(rng: SeededRandom, split: str) -> Document:
     """An image and an instruction; the image after it."""
     before = random_scene(rng, split)
-    while (edit := rng.pick(_EDITS)(rng, before)) is None:
-        pass
-    instruction, after = edit
+    instruction, after = random_edit(rng, before)
     return _document((scene_image(before), Text(instruction)), (scene_image(after),), [before, after])
+
+
+def random_edit(rng: SeededRandom, scene: Scene) -> tuple[str, Scene]:
+    """An instruction that changes one thing of a scene, and the scene after it."""
+    while (edit := rng.pick(_EDITS)(rng, scene)) is None:
+        pass
+    return edit
 
 
 _Edit = tuple[str, Scene] | None

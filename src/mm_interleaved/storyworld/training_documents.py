@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.seeded_random import SeededRandom
+from mm_interleaved.storyworld.catalogue import document_of
 from mm_interleaved.storyworld.questions import FINE_DETAIL, QUESTIONS, RELATIONS, ask_several
-from mm_interleaved.storyworld.tasks import document, scene_image
+from mm_interleaved.storyworld.tasks import scene_image
 from mm_interleaved.storyworld.world import random_scene, scene_to_record
 
 INTERVIEW = "interview"
@@ -24,14 +25,14 @@ def training_document(seed: int, index: int, task_weights: Mapping[str, int]) ->
     learned.
 
     Args:
-        task_weights: tasks of `storyworld.tasks`, or "interview", with integer weights.
+        task_weights: tasks of `storyworld.catalogue`, or "interview", with integer weights.
     """
     task = SeededRandom(_MIXTURE_DOMAIN, seed, index).weighted(
         tuple(task_weights), tuple(task_weights.values())
     )
     if task == INTERVIEW:
         return _interview(seed, index)
-    made = document("train", seed, index, task)
+    made = document_of("train", seed, index, task)
     return replace(made, parts=(*made.parts, *made.target), target=())
 
 

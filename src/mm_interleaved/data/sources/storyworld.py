@@ -9,7 +9,10 @@ from typing import ClassVar
 from mm_interleaved.data.source import Item, Shard
 from mm_interleaved.errors import UsageError
 from mm_interleaved.spelling import hint
-from mm_interleaved.storyworld.tasks import TASKS, document
+from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
+from mm_interleaved.storyworld.catalogue import ALL_TASKS, document_of
+from mm_interleaved.storyworld.detail.boards import IMAGE_SIZES
+from mm_interleaved.storyworld.detail.documents import DETAIL_TASKS
 from mm_interleaved.storyworld.training_documents import INTERVIEW, training_document
 
 _SHARD_ITEMS = 1024
@@ -23,12 +26,14 @@ class StoryWorldSource:
     takes_run_seed: ClassVar[bool] = True
 
     paths: tuple[str, ...]
-    """Tasks of `storyworld.tasks`, or `interview`, in turn."""
+    """Tasks of `storyworld.catalogue`, or `interview`, in turn."""
     seed: int = 0
     """Seed of the documents; a training run gives its own."""
+    image_size: int = IMAGE_SIZE
+    """Pixels a side of all images: 64, or 128 where all tasks are about boards (`detail_...`)."""
 
     def __post_init__(self) -> None:
-        known = (*TASKS, INTERVIEW)
+        known = (*ALL_TASKS, INTERVIEW)
         if isinstance(self.paths, str):
             object.__setattr__(self, "paths", (self.paths,))
         for task in self.paths:
@@ -38,6 +43,14 @@ class StoryWorldSource:
             raise UsageError("storyworld: no tasks, expected at least one", field="paths")
         if self.seed < 0:
             raise UsageError(f"storyworld: seed must be 0 or more, found {self.seed}", field="seed")
+        sizes = IMAGE_SIZES if set(self.paths) <= set(DETAIL_TASKS) else (IMAGE_SIZE,)
+        if self.image_size not in sizes:
+            expected = " or ".join(map(str, sizes))
+            raise UsageError(
+                f"storyworld: image_size of {', '.join(self.paths)} must be {expected}, "
+                f"found {self.image_size}",
+                field="image_size",
+            )
 
     def shards(self) -> list[Shard]:
         return [Shard(f"storyworld-{number:05d}", _SHARD_ITEMS) for number in range(_SHARDS)]
@@ -50,4 +63,4 @@ class StoryWorldSource:
             if task == INTERVIEW:
                 yield position, training_document(self.seed, index, {task: 1})
             else:
-                yield position, document("train", self.seed, index, task)
+                yield position, document_of("train", self.seed, index, task, self.image_size)

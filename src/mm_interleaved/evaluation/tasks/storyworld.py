@@ -12,8 +12,10 @@ from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.answers import by_gold
 from mm_interleaved.evaluation.metrics.confusion import Confusion
 from mm_interleaved.evaluation.task import Cases, Task, TaskOptions
-from mm_interleaved.storyworld import tasks
+from mm_interleaved.storyworld.catalogue import ALL_TASKS
 from mm_interleaved.storyworld.confusion import SURPLUS, kept_and_lost, values_of
+from mm_interleaved.storyworld.detail.boards import IMAGE_SIZES, check_board
+from mm_interleaved.storyworld.detail.documents import DETAIL_TASKS
 from mm_interleaved.storyworld.scores import cases, score
 from mm_interleaved.storyworld.world import check_scene
 from mm_interleaved.tokens.boxes import read_box
@@ -39,7 +41,7 @@ def _check_gold(data: Path, document: Document):
 
     meta = document.meta
     task = meta.get("task")
-    if task not in tasks.TASKS:
+    if task not in ALL_TASKS:
         refuse("meta.task", "a task of StoryWorld", task)
     scenes = meta.get("scenes")
     if not isinstance(scenes, list) or not scenes:
@@ -47,8 +49,12 @@ def _check_gold(data: Path, document: Document):
     for index, scene in enumerate(scenes):
         try:
             check_scene(scene)
+            if task in DETAIL_TASKS:
+                check_board(scene.get("board"))
         except ValueError as error:
             refuse(f"meta.scenes[{index}]", f"a scene ({error})", scene)
+    if task in DETAIL_TASKS and meta.get("image_size") not in IMAGE_SIZES:
+        refuse("meta.image_size", "64 or 128", meta.get("image_size"))
     if task == "vqa" and not isinstance(meta.get("is_fine_detail"), bool):
         refuse("meta.is_fine_detail", "true or false", meta.get("is_fine_detail"))
     if task == "dialogue":

@@ -1,0 +1,1 @@
+"""StoryWorld with boards: images that show more than a fixed number of image tokens can hold."""
