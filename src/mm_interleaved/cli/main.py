@@ -15,7 +15,18 @@ from typing import NoReturn
 
 import typer
 
-from mm_interleaved.cli import chat, data, evaluate, generate, models, process, shortcuts, system, train
+from mm_interleaved.cli import (
+    chat,
+    data,
+    evaluate,
+    generate,
+    models,
+    process,
+    serve,
+    shortcuts,
+    system,
+    train,
+)
 from mm_interleaved.cli.command import CommandGroup, TyperUsageError
 from mm_interleaved.cli.output import say_error
 from mm_interleaved.errors import MMInterleavedError, memory_wanted
@@ -40,7 +51,7 @@ def create_app() -> typer.Typer:
     app = empty_app(
         PROGRAM, "A document of text and images goes in, a longer document of text and images comes out."
     )
-    for module in (generate, shortcuts, chat, models, train, evaluate, data, system):
+    for module in (generate, shortcuts, chat, serve, models, train, evaluate, data, system):
         module.add_to(app)
     return app
 
