@@ -25,7 +25,7 @@ from studies.__main__ import create_app
 
 COMMANDS = (
     "generate", "replay", "caption", "vqa", "ground", "draw", "story", "chat",
-    "info", "convert", "compose", "doctor", "plan", "evaluate", "data",
+    "info", "convert", "compose", "doctor", "plan", "evaluate", "data", "serve",
 )  # fmt: skip
 
 

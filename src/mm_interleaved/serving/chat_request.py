@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mm_interleaved.serving.request_body import Strict
+from mm_interleaved.serving.request_body import Echoed, Strict
 from mm_interleaved.serving.request_fields import (
     AnswerFormat,
     Count,
@@ -34,7 +34,7 @@ class TextPart(Strict):
     index: int | None = None
 
 
-class ImagePart(Strict):
+class ImagePart(Echoed):
     """An image; what answers add to it may be sent back."""
 
     type: Literal["image_url"]
@@ -64,7 +64,7 @@ class UserMessage(Strict):
     name: Name = None
 
 
-class AssistantMessage(Strict):
+class AssistantMessage(Echoed):
     """What the model said and generated, in any of the formats of answers."""
 
     role: Literal["assistant"]

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import ClientDisconnect, Request
 
 from mm_interleaved.documents.strict_json import describe, parse_strict
@@ -31,6 +31,18 @@ class Strict(BaseModel):
     """An object of a request: `true` is no number, "5" is none either, and nothing is ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Echoed(Strict):
+    """What clients send back of answers: their libraries add names of their own, empty ones."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        given = cast(dict[str, Any], value)
+        return {name: each for name, each in given.items() if each is not None or name in cls.model_fields}
 
 
 Model = TypeVar("Model", bound=Strict)

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from mm_interleaved.serving.request_body import Strict
+from mm_interleaved.serving.request_body import Echoed, Strict
 from mm_interleaved.serving.request_fields import Count, DocumentFields, ImageKind, Nothing, Size, Text, Zero
 
 
-class InputText(Strict):
+class InputText(Echoed):
     """A text, given or of an earlier answer."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -30,7 +30,7 @@ class InputImage(Strict):
 InputPart = Annotated[InputText | InputImage, Field(discriminator="type")]
 
 
-class InputMessage(Strict):
+class InputMessage(Echoed):
     """A message, given or of an earlier answer."""
 
     type: Literal["message"] | None = None
@@ -41,7 +41,7 @@ class InputMessage(Strict):
     phase: str | None = None
 
 
-class InputCall(Strict):
+class InputCall(Echoed):
     """An image of an earlier answer."""
 
     type: Literal["image_generation_call"]
@@ -54,7 +54,6 @@ class InputCall(Strict):
     background: str | None = None
     action: str | None = None
     revised_prompt: str | None = None
-    error: None = None
     seed: int | None = None
 
 

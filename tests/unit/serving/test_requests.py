@@ -119,11 +119,11 @@ def test_what_clients_send_without_wanting_anything_is_taken(client, name, value
 @pytest.mark.parametrize(
     ("path", "name", "nearest"),
     [
-        ("/v1/chat/completions", "mesages", "messages"),
+        ("/v1/chat/completions", "messagess", "messages"),
         ("/v1/chat/completions", "gidance_scale", "guidance_scale"),
         ("/v1/chat/completions", "steps", "num_inference_steps"),
-        ("/v1/responses", "inpt", "input"),
-        ("/v1/images/generations", "promt", "prompt"),
+        ("/v1/responses", "inputs", "input"),
+        ("/v1/images/generations", "prompts", "prompt"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(client, path, name, nearest):
