@@ -165,6 +165,7 @@ def _run_again(wanted: dict[str, Any], documents: Sequence[Document], model: str
 
     from mm_interleaved.runs.generate import ModelChoice, RunRequest
     from mm_interleaved.runs.manifest import batch_size_of
+    from mm_interleaved.runs.redo import Redo
 
     torch.set_num_threads(wanted["threads"])
     choice = ModelChoice(
@@ -178,6 +179,7 @@ def _run_again(wanted: dict[str, Any], documents: Sequence[Document], model: str
         output=output,
         model=choice,
         flags=wanted["flags"],
+        redo=None if "redo" not in wanted else Redo.of_record(wanted["redo"]),
         batch_size=batch_size_of(wanted),
     )
     run_and_report(request, is_quiet=True)

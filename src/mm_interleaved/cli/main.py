@@ -22,6 +22,7 @@ from mm_interleaved.cli import (
     generate,
     models,
     process,
+    redo,
     serve,
     shortcuts,
     system,
@@ -51,7 +52,7 @@ def create_app() -> typer.Typer:
     app = empty_app(
         PROGRAM, "A document of text and images goes in, a longer document of text and images comes out."
     )
-    for module in (generate, shortcuts, chat, serve, models, train, evaluate, data, system):
+    for module in (generate, redo, shortcuts, chat, serve, models, train, evaluate, data, system):
         module.add_to(app)
     return app
 

@@ -23,6 +23,7 @@ from mm_interleaved.generation.continuation import Continuation
 from mm_interleaved.generation.defaults import defaults_of
 from mm_interleaved.generation.events import Event, Failed, Finished
 from mm_interleaved.generation.notices import Notices
+from mm_interleaved.generation.redo import KEEP, stream_again
 from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import encode_each
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
@@ -142,6 +143,52 @@ class InterleavedGenerator:
     ) -> Document:
         """The completed document, its new parts marked as generated. Arguments and errors as `stream`."""
         for event in self.stream(document, settings, **overrides):
+            if isinstance(event, Finished):
+                return event.document
+        raise AssertionError("a stream ends with Finished")
+
+    def stream_redo(
+        self,
+        document: Document,
+        part: int,
+        settings: GenerationSettings | None = None,
+        *,
+        rest: str = KEEP,
+        preview_every: int = 0,
+        **overrides: Any,
+    ) -> Iterator[Event]:
+        """Make part `part` (from 0) of a document again; events as `stream`, `Finished` with the whole
+        document at the end.
+
+        The new part is what `stream` generates as the next part of `document.branched(part)`, with its
+        earlier images as its context: the same seed makes the same part, another one an alternative.
+
+        Args:
+            settings: as for `stream`; their `layout` does not count, the part keeps its kind.
+            rest: what becomes of the later parts: "keep"; "again": those that were generated are generated
+                again, those that were given stay; "auto": all go, and the model decides how to go on.
+
+        Raises:
+            UsageError: there is no such part, or it is not the model's in a conversation.
+            InputError, NumericalError: as `stream`.
+        """
+        given = overrides if settings is None else settings.given()
+        if settings is not None and overrides:
+            raise UsageError("give either settings or single ones by name, found both")
+        if settings is None or not settings.is_complete:
+            settings = settings_for(document, defaults_of(self.model), given)
+        length = self.model.config.text_config.max_position_embeddings
+
+        def stream(before: Document, chosen: GenerationSettings) -> Iterator[Event]:
+            return self.stream(before, chosen, preview_every=preview_every)
+
+        return stream_again(stream, self.processor, length, document, part, settings, rest)
+
+    def redo(
+        self, document: Document, part: int, settings: GenerationSettings | None = None, **overrides: Any
+    ) -> Document:
+        """The document with one part made again. Arguments and errors as `stream_redo`."""
+        for event in self.stream_redo(document, part, settings, **overrides):
             if isinstance(event, Finished):
                 return event.document
         raise AssertionError("a stream ends with Finished")

@@ -83,6 +83,8 @@ class RunIdentity:
     dtype: str = "auto"
     acceleration: Mapping[str, Any] = field(default_factory=dict)
     """What was done to the model so that it generates images faster."""
+    redo: Mapping[str, Any] | None = None
+    """What was made again, where the run is not one of continuing documents."""
 
 
 @dataclass(slots=True)
@@ -209,7 +211,8 @@ def open_run(
             manifest = {"format": FORMAT, **_identity_record(identity), "input": input_record, **facts()}
             write_file(path / MANIFEST, _json_file(manifest))
         else:
-            _refuse_difference(path, manifest, {**_identity_record(identity), "input": input_record})
+            wanted = {"redo": None, **_identity_record(identity), "input": input_record}
+            _refuse_difference(path, manifest, wanted)
         # Only now is it sure that the folder is ours, and what lies in it too.
         remove_temporary_files(path)
         _put_aside_other_kinds(path)
@@ -285,6 +288,7 @@ def _identity_record(identity: RunIdentity) -> dict[str, Any]:
         "settings": dict(identity.settings),
         "flags": dict(identity.flags),
         "acceleration": dict(identity.acceleration),
+        **({} if identity.redo is None else {"redo": dict(identity.redo)}),
     }
 
 

@@ -26,6 +26,7 @@ from mm_interleaved.runs.folder import RunFolder, RunIdentity, open_run
 from mm_interleaved.runs.manifest import batch_size_of
 from mm_interleaved.runs.page import render_page, title_of
 from mm_interleaved.runs.provenance import package_versions
+from mm_interleaved.runs.redo import OnEvent, Redo, redo_documents
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,6 @@ _PACKAGES = (
 )
 
 logger = logging.getLogger(__name__)
-
-OnEvent = Callable[[Document, Event | str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +69,8 @@ class RunRequest:
     """Generation settings of the command line; they outrank the documents' own."""
     new_run: bool = False
     retry_errors: bool = False
+    redo: Redo | None = None
+    """One part of one document to be made again, instead of continuing all; the others are kept."""
     batch_size: int | None = None
     """Documents continued at once; None: as many as the run in the folder, else `default_batch_size`."""
 
@@ -124,7 +125,7 @@ def run_documents(
         retry_errors=request.retry_errors,
     ) as run:
         pending = run.pending()
-        batch_size = _batch_size(run, request.batch_size)
+        _check_batch_size(run, request.batch_size)
         if pending:
             _warn_of_differences(run, request.model.device)
             generator = load(
@@ -133,10 +134,11 @@ def run_documents(
                 dtype=request.model.dtype,
                 acceleration=request.model.acceleration,
             )
-            generator.warn_of_unknown_words(pending)
-            for start in range(0, len(request.documents), batch_size):
-                batch = request.documents[start : start + batch_size]
-                _continue(run, generator, batch, [settings[document.id] for document in batch], on_event)
+            if request.redo is not None:
+                redo_documents(run, generator, request.redo, settings, on_event)
+            else:
+                generator.warn_of_unknown_words(pending)
+                _continue_all(run, generator, request.documents, settings, on_event)
         run.close(lambda records: _page(records, run.path, request.model.name, run_settings.seed))
         return _outcome(request, run, pending, settings.values())
 
@@ -150,6 +152,7 @@ def _identity(request: RunRequest, folder: Path, settings: GenerationSettings) -
         device=request.model.device,
         dtype=request.model.dtype,
         acceleration=request.model.acceleration.record(),
+        redo=None if request.redo is None else request.redo.record(),
     )
 
 
@@ -265,8 +268,8 @@ def facts_that_differ(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> 
     return [f"{key} was {then[key]}, is {now.get(key)}" for key in then if then[key] != now.get(key)]
 
 
-def _batch_size(run: RunFolder, wanted: int | None) -> int:
-    """Documents at once: those with which the folder's run began, since the last bits depend on them."""
+def _check_batch_size(run: RunFolder, wanted: int | None):
+    """As many documents at once as when the folder's run began, since the last bits depend on them."""
     found = batch_size_of(run.manifest)
     if wanted not in (None, found):
         raise UsageError(
@@ -274,7 +277,19 @@ def _batch_size(run: RunFolder, wanted: int | None) -> int:
             "with -o or use --new-run",
             field="batch_size",
         )
-    return found
+
+
+def _continue_all(
+    run: RunFolder,
+    generator: InterleavedGenerator,
+    documents: Sequence[Document],
+    settings: Mapping[str, GenerationSettings],
+    on_event: OnEvent,
+):
+    batch_size = batch_size_of(run.manifest)
+    for start in range(0, len(documents), batch_size):
+        batch = documents[start : start + batch_size]
+        _continue(run, generator, batch, [settings[document.id] for document in batch], on_event)
 
 
 def _continue(

@@ -23,10 +23,12 @@ _MANIFEST_FIELDS: dict[str, Any] = {
 _OPTIONAL_FIELDS: dict[str, Any] = {
     "acceleration": dict, "acceleration.channels_last": bool, "acceleration.compile": bool,
     "acceleration.quantization": str, "acceleration.adapter": dict, "outputs": dict,
+    "redo": dict,
 }  # fmt: skip
 _DEPENDENT_FIELDS: dict[str, dict[str, Any]] = {
     "acceleration.adapter": {"acceleration.adapter.folder": str, "acceleration.adapter.sha256": str},
     "outputs": {"outputs.records": dict, "outputs.images": dict},
+    "redo": {"redo.document": str, "redo.part": int, "redo.rest": str},
 }
 """Must be there where another field is."""
 
