@@ -21,11 +21,12 @@ from mm_interleaved.generation.logits import TextRules
 from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.generation.text import TextRequest, write_text
+from mm_interleaved.generation.text import TextRequest
 from mm_interleaved.generation.text_batch import TextBatch
 from mm_interleaved.models.cache_layers import GrowingTensor
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.transformers_versions import CHUNKS_CONTINUE
+from text_parts import write_text
 from tiny import BOS, EOS, tiny_config, tiny_model, tiny_processor
 
 EXACT = 1e-10
@@ -50,7 +51,7 @@ def request(session, length=11, *, settings=None, generator=None, stop_ids=(EOS,
 
 def write(session, length=11, assistant_model=None, **named):
     """Ids, and of how many each run was."""
-    runs = list(write_text(request(session, length, **named), assistant_model))
+    runs = write_text(request(session, length, **named), assistant_model)
     assert [run.is_last for run in runs] == [False] * (len(runs) - 1) + [True]
     return [token for run in runs for token in run.ids], [len(run.ids) for run in runs]
 
@@ -291,7 +292,7 @@ def test_documents_written_in_one_pass_are_as_if_alone(model, pictures, room, na
         }
 
     alone, together = four_sessions(model, pictures, room), four_sessions(model, pictures, room)
-    expected = {number: list(write_text(each)) for number, each in requests(alone).items()}
+    expected = {number: write_text(each) for number, each in requests(alone).items()}
     passes, hook = count_passes(model)
     found = {number: [] for number in expected}
     batch = TextBatch()

@@ -8,9 +8,10 @@ from mm_interleaved.generation.logits import TextRules
 from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import InterleavedSession
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.generation.text import TextRequest, write_text
+from mm_interleaved.generation.text import TextRequest
 from mm_interleaved.tokens.visibility import context_images
 from prompt_batches import generate_text_batch
+from text_parts import write_text
 from tiny import BOS, EOS, tiny_model
 
 EXACT = 1e-10

@@ -27,6 +27,7 @@ from mm_interleaved.generation.image_batch import GeneratedImages, ImageRequest
 from mm_interleaved.generation.image_settings import check_sampler, exact_settings, image_size
 from mm_interleaved.generation.logits import TextRules, is_released
 from mm_interleaved.generation.notices import Notices
+from mm_interleaved.generation.prefix_store import PrefixKey, PrefixStore
 from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import EncodedImage, EncodeRequest, InterleavedSession, max_images
 from mm_interleaved.generation.settings import GenerationSettings
@@ -84,6 +85,7 @@ class Continuation:
     Args:
         settings: complete, see `settings.settings_for`.
         preview_every: denoising steps between two previews of an image; 0 is none.
+        prefixes: what was read of other documents that may begin alike; this one is added at its end.
 
     Raises:
         UsageError: settings that this model cannot follow.
@@ -100,9 +102,10 @@ class Continuation:
         notices: Notices,
         adapter: Adapter | None = None,
         preview_every: int = 0,
+        prefixes: PrefixStore | None = None,
     ):
         self.model, self.processor, self.vocabulary = model, processor, processor.vocabulary
-        self.adapter = adapter
+        self.adapter, self.prefixes = adapter, prefixes
         self.document, self.settings, self.preview_every = document, settings, preview_every
         self.layout = parse_layout(settings.layout)
         self.role = ANSWERING_ROLE if any(part.role is not None for part in document.parts) else None
@@ -121,13 +124,14 @@ class Continuation:
     @torch.no_grad()
     def steps(self) -> Steps:
         """Events and requests, in order; an answer is sent in with the next step."""
-        encoded = yield from self._encode(self.given_pixels())
-        self.session = self.open_session(encoded)
+        self.session = yield from self._read_given()
         if self.layout is None:
             reason = yield from self._as_the_model_likes()
         else:
             reason = yield from self._as_laid_out(self.layout)
         self._warn_of_unused_indices()
+        if self.prefixes is not None:
+            self.prefixes.keep(self.session)
         yield Finished(reason, self.document)
 
     # ---- Which part comes next -------------------------------------------------------------------
@@ -353,15 +357,37 @@ class Continuation:
         Args:
             encoded: its images.
         """
-        session, sequence = InterleavedSession(self.model, self._room_to_reserve()), self.sequence
-        position = 0
-        for start, image in zip(sequence.image_starts.tolist(), encoded, strict=True):
+        return self._append_given(InterleavedSession(self.model, self._room_to_reserve()), encoded)
+
+    def _append_given(
+        self, session: InterleavedSession, encoded: Sequence[EncodedImage]
+    ) -> InterleavedSession:
+        """What the session lacks of the given document; `encoded` are the images of that."""
+        sequence, position = self.sequence, len(session.ids)
+        starts = sequence.image_starts.tolist()[len(session.images) :]
+        for start, image in zip(starts, encoded, strict=True):
             session.append_text(sequence.input_ids[position:start].tolist())
             session.start_image()
             session.finish_encoded_image(image)
             position = start + 1 + self.vocabulary.num_slots
         session.append_text(sequence.input_ids[position:].tolist())
         return session
+
+    def _read_given(self) -> Generator[Event | Request, Any, InterleavedSession]:
+        """The given document; what is known of it is not read again, and known images are not encoded."""
+        pixels = self.given_pixels()
+        if self.prefixes is None:
+            return self.open_session((yield from self._encode(pixels)))
+        sequence, slots = self.sequence, self.vocabulary.num_slots
+        key = PrefixKey.of(sequence.input_ids, sequence.image_starts.tolist(), list(pixels), slots)
+        session = InterleavedSession(self.model, self._room_to_reserve())
+        self.usage.reused_tokens = self.prefixes.resume(session, key)
+        wanted = key.images[len(session.images) :]
+        known = self.prefixes.known_images(wanted)
+        places = [key.images.index(digest) for digest in dict.fromkeys(wanted) if digest not in known]
+        encoded = yield from self._encode(pixels[places])
+        known |= {key.images[place]: image for place, image in zip(places, encoded, strict=True)}
+        return self._append_given(session, [known[digest] for digest in wanted])
 
     def _encode(self, pixels: Tensor) -> Generator[Event | Request, Any, list[EncodedImage]]:
         """Features of images: RGB in [0, 1], (I, 3, H, W)."""

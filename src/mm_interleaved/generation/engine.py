@@ -23,6 +23,7 @@ from mm_interleaved.generation.continuation import Continuation
 from mm_interleaved.generation.defaults import defaults_of
 from mm_interleaved.generation.events import Event, Failed, Finished
 from mm_interleaved.generation.notices import Notices
+from mm_interleaved.generation.prefix_store import PrefixStore
 from mm_interleaved.generation.redo import KEEP, stream_again
 from mm_interleaved.generation.scoring import score_options
 from mm_interleaved.generation.session import encode_each
@@ -106,10 +107,14 @@ class InterleavedGenerator:
         settings: GenerationSettings | None = None,
         *,
         preview_every: int = 0,
+        prefixes: PrefixStore | None = None,
         **overrides: Any,
     ) -> Continuation:
         """A document that is ready to be continued, for who batches those of many (`ContinuousBatch`).
         Arguments and errors as `stream`; no image has been read yet.
+
+        Args:
+            prefixes: what was read of other documents of this model; see `PrefixStore`.
         """
         if not isinstance(document, Document):
             raise TypeError(
@@ -123,10 +128,14 @@ class InterleavedGenerator:
         if settings is None or not settings.is_complete:
             given = overrides if settings is None else settings.given()
             settings = settings_for(document, defaults_of(self.model), given)
-        return self._begin(document, settings, preview_every)
+        return self._begin(document, settings, preview_every, prefixes)
 
     def _begin(
-        self, document: Document, settings: GenerationSettings, preview_every: int = 0
+        self,
+        document: Document,
+        settings: GenerationSettings,
+        preview_every: int = 0,
+        prefixes: PrefixStore | None = None,
     ) -> Continuation:
         return Continuation(
             self.model,
@@ -136,6 +145,7 @@ class InterleavedGenerator:
             notices=self.notices,
             adapter=self.adapter,
             preview_every=preview_every,
+            prefixes=prefixes,
         )
 
     def generate(

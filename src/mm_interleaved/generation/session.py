@@ -143,7 +143,17 @@ class InterleavedSession:
         """Tokens that stand in the document and that the model has not read yet."""
         return self._unread_1UD.shape[1]
 
+    @property
+    def has_weights_of_now(self) -> bool:
+        """Whether all it has read was read with the weights that the model has now."""
+        return self._weights.is_that_of(self.model)
+
     # ---- Growing ---------------------------------------------------------------------------------
+
+    def resume(self, ids: Sequence[int], image_starts: Sequence[int], images: Sequence[EncodedImage]) -> None:
+        """Begin with tokens and images that its cache already holds; more must follow before it is read."""
+        assert not self.ids and self.cache.num_tokens == len(ids), "a session begins once"
+        self.ids, self.image_starts, self.images = list(ids), list(image_starts), list(images)
 
     @torch.no_grad()
     def append_text(self, ids: Sequence[int]) -> None:

@@ -1,9 +1,9 @@
 """One text part of one document, through transformers' `generate`.
 
-TextRequest (session, settings, rules) -> write_text -> TextRun, ..., the last with the stop id
+TextRequest (session, settings, rules) -> write_run -> TextRun, again until the last, with the stop id
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -73,17 +73,6 @@ class TextRequest:
 
 
 # ---- One document --------------------------------------------------------------------------------
-
-
-def write_text(request: TextRequest, assistant_model: PreTrainedModel | None = None) -> Iterator[TextRun]:
-    """Continue a document with text; the session grows by it, stop id excluded. Arguments as `write_run`."""
-    written: list[int] = []
-    while len(written) < request.rules.max_new_tokens:
-        run = write_run(request, written, assistant_model)
-        written += run.ids
-        yield run
-        if run.is_last:
-            return
 
 
 def write_run(

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ from mm_interleaved.generation.batched import ContinuousBatch, Steps
 from mm_interleaved.generation.continuation import Continuation
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Event, Failed, Finished, ImageDone
+from mm_interleaved.generation.prefix_store import PrefixStatistics, PrefixStore
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.evaluation_mode import evaluation_mode
 from mm_interleaved.serving.ticket import Mailbox, Ticket
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 LONGEST_RETRY = 60
 """Seconds after which whoever was refused is told to come back at the latest."""
+
+
+PREFIX_BYTES = 256 * 2**20
 
 
 class RefusedError(MMInterleavedError):
@@ -89,6 +93,8 @@ class EngineStatistics:
     """Written."""
     images: int
     """Generated."""
+    prefixes: PrefixStatistics
+    """What was remembered of documents that begin alike."""
     batch_sizes: Mapping[str, Mapping[int, int]]
     """How many passes had so many rows: of "encode" images, of "text" documents, of "image" images."""
 
@@ -129,10 +135,19 @@ class ServingEngine:
     Args:
         max_running: requests that are answered at the same time.
         max_queue: requests that wait beyond those.
+        prefix_bytes: memory for what was read of finished documents, see `PrefixStore`; 0 is none.
     """
 
-    def __init__(self, generator: InterleavedGenerator, *, max_running: int = 8, max_queue: int = 64):
+    def __init__(
+        self,
+        generator: InterleavedGenerator,
+        *,
+        max_running: int = 8,
+        max_queue: int = 64,
+        prefix_bytes: int = PREFIX_BYTES,
+    ):
         self.generator, self.max_running, self.max_queue = generator, max_running, max_queue
+        self._prefixes = PrefixStore(generator.model, prefix_bytes) if prefix_bytes else None
         # Messages may come from the garbage collector: this queue's `put` may interrupt itself.
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -175,7 +190,11 @@ class ServingEngine:
         self._take_place()
         try:
             continuation = await asyncio.to_thread(
-                self.generator.begin, document, settings, preview_every=preview_every
+                self.generator.begin,
+                document,
+                settings,
+                preview_every=preview_every,
+                prefixes=self._prefixes,
             )
         except BaseException:
             self._count(queued=-1)
@@ -196,7 +215,8 @@ class ServingEngine:
         with self._changed:
             counts = {name: getattr(self._counts, name) for name in _Counts.__dataclass_fields__}
         sizes = {kind: dict(self._sizes[kind] + of_batch) for kind, of_batch in self._batch_sizes().items()}
-        return EngineStatistics(**counts, batch_sizes=sizes)
+        prefixes = PrefixStatistics() if self._prefixes is None else replace(self._prefixes.statistics)
+        return EngineStatistics(**counts, prefixes=prefixes, batch_sizes=sizes)
 
     async def drain(self, grace: float) -> None:
         """Accept nothing new, finish what was accepted, then stop.
@@ -329,6 +349,8 @@ class ServingEngine:
         for kind, sizes in self._batch_sizes().items():
             self._sizes[kind] += sizes
         self._batch = self._new_batch()
+        if self._prefixes is not None:
+            self._prefixes.clear()
 
     def _new_batch(self) -> ContinuousBatch:
         return ContinuousBatch(self.generator.assistant_model)
