@@ -94,7 +94,7 @@ def test_another_turn_costs_that_turn_alone(generator, store, monkeypatch, setti
     hook.remove()
     assert_same(found, expected)
     # All of the first turn but its last image, which nobody had read (and of a text what the tokenizer has
-    # otherwise than the model wrote it). The image is known all the same: encoded are the new one and the next.
+    # otherwise than the model wrote it). The image is known all the same: the two new ones are encoded.
     pairs = zip(entry.ids, generator.processor.encode(second).input_ids.tolist(), strict=False)
     assert usage.reused_tokens == sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) > 30
     assert seen == [1, 1]
