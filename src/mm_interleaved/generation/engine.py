@@ -25,7 +25,7 @@ from mm_interleaved.generation.events import Event, Failed, Finished
 from mm_interleaved.generation.notices import Notices
 from mm_interleaved.generation.prefix_store import PrefixStore
 from mm_interleaved.generation.redo import KEEP, stream_again
-from mm_interleaved.generation.scoring import score_options
+from mm_interleaved.generation.scoring import likelihoods
 from mm_interleaved.generation.session import encode_each
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.models.acceleration import Adapter
@@ -264,7 +264,6 @@ class InterleavedGenerator:
         parts = (part for document in documents for part in document.parts)
         self.notices.warn_of_words(part.text for part in parts if isinstance(part, Text))
 
-    @torch.no_grad()
     def score_options(self, document: Document, options: Sequence[str]) -> list[float]:
         """How likely each text is as the document's end: its log-probability, the end of text included.
 
@@ -275,20 +274,29 @@ class InterleavedGenerator:
             InputError: the document or an option cannot be encoded or does not fit into the context.
             NumericalError: a log-probability is not finite.
         """
-        with evaluation_mode(self.model):
-            return self._scores_of(document, options)
+        return [score for score, _ in self._likelihoods(document, options, [self.processor.vocabulary.eos])]
 
-    def _scores_of(self, document: Document, options: Sequence[str]) -> list[float]:
+    def likelihoods(self, document: Document, texts: Sequence[str]) -> list[tuple[float, bool]]:
+        """How likely the document goes on with each text, whatever follows: its log-probability, and whether
+        each of its tokens is the likeliest at its place. Arguments and errors as `score_options`.
+        """
+        return self._likelihoods(document, texts, [])
+
+    @torch.no_grad()
+    def _likelihoods(
+        self, document: Document, texts: Sequence[str], end: list[int]
+    ) -> list[tuple[float, bool]]:
         continuation = self._begin(document, GenerationSettings(layout="T"))
-        vocabulary = self.processor.vocabulary
-        ids = [[*vocabulary.encode_text(option), vocabulary.eos] for option in options]
-        session = continuation.open_session(encode_each(self.model, continuation.given_pixels()))
-        longest = max(map(len, ids), default=0)
-        if longest > session.room:
-            raise TooLongError(
-                f"an option has {longest} tokens, expected at most {session.room} after the document"
-            )
-        return score_options(session, ids).tolist()
+        ids = [[*self.processor.vocabulary.encode_text(text), *end] for text in texts]
+        with evaluation_mode(self.model):
+            session = continuation.open_session(encode_each(self.model, continuation.given_pixels()))
+            longest = max(map(len, ids), default=0)
+            if longest > session.room:
+                raise TooLongError(
+                    f"an option has {longest} tokens, expected at most {session.room} after the document"
+                )
+            scores, is_greedy = likelihoods(session, ids)
+        return list(zip(scores.tolist(), is_greedy.tolist(), strict=True))
 
 
 def raise_numerical(errors: Iterable[MMInterleavedError]) -> None:

@@ -1,11 +1,13 @@
 """How likely texts are as the continuation of a document.
 
     session, options -> score_options -> log-probabilities
+                     -> likelihoods -> those, and whether each is what is written greedily
 
 Letters: T tokens, t tokens and those of the document before them, V vocabulary, O options.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +23,23 @@ it would outweigh what fewer passes save.
 """
 
 
-@torch.no_grad()
+class Likelihoods(NamedTuple):
+    """Of each of several continuations."""
+
+    log_probabilities: Tensor
+    """(O,) float32, summed over its tokens."""
+    is_greedy: Tensor
+    """(O,) bool: each token is the likeliest at its place. True without any token."""
+
+
 def score_options(session: InterleavedSession, options: Sequence[Sequence[int]]) -> Tensor:
-    """Log-probability of each continuation, summed over its tokens: (O,) float32.
+    """The log-probabilities alone, see `likelihoods`: (O,) float32."""
+    return likelihoods(session, options).log_probabilities
+
+
+@torch.no_grad()
+def likelihoods(session: InterleavedSession, options: Sequence[Sequence[int]]) -> Likelihoods:
+    """How likely each continuation is.
 
     The document is read once, whatever the number of options, and is the same afterwards: many options stand
     side by side in one row behind it and do not see each other.
@@ -33,9 +49,11 @@ def score_options(session: InterleavedSession, options: Sequence[Sequence[int]])
     """
     model = session.model
     first_V = model.predict_text(session.read()[:, -1])[0].float().log_softmax(-1)
-    scores = [_score_group(session, group, first_V) for group in _option_groups(model, options)]
+    groups = [_score_group(session, group, first_V) for group in _option_groups(model, options)]
     none = torch.empty(0, dtype=torch.float32, device=model.device)
-    return check_finite(torch.cat(scores) if scores else none, "the log-probabilities of texts")
+    scores = torch.cat([none, *(group.log_probabilities for group in groups)])
+    check_finite(scores, "the log-probabilities of texts")
+    return Likelihoods(scores, torch.cat([none.bool(), *(group.is_greedy for group in groups)]))
 
 
 def _option_groups(
@@ -53,14 +71,17 @@ def _option_groups(
         yield group
 
 
-def _score_group(session: InterleavedSession, group: Sequence[Sequence[int]], first_V: Tensor) -> Tensor:
-    """Scores of options in one pass: (O,).
+def _score_group(session: InterleavedSession, group: Sequence[Sequence[int]], first_V: Tensor) -> Likelihoods:
+    """Scores of options in one pass.
 
     Args:
         first_V: log-probabilities of the first token, which are the same for all.
     """
     model, cache = session.model, session.cache
     score_O = torch.stack([first_V[option[0]] if len(option) else first_V.new_zeros(()) for option in group])
+    likeliest = int(first_V.argmax())
+    starts = [not option or option[0] == likeliest for option in group]
+    is_greedy_O = torch.tensor(starts, device=first_V.device)
     # Each token predicts the next one; an option's last predicts nothing. (Option, place in it, id, next id.)
     table = [
         (number, place, option[place], option[place + 1])
@@ -68,7 +89,7 @@ def _score_group(session: InterleavedSession, group: Sequence[Sequence[int]], fi
         for place in range(len(option) - 1)
     ]
     if not table:
-        return score_O
+        return Likelihoods(score_O, is_greedy_O)
     option_T, place_T, id_T, next_T = torch.tensor(table, dtype=torch.int64, device=model.device).unbind(1)
     num_tokens, num_before = len(table), cache.num_tokens
 
@@ -90,4 +111,7 @@ def _score_group(session: InterleavedSession, group: Sequence[Sequence[int]], fi
     cache.crop(-num_tokens)
 
     log_prob_T = logits_TV.float().log_softmax(-1).gather(1, next_T[:, None])[:, 0]
-    return score_O.index_add(0, option_T, log_prob_T)
+    missed_O = torch.zeros_like(score_O).index_add(
+        0, option_T, (logits_TV.argmax(-1) != next_T).to(score_O.dtype)
+    )
+    return Likelihoods(score_O.index_add(0, option_T, log_prob_T), is_greedy_O & (missed_O == 0))

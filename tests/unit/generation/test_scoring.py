@@ -5,7 +5,7 @@ import torch
 
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.generation.engine import InterleavedGenerator
-from mm_interleaved.generation.scoring import TOKENS_AT_ONCE, score_options
+from mm_interleaved.generation.scoring import TOKENS_AT_ONCE, likelihoods, score_options
 from mm_interleaved.generation.session import InterleavedSession
 from tiny import BOS, tiny_model, tiny_processor
 
@@ -61,6 +61,29 @@ def test_a_session_is_as_before_after_its_options_were_scored():
     assert (scored.read() - untouched.read()).abs().max() < 1e-12
     assert torch.equal(score_options(scored, OPTIONS[:9]), score_options(scored, OPTIONS[:9]))
     assert score_options(scored, []).shape == (0,)
+
+
+@torch.no_grad()
+def test_a_text_is_greedy_if_each_of_its_tokens_is_the_likeliest():
+    model = tiny_model(7).double()  # its likeliest tokens here are text
+    session, written = session_of(model), []
+    for _ in range(3):
+        written.append(int(model.predict_text(session.read()[:, -1])[0].argmax()))
+        session.append_text(written[-1:])
+    first, second, third = written
+    options = [[], [first], written, [first + 1, second], [first, second, third + 1], [first, second + 1]]
+    found = likelihoods(session_of(model), options).is_greedy
+    assert found.tolist() == [True, True, True, False, False, False]
+
+
+def test_a_text_without_its_end_is_at_least_as_likely_as_with_it():
+    model = tiny_model()
+    generator = InterleavedGenerator(model, tiny_processor(model.config))
+    document, texts = Document(id="d", parts=[Text("Hi")]), ["", "a", "bc", "a"]
+    open_ended = [score for score, _ in generator.likelihoods(document, texts)]
+    ended = generator.score_options(document, texts)
+    assert open_ended[0] == 0 and open_ended[1] == pytest.approx(open_ended[3], abs=1e-5)
+    assert all(with_end < without for with_end, without in zip(ended, open_ended, strict=True))
 
 
 def test_candidates_are_encoded_once_each():
