@@ -101,6 +101,8 @@ def test_a_list_is_read_as_well_as_lines(tmp_path, name):
 
 
 def test_what_is_written_names_images_that_are_there(tmp_path, name):
+    if name == "weave":  # a file an answer, see below
+        return
     questions = BENCHMARKS[name].read(put(tmp_path, RECORDS[name]))
     out = tmp_path / "out"
     BENCHMARKS[name].write([answer("7")], questions, out)
@@ -115,7 +117,8 @@ def test_what_is_written_names_images_that_are_there(tmp_path, name):
 def test_a_question_without_an_answer_is_written_without_parts(tmp_path, name):
     questions = BENCHMARKS[name].read(put(tmp_path, RECORDS[name]))
     BENCHMARKS[name].write([], questions, tmp_path / "out")
-    assert [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".jsonl")]
+    written = [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".jsonl")]
+    assert bool(written) == (name != "weave")
 
 
 def test_shapes_of_answers(tmp_path):
@@ -133,8 +136,13 @@ def test_shapes_of_answers(tmp_path):
     ]
     isg = json.loads((made["isg-bench"] / "output.jsonl").read_text())
     assert [part["type"] for part in isg["output"]] == ["text", "image", "text", "image"]
+    # Its evaluator reads these of the same line, and images from its own folder.
+    assert isg["Query"] == RECORDS["isg-bench"]["Query"] and isg["Golden"] == RECORDS["isg-bench"]["Golden"]
+    assert PILImage.open(isg["output"][1]["content"]).size == (16, 16)
     mmie = json.loads((made["mmie"] / "answers.json").read_text())
     assert mmie[0]["model"] == "mm-interleaved" and len(mmie[0]["answer"]) == 2
+    assert PILImage.open(mmie[0]["answer"][1]["image"]).size == (16, 16)
+    assert [path.name for path in made["weave"].iterdir()] == ["7.png"]
     comm = json.loads((made["comm"] / "7" / "results.json").read_text())
     assert comm["model_output"] == "(1) First this. <IMAGE> (2) Then that. <IMAGE>"
     assert comm["prediction_image_list"] == ["1.png", "2.png"]
@@ -164,6 +172,73 @@ def test_what_is_wrong_is_named(tmp_path, name):
         benchmark.read(put(tmp_path))
 
 
+def test_markup_in_the_questions_of_opening_is_no_text(tmp_path):
+    """As published: `<BEGIN>` at the beginning, `<image>` where the image stands; elsewhere it is text."""
+    said = "<BEGIN> Look: <image> Go on with <BEGIN>."
+    entries = [{"text": said, "image": "images/in.png"}, {"text": "What does <image> mean?", "image": None}]
+    record = {"total_uid": "7", "conversations": [{"input": entries}]}
+    [document] = BENCHMARKS["opening"].read(put(tmp_path, record))
+    assert kinds(document.parts) == "TITT"
+    assert [part.text for part in document.parts if isinstance(part, Text)] == [
+        "Look:", "Go on with <BEGIN>.", "What does <image> mean?",
+    ]  # fmt: skip
+
+
+def test_an_image_without_text_has_an_empty_text_in_opening(tmp_path):
+    questions = BENCHMARKS["opening"].read(put(tmp_path, RECORDS["opening"]))
+    alone = Document(id="7", parts=(Image(PILImage.new("RGB", (16, 16))),))
+    BENCHMARKS["opening"].write([alone], questions, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "7.json").read_text())
+    assert written["conversations"][1]["output"] == [{"text": "", "image": "./7-o-0.jpg"}]
+
+
+def turn(role, kind, content):
+    return {"role": role, "type": kind, "content": content}
+
+
+WEAVE = {
+    "domain": "edit",
+    "images": ["images/in.png", "images/red.jpg"],
+    "chats": [
+        turn("user", "text", "Make Image #1 red."),
+        turn("assistant", "image", "Image #2"),
+        turn("user", "text", "What changed from Image #1 to Image #2?"),
+        turn("assistant", "text", "The colour."),
+    ],
+}
+"""As published (its loader reads `role`, `type` and `content`)."""
+
+
+def test_each_turn_of_a_weave_dialogue_is_a_question_that_does_not_show_its_answer(tmp_path):
+    picture(tmp_path / "images" / "red.jpg")
+    first, second = BENCHMARKS["weave"].read(put(tmp_path, WEAVE))
+    assert (kinds(first.parts), kinds(first.target), first.layout) == ("TIT", "I", "I")
+    assert (kinds(second.parts), kinds(second.target), second.layout) == ("TITITITIT", "T", "T")
+    assert [part.role for part in second.parts[:4]] == ["user"] * 3 + ["assistant"]
+    answers = [answer(first.id), answer(second.id)]
+    BENCHMARKS["weave"].write(answers, [first, second], tmp_path / "out")
+    # Where its evaluator looks: the path of the image that was wanted; the first image's and the turn.
+    assert PILImage.open(tmp_path / "out" / "images" / "red.jpg").size == (16, 16)
+    assert (tmp_path / "out" / "images" / "in_1.txt").read_text() == "First this.\nThen that."
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == 2
+
+
+def test_an_answer_is_never_written_over_a_benchmarks_own_image(tmp_path):
+    picture(tmp_path / "images" / "red.jpg")
+    outside = json.loads(json.dumps(WEAVE).replace("images/red.jpg", str(tmp_path / "images" / "red.jpg")))
+    questions = BENCHMARKS["weave"].read(put(tmp_path, outside))
+    before = (tmp_path / "images" / "red.jpg").read_bytes()
+    BENCHMARKS["weave"].write([answer(question.id) for question in questions], questions, tmp_path / "out")
+    assert (tmp_path / "images" / "red.jpg").read_bytes() == before
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == 2
+
+
+def test_speakers_out_of_turn_are_named(tmp_path):
+    wrong = {**WEAVE, "images": ["images/in.png"] * 2, "chats": WEAVE["chats"][1:]}
+    with pytest.raises(InputError, match=r"chats\[0\].*role: .*user and assistant speak in turn"):
+        BENCHMARKS["weave"].read(put(tmp_path, wrong))
+
+
 def test_stories_in_shots(tmp_path):
     folder = tmp_path / "ViStory" / "01"
     picture(folder / "image" / "Pip" / "00.png")
@@ -185,6 +260,8 @@ def test_stories_in_shots(tmp_path):
     benchmark.write([answer("01")], [document], tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").rglob("*.png"))
     assert names == ["shot_01.png", "shot_02.png"]
+    place = tmp_path / "out" / "mm-interleaved" / "full" / "en" / "20260101-000000" / "01" / "shots"
+    assert (place / "shot_01.png").is_file()
     with pytest.raises(InputError, match=r"found no story\.json"):
         benchmark.read(tmp_path / "out")
     del story["Shots"][0]["Characters Appearing"]

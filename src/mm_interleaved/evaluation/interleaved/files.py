@@ -32,8 +32,10 @@ class Benchmark:
     answer without parts there."""
 
 
-def read_questions(path: Path, build: Callable[[Field, ImageFolder], Document]) -> list[Document]:
-    """A document of each record of a `.jsonl`, or of a `.json` list.
+def read_questions(
+    path: Path, build: Callable[[Field, ImageFolder], Document | list[Document]]
+) -> list[Document]:
+    """A document of each record of a `.jsonl`, or of a `.json` list, or several of it.
 
     Args:
         build: gets the record and the folder in which its images lie.
@@ -45,12 +47,13 @@ def read_questions(path: Path, build: Callable[[Field, ImageFolder], Document]) 
     found: dict[str, Document] = {}
     for record in read_records(path):
         try:
-            document = build(record.field, folder)
+            built = build(record.field, folder)
         except FieldError as error:
             raise error.at(record.place) from error
-        if document.id in found:
-            raise InputError(f"{record.place}: id {escape(document.id)!r} occurs twice", field="id")
-        found[document.id] = document
+        for document in [built] if isinstance(built, Document) else built:
+            if document.id in found:
+                raise InputError(f"{record.place}: id {escape(document.id)!r} occurs twice", field="id")
+            found[document.id] = document
     if not found:
         raise InputError(f"{path}: found no question")
     return list(found.values())

@@ -2,8 +2,9 @@
 judge.
 
 A line: `{"id", "Category", "Query": [{"type", "content"}], "Golden": [...], "predict": {"structural":
-[...], ...}}`. Answers: `output.jsonl`, lines of `{"id", "Category", "output": [{"type", "content"}]}`
-beside `images/`.
+[...], ...}}`. Answers: `output.jsonl`, the same lines with `"output": [{"type", "content"}]`, beside
+`images/`. Its evaluator (`ISG-eval.py`) reads `Query` and `Golden` there and looks for relative paths in the
+benchmark's own folder, so those of answers are absolute.
 """
 
 from __future__ import annotations
@@ -54,11 +55,10 @@ def _write(answers: Sequence[Document], questions: Sequence[Document], out: Path
         output = [
             {"type": "text", "content": part.text}
             if isinstance(part, Text)
-            else {"type": "image", "content": next(names)}
+            else {"type": "image", "content": str((out / next(names)).absolute())}
             for part in parts
         ]
-        record = question.meta["record"]
-        lines.append({"id": record["id"], "Category": record.get("Category"), "output": output})
+        lines.append({**question.meta["record"], "output": output})
     write_lines(out / "output.jsonl", lines)
 
 

@@ -1,7 +1,8 @@
 """MMIE (arXiv 2410.10139): situational analysis, project-based learning and multi-step reasoning.
 
 A list of `{"id", "question": [{"text", "image"}], "answer": [...], "model", "gt_answer": [...]}`. Answers:
-the same list with `answer` and `model` filled in, beside `images/`; its judge is a model of its own.
+the same list with `answer` and `model` filled in, beside `images/`; its judge is a model of its own. It looks
+for relative paths in the benchmark's own folder, so those of answers are absolute.
 """
 
 from __future__ import annotations
@@ -43,9 +44,8 @@ def _write(answers: Sequence[Document], questions: Sequence[Document], out: Path
             return f"images/{key}_{number}.png"
 
         write_images(parts, out, name)
-        records.append(
-            {**question.meta["record"], "answer": paired_entries(parts, name), "model": MODEL_NAME}
-        )
+        entries = paired_entries(parts, lambda number, name=name: str((out / name(number)).absolute()))
+        records.append({**question.meta["record"], "answer": entries, "model": MODEL_NAME})
     write_json(out / "answers.json", records)
 
 

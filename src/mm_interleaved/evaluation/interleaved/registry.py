@@ -12,8 +12,9 @@ from mm_interleaved.evaluation.interleaved.files import Benchmark
 from mm_interleaved.evaluation.interleaved.isg import ISG_BENCH
 from mm_interleaved.evaluation.interleaved.mmie import MMIE
 from mm_interleaved.evaluation.interleaved.opening import OPENING
-from mm_interleaved.evaluation.interleaved.simple import INTERLEAVED_BENCH, INTERSYN, UEVAL, WEAVE
+from mm_interleaved.evaluation.interleaved.simple import INTERLEAVED_BENCH, INTERSYN, UEVAL
 from mm_interleaved.evaluation.interleaved.vistory import VISTORY_BENCH
+from mm_interleaved.evaluation.interleaved.weave import WEAVE
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
     {

@@ -1,15 +1,13 @@
-"""Benchmarks whose record is one query: UEval, InterSyn, InterleavedBench and WEAVE.
+"""Benchmarks whose record is one query: UEval, InterSyn and InterleavedBench.
 
 UEval (arXiv 2601.22155): `{"id", "prompt" or "question", "image"?}`; answers `[{"id", "text_answer",
 "image_answer": [paths]}]`. InterSyn (arXiv 2506.09427): `{"id", "question", "answer", "image"}`, answered
 in the same shape. InterleavedBench (arXiv 2406.14643): `{"id", "task_name", "prompt", "images"?}`; answers
-as ISG-Bench has them. WEAVE: `{"domain", "images": [...], "chats": [...]}`, texts name `Image #1`; a
-document a record, ending with the last instruction; answers `{"id", "images", "text"}`.
+`{"id", "text", "images"}`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from mm_interleaved.evaluation.interleaved.files import (
     write_json,
 )
 
-_REFERENCE = re.compile(r"Image #(\d+)")
 _QUERIES = ("prompt", "question", "instruction", "query")
 
 
@@ -59,37 +56,6 @@ def _asked_alone(record: Field, folder: ImageFolder) -> Document:
     return Document(
         id=str(record["id"].value), parts=(question,), target=tuple(target), meta={"record": record.value}
     )
-
-
-def _chat(record: Field, folder: ImageFolder) -> Document:
-    images, chats = record["images"].list(), record["chats"].list()
-    if not chats:
-        record["chats"].wrong("at least one turn")
-    parts: list[Part] = []
-    for turn in chats:
-        text = turn if isinstance(turn.value, str) else turn["content" if "content" in turn else "text"]
-        parts += _with_images(text, images, folder)
-    name = record.get("id")
-    return Document(
-        id=f"{record['domain'].text()}-{record.path or 'record'}" if name is None else str(name.value),
-        parts=tuple(parts),
-        meta={"record": record.value},
-    )
-
-
-def _with_images(text: Field, images: Sequence[Field], folder: ImageFolder) -> list[Part]:
-    """`Image #n` in a text stands for an image, which is put where it is named."""
-    found: list[Part] = []
-    position = 0
-    for match in _REFERENCE.finditer(text.text()):
-        number = int(match[1])
-        if not 1 <= number <= len(images):
-            text.wrong(f"Image #1 to #{len(images)}")
-        before = text.text()[position : match.start()].strip()
-        found += [*([Text(before)] if before else []), image_at(images[number - 1], folder)]
-        position = match.end()
-    rest = text.text()[position:].strip()
-    return [*found, *([Text(rest)] if rest else [])]
 
 
 def _write_ueval(answers: Sequence[Document], questions: Sequence[Document], out: Path) -> None:
@@ -125,4 +91,3 @@ def _write_list(answers: Sequence[Document], questions: Sequence[Document], out:
 UEVAL = Benchmark(read=lambda path: read_questions(path, _query), write=_write_ueval)
 INTERSYN = Benchmark(read=lambda path: read_questions(path, _asked_alone), write=_write_intersyn)
 INTERLEAVED_BENCH = Benchmark(read=lambda path: read_questions(path, _query), write=_write_plain)
-WEAVE = Benchmark(read=lambda path: read_questions(path, _chat), write=_write_plain)

@@ -2,7 +2,8 @@
 
 A folder a story with `story.json`: `{"Shots": [{"index", "Plot Correspondence", "Setting Description",
 "Shot Perspective Design", "Characters Appearing": {"en": [...]}, "Static Shot Description"}], "Characters":
-{...}}`, and `image/<character>/*.jpg`. Answers: `<story>/<time>/shot_<number>.png`, one image a shot.
+{...}}`, and `image/<character>/*.jpg`. Answers, one image a shot, as its `load_outputs` looks for them in an
+outputs root: `<method>/<mode>/<language>/<time>/<story>/shots/shot_<number>.png`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mm_interleaved.evaluation.interleaved.files import Benchmark, answers_by_qu
 _WORDS = (
     "Setting Description", "Plot Correspondence", "Static Shot Description", "Shot Perspective Design",
 )  # fmt: skip
-TIME = "20260101-000000"
+METHOD, MODE, LANGUAGE, TIME = "mm-interleaved", "full", "en", "20260101-000000"
 """Its evaluator wants a time in the path; ours is always the same, so that a run can be compared."""
 _IMAGES = ("*.jpg", "*.jpeg", "*.png")
 
@@ -84,7 +85,8 @@ def write(answers: Sequence[Document], questions: Sequence[Document], out: Path)
     """One image a shot, in order."""
     for question, parts in answers_by_question(answers, questions):
         story = re.sub(r"[^\w.-]", "_", question.id)
-        write_images(parts, out / story / TIME, lambda number: f"shot_{number:02d}.png")
+        folder = out / METHOD / MODE / LANGUAGE / TIME / story / "shots"
+        write_images(parts, folder, lambda number: f"shot_{number:02d}.png")
 
 
 VISTORY_BENCH = Benchmark(read=read, write=write)
