@@ -528,7 +528,7 @@ def test_evaluate_answers_and_scores(capsys, tmp_path, tiny_folder):
     data, out = tmp_path / "data", tmp_path / "scores"
     assert run(["data", "storyworld", str(data), "--documents", "7", "--seed", "2"]) == 0
     assert run(["data", "check", str(data / "documents.jsonl")]) == 0
-    command = ["evaluate", "storyworld", "--data", str(data), "-o", str(out)]
+    command = ["evaluate", "storyworld", "--data", str(data), "-o", str(out), "--batch-size", "2"]
     assert run([*command, "--model", str(tiny_folder)]) == 0
     scores = json.loads((out / "scores.json").read_text())
     assert scores["layout.correct"] == 1 and all(0 <= value <= 1 for value in scores.values())
@@ -540,6 +540,29 @@ def test_evaluate_answers_and_scores(capsys, tmp_path, tiny_folder):
     command = ["evaluate", "storyworld", "--data", str(data), "-o", str(again)]
     assert run([*command, "--predictions", str(out / "predictions.jsonl")]) == 0
     assert json.loads((again / "scores.json").read_text()) == scores
+    # Two processes give the same, and one of them speaks.
+    shared = tmp_path / "shared"
+    command = ["evaluate", "storyworld", "--data", str(data), "-o", str(shared), "--batch-size", "8"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mm_interleaved",
+    ]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, "mm_interleaved", *command, "--model", str(tiny_folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()].count("layout.correct") == 1
+    for name in ("scores.json", "predictions.jsonl"):
+        assert (shared / name).read_bytes() == (out / name).read_bytes()
 
 
 # ---- How a run is stopped ----

@@ -14,9 +14,9 @@ from mm_interleaved.data.registry import make_source
 from mm_interleaved.data.sources.storyworld import StoryWorldSource
 from mm_interleaved.data.storage.manifests import manifest_of
 from mm_interleaved.errors import InputError, StorageError
+from mm_interleaved.runs.ranks import ALONE
 from mm_interleaved.training import data_files
 from mm_interleaved.training.data_files import DATA_NAME, check_data
-from mm_interleaved.training.parallel import ALONE
 
 
 @pytest.fixture

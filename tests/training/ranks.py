@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives
 
-from mm_interleaved.training.parallel import Ranks
+from mm_interleaved.runs.ranks import Ranks
 
 TIMEOUT = timedelta(seconds=90)
 

@@ -15,12 +15,13 @@ from torch import nn
 from mm_interleaved.checkpoint.load import load_model
 from mm_interleaved.errors import MMInterleavedError, UsageError
 from mm_interleaved.recipes.run import run_recipe
+from mm_interleaved.runs.ranks import ALONE
 from mm_interleaved.training.checkpoints import newest_checkpoint
 from mm_interleaved.training.config import CorpusConfig, TrainConfig
 from mm_interleaved.training.documents import DocumentsStage, build_loader
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.objectives import Objective, ObjectiveConfig
-from mm_interleaved.training.parallel import ALONE, ParallelConfig, joined_ranks, spread
+from mm_interleaved.training.parallel import ParallelConfig, spread, training_ranks
 from mm_interleaved.training.parameter_groups import PART_NAMES, PartConfig, PartsConfig, choose_trained
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.stage import Losses
@@ -201,7 +202,7 @@ def test_ranks_that_do_not_find_each_other_or_lose_one_say_so(tmp_path, monkeypa
     monkeypatch.setenv("RANK", "1")
     with (
         pytest.raises(UsageError, match=r"rank 1 does not find the others \(.*WORLD_SIZE"),
-        joined_ranks(config),
+        training_ranks(config),
     ):
         pass
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", free_port()), ("WORLD_SIZE", "2")):
@@ -224,7 +225,7 @@ def free_port():
 def lose_a_rank(rank, config):
     os.environ.update(RANK=rank, GLOO_SOCKET_IFNAME="lo")
     try:
-        with joined_ranks(config, "cpu") as ranks:
+        with training_ranks(config, "cpu") as ranks:
             ranks.sum([1.0])
             if rank == "1":
                 os._exit(9)

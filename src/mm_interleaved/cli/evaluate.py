@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,11 +26,14 @@ from mm_interleaved.spelling import hint, unknown_name
 
 if TYPE_CHECKING:
     from mm_interleaved.runs.generate import RunRequest
+    from mm_interleaved.runs.ranks import Ranks
 
 JUDGE_KEY = "MM_INTERLEAVED_JUDGE_KEY"
 """Environment variable with the judge's API key, which is written nowhere."""
 PREDICTOR_NAMES = ("constant", "text-only", "nearest", "copy")
 """Of `storyworld.baselines`."""
+SECONDS_OF_WAITING = 7 * 24 * 3600.0
+"""For the slowest rank; of one that ended, the others hear at once."""
 
 
 def add_to(app: typer.Typer):
@@ -94,8 +99,15 @@ def evaluate(
     *,
     flags: Flags,
 ) -> int:
-    """Answer a task's documents and score the answers: predictions.jsonl, scores.json, report.html."""
+    """Answer a task's documents and score the answers: predictions.jsonl, scores.json, report.html.
+
+    Several processes share the documents: torchrun --nproc-per-node 2 -m mm_interleaved evaluate TASK ...
+    """
     _check_names(tasks, predictions, predictor)
+    needs_model = predictions is None and predictor is None
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not (needs_model or is_first):
+        return 0
     from mm_interleaved.evaluation.registry import make_task
     from mm_interleaved.evaluation.task import TaskOptions
     from mm_interleaved.evaluation.tasks.interleaved import judge_named
@@ -111,25 +123,28 @@ def evaluate(
     )
 
     num_failed = 0
-    for name in tasks:
-        out = output if len(tasks) == 1 else output / name
-        task = make_task(name, replace(options, judge_memory=out / "verdicts.jsonl"))
-        if predictor is not None or predictions is not None:
-            scores = _scores_without_model(task, data, out, predictions, predictor)
-        else:
-            request = RunRequest(
-                documents=(),
-                output=out,
-                model=ModelChoice(name=model, device=device, dtype=dtype),
-                flags=flags,
-                new_run=new_run,
-                batch_size=batch_size,
-            )
-            scores, failed = _scores_of_model(task, data, request)
-            num_failed += failed
-        for metric, value in scores.items():
-            say(f"{metric:<24} {value:.4f}")
-        say(f"report: {out / 'report.html'}")
+    with _ranks(device) if needs_model else nullcontext() as ranks:
+        for name in tasks:
+            out = output if len(tasks) == 1 else output / name
+            task = make_task(name, replace(options, judge_memory=out / "verdicts.jsonl"))
+            if predictor is not None or predictions is not None:
+                scores = _scores_without_model(task, data, out, predictions, predictor)
+            else:
+                request = RunRequest(
+                    documents=(),
+                    output=out,
+                    model=ModelChoice(name=model, device=device, dtype=dtype),
+                    flags=flags,
+                    new_run=new_run,
+                    batch_size=batch_size,
+                )
+                scores, failed = _scores_of_model(task, data, request, ranks)
+                num_failed += failed
+            if not is_first:
+                continue
+            for metric, value in scores.items():
+                say(f"{metric:<24} {value:.4f}")
+            say(f"report: {out / 'report.html'}")
     return SOME_FAILED if num_failed else 0
 
 
@@ -171,12 +186,30 @@ def _scores_without_model(
     return evaluate_predictions(task, data, predictions, output)
 
 
-def _scores_of_model(task: Any, data: Path, request: RunRequest) -> tuple[dict[str, float], int]:
+@contextmanager
+def _ranks(device: str) -> Generator[Ranks | None, None, None]:
+    """The processes that torchrun started; None where this one is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    from mm_interleaved.runs.ranks import joined_ranks
+
+    with joined_ranks(SECONDS_OF_WAITING, device) as ranks:
+        if not ranks.is_first:
+            # What is wrong with the data is said once.
+            logging.getLogger("mm_interleaved").setLevel(logging.ERROR)
+        yield ranks
+
+
+def _scores_of_model(
+    task: Any, data: Path, request: RunRequest, ranks: Ranks | None
+) -> tuple[dict[str, float], int]:
     """Scores of a model's answers, and how many documents failed."""
     from mm_interleaved.cli.process import load_quietly
     from mm_interleaved.evaluation.runner import evaluate_model
 
-    with progress(len(task.read_gold(data)), "reading the model") as bar:
+    size = 1 if ranks is None else ranks.size
+    with progress(-(-len(task.read_gold(data)) // size), "reading the model") as bar:
         show = show_events(bar)
 
         def on_event(document: Document, event: Event | str):
@@ -184,4 +217,4 @@ def _scores_of_model(task: Any, data: Path, request: RunRequest) -> tuple[dict[s
                 say_error(f"document {document.id!r} failed; it counts as wrong")
             show(document, event)
 
-        return evaluate_model(task, data, request, on_event, load=load_quietly)
+        return evaluate_model(task, data, request, on_event, load=load_quietly, ranks=ranks)

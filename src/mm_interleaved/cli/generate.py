@@ -144,6 +144,11 @@ def replay(
         raise InputError(
             f"{manifest}: names no outputs; the run is not finished, run its command again first"
         )
+    if wanted.get("answering"):
+        raise UsageError(
+            f"{manifest}: made by `evaluate`, which also chose among answers; run that command again, with "
+            "another -o"
+        )
     _check_flags(manifest, wanted["flags"])
     name = model or wanted["model"]["name"]
     _check_model(name, wanted)

@@ -25,7 +25,12 @@ def prediction_of(record: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in record:
         return dict(record)
     parts = [part for part in part_records(record) if part.get("generated")]
-    return {"id": record["id"], "content": [_relocated(part) for part in parts]}
+    ranking = record.get("meta", {}).get("ranking")
+    return {
+        "id": record["id"],
+        "content": [_relocated(part) for part in parts],
+        **({} if ranking is None else {"meta": {"ranking": ranking}}),
+    }
 
 
 def _relocated(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ OUT/report.html        all of these, and the documents with the answers
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,19 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_interleaved.documents.document import Document
-from mm_interleaved.errors import InputError
+from mm_interleaved.evaluation.answering import alike_together
 from mm_interleaved.evaluation.predictions import prediction_of, read_predictions
 from mm_interleaved.evaluation.report import hash_documents, write_record, write_report
 from mm_interleaved.evaluation.task import Task
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
-from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.runs.generate import OnEvent, RunRequest, run_documents
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator
-
-logger = logging.getLogger(__name__)
+    from mm_interleaved.runs.ranks import Ranks
 
 
 def evaluate_model(
@@ -44,6 +41,7 @@ def evaluate_model(
     on_event: OnEvent,
     *,
     load: Callable[..., InterleavedGenerator] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[dict[str, float], int]:
     """Let a model answer every document of a task, and score it: the scores, and how many documents failed.
 
@@ -52,32 +50,37 @@ def evaluate_model(
     Args:
         request: its `documents` are replaced by the task's; its `output` is OUT above.
         load: see `run_documents`; default: `load_generator`.
+        ranks: the processes that answer together, all of which call this. The first one scores and writes;
+            the others return no scores, and the number of failed documents of their own.
     """
     begun = time.monotonic()
-    # The run and the ranking ask for the same model; it is read once.
-    load = cache(load or load_generator)
     out = request.output
     gold = task.read_gold(data)
-    digest = hash_documents(gold)
-    make_folder(out)
-    request = replace(request, flags={**task.settings, **request.flags})
+
+    def check() -> str:
+        digest = hash_documents(gold)
+        make_folder(out)
+        return digest
+
+    # Images are opened once, by one rank.
+    digest = check() if ranks is None else ranks.from_first(check)
     # The model must not see the gold answers, and the run must not depend on them.
-    questions = [replace(document, target=()) for document in gold]
-    outcome = run_documents(replace(request, documents=questions, output=out / "run"), on_event, load=load)
-    predictions = [prediction_of(record) for record in outcome.records]
-    asked = {document.id: document for document in questions if "candidates" in document.meta}
-    for prediction in predictions:
-        if prediction["id"] in asked and "error" not in prediction:
-            model = request.model
-            # Named as `run_documents` names them: it is the model that has just answered, not a second one.
-            generator = load(
-                find_model(model.name),
-                device=model.device,
-                dtype=model.dtype,
-                acceleration=model.acceleration,
-            )
-            prediction["meta"] = {"ranking": _ranking(generator, asked[prediction["id"]])}
-    lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
+    questions = alike_together([replace(document, target=()) for document in gold])
+    is_ranked = any("candidates" in document.meta for document in questions)
+    request = replace(
+        request,
+        documents=questions,
+        output=out / "run",
+        flags={**task.settings, **request.flags},
+        answering=task.ranking.record() if is_ranked else {},
+    )
+    load = cache(load or load_generator)
+    outcome = run_documents(request, on_event, load=load, answer=task.ranking.answer, ranks=ranks)
+    if ranks is not None and not ranks.is_first:
+        return {}, outcome.num_failed
+    records = {record["id"]: record for record in outcome.records}
+    in_order = [records[document.id] for document in gold]
+    lines = [json.dumps(prediction_of(record), ensure_ascii=False) + "\n" for record in in_order]
     write_file(out / "predictions.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
     answers = read_predictions(out / "predictions.jsonl", gold)
     scores = task.score(answers, gold)
@@ -100,20 +103,3 @@ def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -
     if task.export is not None:
         task.export(answers, gold, out / "answers")
     return scores
-
-
-def _ranking(generator: InterleavedGenerator, document: Document) -> list[int]:
-    """The ranking; an empty one, which counts as wrong, where a candidate does not fit the model."""
-    try:
-        return rank_candidates(generator, document)
-    except InputError as error:
-        logger.warning(
-            "document %r: its candidates are not ranked (%s); it counts as wrong", document.id, error
-        )
-        return []
-
-
-def rank_candidates(generator: InterleavedGenerator, document: Document) -> list[int]:
-    """Indices of a document's candidate answers, from the likeliest to the least likely."""
-    scores = generator.score_options(document, document.meta["candidates"])
-    return sorted(range(len(scores)), key=lambda index: -scores[index])

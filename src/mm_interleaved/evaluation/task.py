@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.documents.document import Document
+from mm_interleaved.evaluation.answering import Ranking
 from mm_interleaved.evaluation.judges.judge import Judge
 from mm_interleaved.evaluation.metrics.confusion import Confusion
 
@@ -53,6 +54,8 @@ class Task:
     metrics are of the set as a whole."""
     confusions: Callable[[Sequence[Document], Sequence[Document]], list[Confusion]] | None = None
     """(predictions, gold) -> what was read in place of what, where the truth of each attribute is known."""
+    ranking: Ranking = field(default_factory=Ranking)
+    """How documents with candidate answers are answered."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Generation settings of the published evaluation; flags of the command outrank them."""
     export: Callable[[Sequence[Document], Sequence[Document], Path], None] | None = None

@@ -19,6 +19,7 @@ from mm_interleaved.model_files.resolve import find_model
 from mm_interleaved.models.finite import damaged_weight
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.samples import SampleWriter, sample_documents
+from mm_interleaved.runs.ranks import Ranks
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.adaptation import (
     add_low_rank,
@@ -36,7 +37,7 @@ from mm_interleaved.training.documents import DocumentsStage, build_loader, buil
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.metrics import LogWriter, TensorBoardWriter, WandbWriter
 from mm_interleaved.training.objectives import Objective
-from mm_interleaved.training.parallel import Ranks, joined_ranks, spread
+from mm_interleaved.training.parallel import spread, training_ranks
 from mm_interleaved.training.parameter_groups import choose_trained, count_parameters
 from mm_interleaved.training.stage import trained_parameters
 from mm_interleaved.typed_settings import to_record
@@ -68,7 +69,7 @@ def train_documents(config: TrainConfig, folder: Path, *, show_progress: bool = 
     """
     _check(config)
     use_threads(config.num_threads)
-    with joined_ranks(config.parallel, config.device) as ranks:
+    with training_ranks(config.parallel, config.device) as ranks:
         # 1. The model, and what of it trains; before it is loaded, which may take long, files that are not
         # there.
         mixture = build_mixture(config)

@@ -6,6 +6,7 @@
     hashes.jsonl      SHA-256 of each line of the results and of the images that it names, written before it
     results.jsonl     one line a document; the line is the commit, all that it names was written before it
     index.html        the page
+    shares/           while several processes work on it, see `shares`
 
 A run that was killed anywhere is finished by the same command: what has no line in the results is made again.
 So is what was changed since it was committed: a line, or an image, that is not what its hash says is put
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.documents.document import Document, Image, document_to_record
-from mm_interleaved.documents.images import image_suffix, to_png
+from mm_interleaved.documents.images import image_suffix, read_regular_file, to_png
 from mm_interleaved.errors import InputError, MMInterleavedError, StorageError, UsageError, escape
 from mm_interleaved.files import (
     append_line,
@@ -60,9 +61,10 @@ from mm_interleaved.runs.results import (
 
 PAGE = "index.html"
 INPUT = "input"
+SHARES = "shares"
 _FILES = (RESULTS, HASHES, PAGE)
 _FOLDERS = (IMAGES, INPUT, f"{INPUT}/{IMAGES}")
-_OURS = (MANIFEST, *_FILES, IMAGES, INPUT)
+_OURS = (MANIFEST, *_FILES, IMAGES, INPUT, SHARES)
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,8 @@ class RunIdentity:
     """What was done to the model so that it generates images faster."""
     redo: Mapping[str, Any] | None = None
     """What was made again, where the run is not one of continuing documents."""
+    answering: Mapping[str, Any] = field(default_factory=dict)
+    """How documents are answered, where not just by being continued."""
 
 
 @dataclass(slots=True)
@@ -130,6 +134,17 @@ class RunFolder:
         """Write that a document failed, and why."""
         record = {"code": error.code, "field": error.field, "message": str(error)}
         self._append({"id": document.id, "error": record}, {})
+
+    def adopt(self, other: RunFolder):
+        """Commit what another folder of the same documents holds and this one does not."""
+        make_folder(self.path / IMAGES)
+        for key, record in other.finished.items():
+            if key in self.finished:
+                continue
+            images = other.hashes[key].images
+            for name in images:
+                write_file(self.path / name, read_regular_file(other.path / name, name))
+            self._append(record, images)
 
     def close(self, render: Callable[[Sequence[Mapping[str, Any]]], bytes]):
         """The run is over: results in input order, the page, the manifest with all hashes.
@@ -207,18 +222,18 @@ def open_run(
             _put_aside(path)
         input_record = input_hashes(documents)
         manifest = _manifest_of(path)
+        wanted = {**_identity_record(identity), "input": input_record}
         if manifest is None:
-            manifest = {"format": FORMAT, **_identity_record(identity), "input": input_record, **facts()}
+            manifest = {"format": FORMAT, **wanted, **facts()}
             write_file(path / MANIFEST, _json_file(manifest))
         else:
-            wanted = {"redo": None, **_identity_record(identity), "input": input_record}
-            _refuse_difference(path, manifest, wanted)
+            _refuse_difference(path, manifest, {"redo": None, "answering": {}, **wanted})
         # Only now is it sure that the folder is ours, and what lies in it too.
         remove_temporary_files(path)
         _put_aside_other_kinds(path)
         _keep_input(path, documents)
         folder = RunFolder(path, manifest, documents)
-        _take_up(folder, retry_errors)
+        take_up(folder, retry_errors)
         yield folder
 
 
@@ -289,6 +304,7 @@ def _identity_record(identity: RunIdentity) -> dict[str, Any]:
         "flags": dict(identity.flags),
         "acceleration": dict(identity.acceleration),
         **({} if identity.redo is None else {"redo": dict(identity.redo)}),
+        **({"answering": dict(identity.answering)} if identity.answering else {}),
     }
 
 
@@ -422,7 +438,7 @@ def _write_if_other(path: Path, data: bytes):
         write_file(path, data)
 
 
-def _take_up(run: RunFolder, retry_errors: bool):
+def take_up(run: RunFolder, retry_errors: bool):
     """Finished is what still is as it was committed; all else is put aside, to be made again."""
     results = run.path / RESULTS
     repair_tail(results)

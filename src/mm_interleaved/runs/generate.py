@@ -6,8 +6,10 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +29,13 @@ from mm_interleaved.runs.manifest import batch_size_of
 from mm_interleaved.runs.page import render_page, title_of
 from mm_interleaved.runs.provenance import package_versions
 from mm_interleaved.runs.redo import OnEvent, Redo, redo_documents
+from mm_interleaved.runs.shares import open_share, take_over_shares
 
 if TYPE_CHECKING:
     import torch
 
     from mm_interleaved.generation import InterleavedGenerator
+    from mm_interleaved.runs.ranks import Ranks
 
 _PACKAGES = (
     "mm-interleaved",
@@ -45,6 +49,12 @@ _PACKAGES = (
 )
 
 logger = logging.getLogger(__name__)
+
+Answer = Callable[
+    ["InterleavedGenerator", Sequence[Document], Sequence[GenerationSettings], int],
+    Iterator[tuple[int, Event]],
+]
+"""What continues documents, as `continue_in_batches` does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +81,8 @@ class RunRequest:
     retry_errors: bool = False
     redo: Redo | None = None
     """One part of one document to be made again, instead of continuing all; the others are kept."""
+    answering: Mapping[str, Any] = field(default_factory=dict)
+    """How documents are answered, where not just by being continued; makes it another run."""
     batch_size: int | None = None
     """Documents continued at once; None: as many as the run in the folder, else `default_batch_size`."""
 
@@ -97,18 +109,29 @@ class RunOutcome:
 
 
 def run_documents(
-    request: RunRequest, on_event: OnEvent, *, load: Callable[..., InterleavedGenerator] = load_generator
+    request: RunRequest,
+    on_event: OnEvent,
+    *,
+    load: Callable[..., InterleavedGenerator] = load_generator,
+    answer: Answer | None = None,
+    ranks: Ranks | None = None,
 ) -> RunOutcome:
     """Continue every document of a request that its folder does not hold yet, and write the page.
 
     Documents are continued in batches, each written as soon as it is finished. A document that cannot be read
     or does not fit the model fails alone; anything else that goes wrong stops the run, which the same request
-    takes up again.
+    takes up again. Several ranks take turns with the batches, so that each document stands beside the same
+    others, and comes out the same, however many there are; the first one holds the folder.
 
     Args:
         on_event: called with every event of the generator and the document it belongs to, and once more with
             "finished" or "failed".
         load: makes the generator from a model's folder; called only if there is something to do.
+        answer: what continues a batch; default: `continue_in_batches`.
+        ranks: the processes that do the run together; all of them call this. None: this one alone.
+
+    Returns:
+        What became of it; on another rank than the first, of its own share.
     """
     folder = find_model(request.model.name)
     defaults = generation_defaults(read_config(folder))
@@ -116,31 +139,81 @@ def run_documents(
     settings = {
         document.id: settings_for(document, defaults, request.flags) for document in request.documents
     }
+    identity = _identity(request, folder, run_settings)
+    with ExitStack() as stack:
+        whole: RunFolder | None = None
+
+        def begin() -> tuple[int, frozenset[str]]:
+            nonlocal whole
+            whole = stack.enter_context(_open(request, identity, lambda: _facts(request, settings)))
+            return _batch_size(whole, request.batch_size), frozenset(whole.finished)
+
+        # 1. What is still to be done, and this rank's share of it.
+        batch_size, finished = begin() if ranks is None else ranks.from_first(begin)
+        batches = unfinished_batches(request.documents, batch_size, finished)
+        own = batches if ranks is None else batches[ranks.rank :: ranks.size]
+        pending = [document for batch in own for document in batch if document.id not in finished]
+
+        # 2. It is done.
+        if whole is None:
+            assert ranks is not None, "whoever is alone holds the folder"
+            part = open_share(request.output, ranks.rank, request.documents)
+        else:
+            part = nullcontext(whole)
+            if batches:
+                _warn_of_differences(whole, request.model.device)
+        with part as run:
+            if own:
+                generator = _load(request.model, folder, load, ranks)
+                if request.redo is not None:
+                    redo_documents(run, generator, request.redo, settings, on_event)
+                else:
+                    if whole is not None:
+                        generator.warn_of_unknown_words(whole.pending())
+                    continued = partial(answer or continue_in_batches, generator)
+                    _continue(run, own, settings, finished, continued, on_event)
+        if ranks is not None:
+            ranks.gather("done")
+        if whole is None:
+            return _outcome(request, run, pending, settings.values())
+
+        # 3. All shares are put together.
+        take_over_shares(whole)
+        whole.close(lambda records: _page(records, run.path, request.model.name, run_settings.seed))
+        made = [document for document in request.documents if document.id not in finished]
+        return _outcome(request, whole, made, settings.values())
+
+
+def unfinished_batches(
+    documents: Sequence[Document], batch_size: int, finished: Collection[str]
+) -> list[Sequence[Document]]:
+    """The batches of a run, always the same, that still lack a document."""
+    batches = (documents[start : start + batch_size] for start in range(0, len(documents), batch_size))
+    return [batch for batch in batches if any(document.id not in finished for document in batch)]
+
+
+@contextmanager
+def _open(
+    request: RunRequest, identity: RunIdentity, facts: Callable[[], Mapping[str, Any]]
+) -> Generator[RunFolder, None, None]:
+    """The run's folder, with what earlier ranks left."""
     with open_run(
         request.output,
         request.documents,
-        _identity(request, folder, run_settings),
-        lambda: _facts(request, settings),
+        identity,
+        facts,
         new_run=request.new_run,
         retry_errors=request.retry_errors,
     ) as run:
-        pending = run.pending()
-        _check_batch_size(run, request.batch_size)
-        if pending:
-            _warn_of_differences(run, request.model.device)
-            generator = load(
-                folder,
-                device=request.model.device,
-                dtype=request.model.dtype,
-                acceleration=request.model.acceleration,
-            )
-            if request.redo is not None:
-                redo_documents(run, generator, request.redo, settings, on_event)
-            else:
-                generator.warn_of_unknown_words(pending)
-                _continue_all(run, generator, request.documents, settings, on_event)
-        run.close(lambda records: _page(records, run.path, request.model.name, run_settings.seed))
-        return _outcome(request, run, pending, settings.values())
+        take_over_shares(run, retry_errors=request.retry_errors)
+        yield run
+
+
+def _load(
+    model: ModelChoice, folder: Path, load: Callable[..., InterleavedGenerator], ranks: Ranks | None
+) -> InterleavedGenerator:
+    device = model.device if ranks is None else str(ranks.device)
+    return load(folder, device=device, dtype=model.dtype, acceleration=model.acceleration)
 
 
 def _identity(request: RunRequest, folder: Path, settings: GenerationSettings) -> RunIdentity:
@@ -153,6 +226,7 @@ def _identity(request: RunRequest, folder: Path, settings: GenerationSettings) -
         dtype=request.model.dtype,
         acceleration=request.model.acceleration.record(),
         redo=None if request.redo is None else request.redo.record(),
+        answering=request.answering,
     )
 
 
@@ -268,7 +342,7 @@ def facts_that_differ(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> 
     return [f"{key} was {then[key]}, is {now.get(key)}" for key in then if then[key] != now.get(key)]
 
 
-def _check_batch_size(run: RunFolder, wanted: int | None):
+def _batch_size(run: RunFolder, wanted: int | None) -> int:
     """As many documents at once as when the folder's run began, since the last bits depend on them."""
     found = batch_size_of(run.manifest)
     if wanted not in (None, found):
@@ -277,47 +351,35 @@ def _check_batch_size(run: RunFolder, wanted: int | None):
             "with -o or use --new-run",
             field="batch_size",
         )
-
-
-def _continue_all(
-    run: RunFolder,
-    generator: InterleavedGenerator,
-    documents: Sequence[Document],
-    settings: Mapping[str, GenerationSettings],
-    on_event: OnEvent,
-):
-    batch_size = batch_size_of(run.manifest)
-    for start in range(0, len(documents), batch_size):
-        batch = documents[start : start + batch_size]
-        _continue(run, generator, batch, [settings[document.id] for document in batch], on_event)
+    return found
 
 
 def _continue(
     run: RunFolder,
-    generator: InterleavedGenerator,
-    batch: Sequence[Document],
-    settings: Sequence[GenerationSettings],
+    batches: Sequence[Sequence[Document]],
+    settings: Mapping[str, GenerationSettings],
+    finished: Collection[str],
+    continued: Callable[..., Iterator[tuple[int, Event]]],
     on_event: OnEvent,
 ):
-    """Continue what is missing of a batch.
+    """Write what is missing of batches, while they are continued.
 
     Those that are finished already are computed once more beside it and not written: then each document is
     continued beside the same others, whether the run was stopped meanwhile or not, and comes out the same to
     the bit.
     """
-    if all(document.id in run.finished for document in batch):
-        return
-    missing = {place for place, document in enumerate(batch) if document.id not in run.finished}
-    for place, event in continue_in_batches(generator, batch, settings, len(batch)):
-        if place not in missing:
-            continue
-        on_event(batch[place], event)
-        if isinstance(event, Finished):
-            run.commit(event.document)
-            on_event(batch[place], "finished")
-        elif isinstance(event, Failed):
-            run.commit_error(batch[place], event.error)
-            on_event(batch[place], "failed")
+    for batch in batches:
+        for place, event in continued(batch, [settings[document.id] for document in batch], len(batch)):
+            document = batch[place]
+            if document.id in finished:
+                continue
+            on_event(document, event)
+            if isinstance(event, Finished):
+                run.commit(event.document)
+                on_event(document, "finished")
+            elif isinstance(event, Failed):
+                run.commit_error(document, event.error)
+                on_event(document, "failed")
 
 
 def _page(records: Sequence[Mapping[str, Any]], folder: Path, model: str, seed: int) -> bytes:

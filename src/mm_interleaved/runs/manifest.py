@@ -22,7 +22,7 @@ _MANIFEST_FIELDS: dict[str, Any] = {
 }  # fmt: skip
 _OPTIONAL_FIELDS: dict[str, Any] = {
     "acceleration": dict, "acceleration.channels_last": bool, "acceleration.compile": bool,
-    "acceleration.quantization": str, "acceleration.adapter": dict, "outputs": dict,
+    "acceleration.quantization": str, "acceleration.adapter": dict, "answering": dict, "outputs": dict,
     "redo": dict,
 }  # fmt: skip
 _DEPENDENT_FIELDS: dict[str, dict[str, Any]] = {

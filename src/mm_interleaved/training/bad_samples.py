@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mm_interleaved.data.encoding import Skip
+from mm_interleaved.runs.ranks import Ranks
 from mm_interleaved.training.metrics import LinesFile
-from mm_interleaved.training.parallel import Ranks
 
 BAD_SAMPLES = "bad_samples.jsonl"
 """Of the first rank; the others put a hyphen and their number behind the name."""

@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mm_interleaved.errors import ModelFileError, StorageError, UsageError, escape
 from mm_interleaved.files import put_aside, remove_any, storage_errors
-from mm_interleaved.training.parallel import ALONE, Ranks, is_spread
+from mm_interleaved.runs.ranks import ALONE, Ranks
+from mm_interleaved.training.parallel import is_spread
 
 logger = logging.getLogger(__name__)
 

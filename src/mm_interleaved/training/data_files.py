@@ -24,7 +24,7 @@ from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import InputError, MMInterleavedError, escape
 from mm_interleaved.files import make_folder, put_aside, write_file
 from mm_interleaved.model_files.hashing import model_files
-from mm_interleaved.training.parallel import Ranks
+from mm_interleaved.runs.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

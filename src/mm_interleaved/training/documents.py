@@ -15,12 +15,13 @@ from mm_interleaved.data.source import Source, WholeDocuments
 from mm_interleaved.devices import usable_cores
 from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.runs.ranks import ALONE, Ranks
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.tokens.sequence import LearningRule
 from mm_interleaved.training.bad_samples import BadSamples
 from mm_interleaved.training.config import CorpusConfig, TrainConfig
 from mm_interleaved.training.objectives import Objective, StepTotals
-from mm_interleaved.training.parallel import ALONE, Ranks, summing_gradients
+from mm_interleaved.training.parallel import summing_gradients
 from mm_interleaved.training.stage import Losses, MicroBatches
 
 

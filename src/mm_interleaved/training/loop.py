@@ -20,9 +20,10 @@ from torch import nn
 from tqdm import tqdm
 
 from mm_interleaved.errors import MMInterleavedError, NumericalError
+from mm_interleaved.runs.ranks import ALONE, Ranks
 from mm_interleaved.training.metrics import LogWriter, count_flops
 from mm_interleaved.training.optimizer import ParameterRule
-from mm_interleaved.training.parallel import ALONE, Ranks, whole
+from mm_interleaved.training.parallel import whole
 from mm_interleaved.training.settings import StageConfig
 from mm_interleaved.training.stage import Losses, MicroBatches, Observer, Stage, StreamStage
 from mm_interleaved.training.stage_run import StageRun

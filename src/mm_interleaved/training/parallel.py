@@ -1,15 +1,12 @@
-"""Several processes that train one model: who they are, what they agree on, how the model is spread.
+"""Several processes that train one model: how the model is spread over them.
 
 torchrun starts the processes; PyTorch's DDP keeps a whole model on each, its FSDP2 a share of every weight.
 Nothing of this is needed by one process alone.
 """
 
 import logging
-import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
 from inspect import signature
 from typing import Any
 
@@ -21,9 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mm_interleaved.devices import rank_device
-from mm_interleaved.errors import StorageError, UsageError
+from mm_interleaved.errors import UsageError
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
+from mm_interleaved.runs.ranks import Ranks, joined_ranks
 from mm_interleaved.training.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -37,80 +34,12 @@ _SENDS_BUFFERS = next(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """The processes of a run, seen from one of them."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def is_first(self) -> bool:
-        """This one writes what is written once."""
-        return self.rank == 0
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value added up over the ranks."""
-        if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
-        if self.size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value)
-        return gathered
-
-
-ALONE = Ranks()
-
-
 @contextmanager
-def joined_ranks(config: ParallelConfig, device: str = "auto") -> Generator[Ranks, None, None]:
-    """This process among those that torchrun started; alone where it started none.
-
-    Args:
-        device: `auto` takes this rank's GPU where there is one.
-
-    Raises:
-        UsageError: no such device, or the processes do not find each other.
-        StorageError: another process ended, or did not answer in time.
-    """
-    place = rank_device(device)
-    if "RANK" not in os.environ or dist.is_initialized():
-        size = dist.get_world_size() if dist.is_initialized() else 1
-        yield Ranks(dist.get_rank() if size > 1 else 0, size, place)
-        return
-    try:
-        dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_seconds)
-        )
-    except (ValueError, dist.DistError) as error:
-        raise UsageError(
-            f"rank {os.environ['RANK']} does not find the others ({_first_line(error)}); "
-            "start them with torchrun"
-        ) from error
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
-    except RuntimeError as error:
-        # Gloo's errors have no class of their own.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise StorageError(
-            f"rank {dist.get_rank()}: another rank ended or did not answer within "
-            f"{config.timeout_seconds} s, its exit_status file says why ({_first_line(error)})"
-        ) from error
-    finally:
-        dist.destroy_process_group()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def training_ranks(config: ParallelConfig, device: str = "auto") -> Generator[Ranks, None, None]:
+    """See `joined_ranks`."""
+    remark = ", its exit_status file says why"
+    with joined_ranks(config.timeout_seconds, device, remark=remark) as ranks:
+        yield ranks
 
 
 def spread(

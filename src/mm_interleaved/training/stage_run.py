@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mm_interleaved.errors import StorageError, escape
 from mm_interleaved.files import remove_temporary_files
+from mm_interleaved.runs.ranks import Ranks
 from mm_interleaved.training.checkpoints import (
     CheckedFolder,
     Checkpoint,
@@ -24,7 +25,6 @@ from mm_interleaved.training.checkpoints import (
 from mm_interleaved.training.computation import LossScale, autocast
 from mm_interleaved.training.metrics import LinesFile, Log, LogWriter, Meter
 from mm_interleaved.training.optimizer import AveragedWeights, MuonWithAdamW, ParameterRule, learning_rate
-from mm_interleaved.training.parallel import Ranks
 from mm_interleaved.training.parameter_groups import inner_matrices
 from mm_interleaved.training.settings import LOG_NAME, StageConfig
 from mm_interleaved.training.stage import Stage, StreamStage, trained_parameters

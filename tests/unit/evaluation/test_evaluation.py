@@ -12,10 +12,12 @@ from echo_generator import EchoGenerator
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import InputError, TooLongError
 from mm_interleaved.evaluation import runner
-from mm_interleaved.evaluation.runner import _ranking, evaluate_model, evaluate_predictions
+from mm_interleaved.evaluation.answering import Ranking
+from mm_interleaved.evaluation.runner import evaluate_model, evaluate_predictions
 from mm_interleaved.evaluation.tasks.storyworld import STORYWORLD
 from mm_interleaved.files import make_folder
 from mm_interleaved.generation.loading import AS_IT_IS, Acceleration
+from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.runs.generate import ModelChoice, RunRequest
 from mm_interleaved.storyworld.exports import write_storyworld
 from tiny import tiny_config
@@ -74,13 +76,16 @@ def test_a_gold_answer_without_a_box_is_refused(lines):
 
 
 def test_candidates_that_do_not_fit_count_as_wrong_and_stop_nothing(caplog):
-    class Full:
+    class Full(EchoGenerator):
         def score_options(self, document, options):
             raise TooLongError("an option has 99 tokens, expected at most 3")
 
     document = Document(id="d", parts=(Text("x"),), meta={"candidates": ["a"]})
-    assert _ranking(Full(), document) == []
+    events = list(Ranking().answer(Full(), [document], [GenerationSettings(layout="T")], 1))
+    assert events[-1][1].document.meta["ranking"] == []
     assert "99 tokens" in caplog.text and "'d'" in caplog.text
+    [(place, failed)] = Ranking(is_answer=True).answer(Full(), [document], [GenerationSettings()], 1)
+    assert place == 0 and "99 tokens" in str(failed.error)
 
 
 def test_a_model_that_answers_and_ranks_is_loaded_once(lines, tmp_path, monkeypatch):
