@@ -542,16 +542,8 @@ def test_evaluate_answers_and_scores(capsys, tmp_path, tiny_folder):
     assert json.loads((again / "scores.json").read_text()) == scores
     # Two processes give the same, and one of them speaks.
     shared = tmp_path / "shared"
-    command = ["evaluate", "storyworld", "--data", str(data), "-o", str(shared), "--batch-size", "8"]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "mm_interleaved",
-    ]
+    command = ["evaluate", "storyworld", "--data", str(data), "-o", str(shared), "--batch-size", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, "mm_interleaved", *command, "--model", str(tiny_folder)],

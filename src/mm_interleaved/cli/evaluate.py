@@ -70,6 +70,12 @@ Inception = Annotated[
 Clip = Annotated[
     str | None, typer.Option(help="A CLIP, folder or hub id: agreement of texts and images.", metavar="MODEL")
 ]
+Segmentation = Annotated[
+    str | None,
+    typer.Option(
+        "--segmenter", help="A semantic segmentation, folder or hub id: mean IoU (ade20k).", metavar="MODEL"
+    ),
+]
 JudgeUrl = Annotated[
     str | None,
     typer.Option(help="Judge interleaved answers by a model behind this URL (.../v1).", metavar="URL"),
@@ -89,6 +95,7 @@ def evaluate(
     settings: SourceSettings = None,
     inception: Inception = None,
     clip: Clip = None,
+    segmenter: Segmentation = None,
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
     model: Model = "storyworld",
@@ -118,6 +125,7 @@ def evaluate(
         prompt=prompt,
         inception=inception,
         clip=clip,
+        segmenter=segmenter,
         judge=judge_named(judge_url, judge_model, os.environ.get(JUDGE_KEY, "")),
         source=_source_settings(settings or ()),
     )

@@ -93,5 +93,58 @@ class ClipEmbedder:
         return _unit(self.model.visual_projection(pooled))
 
 
+class ClipRanker:
+    """How well images fit a text: the cosines of their embeddings, see `generation.engine`."""
+
+    def __init__(self, embedder: ClipEmbedder):
+        self.embedder = embedder
+
+    def __call__(self, text: str, images: Sequence[PILImage.Image]) -> list[float]:
+        found = self.embedder.images(images) @ self.embedder.texts([text])[0]
+        return found.tolist()
+
+
+class Segmenter:
+    """A semantic segmentation of transformers, in float32 on the CPU: one that labels pixels (Segformer,
+    UPerNet, DPT), or one that is asked for it (OneFormer, Mask2Former, MaskFormer).
+
+    Args:
+        model: a folder or a hub id.
+
+    Raises:
+        ModelFileError: it is not there (offline, a hub id must have been fetched before), or is none.
+    """
+
+    def __init__(self, model: str | Path):
+        from transformers import AutoConfig, AutoProcessor
+        from transformers.models.auto import modeling_auto as auto
+
+        try:
+            config = AutoConfig.from_pretrained(model)
+            is_asked = type(config) in auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
+            loader: Any = (
+                auto.AutoModelForUniversalSegmentation if is_asked else auto.AutoModelForSemanticSegmentation
+            )
+            self.model: Any = loader.from_pretrained(model, dtype=torch.float32).eval()
+            self.processor: Any = AutoProcessor.from_pretrained(model)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelFileError(
+                f"segmenter: {escape(str(model))!r} cannot be loaded ({escape(reason, 300)})"
+            ) from error
+        self.num_classes: int = config.num_labels
+        self._task = {"task_inputs": ["semantic"]} if config.model_type == "oneformer" else {}
+
+    @torch.no_grad()
+    def classes(self, image: PILImage.Image) -> np.ndarray:
+        """(H, W) int64: the class of each pixel, from 0."""
+        inputs = self.processor(images=image, return_tensors="pt", **self._task)
+        outputs = self.model(**inputs)
+        size = [(image.height, image.width)]
+        post: Any = getattr(self.processor, "image_processor", self.processor)
+        [found] = post.post_process_semantic_segmentation(outputs, target_sizes=size)
+        return found.numpy()
+
+
 def _unit(features_ND: Tensor) -> np.ndarray:
     return F.normalize(features_ND, dim=-1).numpy()

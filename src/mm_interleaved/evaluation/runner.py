@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_interleaved.documents.document import Document
 from mm_interleaved.evaluation.answering import alike_together
@@ -66,15 +65,14 @@ def evaluate_model(
     digest = check() if ranks is None else ranks.from_first(check)
     # The model must not see the gold answers, and the run must not depend on them.
     questions = alike_together([replace(document, target=()) for document in gold])
-    is_ranked = any("candidates" in document.meta for document in questions)
     request = replace(
         request,
         documents=questions,
         output=out / "run",
         flags={**task.settings, **request.flags},
-        answering=task.ranking.record() if is_ranked else {},
+        answering=_answering(task, questions),
     )
-    load = cache(load or load_generator)
+    load = _with_ranker(load or load_generator, task)
     outcome = run_documents(request, on_event, load=load, answer=task.ranking.answer, ranks=ranks)
     if ranks is not None and not ranks.is_first:
         return {}, outcome.num_failed
@@ -90,6 +88,28 @@ def evaluate_model(
     if task.export is not None:
         task.export(answers, gold, out / "answers")
     return scores, outcome.num_failed
+
+
+def _answering(task: Task, questions: Sequence[Document]) -> dict[str, Any]:
+    """What makes the answers others than those of documents that are just continued."""
+    is_ranked = any("candidates" in document.meta for document in questions)
+    found = task.ranking.record() if is_ranked else {}
+    return found if task.image_ranker is None else {**found, "image_ranker": task.image_ranker.name}
+
+
+def _with_ranker(
+    load: Callable[..., InterleavedGenerator], task: Task
+) -> Callable[..., InterleavedGenerator]:
+    if task.image_ranker is None:
+        return load
+    ranker = task.image_ranker
+
+    def load_with_ranker(*arguments: Any, **named: Any) -> InterleavedGenerator:
+        generator = load(*arguments, **named)
+        generator.image_ranker = ranker.make()
+        return generator
+
+    return load_with_ranker
 
 
 def evaluate_predictions(task: Task, data: Path, predictions: Path, out: Path) -> dict[str, float]:

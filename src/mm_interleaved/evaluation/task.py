@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image as PILImage
+
 from mm_interleaved.documents.document import Document
 from mm_interleaved.evaluation.answering import Ranking
 from mm_interleaved.evaluation.judges.judge import Judge
@@ -29,12 +31,23 @@ class TaskOptions:
     """TorchScript weights of Inception, for FID and KID."""
     clip: str | None = None
     """A CLIP of transformers, a folder or a hub id, for agreement of texts and images."""
+    segmenter: str | None = None
+    """A semantic segmentation of transformers, a folder or a hub id: mean IoU of images made from maps."""
     judge: Judge | None = None
     """Who judges interleaved answers."""
     judge_memory: Path = Path("verdicts.jsonl")
     """Where its verdicts are kept."""
     source: dict[str, Any] = field(default_factory=dict)
     """Further settings of the task's source, e.g. `images` or `split`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRankers:
+    """A ranker of candidate images, made where it is needed."""
+
+    name: str
+    """Makes two runs differ."""
+    make: Callable[[], Callable[[str, Sequence[PILImage.Image]], Sequence[float]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +71,8 @@ class Task:
     """How documents with candidate answers are answered."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Generation settings of the published evaluation; flags of the command outrank them."""
+    image_ranker: ImageRankers | None = None
+    """Who chooses among the candidates of an image; None: the model itself."""
     export: Callable[[Sequence[Document], Sequence[Document], Path], None] | None = None
     """(predictions, gold, folder): writes what the benchmark's own evaluator reads."""
     notes: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ keys, values and images over all parts.
 
 import hashlib
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -65,6 +65,10 @@ def text_share(parts_left: Sequence[str], budget: int, room: int, image_tokens: 
     return min(max(1, fair), budget, room)
 
 
+ImageRanker = Callable[[str, Sequence[PILImage.Image]], Sequence[float]]
+"""How good each candidate of an image is for the text before it; see `engine.InterleavedGenerator`."""
+
+
 @dataclass(slots=True)
 class Usage:
     """What a document has taken so far."""
@@ -101,9 +105,11 @@ class Continuation:
         *,
         notices: Notices,
         adapter: Adapter | None = None,
+        image_ranker: ImageRanker | None = None,
         preview_every: int = 0,
         prefixes: PrefixStore | None = None,
     ):
+        self.image_ranker = image_ranker
         self.model, self.processor, self.vocabulary = model, processor, processor.vocabulary
         self.adapter, self.prefixes = adapter, prefixes
         self.document, self.settings, self.preview_every = document, settings, preview_every
@@ -279,9 +285,14 @@ class Continuation:
     def _best_for(
         self, images: GeneratedImages, text_ids: list[int]
     ) -> Generator[Event | Request, Any, tuple[int, EncodedImage]]:
-        """The image after which the model would likeliest write the text before it, the first of equals: its
-        place, and its features.
+        """The image that the ranker puts first, else the one after which the model would likeliest write the
+        text before it, the first of equals: its place, and its features.
         """
+        if self.image_ranker is not None and len(images) > 1:
+            scores = self.image_ranker(self._last_text(), images)
+            chosen = max(range(len(images)), key=scores.__getitem__)
+            [encoded] = yield from self._encode(self._pixels(images[chosen]))
+            return chosen, encoded
         candidates = images if text_ids else images[:1]
         encoded = yield from self._encode(torch.cat([self._pixels(image) for image in candidates]))
         if len(encoded) == 1:
@@ -295,6 +306,15 @@ class Continuation:
             scores.append(score_options(session, [text_ids[: session.room]]).item())
         chosen = max(range(len(scores)), key=scores.__getitem__)
         return chosen, encoded[chosen]
+
+    def _last_text(self) -> str:
+        """What stands between the last image and the one to be generated."""
+        texts: list[str] = []
+        for part in reversed(self.document.parts):
+            if not isinstance(part, Text):
+                break
+            texts.insert(0, part.text)
+        return " ".join(texts)
 
     def _text_since_last_image(self) -> list[int]:
         starts = self.session.image_starts

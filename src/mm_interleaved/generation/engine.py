@@ -19,7 +19,7 @@ from mm_interleaved.errors import (
     UsageError,
 )
 from mm_interleaved.generation.batched import Steps, stream_batched, with_own_failure
-from mm_interleaved.generation.continuation import Continuation
+from mm_interleaved.generation.continuation import Continuation, ImageRanker
 from mm_interleaved.generation.defaults import defaults_of
 from mm_interleaved.generation.events import Event, Failed, Finished
 from mm_interleaved.generation.notices import Notices
@@ -48,6 +48,8 @@ class InterleavedGenerator:
         assistant_model: a smaller language model with the same vocabulary, which guesses tokens that the
             model then checks several at once; the text is the same. It is used where text is greedy.
         adapter: what `acceleration.load_adapter` added to the model; left out where errors are measured.
+        image_ranker: chooses among the candidates of an image, in place of the model's own ranking: gets the
+            text before the image and the candidates, returns a number for each, the best one the largest.
 
     Raises:
         ValueError: model and processor do not belong together, or the assistant has another vocabulary.
@@ -60,7 +62,9 @@ class InterleavedGenerator:
         *,
         assistant_model: PreTrainedModel | None = None,
         adapter: Adapter | None = None,
+        image_ranker: ImageRanker | None = None,
     ):
+        self.image_ranker = image_ranker
         self.model, self.processor, self.adapter = model.eval(), processor, adapter
         self.assistant_model = None if assistant_model is None else _own_assistant(assistant_model)
         self.notices = Notices(processor.known_words)
@@ -144,6 +148,7 @@ class InterleavedGenerator:
             settings,
             notices=self.notices,
             adapter=self.adapter,
+            image_ranker=self.image_ranker,
             preview_every=preview_every,
             prefixes=prefixes,
         )

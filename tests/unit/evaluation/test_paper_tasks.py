@@ -2,7 +2,11 @@
 
 import json
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mm_interleaved.documents.document import Document, Image, Text
@@ -15,6 +19,7 @@ from mm_interleaved.evaluation.tasks.dialogue import visual_dialogue
 from mm_interleaved.evaluation.tasks.generated_images import maps_to_images, stories
 from mm_interleaved.evaluation.tasks.grounding import grounding
 from mm_interleaved.evaluation.tasks.questions import questions
+from mm_interleaved.files import make_folder
 from mm_interleaved.storyworld.exports import write_storyworld
 
 COUNT = 8
@@ -115,6 +120,40 @@ def test_dense_annotations_give_the_gain(exports, tmp_path):
     texts = [document.parts[1].text.count("question:") for document in released.read_gold(tmp_path)]
     full = [document.parts[1].text.count("question:") for document in gold]
     assert rounds and [one + 1 for one in texts] == full
+    assert not released.ranking.counts_end and task.ranking.counts_end and len(released.notes) == 3
+    dense[0]["gt_relevance"] = [0.0] * len(dense[0]["gt_relevance"])
+    (tmp_path / "visdial_1.0_val_dense_annotations.json").write_text(json.dumps(dense))
+    with pytest.raises(InputError, match=r"gt_relevance: found 10 numbers, 0 above 0, expected one for"):
+        task.read_gold(tmp_path)
+
+
+def test_every_round_of_a_dialogue_is_asked_and_the_gain_is_of_the_annotated_one(exports, tmp_path):
+    """Two dialogues of three rounds, three candidates each; the second round of the first is annotated."""
+    image = next((exports / "visdial" / "images").glob("*.png")).name
+    turn = {"question": 0, "answer": 1, "answer_options": [0, 1, 2], "gt_index": 1}
+    dialogs = [{"image_id": n, "image": image, "caption": "a fox", "dialog": [turn] * 3} for n in (5, 6)]
+    data = {"dialogs": dialogs, "questions": ["who is it"], "answers": ["nobody", "a fox", "a cat"]}
+    (tmp_path / "visdial_1.0_val.json").write_text(json.dumps({"data": data}))
+    dense = [{"image_id": 5, "round_id": 2, "gt_relevance": [0.0, 1.0, 0.5]}]
+    (tmp_path / "visdial_1.0_val_dense_annotations.json").write_text(json.dumps(dense))
+    source = {"images": str(exports / "visdial" / "images")}
+    task = visual_dialogue(TaskOptions(source=source))
+    gold = task.read_gold(tmp_path)
+    assert [document.id.split(":", 1)[1] for document in gold] == ["0:1", "0:2", "0:3", "1:1", "1:2", "1:3"]
+    assert ["relevance" in document.meta for document in gold] == [False, True, False, False, False, False]
+    assert gold[1].parts[1].text == (
+        "caption: a fox. question: who is it? answer: a fox. question: who is it? answer:"
+    )
+    rankings = [[1, 0, 2], [2, 1, 0], [0, 2, 1], [1, 2, 0], [1, 0, 2], [1, 0, 2]]
+    answers = [Document(id=d.id, parts=(Text("x", generated=True),), meta={"ranking": ranking})
+               for d, ranking in zip(gold, rankings, strict=True)]  # fmt: skip
+    scores = task.score(answers, gold)
+    assert scores["visdial.mrr"] == pytest.approx((4 + 1 / 2 + 1 / 3) / 6)
+    assert scores["visdial.mean_rank"] == pytest.approx((4 + 2 + 3) / 6)
+    best, found = 1 + 0.5 / np.log2(3), 0.5 + 1 / np.log2(3)
+    assert scores["visdial.ndcg"] == pytest.approx(found / best)
+    released = visual_dialogue(TaskOptions(compat="released", source=source)).read_gold(tmp_path)
+    assert len(released) == 2 and released[0].meta["relevance"] == [0.0, 1.0, 0.5]
 
 
 def test_captions_and_the_full_stop(exports, monkeypatch):
@@ -212,3 +251,23 @@ def test_what_is_missing_or_broken_is_named(exports, tmp_path):
     (tmp_path / "annotations.json").write_text(json.dumps(annotations))
     with pytest.raises(InputError, match=r"needs answers.*8 without"):
         questions("vqav2", TaskOptions(source=shared)).read_gold(tmp_path)
+
+
+def test_spice_counts_where_its_models_are_and_nothing_is_fetched(monkeypatch, tmp_path):
+    """pycocoevalcap fetches the models by itself when asked; we look first."""
+    from mm_interleaved.evaluation.metrics import captions
+
+    package = Path(find_spec("pycocoevalcap.spice.spice").origin).parent
+    known = (package / "get_stanford_models.py").read_text()
+    assert "stanford-corenlp-3.6.0" in known and "SPICELIB = 'lib'" in known
+    make_folder(tmp_path / "spice" / "lib")
+    spec = ModuleSpec("pycocoevalcap", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    assert not captions.spice_is_here()
+    assert any("SPICE is not counted" in note for note in captioning("nocaps", TaskOptions()).notes)
+    with pytest.raises(UsageError, match="SPICE: pycocoevalcap has not got its models"):
+        captions.caption_scores({"a": "a fox"}, {"a": ["a fox"]}, ("SPICE",))
+    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
+        (tmp_path / "spice" / "lib" / name).touch()
+    assert captions.spice_is_here() and not captioning("nocaps", TaskOptions()).notes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -40,12 +40,27 @@ class VisualDialogues:
     """User and assistant; False writes one text, `caption: ... question: ...? answer: ...`, as published."""
     skips_previous_round: bool = False
     """Leave out the round before the last question, as the published evaluation does by mistake."""
+    every_round: bool = False
+    """A document for each round of a dialogue, as its benchmark asks them all, not for one."""
 
     def shards(self) -> list[Shard]:
         self._dense()
         return [
-            Shard(path, len(_data(path)["dialogs"].list()))
+            Shard(path, len(self._entries(_data(path))))
             for path in found_with_images(self.paths, self.images)
+        ]
+
+    def _entries(self, data: Field) -> list[tuple[Field, str, int | None]]:
+        """What makes a document each: a dialogue, the end of the document's name, and how many of its rounds;
+        None is those up to the annotated one, or all.
+        """
+        dialogs = data["dialogs"].list()
+        if not self.every_round:
+            return [(dialog, str(number), None) for number, dialog in enumerate(dialogs)]
+        return [
+            (dialog, f"{number}:{count}", count)
+            for number, dialog in enumerate(dialogs)
+            for count in _round_numbers(dialog)
         ]
 
     def read(self, shard: Shard, start: int = 0) -> Iterator[tuple[int, Item]]:
@@ -53,11 +68,11 @@ class VisualDialogues:
         store = image_store(self.images, path, skip_missing=True)
         data = _data(path)
         dense = self._dense()
-        for position, dialog in enumerate(data["dialogs"].list()[start:], start):
-            build = partial(self._document, data, f"{stem_of(path)}:{position}", store)
+        for position, (dialog, number, count) in enumerate(self._entries(data)[start:], start):
+            build = partial(self._document, data, f"{stem_of(path)}:{number}", store, count)
             annotation = dense.get(_id(dialog))
             records = (dialog,) if annotation is None else (dialog, annotation)
-            known = ("answer_options", "gt_index", "round_id", "image_id")
+            known = ("answer_options", "gt_index", "round_id", "image_id", "gt_relevance", "relevance")
             yield position, attempt(f"{path}: {dialog.path}", build, *records, known=known)
 
     def _dense(self) -> Mapping[str, Field]:
@@ -67,17 +82,26 @@ class VisualDialogues:
         return _dense_annotations(fingerprint(found_files(self.dense_annotations)[0]))
 
     def _document(
-        self, data: Field, name: str, store: ImageStore, dialog: Field, annotation: Field | None = None
+        self,
+        data: Field,
+        name: str,
+        store: ImageStore,
+        count: int | None,
+        dialog: Field,
+        annotation: Field | None = None,
     ) -> Document:
         image_id = dialog["image_id"]
         rounds = dialog["dialog"].list()
         meta = {}
         if annotation is not None:
-            rounds = rounds[: annotation["round_id"].integer(1, len(rounds))]
-            # Named one way in the annotations of `val`, the other way in those of `train`.
-            meta["relevance"] = annotation[
-                "gt_relevance" if "gt_relevance" in annotation else "relevance"
-            ].value
+            annotated = annotation["round_id"].integer(1, len(rounds))
+            count = annotated if count is None else count
+            if count == annotated:
+                # Named one way in the annotations of `val`, the other way in those of `train`.
+                meta["relevance"] = _relevance(
+                    annotation["gt_relevance" if "gt_relevance" in annotation else "relevance"]
+                )
+        rounds = rounds if count is None else rounds[:count]
         if not rounds:
             dialog["dialog"].wrong("at least one round")
         last = rounds[-1]
@@ -104,6 +128,21 @@ class VisualDialogues:
         said_by = "assistant" if self.is_conversation else None
         target = () if answer is None else (Text(answer, role=said_by),)
         return Document(id=name, parts=parts, target=target, layout="T", meta=meta)
+
+
+def _round_numbers(dialog: Field) -> Iterable[int | None]:
+    """1 to the number of rounds; None, once, where there is no list of them, which making it reports."""
+    rounds = dialog.get("dialog")
+    is_list = rounds is not None and isinstance(rounds.value, list) and rounds.value
+    return range(1, len(rounds.value) + 1) if rounds is not None and is_list else (None,)
+
+
+def _relevance(field: Field) -> list[float]:
+    """How many people find each candidate right, 0 to 1."""
+    return [
+        float(one.value) if type(one.value) in (int, float) and 0 <= one.value <= 1 else one.wrong("0 to 1")
+        for one in field.list()
+    ]
 
 
 def _id(dialog: Field) -> str:

@@ -1,7 +1,7 @@
 """Captions against reference captions: BLEU, METEOR, ROUGE-L, CIDEr and SPICE, by pycocoevalcap.
 
 That package (extra `eval`) is the evaluator of the COCO caption server in Python. Its tokenizer and METEOR
-are Java programs in its wheel; SPICE needs models that the wheel has not, so it is asked for by name.
+are Java programs in its wheel; SPICE needs models that the wheel has not, and counts where they are.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from mm_interleaved.errors import UsageError
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 """By default; `SPICE` may be asked for besides."""
+_SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
 def caption_scores(
@@ -36,6 +38,10 @@ def caption_scores(
     unknown = [name for name in metrics if name not in (*METRICS, "SPICE")]
     if unknown:
         raise UsageError(f"metrics: found {unknown[0]!r}, expected some of {', '.join((*METRICS, 'SPICE'))}")
+    if "SPICE" in metrics and not spice_is_here():
+        raise UsageError(
+            "SPICE: pycocoevalcap has not got its models, expected Stanford CoreNLP 3.6.0 in its spice/lib"
+        )
     truth, found = tokenized(references), tokenized({key: [text] for key, text in captions.items()})
     # pycocoevalcap prints while it computes.
     with redirect_stdout(StringIO()):
@@ -44,6 +50,21 @@ def caption_scores(
             if name in metrics:
                 scores[name] = float(_scorer(module, scorer).compute_score(truth, found)[0])
     return {name: scores[name] for name in metrics}
+
+
+def spice_is_here() -> bool:
+    """Whether pycocoevalcap has the models of SPICE (`python -m pycocoevalcap.spice.get_stanford_models`);
+    without them it would begin to fetch them.
+    """
+    from importlib.util import find_spec
+
+    package = find_spec("pycocoevalcap")
+    folders = (
+        []
+        if package is None
+        else [Path(place, "spice", "lib") for place in package.submodule_search_locations or ()]
+    )
+    return any(all((folder / name).is_file() for name in _SPICE_MODELS) for folder in folders)
 
 
 def tokenized(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

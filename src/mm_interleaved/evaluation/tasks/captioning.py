@@ -13,7 +13,7 @@ from typing import Any
 
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.evaluation.answers import answer_text, by_gold
-from mm_interleaved.evaluation.metrics.captions import METRICS, caption_scores
+from mm_interleaved.evaluation.metrics.captions import METRICS, caption_scores, spice_is_here
 from mm_interleaved.evaluation.task import Task, TaskOptions
 from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents
 
@@ -42,7 +42,7 @@ def captioning(name: str, options: TaskOptions) -> Task:
         read_gold=partial(_read_captions, FILES[name], options),
         score=partial(_score, name, is_cut, _references),
         settings=CAPTION_SETTINGS,
-        notes=("captions are cut at the first full stop",) if is_cut else (),
+        notes=(*_spice_note(), *(("captions are cut at the first full stop",) if is_cut else ())),
     )
 
 
@@ -52,7 +52,12 @@ def paragraphs(options: TaskOptions) -> Task:
         read_gold=partial(_read_paragraphs, options),
         score=partial(_score, "paragraphs", False, _target_text),
         settings=PARAGRAPH_SETTINGS,
+        notes=_spice_note(),
     )
+
+
+def _spice_note() -> tuple[str, ...]:
+    return () if spice_is_here() else ("SPICE is not counted: pycocoevalcap has not got its models",)
 
 
 def _read_captions(names: Sequence[str], options: TaskOptions, data: Path) -> list[Document]:
@@ -91,5 +96,6 @@ def _score(
     }
     if is_cut:
         captions = {key: text.split(".")[0] for key, text in captions.items()}
-    scores = caption_scores(captions, {document.id: references(document) for document in gold}, METRICS)
+    metrics = (*METRICS, "SPICE") if spice_is_here() else METRICS
+    scores = caption_scores(captions, {document.id: references(document) for document in gold}, metrics)
     return {f"{name}.{metric}": value for metric, value in scores.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.documents.record_files import read_records
 from mm_interleaved.documents.strict_json import Field, FieldError
+from mm_interleaved.evaluation.answering import Ranking
 from mm_interleaved.evaluation.answers import answer_ranking, answer_text, by_gold
 from mm_interleaved.evaluation.metrics.choices import (
     choice_accuracy,
@@ -43,6 +44,7 @@ def seed_bench(options: TaskOptions) -> Task:
         read_gold=partial(_read_seed, options),
         score=_score_seed,
         cases=each_alone(_score_seed),
+        ranking=Ranking(is_answer=True),
         settings={"layout": "T", "max_new_tokens": 4},
     )
 

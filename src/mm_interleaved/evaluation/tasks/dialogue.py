@@ -1,4 +1,4 @@
-"""VisDial 1.0: a hundred candidate answers to the last question of a dialogue about an image, ranked."""
+"""VisDial 1.0: a hundred candidate answers to each question of a dialogue about an image, ranked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from mm_interleaved.documents.document import Document
 from mm_interleaved.errors import InputError
+from mm_interleaved.evaluation.answering import Ranking
 from mm_interleaved.evaluation.answers import answer_ranking, by_gold
 from mm_interleaved.evaluation.metrics.retrieval import ndcg, ranking_scores
 from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
@@ -22,16 +23,23 @@ DENSE = ("visdial_1.0_val_dense_annotations.json",)
 def visual_dialogue(options: TaskOptions) -> Task:
     """The task; candidates are ranked by their likelihood, the answer that is generated does not count.
 
-    Of each dialogue one round is asked: the one with dense annotations, or the last where there are none.
+    Every round that has candidates is asked; NDCG is of those with dense annotations. The released
+    evaluation asks these alone, leaves out the round before the question, and takes a candidate's likelihood
+    without its end, which favours short ones.
     """
     is_released = options.compat == "released"
-    notes = ("MRR, recall and mean rank are of one round a dialogue, not of all ten",)
+    notes = (
+        "one round a dialogue",
+        "the round before the question is left out of the dialogue",
+        "the end of a candidate does not count",
+    )
     return Task(
         read_gold=partial(_read, is_released, options),
         score=_score,
         cases=each_alone(_score),
         settings={"layout": "T", "max_new_tokens": 16},
-        notes=(*notes, "the round before the question is left out of the dialogue") if is_released else notes,
+        ranking=Ranking(is_answer=True, counts_end=not is_released),
+        notes=notes if is_released else (),
     )
 
 
@@ -42,6 +50,7 @@ def _read(is_released: bool, options: TaskOptions, data: Path) -> list[Document]
         "paths": str(path),
         "is_conversation": options.prompt == "conversation",
         "skips_previous_round": is_released,
+        "every_round": not is_released,
     }
     if has_annotation_file(folder, DENSE):
         settings["dense_annotations"] = str(annotation_file(folder, DENSE))
@@ -52,7 +61,20 @@ def _read(is_released: bool, options: TaskOptions, data: Path) -> list[Document]
                 f"{path}: {document.id}: expected answer_options and gt_index (test splits lack them)",
                 field="answer_options",
             )
-    return documents
+        _check_relevance(path, document)
+    # A single candidate is no question.
+    return [document for document in documents if len(document.meta["candidates"]) > 1]
+
+
+def _check_relevance(path: Path, document: Document) -> None:
+    relevance, count = document.meta.get("relevance"), len(document.meta["candidates"])
+    if relevance is not None and (len(relevance) != count or not any(relevance)):
+        raise InputError(
+            f"{path}: {document.id}: gt_relevance: found {len(relevance)} numbers, "
+            f"{sum(map(bool, relevance))} above 0, expected one for each of {count} candidates, and one "
+            "above 0",
+            field="gt_relevance",
+        )
 
 
 def _score(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Generated images against real ones: MS-COCO, LN-COCO, ADE20K maps, VIST, PororoSV, FlintstonesSV.
 
 FID and KID need an Inception (`--inception`), agreement with the text and with the real image a CLIP
-(`--clip`): without either there is nothing to score, and that is said before anything runs.
+(`--clip`), mean IoU of images made from maps a segmentation (`--segmenter`): without any of them there is
+nothing to score, and that is said before anything runs.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.errors import UsageError
+from mm_interleaved.documents.images import open_image
+from mm_interleaved.errors import InputError, UsageError, escape
 from mm_interleaved.evaluation.answers import answer_images, by_gold
-from mm_interleaved.evaluation.extractors import ClipEmbedder, InceptionFeatures
+from mm_interleaved.evaluation.extractors import ClipEmbedder, ClipRanker, InceptionFeatures, Segmenter
 from mm_interleaved.evaluation.metrics.images import (
     clip_score,
     distribution_distances,
     image_similarity,
     released_pixels,
 )
-from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.evaluation.metrics.segmentation import confusion, mean_iou
+from mm_interleaved.evaluation.task import ImageRankers, Task, TaskOptions
 from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents
 
 TEXT_TO_IMAGE_SETTINGS = {"layout": "I", "num_inference_steps": 250, "guidance_scale": 3.5}
+OTHER_SETTINGS = {"num_inference_steps": 30, "guidance_scale": 7.5}
+NUM_CANDIDATES = 8
+"""Of MS-COCO's images, the best of which by CLIP counts (section 4 of the paper)."""
 STORIES: Mapping[str, tuple[str, ...]] = {
     "vist": (
         "val_formatted_filtered.json",
@@ -46,11 +52,20 @@ _BATCH = 64
 def text_to_image(name: str, options: TaskOptions) -> Task:
     """`coco-images` (val2014, the first caption of each) or `lncoco-images` (localised narratives)."""
     _check(name, options)
+    settings: dict[str, Any] = dict(TEXT_TO_IMAGE_SETTINGS)
+    notes = _notes(options)
+    if name == "coco-images":
+        if options.clip is None:
+            notes += (f"one sample an image; published is the best of {NUM_CANDIDATES} by a CLIP (--clip)",)
+        else:
+            settings["num_candidates"] = NUM_CANDIDATES
+            notes += (f"the best of {NUM_CANDIDATES} candidates by {options.clip}",)
     return Task(
         read_gold=partial(_read_captions, name, options),
         score=partial(_score, name, options),
-        settings=TEXT_TO_IMAGE_SETTINGS,
-        notes=_notes(options),
+        settings=settings,
+        notes=notes,
+        image_ranker=_ranker(options),
     )
 
 
@@ -60,25 +75,38 @@ def stories(name: str, options: TaskOptions) -> Task:
     return Task(
         read_gold=partial(_read_stories, name, options),
         score=partial(_score, name, options),
+        settings=OTHER_SETTINGS,
         notes=_notes(options),
     )
 
 
 def maps_to_images(options: TaskOptions) -> Task:
     """ADE20K: an image out of its segmentation map and a caption."""
-    _check("ade20k", options)
+    if options.segmenter is None:
+        _check("ade20k", options)
     return Task(
         read_gold=partial(_read_maps, options),
-        score=partial(_score, "ade20k", options),
+        score=partial(_score_maps, options),
+        settings=OTHER_SETTINGS,
         notes=_notes(options),
+        image_ranker=_ranker(options),
     )
 
 
 def _check(name: str, options: TaskOptions) -> None:
     if options.inception is None and options.clip is None:
         raise UsageError(
-            f"{name}: expected --inception (FID, KID), --clip (agreement) or both, found neither"
+            f"{name}: expected --inception (FID, KID), --clip (agreement)"
+            f"{', --segmenter (mean IoU)' if name == 'ade20k' else ''} or more of them, found none"
         )
+
+
+def _ranker(options: TaskOptions) -> ImageRankers | None:
+    """CLIP chooses among candidates where there is one; how many there are is a setting."""
+    clip = options.clip
+    if clip is None:
+        return None
+    return ImageRankers(name=f"clip {clip}", make=lambda: ClipRanker(ClipEmbedder(clip)))
 
 
 def _notes(options: TaskOptions) -> tuple[str, ...]:
@@ -139,6 +167,45 @@ def _score(
         scores[f"{name}.clip_score"] = clip_score(of_texts, of_made)
         scores[f"{name}.image_similarity"] = image_similarity(of_made, of_real)
     return scores
+
+
+def _score_maps(
+    options: TaskOptions, predictions: Sequence[Document], gold: Sequence[Document]
+) -> dict[str, float]:
+    scores = _score("ade20k", options, predictions, gold)
+    if options.segmenter is None:
+        return scores
+    segmenter = Segmenter(options.segmenter)
+    counts: list[np.ndarray] = []
+    for document, prediction in zip(gold, by_gold(predictions, gold), strict=True):
+        made = answer_images(prediction)
+        if len(made) == 1:
+            image = made[0].load().convert("RGB")
+            truth = _true_classes(document, image.size)
+            # Of the truth's labels, 0 is none of the classes.
+            found = segmenter.classes(image) + 1
+            counts.append(confusion(found, truth, segmenter.num_classes + 1, ignored=0))
+    return scores | ({"ade20k.miou": mean_iou(counts)} if counts else {})
+
+
+def _true_classes(document: Document, size: tuple[int, int]) -> np.ndarray:
+    """(H, W): the labels from 1 of a document's map, cropped and shrunk as the model saw it; 0 is no class.
+
+    Raises:
+        InputError: there is no `annotations` beside the coloured maps.
+    """
+    coloured = _images(document.parts)[0].source
+    name = str(coloured).replace("annotations_with_color", "annotations")
+    path = Path(name) if isinstance(coloured, Path) else None
+    if path is None or not path.is_file():
+        raise InputError(
+            f"document {escape(document.id)!r}: mean IoU needs the map of its labels, found no file {name!r}"
+        )
+    labels = open_image(path)
+    side = min(labels.size)
+    left, top = (labels.width - side) // 2, (labels.height - side) // 2
+    square = labels.crop((left, top, left + side, top + side))
+    return np.asarray(square.convert("L").resize(size, PILImage.Resampling.NEAREST), np.int64)
 
 
 def _images(parts: Sequence[Any]) -> list[Image]:

@@ -16,6 +16,7 @@ from mm_interleaved.evaluation.metrics.confidence import (
     rank_correlation,
 )
 from mm_interleaved.evaluation.metrics.retrieval import ndcg, rank_of, ranking_scores
+from mm_interleaved.evaluation.metrics.segmentation import confusion, mean_iou
 from mm_interleaved.tokens.boxes import box_iou
 
 
@@ -108,3 +109,19 @@ def test_rank_correlation_is_that_of_scipy():
         rank_correlation([1, 1, 1], [1, 2, 3])
     with pytest.raises(ValueError, match="three cases"):
         rank_correlation([1, 2], [1, 2])
+
+
+def test_maps_of_classes():
+    truth = np.array([[0, 0], [1, 2]])
+    found = np.array([[0, 1], [1, 7]])
+    counted = confusion(found, truth, 3)
+    assert counted.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+    assert mean_iou([counted]) == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    # Cells of all maps together, and a class that occurs nowhere does not count.
+    perfect = confusion(truth, truth, 4)
+    assert mean_iou([perfect, perfect]) == 1.0
+    assert mean_iou([confusion(found, truth, 3, ignored=2)]) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="shape"):
+        confusion(found, truth[:1], 3)
+    with pytest.raises(ValueError, match="found class 2"):
+        confusion(found, truth, 2)
