@@ -1,6 +1,7 @@
 """Verdicts, their memory, and a judge behind a URL: busy, silly, gone."""
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -128,6 +129,54 @@ def test_a_busy_server_is_asked_again(server, tmp_path):
     assert kinds.count("image_url") == 1 and kinds[0] == "text"
     assert [seen[2]["temperature"] for seen in server.seen] == [0.0, 0.0, 0.0, 0.5]
     assert "secret" not in (tmp_path / "v.jsonl").read_text() and "secret" not in judge.name
+
+
+def test_a_server_that_hangs_or_breaks_off_is_asked_again(tmp_path):
+    """Once silence, once half a reply, once no HTTP; then a verdict."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        good = json.dumps({"choices": [{"message": {"content": GOOD}}]})
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(good)}\r\nConnection: close\r\n\r\n"
+        replies = [None, head + good[:9], "what?\r\n\r\n", head + good]
+
+        def serve():
+            held = []
+            for reply in replies:
+                connection, _ = listening.accept()
+                if reply is None:
+                    held.append(connection)
+                    continue
+                with connection:
+                    received = b""
+                    while not received.endswith(b"}"):
+                        received += connection.recv(2**20)
+                    connection.sendall(reply.encode())
+            for connection in held:
+                connection.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        judge = UrlJudge(url, "m", seconds=0.5, wait=0.0)
+        verdict = RememberingJudge(judge, tmp_path / "v.jsonl")(QUESTION, ANSWER)
+        thread.join(timeout=10)
+    assert list(verdict.scores) == list(AXES) and not thread.is_alive()
+
+
+def test_a_run_that_was_killed_while_it_kept_a_verdict_goes_on(tmp_path):
+    path = tmp_path / "v.jsonl"
+    RememberingJudge(Scripted(GOOD), path)(QUESTION, ANSWER)
+    whole = path.read_bytes()
+    other = Document(id="q", parts=(Text("Another answer."),))
+    RememberingJudge(Scripted(GOOD), path)(QUESTION, other)
+    torn = path.read_bytes()[:-7]
+    assert torn.startswith(whole)
+    path.write_bytes(torn)
+    again = Scripted(GOOD)
+    judge = RememberingJudge(again, path)
+    judge(QUESTION, ANSWER)
+    assert again.asked == 0
+    judge(QUESTION, other)
+    assert again.asked == 1 and len(path.read_text().splitlines()) == 2
 
 
 def test_what_a_server_does_wrong_is_said(server):

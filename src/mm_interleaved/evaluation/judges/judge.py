@@ -20,7 +20,7 @@ from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import InputError, MMInterleavedError, escape
 from mm_interleaved.evaluation.answers import parts_of
-from mm_interleaved.files import make_folder, write_file
+from mm_interleaved.files import append_line, make_folder, repair_tail
 
 AXES: Mapping[str, str] = {
     "correctness": "whether text and images are right, and do what was asked",
@@ -120,7 +120,7 @@ class RememberingJudge:
         key = _key(self.judge.name, parts)
         if key not in self._known:
             self._known[key] = self._ask(question.id, parts)
-            self._write()
+            self._keep(key)
         return Verdict(scores=self._known[key], judge=self.judge.name)
 
     def _ask(self, name: str, parts: Sequence[Part]) -> dict[str, int]:
@@ -135,10 +135,9 @@ class RememberingJudge:
             f"expected a JSON object of whole numbers, found {escape(reply, 200)!r}"
         )
 
-    def _write(self) -> None:
+    def _keep(self, key: str) -> None:
         make_folder(self.path.parent)
-        lines = (json.dumps({"key": key, "scores": scores}) + "\n" for key, scores in self._known.items())
-        write_file(self.path, "".join(lines).encode())
+        append_line(self.path, json.dumps({"key": key, "scores": self._known[key]}).encode())
 
 
 def _key(judge: str, parts: Sequence[Part]) -> str:
@@ -152,6 +151,8 @@ def _key(judge: str, parts: Sequence[Part]) -> str:
 def _read_memory(path: Path) -> dict[str, dict[str, int]]:
     if not path.exists():
         return {}
+    # What a run that was killed had begun to write.
+    repair_tail(path)
     known: dict[str, dict[str, int]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

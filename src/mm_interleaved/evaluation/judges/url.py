@@ -5,6 +5,7 @@ URLs.
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import time
 import urllib.error
@@ -74,17 +75,29 @@ class UrlJudge:
         for number in range(_ATTEMPTS):
             try:
                 with urllib.request.urlopen(request, timeout=self.seconds) as response:
-                    return response.read(_MAX_REPLY)
+                    return _whole_reply(response)
             except urllib.error.HTTPError as error:
                 if error.code not in _BUSY or number == _ATTEMPTS - 1:
                     raise StorageError(f"{self.url}: refused with {error.code} ({error.reason})") from error
                 pause = _pause(error, self.wait * 2**number)
-            except (OSError, TimeoutError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 if number == _ATTEMPTS - 1:
-                    raise StorageError(f"{self.url}: cannot be reached ({error})") from error
+                    raise StorageError(
+                        f"{self.url}: cannot be reached ({escape(str(error)) or type(error).__name__})"
+                    ) from error
                 pause = self.wait * 2**number
             time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _whole_reply(response: http.client.HTTPResponse) -> bytes:
+    """The body. Raises IncompleteRead where the connection ended before it did, which `read` with a limit
+    does not.
+    """
+    data = response.read(_MAX_REPLY)
+    if response.length and len(data) < _MAX_REPLY:
+        raise http.client.IncompleteRead(data, response.length)
+    return data
 
 
 def _pause(error: urllib.error.HTTPError, otherwise: float) -> float:
