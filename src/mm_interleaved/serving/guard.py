@@ -23,7 +23,10 @@ from mm_interleaved.serving.settings import Limits
 
 logger = logging.getLogger(__name__)
 
-SKIPPED_BYTES, SKIPPED_SECONDS = 2**20, 1.0
+HEADER_BYTES = 32 * 2**10
+"""Of a request line with its headers."""
+MAX_HEADERS = 100
+SKIPPED_BYTES, SKIPPED_SECONDS = 2**20, 0.5
 LEFT = 499
 """The status in the log of a request whose client has left; nobody is told."""
 
@@ -56,11 +59,15 @@ class Guard:
         """What can be refused by the headers. Raises ApiError."""
         names = [name for name, _ in scope["headers"]]
         if b"transfer-encoding" in names and b"content-length" in names:
-            raise ApiError(
-                400,
-                "found both Content-Length and Transfer-Encoding, expected one",
-                headers={"Connection": "close"},
-            )
+            raise _ending(400, "found both Content-Length and Transfer-Encoding, expected one")
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise _ending(400, "expected HTTP/1.1")
+        # The protocol limits headers that come in pieces; in one piece, they are as long as they like.
+        length = sum(len(name) + len(value) for name, value in scope["headers"])
+        if length + len(scope["raw_path"]) + len(scope["query_string"]) > HEADER_BYTES:
+            raise _ending(431, f"the headers are longer than {HEADER_BYTES} bytes")
+        if len(names) > MAX_HEADERS:
+            raise _ending(431, f"found {len(names)} headers, expected at most {MAX_HEADERS}")
         if self._running > self._limits.requests:
             raise ApiError(
                 503, f"{self._limits.requests} requests are open already", code="overloaded", retry_after=5
@@ -184,8 +191,9 @@ class _Exchange:
 
 
 def _too_large(limits: Limits) -> ApiError:
-    return ApiError(
-        413,
-        f"the body is longer than {limits.body_bytes} bytes",
-        code="request_too_large",
-    )
+    return _ending(413, f"the body is longer than {limits.body_bytes} bytes", "request_too_large")
+
+
+def _ending(status: int, message: str, code: str = "invalid_http") -> ApiError:
+    """An answer after which nothing more is read from the connection."""
+    return ApiError(status, message, code=code, headers={"Connection": "close"})

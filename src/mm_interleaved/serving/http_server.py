@@ -22,12 +22,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mm_interleaved.errors import UsageError, escape
 from mm_interleaved.serving.errors import ApiError
+from mm_interleaved.serving.guard import HEADER_BYTES
 from mm_interleaved.serving.settings import Limits
 
 logger = logging.getLogger(__name__)
 
-HEADER_BYTES = 32 * 2**10
-"""Of a request line with its headers."""
 CLOSING_SECONDS = 5
 """For connections to end by themselves, once nothing runs any more."""
 _REASONS = {400: "Bad Request", 503: "Service Unavailable"}
