@@ -222,4 +222,5 @@ def preview_steps(request: GenerationFields, steps: int) -> int:
     if every is not None:
         return every
     partial = request.partial_images or 0
-    return max(1, steps // (partial + 1)) if partial else 0
+    # Rounded up: as many as asked for, or fewer where there are fewer steps.
+    return -(-steps // (partial + 1)) if partial else 0
