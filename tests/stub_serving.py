@@ -53,6 +53,14 @@ class StubUsage:
 
 
 @dataclass
+class StubPrefixes:
+    hits: int = 3
+    misses: int = 1
+    tokens: int = 40
+    bytes: int = 1000
+
+
+@dataclass
 class StubStatistics:
     queued: int = 0
     running: int = 0
@@ -64,9 +72,7 @@ class StubStatistics:
     prompt_tokens: int = 0
     text_tokens: int = 0
     images: int = 0
-    prefix_hits: int = 3
-    prefix_misses: int = 1
-    prefix_bytes: int = 0
+    prefixes: StubPrefixes = field(default_factory=lambda: StubPrefixes())
     batch_sizes: Mapping[str, Mapping[int, int]] = field(default_factory=lambda: {"text": {1: 5, 2: 7}})
 
 
@@ -263,3 +269,22 @@ def raw(port: int, data: bytes, *, seconds: float = 5.0) -> bytes:
         except ConnectionResetError:
             pass
         return found
+
+
+def main() -> None:
+    """`python tests/stub_serving.py SECONDS GRACE`: a server of its own process; prints its port."""
+    import sys
+
+    from mm_interleaved.serving.app import create_app, drain
+
+    settings = ServerSettings()
+    engine = StubEngine(max_running=32, max_queue=1000, seconds=float(sys.argv[1]))
+    app = create_app(engine, settings, admission=StubAdmission())
+    listening = listening_socket("127.0.0.1", 0)
+    print(listening.getsockname()[1], flush=True)
+    running = server(app, settings.limits, lambda: drain(app, float(sys.argv[2])))
+    asyncio.run(running.serve([listening]))
+
+
+if __name__ == "__main__":
+    main()

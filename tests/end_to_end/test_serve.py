@@ -153,6 +153,18 @@ def metric(client, name: str) -> float:
     return float(re.search(rf"^mm_interleaved_{name} (\S+)$", text, re.MULTILINE)[1])
 
 
+def test_one_more_turn_of_a_conversation_is_answered_out_of_what_is_remembered(serving):
+    hits = metric(serving.client, "prefix_hits_total")
+    first = [{"role": "user", "content": "Pip finds a lamp in the garden."}]
+    answer = message_of(chat(serving.client, messages=first, seed=1, layout="T I", num_inference_steps=2))
+    more = [*first, answer, {"role": "user", "content": "And now?"}]
+    asked = {"messages": more, "layout": "T I", "num_inference_steps": 2, "seed": 5}
+    found, again = (chat(serving.client, **asked).json() for _ in range(2))
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] > 10
+    assert metric(serving.client, "prefix_hits_total") > hits and metric(serving.client, "prefix_bytes") > 0
+    assert found["choices"] == again["choices"]
+
+
 def test_a_client_that_leaves_in_the_middle_of_an_image_frees_its_place(serving):
     aborted = metric(serving.client, "aborted_total")
     asked = {"layout": "I", "num_inference_steps": 250, "stream": True, "partial_images": 3}

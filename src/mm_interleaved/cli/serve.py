@@ -69,6 +69,12 @@ MaxRunning = Annotated[
 MaxQueue = Annotated[
     int, typer.Option(min=0, max=100_000, help="Requests that may wait beyond.", rich_help_panel=_LIMITS)
 ]
+PrefixMegabytes = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Memory for the beginnings of conversations; 0 is none.", rich_help_panel=_LIMITS
+    ),
+]
 MaxBodyMegabytes = Annotated[
     int, typer.Option(min=1, max=1024, help="Of one request.", rich_help_panel=_LIMITS)
 ]
@@ -102,6 +108,7 @@ def serve(
     image_hosts: RemoteHosts = None,
     max_running: MaxRunning = 8,
     max_queue: MaxQueue = 64,
+    prefix_megabytes: PrefixMegabytes = 256,
     max_body_megabytes: MaxBodyMegabytes = 32,
     max_seconds: MaxSeconds = 600,
     file_seconds: FileSeconds = 3600,
@@ -144,7 +151,12 @@ def serve(
 
     with listening:
         generator = load_quietly(model, device=device, dtype=dtype, acceleration=acceleration)
-        engine = ServingEngine(generator, max_running=max_running, max_queue=max_queue)
+        engine = ServingEngine(
+            generator,
+            max_running=max_running,
+            max_queue=max_queue,
+            prefix_bytes=prefix_megabytes * 2**20,
+        )
         asyncio.run(_serve(engine, settings, listening, grace))
 
 

@@ -39,6 +39,13 @@ _REFUSALS = {
 }
 
 
+MAY_BE_MISSING: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "model": ErrorBody}
+    for status, text in {400: "The address is not valid.", 401: _REFUSALS[401], 404: "There is none."}.items()
+}
+"""Other answers of routes that name something."""
+
+
 def documented(handler: Callable[..., Any], model: type[BaseModel]) -> dict[str, Any]:
     """Arguments of a route that describe its body and its answers."""
     schema = _inlined(model.model_json_schema())

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from mm_interleaved.serving.admission import Admission, ModelAdmission
-from mm_interleaved.serving.api_schema import documented
+from mm_interleaved.serving.api_schema import MAY_BE_MISSING, documented
 from mm_interleaved.serving.auth import Auth
 from mm_interleaved.serving.chat import complete_chat
 from mm_interleaved.serving.chat_request import ChatRequest
@@ -122,7 +122,7 @@ def _add_reading(app: FastAPI, services: Services) -> None:
         """The served model by all its names; what stands behind the colon is the format of answers."""
         return {"object": "list", "data": [_model(name) for name in settings.aliases]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=MAY_BE_MISSING)
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
         if name not in settings.aliases:
@@ -145,7 +145,7 @@ def _add_reading(app: FastAPI, services: Services) -> None:
         """Measurements for Prometheus."""
         return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/files/{name}.png")
+    @app.get("/files/{name}.png", responses=MAY_BE_MISSING)
     async def file(name: str) -> Response:
         """A generated image, for a while."""
         content = services.files.get(name)

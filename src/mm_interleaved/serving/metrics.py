@@ -95,8 +95,7 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"{PREFIX}_{name}", help, value=getattr(found, name))
         yield GaugeMetricFamily(f"{PREFIX}_healthy", "Whether the engine runs.", value=self._engine.healthy)
         for name, help in _COUNTS.items():
-            if (value := getattr(found, name, None)) is not None:
-                yield CounterMetricFamily(f"{PREFIX}_{name}", help, value=value)
+            yield CounterMetricFamily(f"{PREFIX}_{name}", help, value=getattr(found, name))
         for name, rate in self._rates.items():
             value = rate.of(getattr(found, name), time.monotonic())
             yield GaugeMetricFamily(f"{PREFIX}_{name}_per_second", f"Over {WINDOW:g} seconds.", value=value)
@@ -129,12 +128,17 @@ def _batches(found: Statistics) -> Iterator[Metric]:
 
 def _prefixes(found: Statistics) -> Iterator[Metric]:
     """What is remembered of conversations."""
-    hits, misses = getattr(found, "prefix_hits", None), getattr(found, "prefix_misses", None)
-    if hits is None or misses is None:
-        return
-    yield CounterMetricFamily(f"{PREFIX}_prefix_hits", "Prompts whose beginning was remembered.", value=hits)
-    yield CounterMetricFamily(f"{PREFIX}_prefix_misses", "Prompts that were read whole.", value=misses)
-    rate = hits / (hits + misses) if hits + misses else 0.0
-    yield GaugeMetricFamily(f"{PREFIX}_prefix_hit_rate", "Share of prompts.", value=rate)
-    held = getattr(found, "prefix_bytes", 0)
-    yield GaugeMetricFamily(f"{PREFIX}_prefix_bytes", "Memory of what is remembered.", value=held)
+    known = found.prefixes
+    counts = {"hits": known.hits, "misses": known.misses, "tokens": known.tokens}
+    for name, help in _PREFIXES.items():
+        yield CounterMetricFamily(f"{PREFIX}_prefix_{name}", help, value=counts[name])
+    rate = known.hits / (known.hits + known.misses) if known.hits + known.misses else 0.0
+    yield GaugeMetricFamily(f"{PREFIX}_prefix_hit_rate", "Share of prompts, since the start.", value=rate)
+    yield GaugeMetricFamily(f"{PREFIX}_prefix_bytes", "Memory of what is remembered.", value=known.bytes)
+
+
+_PREFIXES = {
+    "hits": "Prompts whose beginning was remembered.",
+    "misses": "Prompts that were read whole.",
+    "tokens": "Tokens that were not read again.",
+}
