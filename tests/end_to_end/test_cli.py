@@ -25,7 +25,7 @@ from studies.__main__ import create_app
 
 COMMANDS = (
     "generate", "replay", "caption", "vqa", "ground", "draw", "story", "chat",
-    "info", "convert", "compose", "doctor", "plan", "evaluate", "data", "serve",
+    "info", "convert", "compose", "doctor", "plan", "evaluate", "compare", "data", "serve",
 )  # fmt: skip
 
 
@@ -67,7 +67,8 @@ def fails(capsys, code: int, *arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["generate", "--help"], ["--version"], ["evaluate", "--help"]]
+    "arguments",
+    [["--help"], ["generate", "--help"], ["--version"], ["evaluate", "--help"], ["compare", "--help"]],
 )
 def test_help_loads_neither_torch_nor_transformers(arguments):
     script = (
@@ -555,6 +556,26 @@ def test_evaluate_answers_and_scores(capsys, tmp_path, tiny_folder):
     assert [line.split()[0] for line in done.stdout.splitlines()].count("layout.correct") == 1
     for name in ("scores.json", "predictions.jsonl"):
         assert (shared / name).read_bytes() == (out / name).read_bytes()
+    constant, page = tmp_path / "constant", tmp_path / "page"
+    command = ["evaluate", "storyworld", "--data", str(data), "-o", str(constant), "--predictor", "copy"]
+    assert run(command) == 0
+    capsys.readouterr()
+    assert run(["compare", str(out), f"none={constant}", str(again), "-o", str(page)]) == 0
+    found = json.loads((page / "comparison.json").read_text())
+    assert [one["name"] for one in found["runs"]] == ["scores", "none", "again"]
+    assert found["runs"][0]["model"].startswith(str(tiny_folder)) and found["runs"][1]["model"] is None
+    assert all(one["values"][0] == one["values"][2] for one in found["metrics"].values())
+    assert "The same prompts" in (page / "comparison.html").read_text()
+    assert "layout.correct" in capsys.readouterr().out
+
+
+def test_compare_refuses_what_is_no_evaluation(capsys, tmp_path):
+    page = tmp_path / "page"
+    assert "expected two evaluations or more" in fails(capsys, 2, "compare", tmp_path, "-o", page)
+    assert "two runs are called 'x'" in fails(capsys, 2, "compare", "a/x", "b/x", "-o", page)
+    (tmp_path / "evaluation.json").write_text('{"task": 3}')
+    assert "evaluation.json: " in fails(capsys, 3, "compare", tmp_path, tmp_path / "b", "-o", page)
+    assert not page.exists()
 
 
 # ---- How a run is stopped ----

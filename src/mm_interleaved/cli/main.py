@@ -17,6 +17,7 @@ import typer
 
 from mm_interleaved.cli import (
     chat,
+    compare,
     data,
     evaluate,
     generate,
@@ -52,7 +53,9 @@ def create_app() -> typer.Typer:
     app = empty_app(
         PROGRAM, "A document of text and images goes in, a longer document of text and images comes out."
     )
-    for module in (generate, redo, shortcuts, chat, serve, models, train, evaluate, data, system):
+    for module in (
+        generate, redo, shortcuts, chat, serve, models, train, evaluate, compare, data, system
+    ):  # fmt: skip
         module.add_to(app)
     return app
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_MAX_DRAWN = 4_000_000
+
 
 class Interval(NamedTuple):
     """A mean and the bounds between which it lies in so many of a hundred resamples."""
@@ -26,13 +28,52 @@ def bootstrap_interval(
     Raises:
         ValueError: no values, or a level outside of 0 to 1.
     """
-    if not len(values) or not 0 < level < 1:
-        raise ValueError(f"expected values and a level between 0 and 1, found {len(values)} and {level}")
-    found = np.asarray(values, float)
-    chosen = np.random.default_rng(seed).integers(0, len(found), size=(resamples, len(found)))
-    means = found[chosen].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(found.mean()), float(low), float(high))
+    if not len(values):
+        raise ValueError("expected values, found none")
+    found = np.asarray(values, float)[None]
+    [means] = bootstrap_ratios(found, np.ones_like(found), resamples=resamples, seed=seed)
+    return interval_of(float(found.mean()), means, level=level)
+
+
+def bootstrap_ratios(
+    sums_KN: np.ndarray, counts_KN: np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> np.ndarray:
+    """Means over cases, of so many resamples of documents: a document is taken with all of its cases, or not.
+
+    All K systems are computed on the same resamples, so the difference of two rows is the paired bootstrap.
+
+    Args:
+        sums_KN: by system and document, the sum of its cases.
+        counts_KN: how many cases that were; 0 where there were none.
+
+    Returns:
+        (K, resamples); NaN where a resample has no case.
+    """
+    num_systems, num_documents = sums_KN.shape
+    rng = np.random.default_rng(seed)
+    # Large sets are done in rounds, so that the indices take little memory.
+    round_size = max(1, _MAX_DRAWN // num_documents)
+    rounds = []
+    for begin in range(0, resamples, round_size):
+        size = min(round_size, resamples - begin)
+        drawn_RN = rng.integers(0, num_documents, size=(size, num_documents))
+        totals = [(sums_KN[k][drawn_RN].sum(1), counts_KN[k][drawn_RN].sum(1)) for k in range(num_systems)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rounds.append(np.stack([total / count for total, count in totals]))
+    return np.concatenate(rounds, axis=1)
+
+
+def interval_of(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Interval:
+    """The percentile interval around a value, of what resamples give; those without a case are left out.
+
+    Raises:
+        ValueError: a level outside of 0 to 1, or no resample has a case.
+    """
+    found = resampled[~np.isnan(resampled)]
+    if not 0 < level < 1 or not len(found):
+        raise ValueError(f"expected resamples and a level between 0 and 1, found {len(found)} and {level}")
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

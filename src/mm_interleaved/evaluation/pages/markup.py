@@ -118,6 +118,12 @@ def parts_markup(parts: Sequence[Part], what: str) -> str:
     return f'<div class="parts">{"".join(tiles)}</div>' if tiles else '<p class="nothing">nothing</p>'
 
 
+def side(heading: str, content: str) -> str:
+    """One of the things that stand beside each other in a document's card; what was asked stands above."""
+    kind = "side asked" if heading == "asked" else "side"
+    return f'<div class="{kind}"><b>{heading}</b>{content}</div>'
+
+
 def _tile(image: Image, text: str, alt: str) -> str:
     caption = f"<figcaption>{escape(_cut(text))}</figcaption>" if text.strip() else ""
     try:

@@ -17,6 +17,7 @@ from mm_interleaved.evaluation.pages.markup import (
     number_text,
     page,
     parts_markup,
+    side,
     table,
     text_of,
     words_of_name,
@@ -117,9 +118,9 @@ class _Documents:
             if error is not None
             else parts_markup(parts_of(answer), "the answer")
         )
-        sides = _side("asked", parts_markup(truth.parts, "what was asked")) + _side("answered", answered)
+        sides = side("asked", parts_markup(truth.parts, "what was asked")) + side("answered", answered)
         if truth.target:
-            sides += _side("truth", parts_markup(truth.target, "the truth"))
+            sides += side("truth", parts_markup(truth.target, "the truth"))
         metrics = "".join(
             f"<span>{text_of(name)} {number_text(fmean(values))}</span>"
             for name, values in own.items()
@@ -129,10 +130,6 @@ class _Documents:
             f'<article class="case"><header>{mark}<h4>{name_text(truth.id)}</h4><small>{group}</small>{score}'
             f'</header><div class="sides">{sides}</div><p class="metrics">{metrics}</p></article>'
         )
-
-
-def _side(heading: str, content: str) -> str:
-    return f'<div class="side"><b>{heading}</b>{content}</div>'
 
 
 def _gallery(shown: _Documents, chosen: Mapping[str, Extremes]) -> str:

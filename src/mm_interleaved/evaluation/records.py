@@ -1,0 +1,116 @@
+"""What `evaluate` left in its folder, read back strictly: evaluation.json, scores.json, who answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_interleaved.documents.record_files import decoded
+from mm_interleaved.documents.strict_json import Field, FieldError, parse_strict
+from mm_interleaved.errors import InputError, escape
+from mm_interleaved.evaluation.names import TASK_NAMES
+from mm_interleaved.evaluation.report import RECORD
+from mm_interleaved.evaluation.task import TaskOptions
+
+SCORES = "scores.json"
+_MAX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecord:
+    """How an evaluation was made."""
+
+    folder: Path
+    task: str
+    options: TaskOptions
+    data_path: Path
+    data_hash: str
+    num_documents: int
+    predictions: Path
+    model: str | None
+    """Its name and the beginning of its hash; None where no model ran."""
+    settings: dict[str, Any]
+    """Generation settings that outranked the documents' own."""
+    seconds: float | None
+
+
+def read_record_of(folder: Path) -> EvaluationRecord:
+    """The record of a folder that `evaluate` wrote. Raises InputError for any other."""
+    path = folder / RECORD
+    found = _read(path)
+    try:
+        data, options = found["data"], found["options"]
+        if (name := found["task"].text()) not in TASK_NAMES:
+            found["task"].wrong("a task of `evaluate`")
+        seconds, settings = found["seconds"].value, found["settings"].value
+        return EvaluationRecord(
+            folder=folder,
+            task=name,
+            options=TaskOptions(
+                compat=_text_or_none(options["compat"]),
+                prompt=_text_or_none(options["prompt"]),
+                inception=_path_or_none(options["inception"]),
+                clip=_text_or_none(options["clip"]),
+                source=options["source"].object(),
+            ),
+            data_path=Path(data["path"].text()),
+            data_hash=data["sha256"].text(),
+            num_documents=data["documents"].integer(0, 2**53),
+            predictions=folder / found["predictions"].text(),
+            model=_model(folder, found["run"]),
+            settings=dict(settings) if isinstance(settings, dict) else {},
+            seconds=float(seconds) if isinstance(seconds, int | float) else None,
+        )
+    except FieldError as error:
+        raise error.at(str(path)) from error
+
+
+def read_scores(folder: Path) -> dict[str, float]:
+    """The flat numbers of scores.json. Raises InputError where it is anything else."""
+    path = folder / SCORES
+    values = _read(path)
+    try:
+        scores: dict[str, float] = {}
+        for name, value in values.object().items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                values[name].wrong("a number")
+            scores[name] = float(value)
+        return scores
+    except FieldError as error:
+        raise error.at(str(path)) from error
+
+
+def _read(path: Path) -> Field:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{escape(str(path))}: there is no such file, expected a folder that `evaluate` wrote"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{escape(str(path))}: cannot be read ({getattr(error, 'strerror', error)})"
+        ) from error
+    return Field(parse_strict(decoded(data, str(path), is_start=True), str(path)))
+
+
+def _text_or_none(field: Field) -> str | None:
+    return None if field.value is None else field.text()
+
+
+def _path_or_none(field: Field) -> Path | None:
+    text = _text_or_none(field)
+    return None if text is None else Path(text)
+
+
+def _model(folder: Path, manifest: Field) -> str | None:
+    if manifest.value is None:
+        return None
+    path = folder / manifest.text()
+    found = _read(path)
+    try:
+        return f"{found['model']['name'].text()} ({found['model']['sha256'].text()[:12]})"
+    except FieldError as error:
+        raise error.at(str(path)) from error
