@@ -23,9 +23,8 @@ from mm_interleaved.evaluation.cases import cases_of
 from mm_interleaved.evaluation.metrics.confidence import Interval, bootstrap_ratios, interval_of
 from mm_interleaved.evaluation.metrics.confusion import Confusion
 from mm_interleaved.evaluation.predictions import read_predictions
-from mm_interleaved.evaluation.records import EvaluationRecord, read_record_of, read_scores
+from mm_interleaved.evaluation.records import EvaluationRecord, hash_documents, read_record_of, read_scores
 from mm_interleaved.evaluation.registry import make_task
-from mm_interleaved.evaluation.report import hash_documents
 from mm_interleaved.evaluation.task import Cases, Task
 
 RESAMPLES = 2000

@@ -1,19 +1,27 @@
-"""What `evaluate` left in its folder, read back strictly: evaluation.json, scores.json, who answered."""
+"""What numbers were made with: evaluation.json, as `evaluate` writes it.
+
+It is read back strictly, with the scores, where evaluations are compared.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_interleaved.documents.document import Document, Part, Text
 from mm_interleaved.documents.record_files import decoded
 from mm_interleaved.documents.strict_json import Field, FieldError, parse_strict
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.names import TASK_NAMES
-from mm_interleaved.evaluation.report import RECORD
-from mm_interleaved.evaluation.task import TaskOptions
+from mm_interleaved.evaluation.task import Task, TaskOptions
+from mm_interleaved.files import write_file
+from mm_interleaved.versions import __version__
 
-SCORES = "scores.json"
+RECORD, SCORES = "evaluation.json", "scores.json"
 _MAX_BYTES = 64 * 2**20
 
 
@@ -33,6 +41,79 @@ class EvaluationRecord:
     settings: dict[str, Any]
     """Generation settings that outranked the documents' own."""
     seconds: float | None
+
+
+def write_record(
+    out: Path,
+    task: Task,
+    data: Path,
+    gold: Sequence[Document],
+    digest: str,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    predictions: Path | None = None,
+    seconds: float | None = None,
+) -> None:
+    """Writes what the scores were made with; the model, its hash and the machine stand in
+    `run/manifest.json`.
+
+    Args:
+        digest: of the gold documents, see `hash_documents`.
+        flags: generation settings that outrank the documents' own; None where no model ran.
+        predictions: the file of answers where it is not the one in `out`.
+        seconds: of reading, answering and scoring.
+    """
+    first = gold[0]
+    record = {
+        "task": task.name,
+        "options": _options_record(task.options),
+        "predictions": "predictions.jsonl" if predictions is None else str(predictions.absolute()),
+        "data": {"path": str(data.absolute()), "sha256": digest, "documents": len(gold)},
+        "prompt": [part.text if isinstance(part, Text) else "<image>" for part in first.parts],
+        "published_settings": dict(task.settings),
+        "settings": None if flags is None else dict(flags),
+        "notes": list(task.notes),
+        "seconds": seconds,
+        "run": "run/manifest.json" if flags is not None else None,
+        "version": __version__,
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_file(out / RECORD, text.encode("utf-8", "backslashreplace"))
+
+
+def _options_record(options: TaskOptions) -> dict[str, Any]:
+    """Those options without which the same task is another one; a judge is named in the notes."""
+    return {
+        "compat": options.compat,
+        "prompt": options.prompt,
+        "inception": None if options.inception is None else str(options.inception.absolute()),
+        "clip": options.clip,
+        "source": dict(options.source),
+    }
+
+
+def hash_documents(documents: Sequence[Document]) -> str:
+    """SHA-256 of what is asked and of its answers: texts, pixels and order, wherever the files lie.
+
+    Raises:
+        InputError: an image cannot be read; another in its place, or none, would be another benchmark.
+    """
+    total = hashlib.sha256()
+    for document in documents:
+        total.update(document.id.encode("utf-8", "backslashreplace"))
+        for part in (*document.parts, *document.target):
+            kind, content = _content(document, part)
+            total.update(kind + len(content).to_bytes(8, "big") + content)
+    return total.hexdigest()
+
+
+def _content(document: Document, part: Part) -> tuple[bytes, bytes]:
+    if isinstance(part, Text):
+        return b"T", part.text.encode("utf-8", "backslashreplace")
+    try:
+        return b"I", part.load().tobytes()
+    except InputError as error:
+        raise InputError(f"document {escape(document.id)!r}: {error}", field=error.field) from error
 
 
 def read_record_of(folder: Path) -> EvaluationRecord:

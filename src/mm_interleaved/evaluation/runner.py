@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from mm_interleaved.documents.document import Document
 from mm_interleaved.evaluation.answering import alike_together
 from mm_interleaved.evaluation.predictions import prediction_of, read_predictions
-from mm_interleaved.evaluation.report import hash_documents, write_record, write_report
+from mm_interleaved.evaluation.records import hash_documents, write_record
+from mm_interleaved.evaluation.report import write_report
 from mm_interleaved.evaluation.task import Task
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator

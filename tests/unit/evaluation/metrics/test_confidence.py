@@ -62,7 +62,7 @@ def test_resamples_without_a_case_are_left_out():
 
 
 def test_an_interval_of_one_run_is_that_of_its_ratios_and_widens_with_the_level():
-    values = [random.Random(2).random() for _ in range(50)]
+    values = list(np.random.default_rng(2).random(50))
     found = bootstrap_interval(values)
     [resampled] = bootstrap_ratios(np.array([values]), np.ones((1, 50)))
     assert found == interval_of(float(np.mean(values)), resampled)
