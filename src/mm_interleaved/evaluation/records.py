@@ -88,6 +88,7 @@ def _options_record(options: TaskOptions) -> dict[str, Any]:
         "prompt": options.prompt,
         "inception": None if options.inception is None else str(options.inception.absolute()),
         "clip": options.clip,
+        "segmenter": options.segmenter,
         "source": dict(options.source),
     }
 
@@ -133,6 +134,7 @@ def read_record_of(folder: Path) -> EvaluationRecord:
                 prompt=_text_or_none(options["prompt"]),
                 inception=_path_or_none(options["inception"]),
                 clip=_text_or_none(options["clip"]),
+                segmenter=_text_or_none(options["segmenter"]),
                 source=options["source"].object(),
             ),
             data_path=Path(data["path"].text()),
