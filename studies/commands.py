@@ -30,7 +30,8 @@ Docs = Annotated[
 def add_to(app: typer.Typer):
     """Register the commands of this file."""
     for function in (
-        ablation, scaling, curves, attention_maps, gallery, oracle, census, judge_free, disabled_synchronizers
+        ablation, scaling, curves, attention_maps, gallery, oracle, census, judge_free,
+        disabled_synchronizers, image_detail,
     ):  # fmt: skip
         command(app, panel=_PANEL)(function)
     # The name that it had while it was a command of the package.
@@ -292,3 +293,43 @@ def disabled_synchronizers(
             raise UsageError(f"--side: found {escape(found)!r}, {hint(found, SIDES)}")
     number = write_without_synchronizers(find_model(model), sides, output)
     say(f"{output}: {model} without {number:,} parameters of its synchronizers ({', '.join(sides)})")
+
+
+def image_detail(
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder of the trials, RUN.", metavar="DIR", callback=folder_to_write
+        ),
+    ] = Path("runs/image-detail"),
+    trials: Annotated[
+        list[str] | None,
+        typer.Option("--trial", metavar="NAME", help="Only these; may be repeated. Default: all of the log."),
+    ] = None,
+    assignments: Settings = None,
+    every: Annotated[int, typer.Option(help="Steps between measurements.", min=1)] = 50,
+    pairs: Annotated[
+        int, typer.Option(help="Held-out pairs of images that each is measured on.", min=3)
+    ] = 48,
+):
+    """Train a small U-Net for some minutes a trial, and measure what it keeps of earlier images.
+
+    Trials that have ended are not run again; `--set` changes numbers of all that are run.
+    """
+    from mm_interleaved.typed_settings import override
+    from studies.image_detail.results import finished, run_in, write_table
+    from studies.image_detail.settings import chosen_trials
+
+    for name, settings in chosen_trials(trials or (), output).items():
+        if finished(output / name) is not None:
+            say(f"{name}: done before, {output / name}")
+            continue
+        settings = override(settings, assignments or ())
+        run_in(
+            output / name,
+            settings,
+            lambda found, name=name: say(f"{name}: {found.line()}"),
+            every=every,
+            count=pairs,
+        )
+    say(f"table: {write_table(output, list(chosen_trials((), output)))}")
