@@ -14,12 +14,15 @@ from mm_interleaved.models.image_decoder import ImageDecoder
 from mm_interleaved.models.resampler import Resampler
 from mm_interleaved.models.synchronizer import FeatureSynchronizer
 from mm_interleaved.models.unet import MapSynchronizer, UNetSynchronizers, skip_channels
+from mm_interleaved.models.vision import VisionTower
+from mm_interleaved.recipes.storyworld.vision_stage import VisionStage
 from studies.image_detail.scenes import CODE_VALUES, LATENT_SIZE, latents_of
 from studies.image_detail.settings import TrialSettings
 
 CHANNELS = (32, 48, 64)
 CODE_DIM = 48
 FEATURE_DIM = 48
+_TOWER_BATCH, _TOWER_RATE = 16, 1e-3
 
 
 class Code(nn.Module):
@@ -78,14 +81,23 @@ class LatentPyramid(nn.Module):
 
 
 class TowerPyramid(nn.Module):
-    """Levels of the shipped vision tower, which is frozen."""
+    """Levels of the shipped vision tower, which is frozen.
 
-    def __init__(self, *, fine: bool) -> None:
+    Args:
+        fine: with the level of 32 cells.
+        steps: for so many it first learns on, on images with boards, with a loss of pixels.
+        seed: of these images.
+    """
+
+    def __init__(self, *, fine: bool, steps: int, seed: int) -> None:
         super().__init__()
         from mm_interleaved.checkpoint.load import load_model
         from mm_interleaved.model_files.resolve import find_model
 
-        self.tower = load_model(find_model("storyworld"), dtype="float32").vision.requires_grad_(False).eval()
+        self.tower = load_model(find_model("storyworld"), dtype="float32").vision
+        if steps:
+            _teach_pixels(self.tower, steps, seed)
+        self.tower.requires_grad_(False).eval()
         self.levels = (0, 1, 2) if fine else (1, 2)
         self.level_sizes = tuple(32 >> level for level in self.levels)
         self.dim = 96
@@ -96,11 +108,29 @@ class TowerPyramid(nn.Module):
         return [pyramid[level].float() for level in self.levels]
 
 
-def build_pyramid(name: str) -> Any:
+def _teach_pixels(tower: VisionTower, steps: int, seed: int) -> None:
+    """The recipe's vision stage with boards, by AdamW alone."""
+    stage = VisionStage(
+        tower.requires_grad_(True).train(), seed=seed, batch_size=_TOWER_BATCH, boards=True, pixel_weight=1.0
+    )
+    parameters = [p for part in stage.trained_parts().values() for p in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _TOWER_RATE * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / steps)
+        optimizer.zero_grad()
+        stage.compute_losses(stage.make_batch(step)).total.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def build_pyramid(settings: TrialSettings) -> Any:
     """A module: images (I, 3, 64, 64) in [0, 1] to maps, with `level_sizes` and `dim`."""
-    if name == "encoder":
+    if settings.pyramid == "encoder":
         return EncoderPyramid()
-    return LatentPyramid() if name == "latents" else TowerPyramid(fine=name == "tower-fine")
+    if settings.pyramid == "latents":
+        return LatentPyramid()
+    return TowerPyramid(fine=settings.pyramid == "tower-fine", steps=settings.tower_steps, seed=settings.seed)
 
 
 def build_decoder(settings: TrialSettings, pyramid: Any) -> ImageDecoder:

@@ -38,6 +38,8 @@ class TrialSettings:
     """Times the learning rate: that of synchronizers and encoder."""
     pyramid: str = "latents"
     """Out of PYRAMIDS."""
+    tower_steps: int = 0
+    """Steps in which the vision tower learns on first, on images with boards, to hold pixels."""
     opening: Annotated[float, FACTOR] = 0.0
     """Deviation of the first weights of the 1 x 1 convolutions behind synchronizers, times the width's root;
     the paper's start is 0."""
@@ -75,6 +77,7 @@ TRIALS: dict[str, TrialSettings] = {
     "edit-without-looking": TrialSettings(steps=100, tasks=("edit",), looks=False),
     "copy-tower": TrialSettings(steps=100, pyramid="tower"),
     "copy-tower-fine": TrialSettings(steps=150, pyramid="tower-fine"),
+    "copy-tower-pixels": TrialSettings(steps=150, pyramid="tower-fine", tower_steps=120),
     "all-latents": TrialSettings(steps=300, tasks=TASKS),
     "all-latents-wide": TrialSettings(steps=400, tasks=TASKS, heads=8, points=8),
 }

@@ -62,7 +62,7 @@ class Trial:
     def __init__(self, settings: TrialSettings) -> None:
         torch.manual_seed(settings.seed)
         self.settings = settings
-        self.pyramid = build_pyramid(settings.pyramid)
+        self.pyramid = build_pyramid(settings)
         self.decoder: ImageDecoder = build_decoder(settings, self.pyramid)
         self.code = Code()
         self.scheduler = DDIMScheduler(

@@ -182,9 +182,9 @@ def test_a_stage_at_the_ends_of_a_range_ends_as_it_should(tmp_path, name):
         (
             "storyworld",
             "steps=5",
-            r"vae\.steps, vision\.steps, text\.steps, unet\.steps or image\.steps\?",
+            r"vae\.steps, vision\.steps, text\.steps, looking\.steps or unet\.steps \.\.\.\?",
         ),
-        ("storyworld", "training.steps=5", r"did you mean vae\.steps, .* or image\.steps\?"),
+        ("storyworld", "training.steps=5", r"did you mean vae\.steps, .* or unet\.steps \.\.\.\?"),
         ("grounding", "learning_rate=1", r"did you mean training\.learning_rate, .* \.\.\.\?"),
         ("grounding", "zzz=1", r"known are start_from, seed, .*, training, "),
         ("grounding", "training.lr=1", r"no such setting; "),

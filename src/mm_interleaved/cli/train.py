@@ -22,7 +22,7 @@ def add_to(app: typer.Typer):
 
 
 _RECIPE_HELP = (
-    "What to train: storyworld; pretrain, caption-vqa, grounding, segmentation, "
+    "What to train: storyworld, storyworld-boards; pretrain, caption-vqa, grounding, segmentation, "
     "storytelling, instructions or interleaved-instructions, each also with -lora, -storyworld, "
     "-storyworld-lora behind it; or the settings.json of a run."
 )

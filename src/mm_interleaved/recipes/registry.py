@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mm_interleaved.recipes.storyworld.former_names import FORMER_STAGES
-from mm_interleaved.recipes.storyworld.settings import StoryWorldConfig
+from mm_interleaved.recipes.storyworld.settings import StoryWorldConfig, with_boards
 from mm_interleaved.recipes.tasks import task_recipes
 
 
@@ -48,6 +48,7 @@ def _train_documents(settings: Any, folder: Path, *, show_progress: bool) -> Pat
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "storyworld": Recipe(StoryWorldConfig, _train_storyworld, former_names=FORMER_STAGES),
+        "storyworld-boards": Recipe(with_boards, _train_storyworld, former_names=FORMER_STAGES),
     }
     | {name: Recipe(settings, _train_documents) for name, settings in task_recipes().items()}
 )

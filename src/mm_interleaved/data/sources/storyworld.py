@@ -13,7 +13,7 @@ from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
 from mm_interleaved.storyworld.catalogue import ALL_TASKS, document_of
 from mm_interleaved.storyworld.detail.boards import IMAGE_SIZES
 from mm_interleaved.storyworld.detail.documents import DETAIL_TASKS
-from mm_interleaved.storyworld.training_documents import INTERVIEW, training_document
+from mm_interleaved.storyworld.training_documents import INTERVIEWS, training_document
 
 _SHARD_ITEMS = 1024
 _SHARDS = 256
@@ -26,14 +26,14 @@ class StoryWorldSource:
     takes_run_seed: ClassVar[bool] = True
 
     paths: tuple[str, ...]
-    """Tasks of `storyworld.catalogue`, or `interview`, in turn."""
+    """Tasks of `storyworld.catalogue`, or an interview of `training_documents`, in turn."""
     seed: int = 0
     """Seed of the documents; a training run gives its own."""
     image_size: int = IMAGE_SIZE
     """Pixels a side of all images: 64, or 128 where all tasks are about boards (`detail_...`)."""
 
     def __post_init__(self) -> None:
-        known = (*ALL_TASKS, INTERVIEW)
+        known = (*ALL_TASKS, *INTERVIEWS)
         if isinstance(self.paths, str):
             object.__setattr__(self, "paths", (self.paths,))
         for task in self.paths:
@@ -60,7 +60,7 @@ class StoryWorldSource:
         for position in range(start, _SHARD_ITEMS):
             index = first + position
             task = self.paths[index % len(self.paths)]
-            if task == INTERVIEW:
+            if task in INTERVIEWS:
                 yield position, training_document(self.seed, index, {task: 1})
             else:
                 yield position, document_of("train", self.seed, index, task, self.image_size)

@@ -167,7 +167,9 @@ def _labels_before(
         images = [index for index, part in enumerate(document.parts) if isinstance(part, Image)]
         known = known_before(document)
         for number, (index, names) in enumerate(zip(images, known, strict=False)):
-            if not scenes or index == 0:
+            # A map shows another image's scene, and no text before it tells that it is one.
+            is_map = document.meta.get("task") == "detail_segmentation" and number == 1
+            if not scenes or index == 0 or is_map:
                 rows.append([NO_LABEL] * len(ATTRIBUTES))
             else:
                 present = frozenset(figure.character.name for figure in scenes[number].figures)
@@ -181,7 +183,7 @@ def _seen_before(document: Document) -> Iterator[frozenset[str]]:
     scenes = _scenes(document)
     for number in range(sum(isinstance(part, Image) for part in document.parts)):
         yield seen
-        if scenes and document.meta.get("task") != "segmentation":
+        if scenes and document.meta.get("task") not in ("segmentation", "detail_segmentation"):
             seen |= {figure.character.name for figure in scenes[number].figures}
 
 

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.seeded_random import SeededRandom
-from mm_interleaved.storyworld.renderer import render_batch
+from mm_interleaved.storyworld.detail.boards import detail_scene_at
+from mm_interleaved.storyworld.detail.rendering import render_detail
+from mm_interleaved.storyworld.renderer import render_batch, render_scene, scene_at
 from mm_interleaved.storyworld.training_documents import training_document
+from mm_interleaved.storyworld.world import Scene
 from mm_interleaved.tokens.batch import Batch
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 
@@ -38,14 +42,41 @@ class DocumentBatch(NamedTuple):
         return self._replace(batch=self.batch.to(device))
 
 
-def storyworld_pixels(seed: int):
-    """A source of images without documents: (start, count) → (count, 3, 64, 64) float32 in [0, 1]."""
+def storyworld_pixels(seed: int, boards: bool = False):
+    """A source of images without documents: (start, count) → (count, 3, 64, 64) float32 in [0, 1].
+
+    Args:
+        boards: two of three images show a board.
+    """
 
     def pixels(start: int, count: int) -> Tensor:
-        images = torch.from_numpy(render_batch(seed, start, count))
+        images = torch.from_numpy(training_images(seed, start, count, boards)[1])
         return images.permute(0, 3, 1, 2).float() / 255
 
     return pixels
+
+
+def training_images(
+    seed: int, start: int, count: int, boards: bool = False
+) -> tuple[list[Scene], np.ndarray]:
+    """Scenes of the training split, apart from their boards, and their images (count, 64, 64, 3) uint8.
+
+    Args:
+        boards: two of three images show a board.
+    """
+    if not boards:
+        scenes = [scene_at("train", seed, index) for index in range(start, start + count)]
+        return scenes, render_batch(seed, start, count)
+    scenes, images = [], []
+    for index in range(start, start + count):
+        if index % 3:
+            detail = detail_scene_at("train", seed, index)
+            scenes.append(detail.scene)
+            images.append(render_detail(detail))
+        else:
+            scenes.append(scene_at("train", seed, index))
+            images.append(render_scene(scenes[-1]))
+    return scenes, np.stack(images)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,9 +62,10 @@ def mention_labels(
     for row, document in enumerate(documents):
         scenes = [scene_from_record(record) for record in document.meta.get("scenes", ())]
         starts = [start for start in image_start[row].tolist() if start != NO_IMAGE]
-        if document.meta.get("task", "").startswith("story"):
+        task = document.meta.get("task", "").removeprefix("detail_")
+        if task.startswith("story"):
             found = _in_story(words[row], scenes, starts, is_text_only)
-        elif document.meta.get("task") != "segmentation" and not is_text_only:
+        elif task != "segmentation" and not is_text_only:
             found = _in_questions(words[row], scenes, starts)
         else:
             continue

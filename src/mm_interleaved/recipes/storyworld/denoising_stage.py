@@ -54,6 +54,7 @@ class DenoisingStage(ABC):
             A badge covers two hundredths of an image, and nothing but the conditioning says which it is:
             without this weight it was at chance after 1,600 steps when all else was right, with it right in
             nine of ten after 1,000 more.
+        boards: documents have boards: conditionings say how these hang, see `board_supervision`.
     """
 
     name: str
@@ -68,8 +69,9 @@ class DenoisingStage(ABC):
         repeats: int,
         detail_weight: float = 0.0,
         badge_weight: float = 0.0,
+        boards: bool = False,
     ) -> None:
-        self.detail_weight, self.badge_weight = detail_weight, badge_weight
+        self.detail_weight, self.badge_weight, self.boards = detail_weight, badge_weight, boards
         self.model, self.documents, self.batch_size = model, documents, batch_size
         self.pool_batches, self.repeats = pool_batches, repeats
         self._pool: list[DenoisingExample] = []

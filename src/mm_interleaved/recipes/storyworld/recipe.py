@@ -35,11 +35,12 @@ from mm_interleaved.recipes.storyworld.initialisation import open_to_images, ope
 from mm_interleaved.recipes.storyworld.settings import SizesConfig, StoryWorldConfig
 from mm_interleaved.recipes.storyworld.text_stage import TextStage
 from mm_interleaved.recipes.storyworld.tokenizer import train_tokenizer
-from mm_interleaved.recipes.storyworld.unet_stage import UNetStage
+from mm_interleaved.recipes.storyworld.unet_stage import LookingStage, UNetStage
 from mm_interleaved.recipes.storyworld.vae_stage import VAEStage, normalise_latents
 from mm_interleaved.recipes.storyworld.vision_stage import VisionStage
+from mm_interleaved.storyworld.detail.documents import DETAIL_TASKS
 from mm_interleaved.storyworld.tasks import TASK_WEIGHTS
-from mm_interleaved.storyworld.training_documents import INTERVIEW, training_document
+from mm_interleaved.storyworld.training_documents import DETAIL_INTERVIEW, INTERVIEW, training_document
 from mm_interleaved.tokens.conversation_format import conversation_pieces
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.training.loop import train_stage
@@ -57,6 +58,14 @@ TEXT_BATCHES = (
 )
 """What the language model learns from; interviews stand for vqa and dialogue."""
 
+BOARD_TEXT_BATCHES = (
+    *TEXT_BATCHES,
+    BatchKind(share=2, batch_size=16, tasks={DETAIL_INTERVIEW: 1}),
+    BatchKind(share=2, batch_size=16, tasks={"detail_edit": 2, "detail_copy": 1, "detail_segmentation": 1}),
+    BatchKind(share=2, batch_size=12, tasks={"detail_story": 1}),
+)
+"""The same with boards."""
+
 GENERATION_SETTINGS = {"scheduler": "unipc", "num_inference_steps": 8, "guidance_scale": 3.0}
 """What the finished model prefers over the general defaults.
 
@@ -68,11 +77,26 @@ IMAGE_BATCHES = (
     BatchKind(share=4, batch_size=8, tasks={"story": 1}),
 )
 """What the image decoder learns from: images that follow from text and earlier images."""
+LOOKING_BATCHES = (
+    BatchKind(share=3, batch_size=24, tasks={"detail_copy": 35, "detail_edit": 40, "edit": 15, "draw": 10}),
+    BatchKind(share=2, batch_size=16, tasks={"detail_story": 60, "detail_segmentation": 20, "story": 20}),
+)
+"""What it learns to look by."""
+BOARD_IMAGE_BATCHES = (
+    *IMAGE_BATCHES,
+    BatchKind(
+        share=2, batch_size=24, tasks={"detail_copy": 10, "detail_edit": 75, "detail_segmentation": 15}
+    ),
+    BatchKind(share=2, batch_size=12, tasks={"detail_story": 1}),
+)
+"""The same as IMAGE_BATCHES with boards."""
 
 
-def tokenizer_texts(seed: int) -> list[str]:
+def tokenizer_texts(seed: int, boards: bool = False) -> list[str]:
     """The texts of two thousand documents of the world, which hold all of its words."""
     weights = {**TASK_WEIGHTS, INTERVIEW: 10}
+    if boards:
+        weights |= {DETAIL_INTERVIEW: 20, **dict.fromkeys(DETAIL_TASKS, 5)}
     texts = []
     for index in range(2000):
         parts = training_document(seed, index, weights).parts
@@ -84,7 +108,7 @@ def tokenizer_texts(seed: int) -> list[str]:
 
 def build_processor(config: StoryWorldConfig) -> MMInterleavedProcessor:
     """Tokenizer, image rule and known words of the model."""
-    texts = tokenizer_texts(config.seed)
+    texts = tokenizer_texts(config.seed, config.boards)
     return MMInterleavedProcessor(
         train_tokenizer(texts, vocabulary_size=1024),
         IMAGE_SIZE,
@@ -143,6 +167,11 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
         "set_alpha_to_one": True,
     }
     synchronizer: dict[str, Any] = {"num_heads": 4, "num_points": 4, "value_dim": 96}
+    looking: dict[str, Any] = {
+        **synchronizer,
+        "num_heads": sizes.image_heads,
+        "num_points": sizes.image_points,
+    }
     return MMInterleavedConfig(
         text_config=LlamaConfig(
             vocab_size=len(vocabulary),
@@ -185,7 +214,7 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
         image_synchronizer=SynchronizerConfig(
             # Two earlier images, and the two levels around the latents' own resolution: all eight and four
             # levels cost twice as much as the rest of a training step together.
-            **synchronizer, levels=(1, 2), max_images=3, base_size=16, offset_spread=4.0
+            **looking, levels=sizes.image_levels, max_images=3, base_size=16, offset_spread=4.0
         )
         if sizes.use_synchronizers
         else None,
@@ -224,22 +253,28 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     documents = partial(DocumentBatches, processor)
 
     # 2. The language model.
-    text = TextStage(model, documents(TEXT_BATCHES, seed=config.seed))
+    kinds = BOARD_TEXT_BATCHES if config.boards else TEXT_BATCHES
+    text = TextStage(model, documents(kinds, seed=config.seed), boards=config.boards)
     # As fast as the rest, synchronizers put out noise before they have learned where to sample, and the
     # language model learns to ignore them for good (LOG.md).
     slower = synchronizer_rules(text.trained_parts(), config.synchronizer_learning_rate)
     run(text, config.text, folder / "text", rules=slower)
 
     # 3. The image decoder: first from attribute embeddings, then from what the language model has read.
-    images = documents(IMAGE_BATCHES, seed=config.seed, target_pixels=True)
+    kinds = BOARD_IMAGE_BATCHES if config.boards else IMAGE_BATCHES
+    images = documents(kinds, seed=config.seed, target_pixels=True)
     settings: dict[str, Any] = {
         "batch_size": config.image_batch_size,
         "pool_batches": 24,
         "repeats": 4,
         "detail_weight": config.detail_weight,
         "badge_weight": config.badge_weight,
+        "boards": config.boards,
     }
     # A pool holds the images of 24 batches, each of which is denoised four times before the next is read.
+    if config.boards:
+        pairs = documents(LOOKING_BATCHES, seed=config.seed, target_pixels=True)
+        run(LookingStage(model, pairs, **settings), config.looking, folder / "looking")
     run(UNetStage(model, images, **settings), config.unet, stage_folder(folder, "unet"))
     run(ImageStage(model, images, **settings), config.image, folder / "image")
     remove_folder(folder / "model")
@@ -267,7 +302,7 @@ def _train_vision(
 ) -> None:
     """The stages that need images alone: the VAE, and the vision tower."""
     vae = model.image_decoder.vae
-    pixels = storyworld_pixels(config.seed)
+    pixels = storyworld_pixels(config.seed, config.boards)
     vae_stage = VAEStage(
         vae,
         pixels,
@@ -277,7 +312,13 @@ def _train_vision(
     )
     run(vae_stage, config.vae, folder / "vae")
     normalise_latents(vae, 2 * pixels(0, 256) - 1)
-    vision_stage = VisionStage(model.vision, seed=config.seed, batch_size=config.vision_batch_size)
+    vision_stage = VisionStage(
+        model.vision,
+        seed=config.seed,
+        batch_size=config.vision_batch_size,
+        boards=config.boards,
+        pixel_weight=config.pixel_weight,
+    )
     run(vision_stage, config.vision, folder / "vision")
 
 

@@ -1,10 +1,11 @@
 """Every number of the recipe `storyworld`. Light, so that a wrong one is refused before PyTorch is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
+from mm_interleaved.errors import UsageError
 from mm_interleaved.training.settings import FACTOR, PROCESSES, RATE, SIZE, StageConfig, check_ranges
-from mm_interleaved.typed_settings import SEED
+from mm_interleaved.typed_settings import SEED, Range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +32,20 @@ class SizesConfig:
     """Width of the U-Net's conditioning."""
     num_conditioning: Annotated[int, SIZE] = 16
     """Conditioning vectors."""
+    image_levels: Annotated[tuple[int, ...], Range(0, 3)] = (1, 2)
+    """Levels of the pyramid that the U-Net looks at: 0 has 32 cells a side, each further one half of that."""
+    image_heads: Annotated[int, SIZE] = 4
+    """Heads of each of the U-Net's synchronizers."""
+    image_points: Annotated[int, SIZE] = 4
+    """Points of each of these heads."""
     use_synchronizers: bool = True
     """False trains a variant that sees images through their slots only."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if not self.image_levels or len(set(self.image_levels)) < len(self.image_levels):
+            found = ", ".join(map(str, self.image_levels)) or "none"
+            raise UsageError(f"sizes.image_levels: found {found}, expected different ones of 0, 1, 2, 3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +61,11 @@ class StoryWorldConfig:
     """`cpu`, `cuda`, or `auto`: a GPU where there is one."""
     start_from: str = ""
     """A finished model to train on ("storyworld", a folder): its VAE and vision tower stay. Empty: none."""
+    boards: bool = False
+    """Every stage also learns from scenes with boards (docs/storyworld.md), and the stage `looking` comes
+    before `unet`. `train storyworld-boards` has it, and sizes to match."""
+    pixel_weight: Annotated[float, FACTOR] = 0.0
+    """Vision tower: weight of linear probes that have to tell the pixels of each fine cell."""
     detail_weight: Annotated[float, FACTOR] = 4.0
     """VAE and U-Net: extra weight beside edges."""
     badge_weight: Annotated[float, FACTOR] = 20.0
@@ -84,6 +99,13 @@ class StoryWorldConfig:
         )
     )
     """Third stage: the language model learns to read images and to write."""
+    looking: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            steps=1500, learning_rate=1e-3, ema_decay=0.998, decay_fraction=0.0, use_bfloat16=None
+        )
+    )
+    """Only with boards, before the fourth: the U-Net learns to look at earlier images, from embeddings that
+    never hold what only images show."""
     unet: StageConfig = field(
         default_factory=lambda: StageConfig(
             steps=4500,
@@ -103,3 +125,22 @@ class StoryWorldConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+
+def with_boards() -> StoryWorldConfig:
+    """The recipe `storyworld-boards`, that of the next version: what it was tried by stands in LOG.md."""
+    config = StoryWorldConfig()
+    return replace(
+        config,
+        boards=True,
+        pixel_weight=1.0,
+        sizes=replace(
+            config.sizes,
+            latent_channels=8,
+            image_levels=(0, 1, 2),
+            image_heads=8,
+            image_points=8,
+        ),
+        vae=replace(config.vae, steps=4000),
+        vision=replace(config.vision, steps=1200),
+    )

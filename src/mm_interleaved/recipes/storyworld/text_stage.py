@@ -24,6 +24,7 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import (
     stated_labels,
 )
 from mm_interleaved.recipes.storyworld.batches import DocumentBatch
+from mm_interleaved.recipes.storyworld.board_supervision import NUM_BOARD_VALUES, board_labels
 from mm_interleaved.recipes.storyworld.coreference_supervision import (
     ATTRIBUTES_OF_MENTION,
     CHARACTERS,
@@ -62,14 +63,21 @@ class TextStage:
     what only images show gets no label. They cost a fraction, and teach who is mentioned and what is known of
     them. They have to alternate with others: a language model that learned from text alone first did not
     learn to attend to images in 1,100 steps.
+
+    Args:
+        boards: conditionings also say how boards hang, see `board_supervision`.
     """
 
     name = "text"
 
     def __init__(
-        self, model: MMInterleavedForConditionalGeneration, batches: Callable[[int], DocumentBatch]
+        self,
+        model: MMInterleavedForConditionalGeneration,
+        batches: Callable[[int], DocumentBatch],
+        *,
+        boards: bool = False,
     ) -> None:
-        self.model, self.batches = model, batches
+        self.model, self.batches, self.boards = model, batches, boards
         layers = model.language_model.layers
         self.first, self.middle = layers[0], layers[len(layers) // 2]
         dim = model.config.text_config.hidden_size
@@ -83,7 +91,7 @@ class TextStage:
         for weight in self.probes.parameters():
             nn.init.zeros_(weight)  # so that every run starts from the same
         model.vision.requires_grad_(False)
-        self.embedding = AttributeEmbedding.of(model.image_decoder)
+        self.embedding = AttributeEmbedding.of(model.image_decoder, NUM_BOARD_VALUES if boards else ())
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         return {
@@ -108,7 +116,10 @@ class TextStage:
             end_I = inputs.image_start[row_I, column_I]
             # One document a row: the context of each image is all that stands before it.
             conditioning, _ = self.model.condition(hidden, row_I, torch.zeros_like(end_I), end_I)
-        labels_IN = (stated_labels if batch.is_text_only else known_labels)(batch.documents).to(device)
+        labels_IN = (stated_labels if batch.is_text_only else known_labels)(batch.documents)
+        if self.boards:
+            labels_IN = torch.cat([labels_IN, board_labels(batch.documents)], dim=1)
+        labels_IN = labels_IN.to(device)
         named = {
             "text": text_loss(self.model.predict_text(hidden), inputs.input_ids, inputs.text_target),
             **self.embedding.losses(conditioning, labels_IN),

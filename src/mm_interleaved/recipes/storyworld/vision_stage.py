@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mm_interleaved.models.vision import VisionTower
 from mm_interleaved.recipes.storyworld.attribute_supervision import (
@@ -25,7 +26,7 @@ from mm_interleaved.recipes.storyworld.attribute_supervision import (
     mean_loss,
     scene_labels,
 )
-from mm_interleaved.storyworld.renderer import render_batch, scene_at
+from mm_interleaved.recipes.storyworld.batches import training_images
 from mm_interleaved.storyworld.world import POSITIONS
 from mm_interleaved.training.computation import device_of, fast_attention
 from mm_interleaved.training.parameter_groups import LinearProbe
@@ -33,6 +34,8 @@ from mm_interleaved.training.stage import Losses
 
 LEVELS = (0, 1, 2)
 """Levels of the pyramid that are probed: those that synchronizers sample."""
+PIXEL_LEVELS = (0, 1)
+"""Levels of which `pixel_weight` asks for pixels: 32 and 16 cells a side."""
 PROBES = "readers"
 """Name of the linear probes in checkpoints: that of the first release, whose runs can so be resumed."""
 
@@ -83,11 +86,39 @@ class SlotProbe(nn.Module):
         return torch.cat([self.at_position(placed_IPd).flatten(1), self.setting(setting_Id)], dim=1)
 
 
-def labelled_images(seed: int, step: int, batch_size: int, levels: Sequence[int] = ()) -> LabelledImages:
-    """The images of a step, with the cells of these levels of the pyramid."""
+class PixelProbe(nn.Module):
+    """Linear probe that tells of each cell of a level the pixels on which it lies.
+
+    It reads what synchronizers read: cells after a norm, without the scale and shift that one has of its own.
+
+    Args:
+        side: pixels of a cell's side.
+    """
+
+    def __init__(self, dim: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.linear = LinearProbe(dim, 3 * side**2)
+
+    def forward(self, cells_ICss: Tensor, pixels_I3HW: Tensor) -> Tensor:
+        """Mean square error of pixels in [-1, 1]: a scalar."""
+        cells_IssC = cells_ICss.movedim(1, -1)
+        told_IPss = self.linear(F.layer_norm(cells_IssC, cells_IssC.shape[-1:])).movedim(-1, 1)
+        truth_IPss = F.pixel_unshuffle(2 * pixels_I3HW - 1, self.side)
+        return F.mse_loss(told_IPss.float(), truth_IPss)
+
+
+def labelled_images(
+    seed: int, step: int, batch_size: int, levels: Sequence[int] = (), boards: bool = False
+) -> LabelledImages:
+    """The images of a step, with the cells of these levels of the pyramid.
+
+    Args:
+        boards: two of three show a board, which has no labels.
+    """
     first = step * batch_size
-    scenes = [scene_at("train", seed, first + i) for i in range(batch_size)]
-    pixels = torch.from_numpy(render_batch(seed, first, batch_size))
+    scenes, images = training_images(seed, first, batch_size, boards)
+    pixels = torch.from_numpy(images)
     size = pixels.shape[1]
     return LabelledImages(
         pixels=pixels.permute(0, 3, 1, 2).float() / 255,
@@ -108,23 +139,44 @@ class VisionStage:
     whole were right as well, each cell in a code of its own; nothing ever learned to attend to badges then.)
     Badges and patterns are not probed in the slots: the few slots are for what an image is about, the
     pyramid is for its details.
+
+    Args:
+        boards: two of three images show a board.
+        pixel_weight: of a further loss, the square error of linear probes that have to tell of each cell of
+            the two finest levels the pixels on which it lies. What an image decoder has to copy is then there
+            in linear form; a tower that only recognises has no use for it.
     """
 
     name = "vision"
 
-    def __init__(self, vision: VisionTower, *, seed: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        vision: VisionTower,
+        *,
+        seed: int,
+        batch_size: int,
+        boards: bool = False,
+        pixel_weight: float = 0.0,
+    ) -> None:
         self.vision, self.seed, self.batch_size = vision, seed, batch_size
+        self.boards, self.pixel_weight = boards, pixel_weight
         num_slots, slot_dim = vision.resampler.queries.shape[-2], vision.slot_projection.out_features
         self.probes = nn.ModuleDict({
             "cells": LinearProbe(vision.token_projection.in_features, sum(NUM_VALUES_AT_POSITION)),
             "slots": SlotProbe(num_slots, slot_dim),
         }).to(device_of(vision))  # fmt: skip
+        if pixel_weight:
+            dim = vision.token_projection.in_features
+            for level in PIXEL_LEVELS:
+                probe = PixelProbe(dim, 2 << level).to(device_of(vision))
+                self.probes[f"pixels_{level}"] = probe
 
     def trained_parts(self) -> Mapping[str, nn.Module]:
         return {"vision": self.vision, PROBES: self.probes}
 
     def make_batch(self, step: int) -> LabelledImages:
-        return labelled_images(self.seed, step, self.batch_size, LEVELS).to(device_of(self.vision))
+        batch = labelled_images(self.seed, step, self.batch_size, LEVELS, self.boards)
+        return batch.to(device_of(self.vision))
 
     def compute_losses(self, batch: LabelledImages) -> Losses:
         with fast_attention(batch.pixels.device):
@@ -138,6 +190,13 @@ class VisionStage:
             named[f"cells_{labels.shape[-1]}"] = torch.stack(losses).mean()
             badges.append(losses[ATTRIBUTES_AT_POSITION.index("badge")])
         total = torch.stack(list(named.values())).sum()
+        if self.pixel_weight:
+            errors = [
+                self.probes[f"pixels_{level}"](features.pyramid[level], batch.pixels)
+                for level in PIXEL_LEVELS
+            ]
+            named["pixels"] = torch.stack(errors).mean()
+            total = total + self.pixel_weight * named["pixels"]
         named["badge"] = torch.stack(badges).mean()
         return Losses(total=total, named=named, counts={"images": len(batch.pixels)}, document_ids=batch.ids)
 

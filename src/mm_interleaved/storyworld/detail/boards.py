@@ -19,12 +19,14 @@ from mm_interleaved.storyworld.world import (
     POSITIONS,
     PROP_COLOURS,
     PROPS,
+    SPLITS,
     TIMES,
     WEATHERS,
     Character,
     Figure,
     Prop,
     Scene,
+    random_cast,
     scene_from_record,
     scene_to_record,
 )
@@ -64,6 +66,7 @@ _TOPS = {
     "small": {"high": 0, "halfway": 20, "low": 36},
     "large": {"high": 0, "halfway": 8, "low": 16},
 }
+_SCENE_DOMAIN = 5
 _OPPOSITE = {"left": "right", "right": "left"}
 
 
@@ -155,6 +158,12 @@ def random_detail_scene(rng: SeededRandom, character: Character, image_size: int
         props=props,
     )
     return DetailScene(scene=scene, board=random_board(rng, image_size, position))
+
+
+def detail_scene_at(split: str, seed: int, index: int, image_size: int = 64) -> DetailScene:
+    """One random scene with a board, a pure function of its arguments."""
+    rng = SeededRandom(_SCENE_DOMAIN, SPLITS.index(split), seed, index, image_size)
+    return random_detail_scene(rng, random_cast(rng, split, 1)[0], image_size)
 
 
 def describe_board(board: Board, *, is_known: bool = False) -> str:

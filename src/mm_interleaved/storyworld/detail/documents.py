@@ -117,18 +117,24 @@ def _copy(rng: SeededRandom, split: str, image_size: int) -> Document:
 def _vqa(rng: SeededRandom, split: str, image_size: int) -> Document:
     """What one cell shows that nothing hides."""
     detail = _random(rng, split, image_size)
+    question, answer = ask_cell(rng, detail)
+    return _document(
+        (detail_image(detail, "user"), Text(question, role="user")),
+        (Text(answer, role="assistant"),),
+        [detail],
+        question=question,
+        question_kind=detail.board.kind,
+        is_fine_detail=True,
+    )
+
+
+def ask_cell(rng: SeededRandom, detail: DetailScene) -> tuple[str, str]:
+    """A question about one cell of the board that nothing hides, and its answer."""
     board, kind = detail.board, KINDS[detail.board.kind]
     cell = rng.pick(np.flatnonzero(visible_cells(detail)).tolist())
     row, column = divmod(cell, board.grid[1])
     question = f"Which {kind.cell} is in row {row + 1}, column {column + 1} of the {board.kind}?"
-    return _document(
-        (detail_image(detail, "user"), Text(question, role="user")),
-        (Text(kind.values[board.cells[cell]], role="assistant"),),
-        [detail],
-        question=question,
-        question_kind=board.kind,
-        is_fine_detail=True,
-    )
+    return question, kind.values[board.cells[cell]]
 
 
 def _edit(rng: SeededRandom, split: str, image_size: int) -> Document:
