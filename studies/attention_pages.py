@@ -23,11 +23,7 @@ from mm_interleaved.documents.images import to_png
 from mm_interleaved.errors import UsageError
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
-from mm_interleaved.storyworld.renderer import badge_box, figure_box
-from mm_interleaved.storyworld.tasks import document, scene_image
-from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
-from studies.attention_maps import (
+from mm_interleaved.models.attention_maps import (
     Box,
     Samples,
     SynchronizerCall,
@@ -38,6 +34,10 @@ from studies.attention_maps import (
     samples_of_token,
     weight_in,
 )
+from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
+from mm_interleaved.storyworld.renderer import badge_box, figure_box
+from mm_interleaved.storyworld.tasks import document, scene_image
+from mm_interleaved.storyworld.world import Figure, Scene, scene_from_record
 
 _SCALE = 5
 _GAP = 8

@@ -620,3 +620,87 @@ def test_full_disk_ends_with_6_and_nothing_half_written(capsys, tmp_path, tiny_f
         assert not list(out.rglob(".tmp-*"))
     assert run(command) == 0
     assert len(records(out)) == 1
+
+
+# ---- One part again, and what the model looked at ----
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, tiny_folder) -> Path:
+    """A run of one story: a given text and image, a generated text and image."""
+    place = tmp_path_factory.mktemp("finished")
+    PILImage.new("RGB", (40, 30), (30, 160, 90)).save(place / "given.png")
+    content = [{"type": "text", "text": "Pip"}, {"type": "image", "image": "given.png"}]
+    (place / "story.jsonl").write_text(json.dumps({"id": "s", "content": content, "layout": "T I"}))
+    arguments = [
+        "generate",
+        str(place / "story.jsonl"),
+        "-o",
+        str(place / "out"),
+        "--model",
+        str(tiny_folder),
+    ]
+    assert run(arguments) == 0
+    return place / "out"
+
+
+def test_redo_makes_one_part_again_beside_the_run(finished_run, capsys):
+    before = {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
+    assert run(["redo", str(finished_run), "--part", "3"]) == 0
+    assert "part 3, image, made again (seed " in capsys.readouterr().out
+    new = finished_run.with_name("out-redo-1")
+    [old], [again] = records(finished_run), records(new)
+    assert again["content"][:3] == old["content"][:3] and again["content"][3] != old["content"][3]
+    assert (new / "images" / "s_0.png").read_bytes() == (finished_run / "images" / "s_0.png").read_bytes()
+    assert (new / "images" / "s_1.png").read_bytes() != (finished_run / "images" / "s_1.png").read_bytes()
+    assert (new / "index.html").exists()
+    # A second attempt is another one, and the first can be repeated.
+    assert run(["redo", str(finished_run), "--part", "3", "--document", "s"]) == 0
+    [other] = records(finished_run.with_name("out-redo-2"))
+    assert other["content"][3]["seed"] != again["content"][3]["seed"]
+    capsys.readouterr()
+    assert run(["replay", str(new)]) == 0
+    assert "1 of 1 records and 2 of 2 images are the same" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()} == before
+
+
+def test_redo_says_that_a_greedy_text_does_not_depend_on_the_seed(finished_run, capsys):
+    assert run(["redo", str(finished_run), "--part", "2", "--seed", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "the text of part 2 came out as it was (seed 9)" in said and "--do-sample" in said
+
+
+def test_redo_refuses_what_it_cannot_make(finished_run, tmp_path, capsys):
+    sentence = fails(capsys, 2, "redo", finished_run, "--part", "7")
+    assert "part: found 7, expected 0 to 3 (its parts: T I T I)" in sentence
+    assert "--rest auto" in fails(capsys, 2, "redo", finished_run, "--part", "3", "--layout", "I")
+    assert "did you mean 's'" in fails(capsys, 3, "redo", finished_run, "--part", "3", "--document", "S")
+    assert "manifest of a run" in fails(capsys, 3, "redo", tmp_path, "--part", "3")
+    assert "is the run itself" in fails(capsys, 2, "redo", finished_run, "--part", "3", "-o", finished_run)
+
+
+def test_explain_writes_a_page_overlays_and_arrays(finished_run, tmp_path, capsys):
+    assert run(["explain", str(finished_run), "-o", str(tmp_path / "seen"), "--regions", "4"]) == 0
+    names = {path.relative_to(tmp_path / "seen").as_posix() for path in (tmp_path / "seen").rglob("*.*")}
+    files = {"index.html", "arrays.npz", "explanation.json", "overlays/part_2.png", "overlays/part_3.png"}
+    assert names == files
+    with np.load(tmp_path / "seen" / "arrays.npz") as arrays:
+        total = arrays["text.weight_TYHNLP"].sum((-3, -2, -1)) + arrays["text.ignore_TYH"]
+        assert np.abs(total - 1).max() < 1e-5
+        assert arrays["part3.heat_RYHNLGG"].shape[0] == 16
+    labels = json.loads((tmp_path / "seen" / "explanation.json").read_text())
+    assert labels["part3"]["pixel_error"] < 0.5
+    assert "expected a new or an empty folder" in fails(
+        capsys, 2, "explain", finished_run, "-o", tmp_path / "seen"
+    )
+
+
+def test_explain_continues_what_holds_nothing_generated(tiny_folder, picture, documents, tmp_path):
+    lines = documents.read_text().splitlines()
+    source = documents.with_name("two.jsonl")
+    source.write_text(f"{lines[0]}\n{lines[2]}\n")
+    arguments = ["explain", str(source), "-o", str(tmp_path / "seen"), "--model", str(tiny_folder)]
+    assert run([*arguments, "--max-images", "1", "--max-new-tokens", "4"]) == 0
+    for name in ("a", "c"):
+        assert (tmp_path / "seen" / name / "index.html").exists()
+    assert 'href="a/index.html"' in (tmp_path / "seen" / "index.html").read_text()

@@ -10,9 +10,7 @@ from PIL import Image as PILImage
 
 from mm_interleaved.errors import UsageError
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.ops.reference import sample_reference
-from mm_interleaved.storyworld.renderer import badge_box, render_scene, scene_at
-from studies.attention_maps import (
+from mm_interleaved.models.attention_maps import (
     Samples,
     by_head,
     cells_in,
@@ -22,6 +20,8 @@ from studies.attention_maps import (
     samples_of_token,
     weight_in,
 )
+from mm_interleaved.ops.reference import sample_reference
+from mm_interleaved.storyworld.renderer import badge_box, render_scene, scene_at
 from studies.attention_pages import AttendedImage, numbers_of, shares_of, sheet, write_attention_maps
 from tiny import tiny_config, tiny_model, tiny_processor
 

@@ -20,6 +20,7 @@ from mm_interleaved.cli import (
     compare,
     data,
     evaluate,
+    explain,
     generate,
     models,
     process,
@@ -54,7 +55,7 @@ def create_app() -> typer.Typer:
         PROGRAM, "A document of text and images goes in, a longer document of text and images comes out."
     )
     for module in (
-        generate, redo, shortcuts, chat, serve, models, train, evaluate, compare, data, system
+        generate, redo, explain, shortcuts, chat, serve, models, train, evaluate, compare, data, system
     ):  # fmt: skip
         module.add_to(app)
     return app

@@ -233,16 +233,13 @@ class Continuation:
 
     def _generate_image(self) -> Generator[Event | Request, Any, None]:
         """One image part: denoised, encoded, appended to the session."""
-        # 1. Its conditioning, and the earlier images that the U-Net attends to.
+        # 1. Its seed, and the text that it is to show.
         session, seed = self.session, part_seed(self.settings.seed, len(self.document.parts))
         yield ImageStarted(len(session.image_starts))
         text_before = self._text_since_last_image()
-        session.start_image()
-        conditioning, earlier = session.conditioning(), session.earlier_images(self._context_rule())
-
         # 2. One image, or several candidates; the first is the one that would be generated alone.
         seeds = [seed] + [part_seed(seed, k) for k in range(1, self.settings.num_candidates)]
-        request = self._image_request(seeds, conditioning, earlier)
+        request, _ = self.next_image(seeds)
         images: GeneratedImages = yield request
         chosen, encoded = yield from self._best_for(images, text_before)
         error = None
@@ -256,6 +253,19 @@ class Continuation:
         part = Image(images[chosen], role=self.role, generated=True, seed=seeds[chosen], pixel_error=error)
         self.document = self.document.extended(part)
         yield ImageDone(images[chosen], seeds[chosen], error)
+
+    def next_image(self, seeds: list[int]) -> tuple[ImageRequest, list[int]]:
+        """What the next image is generated from, its conditioning and the earlier images that the U-Net
+        attends to, once the session is open; and the numbers of those images in the document.
+
+        Args:
+            seeds: of the noise, one for each candidate.
+        """
+        session = self.session
+        session.start_image()
+        rule = self._context_rule()
+        conditioning, earlier = session.conditioning(), session.earlier_images(rule)
+        return self._image_request(seeds, conditioning, earlier), session.context(rule)
 
     def _image_request(
         self, seeds: list[int], conditioning: Tensor, earlier: EarlierImages | None

@@ -4,7 +4,7 @@ InterleavedGenerator -> Continuation (one document) -> batched (answers what doc
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mm_interleaved.generation.batched import Steps, stream_batched, with_own_fa
 from mm_interleaved.generation.continuation import Continuation, ImageRanker
 from mm_interleaved.generation.defaults import defaults_of
 from mm_interleaved.generation.events import Event, Failed, Finished
+from mm_interleaved.generation.explanation import Explanation, explain
 from mm_interleaved.generation.notices import Notices
 from mm_interleaved.generation.prefix_store import PrefixStore
 from mm_interleaved.generation.redo import KEEP, stream_again
@@ -268,6 +269,47 @@ class InterleavedGenerator:
         """Warns of the words that the model was not trained on, of each of them once."""
         parts = (part for document in documents for part in document.parts)
         self.notices.warn_of_words(part.text for part in parts if isinstance(part, Text))
+
+    def explain(
+        self,
+        document: Document,
+        settings: GenerationSettings | None = None,
+        *,
+        regions: int = 8,
+        grid: int = 16,
+        on_part: Callable[[int], None] | None = None,
+        **overrides: Any,
+    ) -> Explanation:
+        """Where the model sampled earlier images for each text token and each region of each generated image
+        of a complete document, by layer, head and level: tensors, see `explanation.Explanation`.
+
+        The document is read once more, and its generated images are denoised once more from their seeds, with
+        these settings; generation itself records nothing.
+
+        Args:
+            settings: as for `stream`: those that the document was generated with.
+            regions: along a side of a generated image.
+            grid: cells along a side of its heat maps over earlier images.
+            on_part: called with the index of each image before it is denoised again.
+
+        Raises:
+            UsageError: the model has no synchronizers.
+            InputError, NumericalError: as `stream`.
+        """
+        if settings is None or not settings.is_complete:
+            given = overrides if settings is None else settings.given()
+            settings = settings_for(document, defaults_of(self.model), given)
+        with evaluation_mode(self.model):
+            return explain(
+                self.model,
+                self.processor,
+                self._begin,
+                document,
+                settings,
+                regions=regions,
+                grid=grid,
+                on_part=on_part,
+            )
 
     def score_options(self, document: Document, options: Sequence[str]) -> list[float]:
         """How likely each text is as the document's end: its log-probability, the end of text included.

@@ -250,11 +250,15 @@ class InterleavedSession:
         Projected once.
         """
         self._begin_anew_if_weights_changed()
+        return self._projected.of(self.context(rule))
+
+    def context(self, rule: str | Sequence[int]) -> list[int]:
+        """Which images those are, by their number in the document."""
         start = torch.tensor([self.image_starts])
         chosen = context_images(
             torch.zeros(1, len(self.ids), dtype=torch.int64), start, rule, self.model.max_context_images
         )[-1]
-        return self._projected.of(chosen[chosen >= 0].tolist())
+        return chosen[chosen >= 0].tolist()
 
     def _project(self, numbers: list[int]) -> EarlierImages | None:
         """These images as the U-Net attends to them, and no other."""

@@ -1,19 +1,20 @@
 """Attention maps: where synchronizers sample earlier images for a word, or for a place of a new image.
 
-    record_calls -> calls for words and for maps -> the samples of one word, or of one place of a new image
+    watch_calls -> calls for words and for maps -> the samples of one word, or of one place of a new image
                  -> how much of their weight falls where on each earlier image
 
 Letters: B rows, Q queries (tokens, or pixels of a U-Net map row by row), N earlier images, M samples.
 """
 
-import inspect
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from mm_interleaved.models.image_values import ImageValues
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
@@ -51,28 +52,42 @@ class Samples(NamedTuple):
 
 
 @contextmanager
-def record_calls(model: MMInterleavedForConditionalGeneration) -> Iterator[list[SynchronizerCall]]:
-    """Within, each call of a synchronizer of the model is added to the list.
+def watch_calls(
+    model: MMInterleavedForConditionalGeneration, use: Callable[[SynchronizerCall], None]
+) -> Generator[None, None, None]:
+    """Within, each call of a synchronizer of the model by this thread is handed to `use`.
 
-    Nothing that the model computes changes: a hook gets what a synchronizer is about to be given, and its own
-    `plan` computes where it samples.
+    Nothing that the model computes changes, to the bit: PyTorch shows what a synchronizer is about to be
+    given, and its own `plan` computes where it samples. It is shown for all modules at once: a hook on the
+    synchronizer itself would keep it from its shortcuts (`weights_at_hand`), whose last bits are others.
+    Outside, there is nothing of it.
     """
-    calls: list[SynchronizerCall] = []
-    handles = []
-    for place, module in _synchronizers(model):
+    places = {id(module): place for place, module in _synchronizers(model)}
+    thread = threading.get_ident()
 
-        def record(called: Any, arguments: tuple, named: dict, place: str = place) -> None:
-            given = inspect.signature(called.forward).bind(*arguments, **named).arguments
-            queries, values, relative_index = list(given.values())[:3]
-            if relative_index.shape[-1]:
-                calls.append(_call(place, called, queries, values, relative_index))
+    def record(called: nn.Module, given: Any) -> None:
+        place = places.get(id(called))
+        if place is None or threading.get_ident() != thread:
+            return
+        queries, values, relative_index = given
+        if relative_index.shape[-1]:
+            use(_call(place, called, queries, values, relative_index))
 
-        handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
+    handle = register_module_forward_pre_hook(record)
     try:
-        yield calls
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+
+
+@contextmanager
+def record_calls(
+    model: MMInterleavedForConditionalGeneration,
+) -> Generator[list[SynchronizerCall], None, None]:
+    """Within, each call of a synchronizer of the model is added to the list; see `watch_calls`."""
+    calls: list[SynchronizerCall] = []
+    with watch_calls(model, calls.append):
+        yield calls
 
 
 def _synchronizers(model: MMInterleavedForConditionalGeneration) -> Iterator[tuple[str, Any]]:
@@ -188,3 +203,25 @@ def weight_in(samples: Samples, box: Box, size: int) -> float:
     """How much of the attention falls into a box."""
     left, top, right, bottom = (round(edge * size) for edge in box)
     return float(heat_map(samples, size)[top:bottom, left:right].sum())
+
+
+def side_shares(along: Tensor, cells: int, size: int) -> Tensor:
+    """How much of what is sampled at a coordinate is read from each of `size` equal parts of an image's side.
+
+    A bilinear sample reads the two cells beside it; what it reads outside the image is zero, and counts
+    nowhere. Nothing else is lost, whatever `cells` and `size`.
+
+    Args:
+        along: coordinates, 0 to 1 within the image; any shape.
+        cells: along the side of the level that is sampled.
+
+    Returns:
+        `along`'s shape and one axis more, of `size`; sums to 1 for samples half a cell inside.
+    """
+    place = torch.arange(cells, device=along.device)
+    of_cell = (1 - (along[..., None] * cells - 0.5 - place).abs()).clamp(min=0)
+    # Each cell's share of each part: how long they overlap.
+    part = torch.arange(size, device=along.device)[:, None]
+    high = torch.minimum((part + 1) / size, (place + 1) / cells)
+    overlap = (high - torch.maximum(part / size, place / cells)).clamp(min=0) * cells
+    return of_cell @ overlap.T.to(of_cell.dtype)
