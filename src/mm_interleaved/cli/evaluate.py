@@ -25,6 +25,7 @@ from mm_interleaved.generation.events import Event
 from mm_interleaved.spelling import hint, unknown_name
 
 if TYPE_CHECKING:
+    from mm_interleaved.evaluation.shots import Shots
     from mm_interleaved.runs.generate import RunRequest
     from mm_interleaved.runs.ranks import Ranks
 
@@ -76,6 +77,17 @@ Segmentation = Annotated[
         "--segmenter", help="A semantic segmentation, folder or hub id: mean IoU (ade20k).", metavar="MODEL"
     ),
 ]
+NumShots = Annotated[
+    int | None,
+    typer.Option("--shots", min=1, help="Ask each document after this many examples.", metavar="N"),
+]
+ShotsFrom = Annotated[
+    Path | None, typer.Option(help="The examples' data, in the task's format.", metavar="DIR")
+]
+ShotChoice = Annotated[
+    str,
+    typer.Option(help="Examples: random (by --seed), or nearest (by --clip, else by the model's own eyes)."),
+]
 JudgeUrl = Annotated[
     str | None,
     typer.Option(help="Judge interleaved answers by a model behind this URL (.../v1).", metavar="URL"),
@@ -96,6 +108,9 @@ def evaluate(
     inception: Inception = None,
     clip: Clip = None,
     segmenter: Segmentation = None,
+    shots: NumShots = None,
+    shots_from: ShotsFrom = None,
+    shot_choice: ShotChoice = "random",
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
     model: Model = "storyworld",
@@ -130,6 +145,9 @@ def evaluate(
         source=_source_settings(settings or ()),
     )
 
+    examples = _shots(shots, shots_from, shot_choice, flags.get("seed", 0))
+    if examples is not None and not needs_model:
+        raise UsageError("--shots: no model is asked with --predictions or --predictor")
     num_failed = 0
     with _ranks(device) if needs_model else nullcontext() as ranks:
         for name in tasks:
@@ -146,7 +164,7 @@ def evaluate(
                     new_run=new_run,
                     batch_size=batch_size,
                 )
-                scores, failed = _scores_of_model(task, data, request, ranks)
+                scores, failed = _scores_of_model(task, data, request, ranks, examples)
                 num_failed += failed
             if not is_first:
                 continue
@@ -164,6 +182,18 @@ def _check_names(tasks: list[str], predictions: Path | None, predictor: str | No
         raise UsageError(f"--predictor: found {escape(predictor)!r}, {hint(predictor, PREDICTOR_NAMES)}")
     if predictor is not None and predictions is not None:
         raise UsageError("give either --predictor or --predictions, found both")
+
+
+def _shots(count: int | None, source: Path | None, choice: str, seed: int) -> Shots | None:
+    from mm_interleaved.evaluation.shots import CHOICES, Shots
+
+    if choice not in CHOICES:
+        raise UsageError(f"--shot-choice: found {escape(choice)!r}, {hint(choice, CHOICES)}")
+    if (count is None) != (source is None):
+        raise UsageError("give --shots and --shots-from together, found only one of them")
+    if count is None or source is None:
+        return None
+    return Shots(count=count, source=source, choice=choice, seed=seed)
 
 
 def _source_settings(assignments: Sequence[str]) -> dict[str, Any]:
@@ -210,7 +240,7 @@ def _ranks(device: str) -> Generator[Ranks | None, None, None]:
 
 
 def _scores_of_model(
-    task: Any, data: Path, request: RunRequest, ranks: Ranks | None
+    task: Any, data: Path, request: RunRequest, ranks: Ranks | None, shots: Shots | None
 ) -> tuple[dict[str, float], int]:
     """Scores of a model's answers, and how many documents failed."""
     from mm_interleaved.cli.process import load_quietly
@@ -225,4 +255,4 @@ def _scores_of_model(
                 say_error(f"document {document.id!r} failed; it counts as wrong")
             show(document, event)
 
-        return evaluate_model(task, data, request, on_event, load=load_quietly, ranks=ranks)
+        return evaluate_model(task, data, request, on_event, load=load_quietly, ranks=ranks, shots=shots)

@@ -53,6 +53,8 @@ def write_record(
     flags: Mapping[str, Any] | None = None,
     predictions: Path | None = None,
     seconds: float | None = None,
+    prompt: Document | None = None,
+    shots: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes what the scores were made with; the model, its hash and the machine stand in
     `run/manifest.json`.
@@ -62,14 +64,17 @@ def write_record(
         flags: generation settings that outrank the documents' own; None where no model ran.
         predictions: the file of answers where it is not the one in `out`.
         seconds: of reading, answering and scoring.
+        prompt: the first document as it was asked, where that is not the gold one.
+        shots: which examples stand before each document.
     """
-    first = gold[0]
+    first = prompt or gold[0]
     record = {
         "task": task.name,
         "options": _options_record(task.options),
         "predictions": "predictions.jsonl" if predictions is None else str(predictions.absolute()),
         "data": {"path": str(data.absolute()), "sha256": digest, "documents": len(gold)},
         "prompt": [part.text if isinstance(part, Text) else "<image>" for part in first.parts],
+        "shots": None if shots is None else dict(shots),
         "published_settings": dict(task.settings),
         "settings": None if flags is None else dict(flags),
         "notes": list(task.notes),

@@ -16,18 +16,24 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_interleaved.documents.document import Document
+import numpy as np
+
+from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.evaluation.answering import alike_together
+from mm_interleaved.evaluation.extractors import ClipEmbedder
 from mm_interleaved.evaluation.predictions import prediction_of, read_predictions
 from mm_interleaved.evaluation.records import hash_documents, write_record
 from mm_interleaved.evaluation.report import write_report
+from mm_interleaved.evaluation.shots import Embed, Shots, choose_examples, with_examples
 from mm_interleaved.evaluation.task import Task
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
-from mm_interleaved.runs.generate import OnEvent, RunRequest, run_documents
+from mm_interleaved.model_files.resolve import find_model
+from mm_interleaved.runs.generate import ModelChoice, OnEvent, RunRequest, run_documents
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator
@@ -42,6 +48,7 @@ def evaluate_model(
     *,
     load: Callable[..., InterleavedGenerator] | None = None,
     ranks: Ranks | None = None,
+    shots: Shots | None = None,
 ) -> tuple[dict[str, float], int]:
     """Let a model answer every document of a task, and score it: the scores, and how many documents failed.
 
@@ -52,6 +59,7 @@ def evaluate_model(
         load: see `run_documents`; default: `load_generator`.
         ranks: the processes that answer together, all of which call this. The first one scores and writes;
             the others return no scores, and the number of failed documents of their own.
+        shots: examples before each document.
     """
     begun = time.monotonic()
     out = request.output
@@ -64,8 +72,17 @@ def evaluate_model(
 
     # Images are opened once, by one rank.
     digest = check() if ranks is None else ranks.from_first(check)
+    load = cache(_with_ranker(load or load_generator, task))
     # The model must not see the gold answers, and the run must not depend on them.
-    questions = alike_together([replace(document, target=()) for document in gold])
+    questions = [replace(document, target=()) for document in gold]
+    chosen: dict[str, list[str]] = {}
+    if shots is not None:
+        pool = task.read_gold(shots.source)
+        embed = _embedder(task, request.model, load, ranks) if shots.choice == "nearest" else None
+        choose = partial(choose_examples, questions, pool, shots, embed)
+        chosen = choose() if ranks is None else ranks.from_first(choose)
+        questions = with_examples(questions, pool, chosen)
+    questions = alike_together(questions)
     request = replace(
         request,
         documents=questions,
@@ -73,7 +90,6 @@ def evaluate_model(
         flags={**task.settings, **request.flags},
         answering=_answering(task, questions),
     )
-    load = _with_ranker(load or load_generator, task)
     outcome = run_documents(request, on_event, load=load, answer=task.ranking.answer, ranks=ranks)
     if ranks is not None and not ranks.is_first:
         return {}, outcome.num_failed
@@ -85,10 +101,38 @@ def evaluate_model(
     scores = task.score(answers, gold)
     errors = {record["id"]: record["error"]["message"] for record in outcome.records if "error" in record}
     write_report(out, task, scores, answers, gold, errors=errors)
-    write_record(out, task, data, gold, digest, flags=request.flags, seconds=time.monotonic() - begun)
+    seconds = time.monotonic() - begun
+    prompt = next(question for question in questions if question.id == gold[0].id)
+    few_shot = None if shots is None else {**shots.record(), "examples": chosen}
+    write_record(
+        out, task, data, gold, digest, flags=request.flags, seconds=seconds, prompt=prompt, shots=few_shot
+    )
     if task.export is not None:
         task.export(answers, gold, out / "answers")
     return scores, outcome.num_failed
+
+
+def _embedder(
+    task: Task, model: ModelChoice, load: Callable[..., InterleavedGenerator], ranks: Ranks | None
+) -> Embed:
+    """What finds the nearest images: a CLIP where one is given, else the model's own image tokens."""
+    clip = task.options.clip
+    if clip is not None:
+        embedder = ClipEmbedder(clip)
+        return lambda images: embedder.images([image.load() for image in images])
+    # Loads the whole of generation, which scoring alone does without.
+    from mm_interleaved.evaluation.judge_free import GeneratorReader
+
+    device = model.device if ranks is None else str(ranks.device)
+
+    def embed(images: Sequence[Image]) -> np.ndarray:
+        # As `run_documents` asks for it: the same model, read once.
+        generator = load(
+            find_model(model.name), device=device, dtype=model.dtype, acceleration=model.acceleration
+        )
+        return GeneratorReader(generator).embeddings(images)
+
+    return embed
 
 
 def _answering(task: Task, questions: Sequence[Document]) -> dict[str, Any]:
