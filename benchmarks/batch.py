@@ -54,7 +54,11 @@ def batch_case(setting: Setting, generator: Any, task: str, layout: str) -> Case
 
 def continued(generator: Any, documents: Sequence[Document], batch_size: int) -> list[Tensor]:
     """What was made of each, as numbers of 0 to 1: texts by their bits, images by their pixels."""
-    completed = generator.generate_batch(documents, batch_size=batch_size)
+    return numbers_of(generator.generate_batch(documents, batch_size=batch_size))
+
+
+def numbers_of(completed: Sequence[Document]) -> list[Tensor]:
+    """What was generated, as numbers of 0 to 1."""
     parts = [part for one in completed for part in one.parts if part.generated]
     return [_bits(part.text) if isinstance(part, Text) else _pixels(part) for part in parts]
 

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
@@ -93,8 +93,16 @@ class EngineStatistics:
     """Written."""
     images: int
     """Generated."""
-    prefixes: PrefixStatistics
-    """What was remembered of documents that begin alike."""
+    prefix_hits: int
+    """Requests that began with a prefix that was remembered, see `PrefixStore`."""
+    prefix_misses: int
+    prefix_tokens: int
+    """Not read once more, images included."""
+    prefix_images: int
+    """Not encoded once more."""
+    prefix_bytes: int
+    """Kept now."""
+    prefix_entries: int
     batch_sizes: Mapping[str, Mapping[int, int]]
     """How many passes had so many rows: of "encode" images, of "text" documents, of "image" images."""
 
@@ -102,7 +110,8 @@ class EngineStatistics:
 @dataclass(slots=True, eq=False)
 class _Request:
     id: str
-    continuation: Continuation
+    continuation: Continuation | None
+    """None when it is over: its memory is free, whoever still holds the ticket."""
     mailbox: Mailbox
     number: int | None = None
     """In the batch, from when it runs."""
@@ -159,7 +168,7 @@ class ServingEngine:
         # What follows belongs to the engine's thread.
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
-        self._is_stopping = False
+        self._is_stopping = self._is_stopped = False
         self._batch = self._new_batch()
 
     # ---- For the event loop ----------------------------------------------------------------------
@@ -201,8 +210,14 @@ class ServingEngine:
             raise
         mailbox = Mailbox(asyncio.get_running_loop())
         request = _Request(f"req-{uuid.uuid4().hex}", continuation, mailbox)
-        self._count(accepted=1, prompt_tokens=continuation.usage.prompt_tokens)
-        self._inbox.put(partial(self._waiting.append, request))
+        with self._changed:
+            if self._is_stopped:
+                self._counts.queued -= 1
+                raise Draining("the server is shutting down", 1)
+            self._counts.accepted += 1
+            self._counts.prompt_tokens += continuation.usage.prompt_tokens
+            # Before the thread can stop: it answers all that it finds.
+            self._inbox.put(partial(self._waiting.append, request))
         return Ticket(
             request.id,
             continuation.usage,
@@ -213,10 +228,12 @@ class ServingEngine:
 
     def statistics(self) -> EngineStatistics:
         with self._changed:
-            counts = {name: getattr(self._counts, name) for name in _Counts.__dataclass_fields__}
+            counts = {each.name: getattr(self._counts, each.name) for each in fields(_Counts)}
         sizes = {kind: dict(self._sizes[kind] + of_batch) for kind, of_batch in self._batch_sizes().items()}
-        prefixes = PrefixStatistics() if self._prefixes is None else replace(self._prefixes.statistics)
-        return EngineStatistics(**counts, prefixes=prefixes, batch_sizes=sizes)
+        prefixes = PrefixStatistics() if self._prefixes is None else self._prefixes.statistics
+        counts |= {f"prefix_{each.name}": getattr(prefixes, each.name) for each in fields(prefixes)}
+        counts["text_tokens"] += self._batch.num_tokens
+        return EngineStatistics(**counts, batch_sizes=sizes)
 
     async def drain(self, grace: float) -> None:
         """Accept nothing new, finish what was accepted, then stop.
@@ -267,14 +284,17 @@ class ServingEngine:
     # ---- For the engine's thread -----------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._take_messages():
-            try:
-                with torch.no_grad(), evaluation_mode(self.generator.model):
-                    for number, event in self._batch.step():
-                        self._deliver(number, event)
-            except Exception as error:
-                logger.exception("a step of the engine failed; what ran then fails")
-                self._begin_anew(error)
+        try:
+            while self._take_messages():
+                try:
+                    with torch.no_grad(), evaluation_mode(self.generator.model):
+                        for number, event in self._batch.step():
+                            self._deliver(number, event)
+                except Exception as error:
+                    logger.exception("a step of the engine failed; what ran then fails")
+                    self._begin_anew(error)
+        finally:
+            self._fail_all()
 
     def _take_messages(self) -> bool:
         """Does what came in, and fills free places; waits while there is nothing to do. False at the end."""
@@ -289,7 +309,9 @@ class ServingEngine:
         while self._waiting and len(self._running) < self.max_running:
             request = self._waiting.popleft()
             request.begun = time.monotonic()
-            request.number = self._batch.add(_with_any_failure(request))
+            assert request.continuation is not None
+            steps = request.continuation.steps()
+            request.number = self._batch.add(_with_any_failure(steps, request.id))
             self._running[request.number] = request
             self._count(queued=-1, running=1)
         return True
@@ -309,9 +331,10 @@ class ServingEngine:
     def _end(self, request: _Request, *, is_failed: bool) -> None:
         assert request.number is not None
         del self._running[request.number]
+        request.continuation = None
         self._seconds_each += 0.1 * (time.monotonic() - request.begun - self._seconds_each)
         outcome = {"failed": 1} if is_failed else {"finished": 1}
-        self._count(running=-1, unread=1, text_tokens=request.continuation.usage.text_tokens, **outcome)
+        self._count(running=-1, unread=1, **outcome)
 
     def _leave(self, request: _Request) -> None:
         """Nobody waits for a request any more."""
@@ -319,26 +342,39 @@ class ServingEngine:
             return
         request.is_left = True
         request.mailbox.close()
+        request.continuation = None
         if request.number is None:
             if request in self._waiting:
                 self._waiting.remove(request)
                 self._count(queued=-1, aborted=1)
         elif self._running.pop(request.number, None) is not None:
             self._batch.cancel(request.number)
-            self._count(running=-1, aborted=1, text_tokens=request.continuation.usage.text_tokens)
+            self._count(running=-1, aborted=1)
         else:
             # It was answered, but nobody took the answer.
             self._count(unread=-1)
 
     def _stop(self) -> None:
         self._is_stopping = True
+
+    def _fail_all(self) -> None:
+        """The thread ends: nobody may wait for it."""
+        with self._changed:
+            self._is_stopped = True
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                break
         error = Draining("the server is shutting down", self._retry_after_drain or 1)
         for request in list(self._running.values()):
             self._end(request, is_failed=True)
             request.mailbox.put(Failed(error))
         while self._waiting:
-            self._waiting.popleft().mailbox.put(Failed(error))
+            request = self._waiting.popleft()
+            request.continuation = None
             self._count(queued=-1, failed=1, unread=1)
+            request.mailbox.put(Failed(error))
         self._batch.close()
 
     def _begin_anew(self, error: Exception) -> None:
@@ -348,6 +384,7 @@ class ServingEngine:
             request.mailbox.put(Failed(_told(error, request.id)))
         for kind, sizes in self._batch_sizes().items():
             self._sizes[kind] += sizes
+        self._count(text_tokens=self._batch.num_tokens)
         self._batch = self._new_batch()
         if self._prefixes is not None:
             self._prefixes.clear()
@@ -360,15 +397,15 @@ class ServingEngine:
         return {"encode": batch.encoded_sizes, "text": batch.texts.sizes, "image": batch.images.sizes}
 
 
-def _with_any_failure(request: _Request) -> Steps:
-    """A document's steps; whatever it raises is its last event."""
+def _with_any_failure(steps: Steps, id: str) -> Steps:
+    """A document's steps; whatever they raise is their last event."""
     try:
-        yield from request.continuation.steps()
+        yield from steps
     except MMInterleavedError as error:
         yield Failed(error)
     except Exception as error:
-        logger.exception("request %s failed", request.id)
-        yield Failed(_told(error, request.id))
+        logger.exception("request %s failed", id)
+        yield Failed(_told(error, id))
 
 
 def _told(error: Exception, id: str) -> MMInterleavedError:
