@@ -21,6 +21,7 @@ from benchmarks import (
     prefill_mmfs,
     sampler,
     score,
+    serving,
     story,
     train_mmfs,
     unet_step,
@@ -378,6 +379,18 @@ def test_documents_at_once_are_compared_letter_by_letter_and_pixel_by_pixel(sett
     one_by_one = {row[0]: row[1] for row in model._batch()}
     for what, cost in at_once.items():
         assert cost.flops == one_by_one[what].flops and cost.bytes < one_by_one[what].bytes / 3
+
+
+def test_clients_of_the_engine_get_the_same_at_once_and_one_after_another(setting, monkeypatch):
+    longer = tiny_config().text_config.to_dict() | {"max_position_embeddings": 1024}
+    small = tiny_model(text_config=longer)
+    small.config.generation_settings = {"max_new_tokens": 4, "num_inference_steps": 1}
+    monkeypatch.setattr(serving, "CLIENTS", 3)
+    case = serving.serving_case(
+        setting, InterleavedGenerator(small, tiny_processor(small.config)), "draw", "I"
+    )
+    assert case["equal"] and case["documents"] == 6 and case["ratio"] > 0
+    assert 1 < case["mean_image_rows"] <= 3
 
 
 def test_a_token_of_a_whole_model_is_the_same_with_textbook_layers(setting, writer):

@@ -8,20 +8,19 @@ It knows no HTTP. Requests that run share passes of the model, and join and leav
 
 import asyncio
 import logging
-import math
 import queue
 import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
 
 from mm_interleaved.documents.document import Document
-from mm_interleaved.errors import MMInterleavedError, StorageError, memory_wanted
+from mm_interleaved.errors import MMInterleavedError
 from mm_interleaved.generation.batched import ContinuousBatch, Steps
 from mm_interleaved.generation.continuation import Continuation
 from mm_interleaved.generation.engine import InterleavedGenerator
@@ -29,6 +28,8 @@ from mm_interleaved.generation.events import Event, Failed, Finished, ImageDone
 from mm_interleaved.generation.prefix_store import PrefixStatistics, PrefixStore
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.models.evaluation_mode import evaluation_mode
+from mm_interleaved.serving.engine_statistics import Counts, EngineStatistics
+from mm_interleaved.serving.refusals import Draining, QueueFull, told
 from mm_interleaved.serving.ticket import Mailbox, Ticket
 
 logger = logging.getLogger(__name__)
@@ -38,73 +39,6 @@ LONGEST_RETRY = 60
 
 
 PREFIX_BYTES = 256 * 2**20
-
-
-class RefusedError(MMInterleavedError):
-    """A request that is not accepted now, but may be later.
-
-    Attributes:
-        retry_after: whole seconds, at least 1.
-    """
-
-    code = "refused"
-
-    def __init__(self, message: str, retry_after: float):
-        super().__init__(message)
-        self.retry_after = max(1, math.ceil(retry_after))
-
-
-class QueueFull(RefusedError):  # noqa: N818
-    """As many requests wait as may wait."""
-
-    code = "queue_full"
-
-
-class Draining(RefusedError):  # noqa: N818
-    """The engine finishes what it has begun, and accepts nothing new."""
-
-    code = "draining"
-
-
-class InternalError(MMInterleavedError):
-    """A bug or a failure of the machine; the log has more than the client is told."""
-
-    code = "internal"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStatistics:
-    """What the engine does, and has done since it was made."""
-
-    queued: int
-    """Requests that wait for a place."""
-    running: int
-    unread: int
-    """Requests that are answered, but whose last event nobody has taken yet."""
-    accepted: int
-    finished: int
-    failed: int
-    """Ended with `Failed`."""
-    aborted: int
-    """Left by whoever waited for them."""
-    refused: int
-    prompt_tokens: int
-    text_tokens: int
-    """Written."""
-    images: int
-    """Generated."""
-    prefix_hits: int
-    """Requests that began with a prefix that was remembered, see `PrefixStore`."""
-    prefix_misses: int
-    prefix_tokens: int
-    """Not read once more, images included."""
-    prefix_images: int
-    """Not encoded once more."""
-    prefix_bytes: int
-    """Kept now."""
-    prefix_entries: int
-    batch_sizes: Mapping[str, Mapping[int, int]]
-    """How many passes had so many rows: of "encode" images, of "text" documents, of "image" images."""
 
 
 @dataclass(slots=True, eq=False)
@@ -117,21 +51,6 @@ class _Request:
     """In the batch, from when it runs."""
     is_left: bool = False
     begun: float = field(default_factory=time.monotonic)
-
-
-@dataclass(slots=True)
-class _Counts:
-    queued: int = 0
-    running: int = 0
-    unread: int = 0
-    accepted: int = 0
-    finished: int = 0
-    failed: int = 0
-    aborted: int = 0
-    refused: int = 0
-    prompt_tokens: int = 0
-    text_tokens: int = 0
-    images: int = 0
 
 
 Message = Callable[[], None]
@@ -160,7 +79,7 @@ class ServingEngine:
         # Messages may come from the garbage collector: this queue's `put` may interrupt itself.
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._changed = threading.Condition()
-        self._counts = _Counts()
+        self._counts = Counts()
         self._sizes = {"encode": Counter[int](), "text": Counter[int](), "image": Counter[int]()}
         self._seconds_each = 1.0
         self._retry_after_drain: float | None = None
@@ -228,7 +147,7 @@ class ServingEngine:
 
     def statistics(self) -> EngineStatistics:
         with self._changed:
-            counts = {each.name: getattr(self._counts, each.name) for each in fields(_Counts)}
+            counts = {each.name: getattr(self._counts, each.name) for each in fields(Counts)}
         sizes = {kind: dict(self._sizes[kind] + of_batch) for kind, of_batch in self._batch_sizes().items()}
         prefixes = PrefixStatistics() if self._prefixes is None else self._prefixes.statistics
         counts |= {f"prefix_{each.name}": getattr(prefixes, each.name) for each in fields(prefixes)}
@@ -381,7 +300,7 @@ class ServingEngine:
         """After a failure that is not one document's: those that ran fail, and nothing of them is kept."""
         for request in list(self._running.values()):
             self._end(request, is_failed=True)
-            request.mailbox.put(Failed(_told(error, request.id)))
+            request.mailbox.put(Failed(told(error, request.id)))
         for kind, sizes in self._batch_sizes().items():
             self._sizes[kind] += sizes
         self._count(text_tokens=self._batch.num_tokens)
@@ -405,12 +324,4 @@ def _with_any_failure(steps: Steps, id: str) -> Steps:
         yield Failed(error)
     except Exception as error:
         logger.exception("request %s failed", id)
-        yield Failed(_told(error, id))
-
-
-def _told(error: Exception, id: str) -> MMInterleavedError:
-    """What a client is told of an error that is not its own: no more than it needs to ask about it."""
-    wanted = memory_wanted(error)
-    if wanted is not None:
-        return StorageError(wanted)
-    return InternalError(f"something went wrong inside; the log has it under {id}")
+        yield Failed(told(error, id))

@@ -13,7 +13,8 @@ from mm_interleaved.errors import InputError, UsageError
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Failed, Finished, ImageDone, ImagePreview, TextDelta
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.serving.engine import Draining, QueueFull, ServingEngine
+from mm_interleaved.serving.engine import ServingEngine
+from mm_interleaved.serving.refusals import Draining, QueueFull
 from tiny import tiny_model, tiny_processor
 
 FAST = {"num_inference_steps": 3, "guidance_scale": 2.0, "max_new_tokens": 8, "seed": 5}
@@ -279,3 +280,44 @@ def test_what_is_not_done_in_the_grace_fails(generator):
     for events in asyncio.run(stop()):
         assert isinstance(events[-1], Failed) and isinstance(events[-1].error, Draining)
         assert not any(isinstance(event, ImageDone) for event in events)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_its_thread_ends_nobody_waits_for_ever(generator):
+    engine = ServingEngine(generator, max_running=1, max_queue=8)
+    engine.start()
+
+    def end():
+        raise SystemExit
+
+    async def ask():
+        asked = [asyncio.create_task(answer(engine, DOCUMENTS[0], ENDLESS)) for _ in range(2)]
+        await settled(engine, running=1, queued=1)
+        engine._inbox.put(end)
+        events = await asyncio.gather(*asked)
+        engine._thread.join()
+        with pytest.raises(Draining):
+            await engine.open(DOCUMENTS[0], SETTINGS[0])
+        return events
+
+    assert all(isinstance(events[-1], Failed) for events in asyncio.run(ask()))
+    assert not engine.healthy
+
+
+def test_a_conversation_with_another_turn_is_not_read_anew(engine, generator):
+    asked = Document(id="q", parts=[Text("Look at this: ", role="user"), replace(picture(0), role="user")])
+    settings = GenerationSettings(layout="T", **FAST)
+
+    async def talk():
+        first = (await answer(engine, asked, settings))[-1].document
+        again = replace(first, parts=(*first.parts, Text(" And then?", role="user")))
+        async with await engine.open(again, settings) as ticket:
+            events = [event async for event in ticket]
+        return again, events[-1].document, ticket.usage
+
+    again, found, usage = asyncio.run(talk())
+    assert_same(found, generator.generate(again, settings))
+    assert 20 < usage.reused_tokens < usage.prompt_tokens
+    seen = engine.statistics()
+    assert (seen.prefix_hits, seen.prefix_misses, seen.prefix_tokens) == (1, 1, usage.reused_tokens)
+    assert seen.prefix_bytes > 0 and seen.text_tokens == 16
