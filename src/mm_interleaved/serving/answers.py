@@ -32,12 +32,21 @@ class Answer:
     Args:
         kind: png, jpeg or webp; images of Markdown are always PNG.
         files_url: where the server's own files stand, such as `http://127.0.0.1:8000/files`.
+        most_partial: previews of each image; None: as many as there are.
     """
 
-    def __init__(self, answer_format: str, kind: str, files: FilesStore, files_url: str):
+    def __init__(
+        self,
+        answer_format: str,
+        kind: str,
+        files: FilesStore,
+        files_url: str,
+        most_partial: int | None = None,
+    ):
         self._format, self._kind = answer_format, kind
         self._files, self._files_url = files, files_url
-        self._length = self._num_images = self._part = 0
+        self._length = self._num_images = self._part = self._num_partial = 0
+        self._most_partial = most_partial
         self._last: str | None = None
 
     async def delta(self, event: Event) -> dict[str, Any] | None:
@@ -45,13 +54,19 @@ class Answer:
         match event:
             case TextDelta(text=text):
                 return self._text(text)
-            case ImagePreview(image=image, step=step) if self._format != "markdown":
+            case ImagePreview(image=image, step=step) if self._shows_preview:
+                self._num_partial += 1
                 extra = {"preview": True, "step": step}
                 return self._image(data_url(await encoded(image, self._kind), self._kind), extra)
             case ImageDone(image=image, seed=seed):
                 return await self._done(image, seed)
             case _:
                 return None
+
+    @property
+    def _shows_preview(self) -> bool:
+        is_enough = self._most_partial is not None and self._num_partial >= self._most_partial
+        return self._format != "markdown" and not is_enough
 
     def _text(self, text: str) -> dict[str, Any]:
         if self._format == "parts":
@@ -73,6 +88,7 @@ class Answer:
             found = self._image(data_url(await encoded(image, self._kind), self._kind), {"seed": seed})
         self._begin("image", is_new=True)
         self._num_images += 1
+        self._num_partial = 0
         return found
 
     def _image(self, url: str, extra: dict[str, Any]) -> dict[str, Any]:

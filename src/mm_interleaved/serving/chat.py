@@ -45,7 +45,11 @@ async def complete_chat(services: Services, request: Request) -> Response:
         )
         work = await open_work(services, client, document, asked, given)
         answer = Answer(
-            shown, asked.output_format or "png", services.files, files_url(services.settings, request)
+            shown,
+            asked.output_format or "png",
+            services.files,
+            files_url(services.settings, request),
+            None if asked.preview_every else asked.partial_images,
         )
         head = {
             "id": f"chatcmpl-{client.id}",

@@ -222,5 +222,5 @@ def preview_steps(request: GenerationFields, steps: int) -> int:
     if every is not None:
         return every
     partial = request.partial_images or 0
-    # Rounded up: as many as asked for, or fewer where there are fewer steps.
-    return -(-steps // (partial + 1)) if partial else 0
+    # There may be one more than asked for: whoever shows them counts.
+    return max(1, steps // (partial + 1)) if partial else 0

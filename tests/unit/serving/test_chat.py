@@ -110,8 +110,9 @@ def test_a_stream_tells_usage_once_where_it_is_asked_for(client):
     assert not any(chunk.get("usage") for chunk in chunks(chat(client, "a", stream=True))[:-1])
 
 
-def test_previews_come_before_their_image_and_only_where_asked_for(client):
-    asked = {"layout": "T I", "stream": True, "num_inference_steps": 12}
+@pytest.mark.parametrize("steps", [4, 12, 13])
+def test_previews_come_before_their_image_and_only_where_asked_for(client, steps):
+    asked = {"layout": "T I", "stream": True, "num_inference_steps": steps}
     *found, _ = chunks(chat(client, "a cat", partial_images=2, **asked))
     images = [image for chunk in found for image in chunk["choices"][0]["delta"].get("images", ())]
     assert [image.get("preview", False) for image in images] == [True, True, False]
