@@ -185,7 +185,8 @@ class ServingEngine:
                 counts.refused += 1
                 seconds = self._seconds_each * open_requests / self.max_running
                 raise QueueFull(
-                    f"{counts.queued} requests wait already, at most {self.max_queue} may",
+                    f"{open_requests} requests are open and {counts.unread} answers not taken, no more than "
+                    f"{places} and {2 * places} may be",
                     min(LONGEST_RETRY, seconds),
                 )
             counts.queued += 1

@@ -165,7 +165,7 @@ def test_who_waits_may_leave_too_and_the_queue_has_an_end(generator):
 
     async def crowd():
         tickets = [await engine.open(DOCUMENTS[0], ENDLESS) for _ in range(3)]
-        with pytest.raises(QueueFull, match="2 requests wait already") as refused:
+        with pytest.raises(QueueFull, match="3 requests are open") as refused:
             await engine.open(DOCUMENTS[0], ENDLESS)
         assert 1 <= refused.value.retry_after <= 60
         await tickets[2].cancel()
@@ -320,4 +320,4 @@ def test_a_conversation_with_another_turn_is_not_read_anew(engine, generator):
     assert 20 < usage.reused_tokens < usage.prompt_tokens
     seen = engine.statistics()
     assert (seen.prefix_hits, seen.prefix_misses, seen.prefix_tokens) == (1, 1, usage.reused_tokens)
-    assert seen.prefix_bytes > 0 and seen.text_tokens == 16
+    assert seen.prefix_bytes > 0 and seen.text_tokens >= usage.text_tokens > 0
