@@ -1,4 +1,4 @@
-"""Files of JSON records: lines, or one value; plain or compressed; or what is piped in.
+"""Files of records: JSON lines, or one JSON value, plain or compressed; rows of Parquet; or what is piped in.
 
 Each record is read strictly (`strict_json`) and knows its place, for messages.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from mm_interleaved.documents.images import file_kind
+from mm_interleaved.documents.parquet_rows import read_rows
 from mm_interleaved.documents.strict_json import Field, parse_strict
 from mm_interleaved.errors import InputError, escape
 
@@ -51,7 +52,8 @@ class Record:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The objects of a `.jsonl` file (one a line) or of a `.json` file (one, or a list of them).
+    """The objects of a `.jsonl` file (one a line), of a `.json` file (one, or a list of them) or of a
+    `.parquet` file (one a row, see `parquet_rows`).
 
     A byte-order mark, blank lines, Windows line ends and a missing last line end are all right. Either kind
     may be compressed (`.gz`); `-` is what is piped in, lines or one JSON value.
@@ -59,6 +61,11 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         InputError: missing, not a regular file, not UTF-8, not strict JSON, or too large.
     """
+    if path.name.lower().endswith(".parquet"):
+        _check_regular(path)
+        for number, (place, value) in enumerate(read_rows(path), start=1):
+            yield Record(place, number, Field(value))
+        return
     try:
         with _opened(path) as (file, is_whole):
             if is_whole:
@@ -133,7 +140,7 @@ def _check_regular(path: Path):
         raise InputError(f"{path}: cannot be opened ({getattr(error, 'strerror', error)})") from error
     if not stat.S_ISREG(mode):
         found, instead = file_kind(mode), files_inside(path) if stat.S_ISDIR(mode) else ""
-        raise InputError(f"{path}: found a {found}, expected a .json or .jsonl file{instead}")
+        raise InputError(f"{path}: found a {found}, expected a .json, .jsonl or .parquet file{instead}")
 
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zip", ".parquet", ".tar", ".txt", ".csv", ".tsv")
