@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from mm_interleaved.generation import InterleavedGenerator
+    from mm_interleaved.models.memory_plan import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,12 @@ AS_IT_IS = Acceleration()
 
 
 def load_generator(
-    model: str | Path, *, device: str = "auto", dtype: str = "auto", acceleration: Acceleration = AS_IT_IS
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    acceleration: Acceleration = AS_IT_IS,
+    plan: MemoryPlan | None = None,
 ) -> InterleavedGenerator:
     """A model that is ready to continue documents.
 
@@ -84,6 +90,8 @@ def load_generator(
         device: a torch device, or "auto": a GPU where there is one.
         dtype: "float32", "bfloat16", "float16", or "auto": as saved where the device is fast in that, else
             float32 (see `devices`).
+        plan: what is kept where so that it fits (`load_fitting` makes one), in place of `dtype` and of the
+            acceleration's quantization.
 
     Raises:
         ModelFileError: no model of ours, or an adapter that does not fit it.
@@ -93,15 +101,20 @@ def load_generator(
     """
     from mm_interleaved import InterleavedGenerator, MMInterleavedProcessor
     from mm_interleaved.checkpoint.load import load_model, model_file_errors
+    from mm_interleaved.checkpoint.offloaded import load_offloaded
     from mm_interleaved.models.finite import damaged_weight
     from mm_interleaved.models.quantization import weight_only
 
     place = torch_device(device)
     folder = find_model(model)
+    if plan is not None:
+        dtype, acceleration = plan.dtype, replace(acceleration, quantization=plan.quantization)
     kind = _number_format(dtype, folder, place)
-    if acceleration.quantization is None:
+    if plan is not None and plan.offload is not None:
+        loaded: Any = load_offloaded(folder, kind, place, plan)
+    elif acceleration.quantization is None:
         # nn.Module's stub has no device among the types that `to` takes.
-        loaded: Any = load_model(folder, dtype=kind)
+        loaded = load_model(folder, dtype=kind)
         loaded = loaded.to(place)
     else:
         # Weights in few bits are made where they shall stay.
@@ -110,8 +123,9 @@ def load_generator(
     with model_file_errors(folder):
         processor = MMInterleavedProcessor.from_pretrained(folder)
     adapter = _accelerate(loaded, acceleration)
-    # Weights in few bits cannot be asked; what they are made of was finite, or is caught where it is used.
-    if acceleration.quantization is None and (name := damaged_weight(loaded)) is not None:
+    # Weights in few bits, or elsewhere, cannot be asked; what is not finite is caught where it is used.
+    is_at_hand = acceleration.quantization is None and (plan is None or plan.offload is None)
+    if is_at_hand and (name := damaged_weight(loaded)) is not None:
         raise NumericalError(f"{folder}: {name} holds numbers that are not finite")
     return InterleavedGenerator(loaded, processor, adapter=adapter)
 

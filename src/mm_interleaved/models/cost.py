@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FEW_BITS_BYTES: Mapping[str | None, float] = {"int8": 1.01, "nf4": 0.5625}
+"""Of a weight by `models.quantization`, its share of the scales included: one a row, one each 64 weights."""
 DEFAULT_STEPS = 30
 START_SECONDS = 5e-5
 """Python and PyTorch around each weight that is used; most of a tiny model's time."""
@@ -24,6 +26,8 @@ HALF = 2
 """Bytes of an activation in training, which is kept in bfloat16."""
 UNET_MAPS_A_RESOLUTION = 14
 """Maps that checkpointed blocks of a U-Net leave, and one block at work, in maps of its width."""
+DECODER_MAPS = 6
+"""Maps of the first width and full size that an autoencoder holds at once while it decodes."""
 ADAPTER_TENSORS = 140
 """Tensors of all pyramid cells that the adapter keeps an image, which is not computed again: chosen such that
 the sum is what the shipped model keeps of a row of 512 tokens and 8 images (109 MB, 2026-11)."""
@@ -59,6 +63,10 @@ class Needs:
     """As many as fit into it."""
     cached_values: int
     """Keys, values and hidden states of all tokens, pyramids and projections of all images."""
+    working_values: int
+    """What is at work at once while an image is denoised or decoded."""
+    few_bits_parameters: int
+    """Of those, the weights that quantization keeps in few bits, see `models.quantization`."""
     token_parameters: int
     """Read for each token."""
     token_flops: float
@@ -76,6 +84,15 @@ class Needs:
     def memory(self, dtype: str) -> int:
         """Bytes to generate: weights and everything that is remembered."""
         return (self.parameters + self.cached_values) * BYTES[dtype]
+
+    def weight_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Bytes of the weights, those of the language model's layers in few bits."""
+        few = 0 if quantization is None else self.few_bits_parameters
+        return round((self.parameters - few) * BYTES[dtype] + few * FEW_BITS_BYTES.get(quantization, 0))
+
+    def document_bytes(self, dtype: str) -> int:
+        """Bytes of each document at once: what is remembered of a full context, and what is at work."""
+        return (self.cached_values + self.working_values) * BYTES[dtype]
 
     def training_memory(self, dtype: str) -> int:
         """Bytes to train all: in float32 weights, average, gradients, two moments; the copy computed in."""
@@ -129,6 +146,8 @@ def needs_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
         tokens=tokens,
         images=images,
         cached_values=tokens * _values_a_token(text) + _values_of_images(config, model, images),
+        working_values=0 if decoder is None else _working_values(config),
+        few_bits_parameters=_few_bits_parameters(language),
         token_parameters=sum(tensor.numel() for tensor in for_tokens),
         token_flops=operations.token_operations(model, tokens - 1, images).total,
         token_tensors=len(for_tokens),
@@ -142,6 +161,26 @@ def needs_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
 def _tensors_of(*modules: nn.Module | None) -> list[Tensor]:
     """Their weights, and the tables that are saved with them, which are read as well."""
     return [tensor for module in modules if module is not None for tensor in module.state_dict().values()]
+
+
+def _few_bits_parameters(language: nn.Module) -> int:
+    """Weights of the language model's own linear layers, see `models.quantization.AS_THEY_ARE`."""
+    from torch.nn import Linear
+
+    return sum(
+        module.weight.numel()
+        for name, module in language.named_modules()
+        if isinstance(module, Linear) and ".synchronizer." not in f".{name}."
+    )
+
+
+def _working_values(config: Mapping[str, Any]) -> int:
+    """A guided step of the U-Net, or the autoencoder's largest maps; the two are not at work together."""
+    unet, vae = config["unet_config"], config["vae_config"]
+    side, widths = unet.get("sample_size") or 64, unet["block_out_channels"]
+    step = sum(width * (side // 2**level) ** 2 for level, width in enumerate(widths))
+    pixels = (side * 2 ** (len(vae["block_out_channels"]) - 1)) ** 2
+    return max(2 * UNET_MAPS_A_RESOLUTION * step, DECODER_MAPS * vae["block_out_channels"][0] * pixels)
 
 
 def _values_a_token(text: Mapping[str, Any]) -> int:
