@@ -18,7 +18,8 @@ from mm_interleaved.evaluation.runner import evaluate_model
 from mm_interleaved.evaluation.tasks.storyworld import STORYWORLD
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
-from mm_interleaved.runs.generate import ModelChoice, OnEvent, RunRequest
+from mm_interleaved.runs.engine import ModelChoice, OnEvent
+from mm_interleaved.runs.generate import RunRequest
 from mm_interleaved.storyworld.scores import first_image
 from mm_interleaved.storyworld.tasks import document
 from mm_interleaved.storyworld.world import Scene, scene_from_record

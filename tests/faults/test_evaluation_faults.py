@@ -15,7 +15,8 @@ from faults.filesystem import KILLED, every_event, killed_at
 from mm_interleaved.evaluation.runner import evaluate_model
 from mm_interleaved.evaluation.tasks.storyworld import STORYWORLD
 from mm_interleaved.runs import generate
-from mm_interleaved.runs.generate import ModelChoice, RunRequest, run_documents
+from mm_interleaved.runs.engine import ModelChoice
+from mm_interleaved.runs.generate import RunRequest, run_documents
 from mm_interleaved.storyworld.exports import write_storyworld
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))

@@ -15,8 +15,9 @@ from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError, StorageError, escape
 from mm_interleaved.files import put_aside
+from mm_interleaved.runs.engine import ModelChoice
 from mm_interleaved.runs.folder import changed_files, check_input
-from mm_interleaved.runs.generate import ModelChoice, RunRequest, run_documents
+from mm_interleaved.runs.generate import RunRequest, run_documents
 from mm_interleaved.runs.manifest import read_manifest
 from tiny import tiny_config
 

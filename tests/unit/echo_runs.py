@@ -7,7 +7,8 @@ from echo_generator import load_echo
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Text
-from mm_interleaved.runs.generate import ModelChoice, RunRequest, run_documents
+from mm_interleaved.runs.engine import ModelChoice
+from mm_interleaved.runs.generate import RunRequest, run_documents
 from mm_interleaved.runs.manifest import read_manifest
 from tiny import tiny_config
 

@@ -133,7 +133,8 @@ def evaluate(
     from mm_interleaved.evaluation.registry import make_task
     from mm_interleaved.evaluation.task import TaskOptions
     from mm_interleaved.evaluation.tasks.interleaved import judge_named
-    from mm_interleaved.runs.generate import ModelChoice, RunRequest
+    from mm_interleaved.runs.engine import ModelChoice
+    from mm_interleaved.runs.generate import RunRequest
 
     options = TaskOptions(
         compat=flags.get("compat"),

@@ -8,27 +8,33 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mm_interleaved.cli.command import Flags, command, typed_in_order
 from mm_interleaved.cli.options import (
     AdapterFolder,
+    Address,
     BatchSize,
     ChannelsLast,
     Compile,
     Device,
     Dtype,
+    EngineName,
+    GpusPerActor,
     ImageRoot,
     Images,
+    Memory,
     Model,
     NewRun,
+    NumActors,
     Output,
     Quantization,
     RetryErrors,
     SkipMissingImages,
     Texts,
+    checked_memory,
 )
 from mm_interleaved.cli.output import say, say_error
 from mm_interleaved.cli.places import folder_to_write
@@ -36,9 +42,15 @@ from mm_interleaved.cli.report import SOME_FAILED, run_and_report
 from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.documents.record_files import STANDARD_INPUT
-from mm_interleaved.errors import InputError, ModelFileError, UsageError
+from mm_interleaved.errors import InputError, ModelFileError, UsageError, escape
 from mm_interleaved.generation.loading import Acceleration
 from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.spelling import hint
+
+if TYPE_CHECKING:
+    from mm_interleaved.runs.engine import Engine
+
+ENGINES = ("single", "ray")
 
 
 def add_to(app: typer.Typer):
@@ -52,7 +64,8 @@ def generate(
     input: Annotated[
         Path | None,
         typer.Argument(
-            metavar="INPUT", help="Documents: .json or .jsonl (or .gz), in any known format; - is piped in."
+            metavar="INPUT",
+            help="Documents: .json or .jsonl (or .gz) or .parquet, in any known format; - is piped in.",
         ),
     ] = None,
     output: Output = None,
@@ -69,7 +82,12 @@ def generate(
     channels_last: ChannelsLast = False,
     compile: Compile = False,
     quantization: Quantization = None,
+    memory: Memory = None,
     adapter: AdapterFolder = None,
+    engine: EngineName = "single",
+    address: Address = None,
+    num_actors: NumActors = None,
+    gpus_per_actor: GpusPerActor = None,
     *,
     flags: Flags,
 ) -> int:
@@ -78,8 +96,10 @@ def generate(
     Either INPUT holds the documents, or --text and --image give one, part by part. Writes results.jsonl,
     images/, index.html and manifest.json into DIR. The same command again finishes what is missing.
     """
-    from mm_interleaved.runs.generate import ModelChoice, RunRequest
+    from mm_interleaved.runs.engine import ModelChoice
+    from mm_interleaved.runs.generate import RunRequest
 
+    continued_by = _engine(engine, address=address, num_actors=num_actors, gpus_per_actor=gpus_per_actor)
     parts = typed_parts(context, text, image)
     documents = _given_documents(input, parts, image_root, skip_missing_images)
     if input and output and output.resolve() in (input.resolve(), input.resolve().parent / "results.jsonl"):
@@ -91,13 +111,34 @@ def generate(
     request = RunRequest(
         documents=documents,
         output=output or default_output(name, documents, model, flags),
-        model=ModelChoice(name=model, device=device, dtype=dtype, acceleration=acceleration),
+        model=ModelChoice(
+            name=model, device=device, dtype=dtype, acceleration=acceleration, memory=checked_memory(memory)
+        ),
         flags=flags,
         new_run=new_run,
         retry_errors=retry_errors,
         batch_size=batch_size,
+        engine=continued_by,
     )
     return run_and_report(request)
+
+
+def _engine(name: str, **settings: Any) -> Engine:
+    """What continues the documents. Raises UsageError: no such engine, or settings of another."""
+    from mm_interleaved.runs.engine import continue_here
+    from mm_interleaved.runs.ray_engine import RayEngine
+
+    if name == "ray":
+        return RayEngine(**settings)
+    if name != "single":
+        raise UsageError(f"engine: found {escape(name)!r}, {hint(name, ENGINES)}", field="engine")
+    for setting, value in settings.items():
+        if value is not None:
+            raise UsageError(
+                f"{setting.replace('_', '-')}: found {value} without --engine ray, which it belongs to",
+                field=setting,
+            )
+    return continue_here
 
 
 def _given_documents(
@@ -168,21 +209,16 @@ def _run_again(wanted: dict[str, Any], documents: Sequence[Document], model: str
     """The run of a manifest once more, into another folder."""
     import torch
 
-    from mm_interleaved.runs.generate import ModelChoice, RunRequest
+    from mm_interleaved.runs.engine import ModelChoice
+    from mm_interleaved.runs.generate import RunRequest
     from mm_interleaved.runs.manifest import batch_size_of
     from mm_interleaved.runs.redo import Redo
 
     torch.set_num_threads(wanted["threads"])
-    choice = ModelChoice(
-        name=model,
-        device=wanted["device"],
-        dtype=wanted["dtype"],
-        acceleration=Acceleration.of_record(wanted.get("acceleration", {})),
-    )
     request = RunRequest(
         documents=documents,
         output=output,
-        model=choice,
+        model=ModelChoice.of_manifest(wanted, model),
         flags=wanted["flags"],
         redo=None if "redo" not in wanted else Redo.of_record(wanted["redo"]),
         batch_size=batch_size_of(wanted),

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from mm_interleaved.cli.places import folder_to_write
+from mm_interleaved.errors import UsageError, escape
+from mm_interleaved.models.memory_plan import MEMORY_CHOICES
+from mm_interleaved.spelling import hint
 
 Model = Annotated[
     str, typer.Option("--model", help="storyworld (shipped), a folder, or a hub id.", metavar="MODEL")
@@ -46,6 +49,31 @@ BatchSize = Annotated[
 NewRun = Annotated[bool, typer.Option("--new-run", help="Move an earlier run in DIR aside and begin anew.")]
 RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Make the documents that failed again.")]
 
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="single: this process; ray: actors on a Ray cluster, started here or at --address."
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine ray: a running cluster, HOST:PORT, or auto for the one of this machine.",
+        metavar="ADDRESS",
+    ),
+]
+NumActors = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --engine ray: copies of the model (default: as the cluster has room)."),
+]
+GpusPerActor = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="With --engine ray: GPUs, or the part of one, of each copy (default: 1, or 0 without any).",
+    ),
+]
+
 ChannelsLast = Annotated[
     bool, typer.Option("--channels-last", help="Keep the image decoder's feature maps channels last.")
 ]
@@ -55,7 +83,21 @@ Compile = Annotated[
 Quantization = Annotated[
     str | None, typer.Option(help="Not exact: weights of the language model in few bits: int8 or nf4.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Make the model fit: auto chooses number format, few bits and what waits outside of the "
+        "device; low takes as little as can be (default: as it is)."
+    ),
+]
 AdapterFolder = Annotated[
     Path | None,
     typer.Option(help="Not exact: LoRA weights for the image decoder, such as an LCM-LoRA.", metavar="DIR"),
 ]
+
+
+def checked_memory(memory: str | None) -> str | None:
+    """A way of making the model fit. Raises UsageError for one that is not there."""
+    if memory is not None and memory not in MEMORY_CHOICES:
+        raise UsageError(f"memory: found {escape(memory)!r}, {hint(memory, MEMORY_CHOICES)}", field="memory")
+    return memory

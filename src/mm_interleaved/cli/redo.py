@@ -14,7 +14,6 @@ from mm_interleaved.cli.output import say
 from mm_interleaved.cli.report import run_and_report
 from mm_interleaved.documents.document import Document, Part, Text
 from mm_interleaved.errors import ModelFileError, UsageError
-from mm_interleaved.generation.loading import Acceleration
 from mm_interleaved.spelling import counted
 
 
@@ -55,7 +54,8 @@ def redo(
     """
     from mm_interleaved.model_files.hashing import hash_model
     from mm_interleaved.model_files.resolve import find_model
-    from mm_interleaved.runs.generate import ModelChoice, RunRequest
+    from mm_interleaved.runs.engine import ModelChoice
+    from mm_interleaved.runs.generate import RunRequest
     from mm_interleaved.runs.manifest import read_manifest
     from mm_interleaved.runs.redo import Redo, document_named, finished_documents, new_run_folder
 
@@ -75,12 +75,7 @@ def redo(
     request = RunRequest(
         documents=documents,
         output=target,
-        model=ModelChoice(
-            name=name,
-            device=manifest["device"],
-            dtype=manifest["dtype"],
-            acceleration=Acceleration.of_record(manifest.get("acceleration", {})),
-        ),
+        model=ModelChoice.of_manifest(manifest, name),
         flags=all_flags,
         redo=Redo(document=chosen.id, part=part, rest=rest),
         batch_size=1,

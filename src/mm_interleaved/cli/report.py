@@ -12,7 +12,8 @@ from mm_interleaved.generation.events import Event, ImagePreview, ImageStarted, 
 from mm_interleaved.spelling import counted
 
 if TYPE_CHECKING:
-    from mm_interleaved.runs.generate import OnEvent, RunOutcome, RunRequest
+    from mm_interleaved.runs.engine import OnEvent
+    from mm_interleaved.runs.generate import RunOutcome, RunRequest
 
 SOME_FAILED = SomeFailedError.exit_code
 

@@ -18,8 +18,10 @@ from mm_interleaved.cli.options import (
     Compile,
     Device,
     Dtype,
+    Memory,
     Model,
     Quantization,
+    checked_memory,
 )
 from mm_interleaved.cli.output import say, say_error
 from mm_interleaved.errors import InputError, UsageError, escape
@@ -119,6 +121,7 @@ def serve(
     compile: Compile = False,
     adapter: AdapterFolder = None,
     quantization: Quantization = None,
+    memory: Memory = None,
 ):
     """Serve a model to OpenAI's clients: /v1/chat/completions, /v1/responses, /v1/images/generations.
 
@@ -128,6 +131,7 @@ def serve(
     from mm_interleaved.serving.http_server import listening_socket
     from mm_interleaved.serving.settings import Limits, ServerSettings
 
+    memory = checked_memory(memory)
     keys = read_keys(api_keys or (), api_key_file)
     settings = ServerSettings(
         model=model if model == "storyworld" else Path(model).name or model,
@@ -147,10 +151,22 @@ def serve(
         channels_last=channels_last, compile=compile, adapter=adapter, quantization=quantization
     )
     from mm_interleaved.cli.process import load_quietly
+    from mm_interleaved.generation.fitting import load_fitting
     from mm_interleaved.serving.engine import ServingEngine
 
     with listening:
-        generator = load_quietly(model, device=device, dtype=dtype, acceleration=acceleration)
+        if memory is None:
+            generator = load_quietly(model, device=device, dtype=dtype, acceleration=acceleration)
+        else:
+            generator = load_fitting(
+                model,
+                memory,
+                device=device,
+                dtype=dtype,
+                acceleration=acceleration,
+                most_at_once=max_running,
+                load=load_quietly,
+            )
         engine = ServingEngine(
             generator,
             max_running=max_running,

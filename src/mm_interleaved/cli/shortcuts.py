@@ -163,7 +163,8 @@ def _request(
     flags: Flags,
     new_run: bool,
 ) -> RunRequest:
-    from mm_interleaved.runs.generate import ModelChoice, RunRequest
+    from mm_interleaved.runs.engine import ModelChoice
+    from mm_interleaved.runs.generate import RunRequest
 
     choice = ModelChoice(name=model, device=device, dtype=dtype)
     return RunRequest(documents=documents, output=output, model=choice, flags=flags, new_run=new_run)
@@ -223,7 +224,7 @@ def _answers(
     from mm_interleaved.generation.settings import settings_for
     from mm_interleaved.model_files.config import read_config
     from mm_interleaved.model_files.resolve import find_model
-    from mm_interleaved.runs.generate import continue_in_batches
+    from mm_interleaved.runs.engine import continue_in_batches
 
     folder = find_model(model)
     defaults = generation_defaults(read_config(folder))

@@ -26,7 +26,11 @@ from mm_interleaved.devices import (
     weight_format,
 )
 from mm_interleaved.errors import MMInterleavedError
-from mm_interleaved.models.cost import BYTES, DEVICES, needs_of
+from mm_interleaved.generation.fitting import installed_quantizations
+from mm_interleaved.models.cost import BYTES, DEVICES, Needs, needs_of
+from mm_interleaved.models.device_memory import room_of
+from mm_interleaved.models.memory_plan import MEMORY_CHOICES, MemoryPlan, Room, memory_plans
+from mm_interleaved.models.quantization import QUANTIZATIONS
 from mm_interleaved.training.plan import GPUS, plan_lines, training_needs
 from mm_interleaved.versions import installed_version, requirements, untried
 
@@ -36,7 +40,10 @@ _EXTRAS = {
     "bench": ("matplotlib",),
     "quantize": ("torchao", "bitsandbytes"),
     "kernels": ("triton",),
+    "ray": ("ray",),
 }
+_GPU_SIZES = (8, 12, 16, 24, 48, 80)
+"""Gigabytes of GPUs that people have."""
 
 
 def add_to(app: typer.Typer):
@@ -109,8 +116,9 @@ def plan(
 
     Memory to generate is that of weights and of a document that fills the context; to train it is that of
     weights, gradients and the optimizer, with activations still on top. Time is counted in multiplications.
+    Last comes what `--memory auto` and `low` choose on this machine and on GPUs of usual sizes.
     """
-    config, shapes = _numbers_of(model)
+    config, shapes, saved = _numbers_of(model)
     needs = needs_of(config, shapes)
     say(f"{model}: {needs.parameters:,} parameters; context {needs.tokens} tokens, {needs.images} images")
     say()
@@ -128,28 +136,57 @@ def plan(
             say(f"{device.name:<18} {dtype:<10} {image:>14} {tokens:>14,.0f}")
     say()
     say(f"An image takes {needs.steps} guided steps. Time is right within a factor of a few.")
+    say()
+    _say_fits(needs, saved)
     if gpus:
         _say_training_plan(config, shapes, needs.tokens, gpus)
 
 
-def _numbers_of(model: str) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, ...]]]:
-    """A model's configuration, and the shapes of its tensors; no weight is read."""
+def _say_fits(needs: Needs, saved: str):
+    """What is chosen here and elsewhere, see `models.memory_plan`."""
+    here = room_of(torch_device("auto"))
+    say(f"{'to make it fit':<18} {'--memory':<10} chosen")
+    for memory in MEMORY_CHOICES:
+        plan, *_ = memory_plans(
+            needs, here, memory=memory, saved=saved, quantizations=installed_quantizations()
+        )
+        say(f"{'here':<18} {memory:<10} {_chosen(plan)}")
+    for gigabytes in _GPU_SIZES:
+        # Few bits count as installed, and the host as large enough for all weights.
+        gpu = Room(
+            device=f"GPU, {gigabytes} GB",
+            device_type="cuda",
+            free=gigabytes * 10**9,
+            host_free=2 * needs.weight_bytes("bfloat16"),
+            fast_formats=frozenset(FORMATS),
+        )
+        plan, *_ = memory_plans(needs, gpu, memory="auto", saved=saved, quantizations=tuple(QUANTIZATIONS))
+        say(f"{gpu.device:<18} {'auto':<10} {_chosen(plan)}")
+
+
+def _chosen(plan: MemoryPlan) -> str:
+    return f"{plan.describe()}: {plan.needs()}" + ("" if plan.fits else "; does not fit")
+
+
+def _numbers_of(model: str) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, ...]], str]:
+    """A model's configuration, the shapes of its tensors, and their number format; no weight is read."""
     if model == "released":
         from mm_interleaved.checkpoint.load import model_shapes
         from mm_interleaved.checkpoint.released_config import RELEASED, released_config
 
         released = released_config(**RELEASED)
-        return json.loads(released.to_json_string(use_diff=False)), model_shapes(released)
+        return json.loads(released.to_json_string(use_diff=False)), model_shapes(released), "bfloat16"
     from mm_interleaved.generation.defaults import generation_defaults
     from mm_interleaved.model_files.config import read_config
-    from mm_interleaved.model_files.headers import tensor_headers
+    from mm_interleaved.model_files.headers import saved_format, tensor_headers
     from mm_interleaved.model_files.resolve import find_model
 
     folder = find_model(model)
     config = read_config(folder)
     # How many steps an image takes is one of them.
     generation_defaults(config)
-    return config, {name: header.shape for name, header in tensor_headers(folder).items()}
+    shapes = {name: header.shape for name, header in tensor_headers(folder).items()}
+    return config, shapes, saved_format(folder)
 
 
 def _say_training_plan(

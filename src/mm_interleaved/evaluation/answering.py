@@ -14,7 +14,7 @@ from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import InputError
 from mm_interleaved.generation.events import Event, Failed, Finished
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.runs.generate import continue_in_batches
+from mm_interleaved.runs.engine import continue_in_batches
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator

@@ -33,7 +33,8 @@ from mm_interleaved.evaluation.task import Task
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.model_files.resolve import find_model
-from mm_interleaved.runs.generate import ModelChoice, OnEvent, RunRequest, run_documents
+from mm_interleaved.runs.engine import ModelChoice, OnEvent
+from mm_interleaved.runs.generate import RunRequest, run_documents
 
 if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator

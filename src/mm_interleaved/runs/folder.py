@@ -89,6 +89,8 @@ class RunIdentity:
     """What was made again, where the run is not one of continuing documents."""
     answering: Mapping[str, Any] = field(default_factory=dict)
     """How documents are answered, where not just by being continued."""
+    memory: str | None = None
+    """How the model is made to fit into memory."""
 
 
 @dataclass(slots=True)
@@ -145,6 +147,11 @@ class RunFolder:
             for name in images:
                 write_file(self.path / name, read_regular_file(other.path / name, name))
             self._append(record, images)
+
+    def note(self, **facts: Any):
+        """Write what has become of the run into its manifest, at once."""
+        self.manifest.update(facts)
+        write_file(self.path / MANIFEST, _json_file(self.manifest))
 
     def close(self, render: Callable[[Sequence[Mapping[str, Any]]], bytes]):
         """The run is over: results in input order, the page, the manifest with all hashes.
@@ -305,6 +312,7 @@ def _identity_record(identity: RunIdentity) -> dict[str, Any]:
         "acceleration": dict(identity.acceleration),
         **({} if identity.redo is None else {"redo": dict(identity.redo)}),
         **({"answering": dict(identity.answering)} if identity.answering else {}),
+        "memory": identity.memory,
     }
 
 

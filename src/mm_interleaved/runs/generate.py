@@ -6,9 +6,9 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,33 @@ from typing import TYPE_CHECKING, Any
 from mm_interleaved.devices import torch_device
 from mm_interleaved.documents.document import Document
 from mm_interleaved.documents.images import open_image
-from mm_interleaved.errors import NumericalError, UsageError
+from mm_interleaved.errors import UsageError
 from mm_interleaved.generation.defaults import generation_defaults
-from mm_interleaved.generation.events import Event, Failed, Finished
-from mm_interleaved.generation.loading import AS_IT_IS, Acceleration, load_generator
+from mm_interleaved.generation.events import Event, Finished
+from mm_interleaved.generation.fitting import FittingGenerator, explain, plans_for
+from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
 from mm_interleaved.model_files.config import read_config
 from mm_interleaved.model_files.hashing import hash_model
 from mm_interleaved.model_files.resolve import find_model
+from mm_interleaved.models.device_memory import room_of
+from mm_interleaved.models.memory_plan import MemoryPlan
+from mm_interleaved.runs.engine import (
+    Answer,
+    Batch,
+    Engine,
+    ModelChoice,
+    OnEvent,
+    Work,
+    continue_here,
+    continue_in_batches,
+    default_batch_size,
+)
 from mm_interleaved.runs.folder import RunFolder, RunIdentity, open_run
 from mm_interleaved.runs.manifest import batch_size_of
 from mm_interleaved.runs.page import render_page, title_of
 from mm_interleaved.runs.provenance import package_versions
-from mm_interleaved.runs.redo import OnEvent, Redo, redo_documents
+from mm_interleaved.runs.redo import Redo, redo_documents
 from mm_interleaved.runs.shares import open_share, take_over_shares
 
 if TYPE_CHECKING:
@@ -50,22 +64,6 @@ _PACKAGES = (
 
 logger = logging.getLogger(__name__)
 
-Answer = Callable[
-    ["InterleavedGenerator", Sequence[Document], Sequence[GenerationSettings], int],
-    Iterator[tuple[int, Event]],
-]
-"""What continues documents, as `continue_in_batches` does."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelChoice:
-    """Which model, and how it computes."""
-
-    name: str = "storyworld"
-    device: str = "auto"
-    dtype: str = "auto"
-    acceleration: Acceleration = AS_IT_IS
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
@@ -85,12 +83,8 @@ class RunRequest:
     """How documents are answered, where not just by being continued; makes it another run."""
     batch_size: int | None = None
     """Documents continued at once; None: as many as the run in the folder, else `default_batch_size`."""
-
-
-MOST_AT_ONCE, MEMORY_A_DOCUMENT = 16, 4 * 2**30
-"""Of documents on a GPU, and bytes of its memory for each: in the published size one remembers about 2 GB of
-a full context, and takes 1 GB while an image of 512 pixels is denoised.
-"""
+    engine: Engine = continue_here
+    """What continues them; no part of what the run is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +139,14 @@ def run_documents(
 
         def begin() -> tuple[int, frozenset[str]]:
             nonlocal whole
-            whole = stack.enter_context(_open(request, identity, lambda: _facts(request, settings)))
+            whole = stack.enter_context(_open(request, identity, lambda: _facts(request, folder, settings)))
             return _batch_size(whole, request.batch_size), frozenset(whole.finished)
 
         # 1. What is still to be done, and this rank's share of it.
         batch_size, finished = begin() if ranks is None else ranks.from_first(begin)
         batches = unfinished_batches(request.documents, batch_size, finished)
         own = batches if ranks is None else batches[ranks.rank :: ranks.size]
-        pending = [document for batch in own for document in batch if document.id not in finished]
+        pending = [document for _, batch in own for document in batch if document.id not in finished]
 
         # 2. It is done.
         if whole is None:
@@ -164,14 +158,21 @@ def run_documents(
                 _warn_of_differences(whole, request.model.device)
         with part as run:
             if own:
-                generator = _load(request.model, folder, load, ranks)
-                if request.redo is not None:
-                    redo_documents(run, generator, request.redo, settings, on_event)
-                else:
-                    if whole is not None:
-                        generator.warn_of_unknown_words(whole.pending())
-                    continued = partial(answer or continue_in_batches, generator)
-                    _continue(run, own, settings, finished, continued, on_event)
+                work = Work(
+                    run=run,
+                    batches=_with_settings(own, settings),
+                    finished=finished,
+                    to_be_read=() if whole is None else whole.pending(),
+                    model=_planned(request.model, run, ranks),
+                    weights=identity.weights,
+                    folder=folder,
+                    load=load,
+                    answer=answer or continue_in_batches,
+                    on_event=on_event,
+                    is_retry=request.retry_errors,
+                )
+                engine = request.engine if request.redo is None else partial(_redo_here, request.redo)
+                engine(work)
         if ranks is not None:
             ranks.gather("done")
         if whole is None:
@@ -186,10 +187,14 @@ def run_documents(
 
 def unfinished_batches(
     documents: Sequence[Document], batch_size: int, finished: Collection[str]
-) -> list[Sequence[Document]]:
-    """The batches of a run, always the same, that still lack a document."""
-    batches = (documents[start : start + batch_size] for start in range(0, len(documents), batch_size))
-    return [batch for batch in batches if any(document.id not in finished for document in batch)]
+) -> list[tuple[int, Sequence[Document]]]:
+    """The batches of a run, always the same, that still lack a document; and where each begins."""
+    batches = (
+        (start, documents[start : start + batch_size]) for start in range(0, len(documents), batch_size)
+    )
+    return [
+        (start, batch) for start, batch in batches if any(document.id not in finished for document in batch)
+    ]
 
 
 @contextmanager
@@ -209,13 +214,6 @@ def _open(
         yield run
 
 
-def _load(
-    model: ModelChoice, folder: Path, load: Callable[..., InterleavedGenerator], ranks: Ranks | None
-) -> InterleavedGenerator:
-    device = model.device if ranks is None else str(ranks.device)
-    return load(folder, device=device, dtype=model.dtype, acceleration=model.acceleration)
-
-
 def _identity(request: RunRequest, folder: Path, settings: GenerationSettings) -> RunIdentity:
     return RunIdentity(
         model=request.model.name,
@@ -227,14 +225,49 @@ def _identity(request: RunRequest, folder: Path, settings: GenerationSettings) -
         acceleration=request.model.acceleration.record(),
         redo=None if request.redo is None else request.redo.record(),
         answering=request.answering,
+        memory=request.model.memory,
     )
 
 
-def _facts(request: RunRequest, settings: Mapping[str, GenerationSettings]) -> dict[str, Any]:
+def _facts(request: RunRequest, folder: Path, settings: Mapping[str, GenerationSettings]) -> dict[str, Any]:
     """What the manifest of a new run says beside its identity."""
     seeds = {key: chosen.seed for key, chosen in settings.items()}
-    batch_size = request.batch_size or default_batch_size(torch_device(request.model.device))
-    return {"seeds": seeds, "batch_size": batch_size, **machine_facts(request.model.device)}
+    device = torch_device(request.model.device)
+    batch_size = request.batch_size or default_batch_size(device)
+    plan: dict[str, Any] = {}
+    if request.model.memory is not None:
+        chosen = request.model.plan or _chosen_plan(request.model, folder, device, batch_size)
+        plan = {"memory_plan": chosen.record()}
+        batch_size = request.batch_size or chosen.batch_size
+    return {"seeds": seeds, "batch_size": batch_size, **plan, **machine_facts(request.model.device)}
+
+
+def _chosen_plan(model: ModelChoice, folder: Path, device: torch.device, most_at_once: int) -> MemoryPlan:
+    """The first plan for a model here; says what it is, and why."""
+    assert model.memory is not None
+    room = room_of(device)
+    plan, *_ = plans_for(
+        folder,
+        model.memory,
+        device=model.device,
+        dtype=model.dtype,
+        quantization=model.acceleration.quantization,
+        most_at_once=most_at_once,
+        room=room,
+    )
+    logger.warning("%s", explain(plan, model.memory, room))
+    return plan
+
+
+def _planned(model: ModelChoice, run: RunFolder, ranks: Ranks | None) -> ModelChoice:
+    """On this rank's device; with the plan with which the run began, or to which it had to go over: the last
+    bits depend on it.
+    """
+    if ranks is not None:
+        model = replace(model, device=str(ranks.device))
+    if model.memory is None:
+        return model
+    return replace(model, plan=MemoryPlan.of_record(run.manifest["memory_plan"]))
 
 
 def _warn_of_differences(run: RunFolder, device: str):
@@ -260,35 +293,6 @@ def _outcome(
     )
 
 
-def continue_in_batches(
-    generator: InterleavedGenerator,
-    documents: Sequence[Document],
-    settings: Sequence[GenerationSettings],
-    batch_size: int | None = None,
-) -> Iterator[tuple[int, Event]]:
-    """The events of each document, by its place: `batch_size` documents at once, then the next.
-
-    Args:
-        settings: of each.
-        batch_size: default: see `default_batch_size`.
-
-    Raises:
-        NumericalError: when the others of its batch are done.
-    """
-    batch_size = batch_size or default_batch_size(generator.model.device)
-    for start in range(0, len(documents), batch_size):
-        batch = slice(start, start + batch_size)
-        numerical: list[NumericalError] = []
-        for place, event in generator.stream_batch(documents[batch], settings=settings[batch]):
-            match event:
-                case Failed(error=NumericalError() as error):
-                    numerical.append(error)
-                case _:
-                    yield start + place, event
-        if numerical:
-            raise numerical[0]
-
-
 def complete(
     generator: InterleavedGenerator,
     document: Document,
@@ -301,22 +305,6 @@ def complete(
         if isinstance(event, Finished):
             return event.document
     raise AssertionError("a stream ends with Finished")
-
-
-def default_batch_size(device: torch.device) -> int:
-    """Documents to be continued at once on a device.
-
-    Eight on a CPU, where one core makes eight captions of the shipped model in a quarter of the time that
-    they take one by one, and eight stories of two images in half of it (2026-11, `python -m benchmarks
-    batch`). On a GPU, which reads its weights once for all of them, as many as its memory holds of the
-    published size.
-    """
-    import torch
-
-    if device.type != "cuda":
-        return 8
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1, min(MOST_AT_ONCE, memory // MEMORY_A_DOCUMENT))
 
 
 def machine_facts(device: str) -> dict[str, Any]:
@@ -354,32 +342,23 @@ def _batch_size(run: RunFolder, wanted: int | None) -> int:
     return found
 
 
-def _continue(
-    run: RunFolder,
-    batches: Sequence[Sequence[Document]],
-    settings: Mapping[str, GenerationSettings],
-    finished: Collection[str],
-    continued: Callable[..., Iterator[tuple[int, Event]]],
-    on_event: OnEvent,
-):
-    """Write what is missing of batches, while they are continued.
+def _redo_here(redo: Redo, work: Work):
+    """The engine that makes one part again."""
+    generator = work.generator()
+    settings = {
+        document.id: each
+        for batch in work.batches
+        for document, each in zip(batch.documents, batch.settings, strict=True)
+    }
+    if isinstance(generator, FittingGenerator):
+        generator = generator.generator
+    redo_documents(work.run, generator, redo, settings, work.on_event)
 
-    Those that are finished already are computed once more beside it and not written: then each document is
-    continued beside the same others, whether the run was stopped meanwhile or not, and comes out the same to
-    the bit.
-    """
-    for batch in batches:
-        for place, event in continued(batch, [settings[document.id] for document in batch], len(batch)):
-            document = batch[place]
-            if document.id in finished:
-                continue
-            on_event(document, event)
-            if isinstance(event, Finished):
-                run.commit(event.document)
-                on_event(document, "finished")
-            elif isinstance(event, Failed):
-                run.commit_error(document, event.error)
-                on_event(document, "failed")
+
+def _with_settings(
+    batches: Sequence[tuple[int, Sequence[Document]]], settings: Mapping[str, GenerationSettings]
+) -> list[Batch]:
+    return [Batch(start, batch, [settings[each.id] for each in batch]) for start, batch in batches]
 
 
 def _page(records: Sequence[Mapping[str, Any]], folder: Path, model: str, seed: int) -> bytes:

@@ -24,11 +24,20 @@ _OPTIONAL_FIELDS: dict[str, Any] = {
     "acceleration": dict, "acceleration.channels_last": bool, "acceleration.compile": bool,
     "acceleration.quantization": str, "acceleration.adapter": dict, "answering": dict, "outputs": dict,
     "redo": dict,
+    "memory": str, "memory_plan": dict, "memory_changes": list,
 }  # fmt: skip
 _DEPENDENT_FIELDS: dict[str, dict[str, Any]] = {
     "acceleration.adapter": {"acceleration.adapter.folder": str, "acceleration.adapter.sha256": str},
     "outputs": {"outputs.records": dict, "outputs.images": dict},
     "redo": {"redo.document": str, "redo.part": int, "redo.rest": str},
+    "memory_plan": {
+        "memory_plan.dtype": str,
+        "memory_plan.batch_size": int,
+        "memory_plan.weights": int,
+        "memory_plan.on_device": int,
+        "memory_plan.on_host": int,
+        "memory_plan.documents": int,
+    },
 }
 """Must be there where another field is."""
 

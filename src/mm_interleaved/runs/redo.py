@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -21,8 +21,9 @@ from mm_interleaved.documents.image_references import ImageFolder
 from mm_interleaved.documents.record_files import Record
 from mm_interleaved.documents.strict_json import Field
 from mm_interleaved.errors import InputError, MMInterleavedError, escape
-from mm_interleaved.generation.events import Event, Finished
+from mm_interleaved.generation.events import Finished
 from mm_interleaved.generation.settings import GenerationSettings, fails_alone
+from mm_interleaved.runs.engine import OnEvent
 from mm_interleaved.runs.folder import RunFolder, changed_files
 from mm_interleaved.runs.results import RESULTS, read_results
 from mm_interleaved.spelling import nearest
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from mm_interleaved.generation import InterleavedGenerator
 
 logger = logging.getLogger(__name__)
-
-OnEvent = Callable[[Document, Event | str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

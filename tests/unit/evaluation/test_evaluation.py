@@ -18,7 +18,8 @@ from mm_interleaved.evaluation.tasks.storyworld import STORYWORLD
 from mm_interleaved.files import make_folder
 from mm_interleaved.generation.loading import AS_IT_IS, Acceleration
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.runs.generate import ModelChoice, RunRequest
+from mm_interleaved.runs.engine import ModelChoice
+from mm_interleaved.runs.generate import RunRequest
 from mm_interleaved.storyworld.exports import write_storyworld
 from tiny import tiny_config
 

@@ -10,7 +10,8 @@ from PIL import Image as PILImage
 from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.errors import InputError, UsageError
 from mm_interleaved.generation import InterleavedGenerator
-from mm_interleaved.runs.generate import ModelChoice, RunRequest, run_documents
+from mm_interleaved.runs.engine import ModelChoice
+from mm_interleaved.runs.generate import RunRequest, run_documents
 from mm_interleaved.runs.manifest import read_manifest
 from mm_interleaved.runs.redo import Redo, document_named, finished_documents, new_run_folder
 from tiny import tiny_model, tiny_processor

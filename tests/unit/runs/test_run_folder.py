@@ -19,8 +19,9 @@ from mm_interleaved.documents.document_files import read_documents
 from mm_interleaved.errors import InputError, NumericalError, StorageError, UsageError
 from mm_interleaved.files import locked_folder, repair_tail
 from mm_interleaved.generation.events import Failed, Finished
+from mm_interleaved.runs.engine import default_batch_size
 from mm_interleaved.runs.folder import file_stem, file_stems
-from mm_interleaved.runs.generate import RunRequest, default_batch_size, run_documents
+from mm_interleaved.runs.generate import RunRequest, run_documents
 from mm_interleaved.runs.manifest import read_manifest
 from mm_interleaved.runs.results import image_paths
 
