@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_interleaved.documents.document import Document, Text
+from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.answers import answer_text, by_gold
 from mm_interleaved.evaluation.metrics.captions import METRICS, caption_scores, spice_is_here
 from mm_interleaved.evaluation.task import Task, TaskOptions
@@ -67,7 +68,14 @@ def _read_captions(names: Sequence[str], options: TaskOptions, data: Path) -> li
     }  # fmt: skip
     if path.name.startswith("dataset_"):
         settings["split"] = "test"
-    return gold_documents("captions", settings | options.source)
+    documents = gold_documents("captions", settings | options.source)
+    bare = [document.id for document in documents if not any(document.meta["captions"])]
+    if bare:
+        raise InputError(
+            f"{path}: found no caption of {escape(bare[0])!r} ({len(bare)} without), expected one or more",
+            field="annotations",
+        )
+    return documents
 
 
 def _read_paragraphs(options: TaskOptions, data: Path) -> list[Document]:

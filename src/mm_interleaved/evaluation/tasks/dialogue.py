@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mm_interleaved.data.storage.records import read_table
 from mm_interleaved.documents.document import Document
-from mm_interleaved.errors import InputError
+from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.answering import Ranking
 from mm_interleaved.evaluation.answers import answer_ranking, by_gold
 from mm_interleaved.evaluation.metrics.retrieval import ndcg, ranking_scores
@@ -55,6 +56,7 @@ def _read(is_released: bool, options: TaskOptions, data: Path) -> list[Document]
     if has_annotation_file(folder, DENSE):
         settings["dense_annotations"] = str(annotation_file(folder, DENSE))
     documents = gold_documents("visdial", settings | options.source)
+    _refuse_doubled_dialogues(path)
     for document in documents:
         if not {"candidates", "gold_index"} <= document.meta.keys():
             raise InputError(
@@ -64,6 +66,16 @@ def _read(is_released: bool, options: TaskOptions, data: Path) -> list[Document]
         _check_relevance(path, document)
     # A single candidate is no question.
     return [document for document in documents if len(document.meta["candidates"]) > 1]
+
+
+def _refuse_doubled_dialogues(path: Path) -> None:
+    """A dialogue an image: a second one would count twice."""
+    seen: set[str] = set()
+    for dialog in read_table(str(path))["data"]["dialogs"].list():
+        key = str(dialog["image_id"].value)
+        if key in seen:
+            raise InputError(f"{path}: {dialog.path}.image_id: {escape(key)} occurs twice", field="image_id")
+        seen.add(key)
 
 
 def _check_relevance(path: Path, document: Document) -> None:
