@@ -38,6 +38,7 @@ from mm_interleaved.generation.session import EncodedImage, EncodeRequest, encod
 from mm_interleaved.generation.settings import fails_alone
 from mm_interleaved.generation.text import TextRequest, TextRun
 from mm_interleaved.generation.text_batch import TextBatch
+from mm_interleaved.models.weights_at_hand import steady_weights
 
 Request: TypeAlias = EncodeRequest | TextRequest | ImageRequest
 Answer: TypeAlias = list[EncodedImage] | TextRun | GeneratedImages
@@ -107,7 +108,9 @@ class ContinuousBatch:
             # Each until it asks for something or ends.
             yield from self._go_on(self._new.pop(0))
             return
-        for number, answer in self._answers():
+        with steady_weights():
+            answers = self._answers()
+        for number, answer in answers:
             if isinstance(answer, ImagePreview):
                 yield number, answer
             # Who takes an event may cancel another document.
@@ -121,7 +124,9 @@ class ContinuousBatch:
         steps = self._steps[number]
         while True:
             try:
-                item = steps.throw(answer) if isinstance(answer, NumericalError) else steps.send(answer)
+                # Whoever takes the events may train between them.
+                with steady_weights():
+                    item = steps.throw(answer) if isinstance(answer, NumericalError) else steps.send(answer)
             except StopIteration:
                 self.cancel(number)
                 return

@@ -23,7 +23,7 @@ from mm_interleaved.generation.session import EncodedImage, InterleavedSession
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.vision import ImageFeatures
-from mm_interleaved.models.weights_at_hand import WeightsState
+from mm_interleaved.models.weights_at_hand import weights_version
 
 LEAST_TOKENS = 8
 """A shorter prefix is read anew: that every document begins with the same token is no reuse."""
@@ -122,7 +122,7 @@ class PrefixStore:
     def __init__(self, model: MMInterleavedForConditionalGeneration, max_bytes: int):
         self.model, self.max_bytes = model, max_bytes
         self.statistics = PrefixStatistics()
-        self._weights = WeightsState(model)
+        self._weights = weights_version(model)
         # The least recently used first.
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._serial = count()
@@ -207,8 +207,9 @@ class PrefixStore:
         self.statistics.bytes, self.statistics.entries = total, len(self._entries)
 
     def _check_weights(self) -> None:
-        if not self._weights.is_that_of(self.model):
-            self._weights = WeightsState(self.model)
+        version = weights_version(self.model)
+        if version != self._weights:
+            self._weights = version
             self.clear()
 
 

@@ -19,7 +19,7 @@ from mm_interleaved.models.image_decoder import EarlierImages, ProjectedImages
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.vision import ImageFeatures
-from mm_interleaved.models.weights_at_hand import WeightsState
+from mm_interleaved.models.weights_at_hand import weights_version
 from mm_interleaved.tokens.visibility import context_images
 
 
@@ -104,7 +104,7 @@ class InterleavedSession:
         self.images: list[EncodedImage] = []
         self.cache = PrefixCache(text, device=model.device, max_cache_len=self._max_cache_len)
         self._projected = ProjectedImages(self._project)
-        self._weights = WeightsState(model)
+        self._weights = weights_version(model)
         # Embeddings of the tokens that the cache lacks, and of the last token. They are kept because the
         # embedding of a slot stands in no table.
         self._unread_1UD = torch.empty(1, 0, text.hidden_size, dtype=model.dtype, device=model.device)
@@ -112,7 +112,7 @@ class InterleavedSession:
 
     def _begin_anew_if_weights_changed(self) -> None:
         """Nothing that was computed with other weights is used: all is embedded and encoded once more."""
-        if self._weights.is_that_of(self.model):
+        if self.has_weights_of_now:
             return
         ids, starts, images = self.ids, self.image_starts, self.images
         self._begin()
@@ -146,7 +146,7 @@ class InterleavedSession:
     @property
     def has_weights_of_now(self) -> bool:
         """Whether all it has read was read with the weights that the model has now."""
-        return self._weights.is_that_of(self.model)
+        return weights_version(self.model) == self._weights
 
     # ---- Growing ---------------------------------------------------------------------------------
 
