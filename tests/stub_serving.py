@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,18 +30,12 @@ from mm_interleaved.generation.events import (
     TextDelta,
 )
 from mm_interleaved.generation.settings import GenerationSettings, settings_for
+from mm_interleaved.serving.engine_statistics import Counts, EngineStatistics
 from mm_interleaved.serving.http_server import DrainingServer, listening_socket, server
+from mm_interleaved.serving.refusals import Draining, QueueFull
 from mm_interleaved.serving.settings import ServerSettings
 
 IMAGE_TOKENS = 4
-
-
-class RefusedError(MMInterleavedError):
-    """As the engine's own: the queue is full, or the server stops."""
-
-    def __init__(self, code: str, retry_after: float):
-        super().__init__(code)
-        self.code, self.retry_after = code, retry_after
 
 
 @dataclass
@@ -52,28 +46,10 @@ class StubUsage:
     images: int = 0
 
 
-@dataclass
-class StubPrefixes:
-    hits: int = 3
-    misses: int = 1
-    tokens: int = 40
-    bytes: int = 1000
-
-
-@dataclass
-class StubStatistics:
-    queued: int = 0
-    running: int = 0
-    accepted: int = 0
-    finished: int = 0
-    failed: int = 0
-    aborted: int = 0
-    refused: int = 0
-    prompt_tokens: int = 0
-    text_tokens: int = 0
-    images: int = 0
-    prefixes: StubPrefixes = field(default_factory=lambda: StubPrefixes())
-    batch_sizes: Mapping[str, Mapping[int, int]] = field(default_factory=lambda: {"text": {1: 5, 2: 7}})
+PREFIXES = {
+    "prefix_hits": 3, "prefix_misses": 1, "prefix_tokens": 40,
+    "prefix_images": 2, "prefix_bytes": 1000, "prefix_entries": 1,
+}  # fmt: skip
 
 
 class StubAdmission:
@@ -164,7 +140,7 @@ class StubEngine:
         self.waiting: list[StubTicket] = []
         self.documents: list[Document] = []
         self.settings: list[GenerationSettings] = []
-        self.counts, self.healthy, self.is_draining = StubStatistics(), True, False
+        self.counts, self.healthy, self.is_draining = Counts(), True, False
         self._numbers = itertools.count()
 
     def start(self):
@@ -172,10 +148,10 @@ class StubEngine:
 
     async def open(self, document: Document, settings: GenerationSettings, *, preview_every: int = 0):
         if self.is_draining:
-            raise RefusedError("draining", 3)
+            raise Draining("the server is shutting down", 3)
         if len(self.running) + len(self.waiting) >= self.max_running + self.max_queue:
             self.counts.refused += 1
-            raise RefusedError("queue_full", 1.2)
+            raise QueueFull("no place", 1.2)
         if "too long" in document.text:
             raise TooLongError("the document has 9000 tokens, expected at most 2048")
         self.documents.append(document)
@@ -196,9 +172,9 @@ class StubEngine:
         while self.waiting and len(self.running) < self.max_running:
             self.running.append(self.waiting.pop(0))
 
-    def statistics(self) -> StubStatistics:
+    def statistics(self) -> EngineStatistics:
         self.counts.queued, self.counts.running = len(self.waiting), len(self.running)
-        return self.counts
+        return EngineStatistics(**asdict(self.counts), **PREFIXES, batch_sizes={"text": {1: 5, 2: 7}})
 
     async def drain(self, grace: float):
         self.is_draining = True

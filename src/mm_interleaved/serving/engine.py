@@ -148,10 +148,10 @@ class ServingEngine:
     def statistics(self) -> EngineStatistics:
         with self._changed:
             counts = {each.name: getattr(self._counts, each.name) for each in fields(Counts)}
-        sizes = {kind: dict(self._sizes[kind] + of_batch) for kind, of_batch in self._batch_sizes().items()}
+            sizes = {kind: dict(self._sizes[kind] + now) for kind, now in self._batch_sizes().items()}
+            counts["text_tokens"] += self._batch.num_tokens
         prefixes = PrefixStatistics() if self._prefixes is None else self._prefixes.statistics
         counts |= {f"prefix_{each.name}": getattr(prefixes, each.name) for each in fields(prefixes)}
-        counts["text_tokens"] += self._batch.num_tokens
         return EngineStatistics(**counts, batch_sizes=sizes)
 
     async def drain(self, grace: float) -> None:
@@ -302,10 +302,11 @@ class ServingEngine:
         for request in list(self._running.values()):
             self._end(request, is_failed=True)
             request.mailbox.put(Failed(told(error, request.id)))
-        for kind, sizes in self._batch_sizes().items():
-            self._sizes[kind] += sizes
-        self._count(text_tokens=self._batch.num_tokens)
-        self._batch = self._new_batch()
+        with self._changed:
+            for kind, sizes in self._batch_sizes().items():
+                self._sizes[kind] += sizes
+            self._counts.text_tokens += self._batch.num_tokens
+            self._batch = self._new_batch()
         if self._prefixes is not None:
             self._prefixes.clear()
 
@@ -314,7 +315,9 @@ class ServingEngine:
 
     def _batch_sizes(self) -> dict[str, Counter[int]]:
         batch = self._batch
-        return {"encode": batch.encoded_sizes, "text": batch.texts.sizes, "image": batch.images.sizes}
+        sizes = {"encode": batch.encoded_sizes, "text": batch.texts.sizes, "image": batch.images.sizes}
+        # The engine's thread may count on meanwhile: `dict` copies in one go, adding counters does not.
+        return {kind: Counter(dict(counter)) for kind, counter in sizes.items()}
 
 
 def _with_any_failure(steps: Steps, id: str) -> Steps:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Protocol
 
 from mm_interleaved.documents.document import Document
 from mm_interleaved.generation.events import Event
 from mm_interleaved.generation.settings import GenerationSettings
+from mm_interleaved.serving.engine_statistics import EngineStatistics
 
-
-class Usage(Protocol):
-    """What one document has taken so far."""
-
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def reused_tokens(self) -> int: ...
-    @property
-    def text_tokens(self) -> int: ...
-    @property
-    def images(self) -> int: ...
+if TYPE_CHECKING:
+    # Its module imports torch, which the server around the engine does without.
+    from mm_interleaved.generation.continuation import Usage
 
 
 class Ticket(Protocol):
@@ -34,48 +26,6 @@ class Ticket(Protocol):
     async def cancel(self) -> None:
         """Frees its place; nothing happens where it has ended."""
         ...
-
-
-class Prefixes(Protocol):
-    """What was remembered of documents that begin alike."""
-
-    @property
-    def hits(self) -> int: ...
-    @property
-    def misses(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-
-
-class Statistics(Protocol):
-    """Counts since the engine was made; what waits and runs is as of now."""
-
-    @property
-    def queued(self) -> int: ...
-    @property
-    def running(self) -> int: ...
-    @property
-    def accepted(self) -> int: ...
-    @property
-    def finished(self) -> int: ...
-    @property
-    def failed(self) -> int: ...
-    @property
-    def aborted(self) -> int: ...
-    @property
-    def refused(self) -> int: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def text_tokens(self) -> int: ...
-    @property
-    def images(self) -> int: ...
-    @property
-    def prefixes(self) -> Prefixes: ...
-    @property
-    def batch_sizes(self) -> Mapping[str, Mapping[int, int]]: ...
 
 
 class Engine(Protocol):
@@ -94,7 +44,7 @@ class Engine(Protocol):
         """
         ...
 
-    def statistics(self) -> Statistics: ...
+    def statistics(self) -> EngineStatistics: ...
 
     async def drain(self, grace: float) -> None: ...
 

@@ -12,7 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from mm_interleaved.generation.events import Event, ImageDone, TextDelta
-from mm_interleaved.serving.engine_protocol import Engine, Statistics
+from mm_interleaved.serving.engine_protocol import Engine
+from mm_interleaved.serving.engine_statistics import EngineStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ _COUNTS = {
 }
 
 
-def _batches(found: Statistics) -> Iterator[Metric]:
+def _batches(found: EngineStatistics) -> Iterator[Metric]:
     """Passes of the model by kind and number of rows."""
     family = CounterMetricFamily(
         f"{PREFIX}_batches", "Passes of the model by kind and rows.", labels=["kind", "rows"]
@@ -126,19 +127,21 @@ def _batches(found: Statistics) -> Iterator[Metric]:
     yield family
 
 
-def _prefixes(found: Statistics) -> Iterator[Metric]:
+def _prefixes(found: EngineStatistics) -> Iterator[Metric]:
     """What is remembered of conversations."""
-    known = found.prefixes
-    counts = {"hits": known.hits, "misses": known.misses, "tokens": known.tokens}
     for name, help in _PREFIXES.items():
-        yield CounterMetricFamily(f"{PREFIX}_prefix_{name}", help, value=counts[name])
-    rate = known.hits / (known.hits + known.misses) if known.hits + known.misses else 0.0
+        yield CounterMetricFamily(f"{PREFIX}_{name}", help, value=getattr(found, name))
+    prompts = found.prefix_hits + found.prefix_misses
+    rate = found.prefix_hits / prompts if prompts else 0.0
     yield GaugeMetricFamily(f"{PREFIX}_prefix_hit_rate", "Share of prompts, since the start.", value=rate)
-    yield GaugeMetricFamily(f"{PREFIX}_prefix_bytes", "Memory of what is remembered.", value=known.bytes)
+    yield GaugeMetricFamily(
+        f"{PREFIX}_prefix_bytes", "Memory of what is remembered.", value=found.prefix_bytes
+    )
 
 
 _PREFIXES = {
-    "hits": "Prompts whose beginning was remembered.",
-    "misses": "Prompts that were read whole.",
-    "tokens": "Tokens that were not read again.",
+    "prefix_hits": "Prompts whose beginning was remembered.",
+    "prefix_misses": "Prompts that were read whole.",
+    "prefix_tokens": "Tokens that were not read again.",
+    "prefix_images": "Images that were not encoded again.",
 }

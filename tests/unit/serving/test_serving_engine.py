@@ -14,6 +14,7 @@ from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Failed, Finished, ImageDone, ImagePreview, TextDelta
 from mm_interleaved.generation.settings import GenerationSettings
 from mm_interleaved.serving.engine import ServingEngine
+from mm_interleaved.serving.metrics import Metrics
 from mm_interleaved.serving.refusals import Draining, QueueFull
 from tiny import tiny_model, tiny_processor
 
@@ -321,3 +322,7 @@ def test_a_conversation_with_another_turn_is_not_read_anew(engine, generator):
     seen = engine.statistics()
     assert (seen.prefix_hits, seen.prefix_misses, seen.prefix_tokens) == (1, 1, usage.reused_tokens)
     assert seen.prefix_bytes > 0 and seen.text_tokens >= usage.text_tokens > 0
+    shown = Metrics(engine).text().decode().splitlines()
+    for name in ("prefix_hits_total", "prefix_misses_total", "finished_total", "text_tokens_total"):
+        value = getattr(seen, name.removesuffix("_total"))
+        assert f"mm_interleaved_{name} {value:.1f}" in shown
