@@ -3,40 +3,14 @@
 Letters: I images, Q pixels of a map row by row, H heads, M samples, y and x latent cells.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mm_interleaved.models.image_decoder import ImageDecoder
 from mm_interleaved.ops import SamplingPlan
 from studies.image_detail.scenes import LATENT_SIZE, Examples
 
 _NEAR = 0.75
 """Latent cells from the centre of a place within which a sample is on it."""
-
-
-@contextmanager
-def recorded_plans(decoder: ImageDecoder) -> Iterator[list[SamplingPlan]]:
-    """Within, the plans of synchronizers whose maps are as fine as the latents are added to the list."""
-    plans: list[SamplingPlan] = []
-    handles = []
-
-    def record(called: Any, arguments: tuple) -> None:
-        map_IXyx, _, relative_index_IK = arguments
-        if map_IXyx.shape[-1] == LATENT_SIZE and relative_index_IK.shape[-1]:
-            with torch.no_grad():
-                plans.append(called.plan(map_IXyx, relative_index_IK))
-
-    for block in [] if decoder.synchronizers is None else decoder.synchronizers.skips:
-        handles.append(block.register_forward_pre_hook(record))
-    try:
-        yield plans
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def weight_on_the_place(plan: SamplingPlan, examples: Examples) -> tuple[float, float]:
@@ -49,6 +23,12 @@ def weight_on_the_place(plan: SamplingPlan, examples: Examples) -> tuple[float, 
     share_IQH = (plan.weight.flatten(3, 4) * (distance_IQHM < _NEAR)).sum(-1)
     by_head_H = share_IQH[is_board_IQ].mean(0)
     return float(by_head_H.mean()), float(by_head_H.max())
+
+
+def places_of(examples: Examples) -> Tensor:
+    """(x, y) in [0, 1] of the place of each pixel in the earlier image, (I, 1, Q, 2), NaN off the board."""
+    place_IQ2, is_board_IQ = _places(examples)
+    return (place_IQ2 / LATENT_SIZE).masked_fill(~is_board_IQ[..., None], torch.nan)[:, None]
 
 
 def _places(examples: Examples) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,9 @@ class TrialSettings:
     """Share of the images that are denoised from pure noise, where the detail must come from elsewhere."""
     board_weight: Annotated[float, FACTOR] = 0.0
     """Extra weight of errors in cells of the board."""
+    looking_weight: Annotated[float, FACTOR] = 0.0
+    """Weight of a loss that says where to look, out of the truth of the world; see `looking_loss`
+    of the recipe."""
     frozen_unet_steps: int = 0
     """Steps at first in which synchronizers and encoder train alone."""
     names_origin: bool = True
@@ -74,12 +77,14 @@ class TrialSettings:
 TRIALS: dict[str, TrialSettings] = {
     "copy-latents": TrialSettings(steps=100),
     "edit-latents": TrialSettings(steps=200, tasks=("edit",)),
-    "edit-without-looking": TrialSettings(steps=100, tasks=("edit",), looks=False),
+    "edit-without-looking": TrialSettings(steps=50, tasks=("edit",), looks=False),
     "copy-tower": TrialSettings(steps=100, pyramid="tower"),
-    "copy-tower-fine": TrialSettings(steps=150, pyramid="tower-fine"),
     "copy-tower-pixels": TrialSettings(steps=150, pyramid="tower-fine", tower_steps=120),
     "all-latents": TrialSettings(steps=300, tasks=TASKS),
-    "all-latents-wide": TrialSettings(steps=400, tasks=TASKS, heads=8, points=8),
+    "move-wide": TrialSettings(steps=300, tasks=("move",), heads=8, points=8, spread=5.0),
+    "move-supervised-little": TrialSettings(steps=250, tasks=("move",), looking_weight=0.2),
+    "move-supervised": TrialSettings(steps=400, tasks=("move",), looking_weight=1.0, synchronizer_rate=2.0),
+    "all-supervised": TrialSettings(steps=400, tasks=TASKS, looking_weight=1.0, synchronizer_rate=2.0),
 }
 """The trials of the log, in the order in which they were made."""
 

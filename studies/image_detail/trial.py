@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 from mm_interleaved.models.denoising import denoising_loss, sample_noise
 from mm_interleaved.models.image_decoder import EarlierImages, ImageDecoder
+from mm_interleaved.recipes.storyworld.looking_supervision import (
+    finest_maps,
+    looking_loss,
+    recorded_plans,
+)
 from mm_interleaved.training.computation import fast_attention
-from studies.image_detail.looking import recorded_plans, weight_on_the_place
+from studies.image_detail.looking import places_of, weight_on_the_place
 from studies.image_detail.network import Code, build_decoder, build_pyramid
 from studies.image_detail.scenes import Examples, examples, right_patches
 from studies.image_detail.settings import TrialSettings
@@ -113,11 +118,20 @@ class Trial:
         )
         is_pure_I = torch.rand(len(batch.pairs)) < settings.max_noise
         noise = noise._replace(timestep=noise.timestep.masked_fill(is_pure_I, num - 1))
-        error_IXyx = denoising_loss(
-            self.decoder, self.scheduler, batch.latents, self.code(batch.labels), self.earlier(batch), noise
-        )
+        with recorded_plans(finest_maps(self.decoder)) as plans:
+            error_IXyx = denoising_loss(
+                self.decoder,
+                self.scheduler,
+                batch.latents,
+                self.code(batch.labels),
+                self.earlier(batch),
+                noise,
+            )
         weight_I1yx = 1 + settings.board_weight * batch.board
-        return (error_IXyx * weight_I1yx / weight_I1yx.mean()).mean()
+        loss = (error_IXyx * weight_I1yx / weight_I1yx.mean()).mean()
+        if settings.looking_weight and plans:
+            loss = loss + settings.looking_weight * looking_loss(plans[-1], places_of(batch))
+        return loss
 
     @torch.no_grad()
     def at_once(self, batch: Examples) -> Tensor:
@@ -199,7 +213,7 @@ def _optimizer(trial: Trial) -> torch.optim.Optimizer:
 def _measured(
     trial: Trial, held_out: Examples, step: int, minutes: float, loss: float, is_last: bool
 ) -> Measurement:
-    with recorded_plans(trial.decoder) as plans:
+    with recorded_plans(finest_maps(trial.decoder)) as plans:
         at_once = trial.at_once(held_out)
     return Measurement(
         step=step,

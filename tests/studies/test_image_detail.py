@@ -1,14 +1,16 @@
 """Trials of a small U-Net that looks at earlier images: what they learn from, and what is measured."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from mm_interleaved.cli.main import run
 from mm_interleaved.ops import SamplingPlan
+from mm_interleaved.recipes.storyworld.looking_supervision import looking_loss
 from studies.__main__ import create_app
-from studies.image_detail.looking import weight_on_the_place
+from studies.image_detail.looking import places_of, weight_on_the_place
 from studies.image_detail.scenes import LATENT_SIZE, examples, latents_of, make_pair, right_patches
 from studies.image_detail.settings import TASKS, TrialSettings
 from studies.image_detail.trial import Trial, run_trial
@@ -56,6 +58,10 @@ def test_weight_on_the_place_is_one_where_all_look_there(held_out):
     assert weight_on_the_place(plan, held_out) == pytest.approx((0.625, 1.0))
     beside = plan._replace(location=location + 1 / LATENT_SIZE)
     assert weight_on_the_place(beside, held_out) == (0.0, 0.0)
+    # Far or near, the loss leads to the place: each cell further costs more.
+    far = [plan._replace(location=location + distance / LATENT_SIZE) for distance in (0, 1, 4, 9)]
+    losses = [float(looking_loss(each, places_of(held_out))) for each in far]
+    assert losses == sorted(losses) and losses[0] == pytest.approx(0.5 * math.log(4), abs=1e-5)
 
 
 def test_a_trial_without_synchronizers_sees_nothing_of_the_earlier_image(held_out):
@@ -72,6 +78,18 @@ def test_losses_reach_offsets_and_pyramid(pyramid, held_out):
     for block in trial.decoder.synchronizers.skips:
         assert block.synchronizer.sampling_offsets.bias.grad.abs().max() > 0
     assert all(p.grad.abs().max() > 0 for p in trial.pyramid.parameters())
+
+
+def test_the_loss_of_looking_reaches_offsets_and_weights(held_out):
+    trial = Trial(TrialSettings(looking_weight=1.0))
+    trial.loss(held_out).backward()
+    # The convolution behind is closed at first, so nothing else reaches these.
+    block = trial.decoder.synchronizers.skips[1].synchronizer
+    assert block.sampling_offsets.bias.grad.abs().min() > 0
+    assert block.attention_logits.bias.grad.abs().max() > 0
+    assert trial.decoder.synchronizers.skips[0].synchronizer.sampling_offsets.bias.grad is None or (
+        trial.decoder.synchronizers.skips[0].synchronizer.sampling_offsets.bias.grad.abs().max() == 0
+    )
 
 
 def test_steps_that_freeze_the_unet_leave_it_alone():

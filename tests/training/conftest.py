@@ -48,3 +48,14 @@ def make_model(processor):
 @pytest.fixture
 def model(make_model):
     return make_model()
+
+
+@pytest.fixture
+def board_model(make_model):
+    """The same with conditioning vectors enough for the code of a scene with a board."""
+    config = make_model().config
+    conditioning = ResamplerConfig(dim=16, num_queries=16, num_layers=1, num_heads=2, mlp_dim=24)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return tiny_model(
+        vocab_size=config.text_config.vocab_size, conditioning_resampler=conditioning, **ids
+    ).train()

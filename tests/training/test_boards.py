@@ -34,7 +34,6 @@ from mm_interleaved.storyworld.renderer import render_batch
 from mm_interleaved.storyworld.training_documents import training_document
 from mm_interleaved.training.loop import train_stage
 from mm_interleaved.training.settings import StageConfig
-from tiny import tiny_model
 
 PAIRS = BatchKind(share=1, batch_size=2, tasks={"detail_edit": 1, "detail_story": 1})
 POOL = {"batch_size": 3, "pool_batches": 1, "repeats": 3, "boards": True}
@@ -111,18 +110,6 @@ def test_further_attributes_leave_the_embedding_of_the_others_alone():
 def test_a_conditioning_without_room_for_boards_is_refused():
     with pytest.raises(UsageError, match="num_conditioning 15: expected at least 16"):
         AttributeEmbedding(15, 128, more_values=NUM_BOARD_VALUES)
-
-
-@pytest.fixture
-def board_model(make_model):
-    from mm_interleaved.models.config import ResamplerConfig
-
-    config = make_model().config
-    conditioning = ResamplerConfig(dim=16, num_queries=16, num_layers=1, num_heads=2, mlp_dim=24)
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return tiny_model(
-        vocab_size=config.text_config.vocab_size, conditioning_resampler=conditioning, **ids
-    ).train()
 
 
 def test_the_looking_stage_resumes_to_the_bit_and_leaves_reading_alone(board_model, processor, tmp_path):

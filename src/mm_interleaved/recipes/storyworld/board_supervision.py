@@ -53,7 +53,7 @@ def board_labels(documents: Sequence[Document]) -> Tensor:
 def _labels_of(document: Document) -> Iterator[list[int]]:
     unknown = [NO_LABEL] * len(BOARD_VALUES)
     before: Board | None = None
-    boards = _boards(document)
+    boards = boards_of(document)
     images = [index for index, part in enumerate(document.parts) if isinstance(part, Image)]
     for number, index in enumerate(images):
         if number >= len(boards) or is_map(document, number):
@@ -83,7 +83,7 @@ def board_cells(documents: Sequence[Document], size: int) -> Tensor:
     """Which of `size` by `size` cells over each image lie on a board: (I, size, size) bool."""
     masks = []
     for document in documents:
-        boards = _boards(document)
+        boards = boards_of(document)
         for number in range(sum(isinstance(part, Image) for part in document.parts)):
             mask = torch.zeros(size, size, dtype=torch.bool)
             board = boards[number] if number < len(boards) and not is_map(document, number) else None
@@ -97,7 +97,7 @@ def board_cells(documents: Sequence[Document], size: int) -> Tensor:
     return torch.stack(masks) if masks else torch.zeros(0, size, size, dtype=torch.bool)
 
 
-def _boards(document: Document) -> list[Board | None]:
+def boards_of(document: Document) -> list[Board | None]:
     """The board of each image, None where it has none."""
     records = document.meta.get("scenes", ())
     return [check_board(record["board"]) if "board" in record else None for record in records]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from mm_interleaved.devices import training_format
 from mm_interleaved.documents.document import Document
@@ -20,6 +21,12 @@ from mm_interleaved.models.denoising import denoising_loss, sample_noise
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.recipes.storyworld.attribute_supervision import badge_cells
 from mm_interleaved.recipes.storyworld.batches import DocumentBatch
+from mm_interleaved.recipes.storyworld.looking_supervision import (
+    finest_maps,
+    looking_loss,
+    places_before,
+    recorded_plans,
+)
 from mm_interleaved.recipes.storyworld.vae_stage import detail
 from mm_interleaved.tokens.visibility import NO_IMAGE, context_images
 from mm_interleaved.training.computation import autocast, device_of, fast_attention
@@ -39,6 +46,8 @@ class DenoisingExample:
     weight: Tensor
     """(1, y, x), mean 1: how much the error of each latent cell counts."""
     document_id: str
+    places: Tensor | None = None
+    """(K, y * x, 2): where what each latent cell shows was before, see `looking_supervision`, if asked."""
 
 
 class DenoisingStage(ABC):
@@ -55,6 +64,8 @@ class DenoisingStage(ABC):
             without this weight it was at chance after 1,600 steps when all else was right, with it right in
             nine of ten after 1,000 more.
         boards: documents have boards: conditionings say how these hang, see `board_supervision`.
+        looking_weight: of a further loss, how far the U-Net looks from where things were in earlier images,
+            where a document has its scenes.
     """
 
     name: str
@@ -70,7 +81,9 @@ class DenoisingStage(ABC):
         detail_weight: float = 0.0,
         badge_weight: float = 0.0,
         boards: bool = False,
+        looking_weight: float = 0.0,
     ) -> None:
+        self.looking_weight = looking_weight
         self.detail_weight, self.badge_weight, self.boards = detail_weight, badge_weight, boards
         self.model, self.documents, self.batch_size = model, documents, batch_size
         self.pool_batches, self.repeats = pool_batches, repeats
@@ -131,6 +144,7 @@ class DenoisingStage(ABC):
             max(1, self.model.max_context_images),
         )
         row_I = (batch.image_start != NO_IMAGE).nonzero(as_tuple=True)[0]
+        first_of_row = torch.searchsorted(row_I, torch.arange(len(documents.documents), device=device))
         return [
             DenoisingExample(
                 context=contexts[i].float(),
@@ -140,6 +154,12 @@ class DenoisingStage(ABC):
                     tuple(level[j] for level in levels) for j in earlier_IK[i].tolist() if j != NO_IMAGE
                 ),
                 document_id=documents.document_ids[row_I[i]],
+                places=self._places(
+                    documents.documents[row_I[i]],
+                    i - int(first_of_row[row_I[i]]),
+                    [j - int(first_of_row[row_I[i]]) for j in earlier_IK[i].tolist() if j != NO_IMAGE],
+                    latents.shape[-1],
+                ),
             )
             for i in batch.image_target.nonzero().flatten().tolist()
         ]
@@ -148,7 +168,8 @@ class DenoisingStage(ABC):
         model, decoder = self.model, self.model.image_decoder
         latents = torch.stack([example.latents for example in batch])
         scheduler, device = model.training_scheduler, latents.device
-        with fast_attention(device):
+        watched = finest_maps(decoder) if self.looking_weight else []
+        with fast_attention(device), recorded_plans(watched) as plans:
             conditioning = self.condition([example.context for example in batch])
             earlier = self._earlier_images(batch)
             noise = sample_noise(
@@ -162,12 +183,28 @@ class DenoisingStage(ABC):
             error_IXyx = denoising_loss(decoder, scheduler, latents, conditioning, earlier, noise)
         weight_I1yx = torch.stack([example.weight for example in batch])
         loss = (error_IXyx * weight_I1yx).mean()
+        named, total = {"image": loss}, loss
+        if plans:
+            named["looking"] = looking_loss(plans[-1], self._stacked_places(batch).to(device))
+            total = loss + self.looking_weight * named["looking"]
         return Losses(
-            total=loss,
-            named={"image": loss},
+            total=total,
+            named=named,
             counts={"images": len(batch)},
             document_ids=tuple(example.document_id for example in batch),
         )
+
+    def _places(self, document: Document, number: int, before: Sequence[int], size: int) -> Tensor | None:
+        """(K, Q, 2), or None where nobody asks for it."""
+        if not self.looking_weight:
+            return None
+        places = [places_before(document, number, one, size) for one in before]
+        return torch.stack(places) if places else torch.full((0, size**2, 2), torch.nan)
+
+    def _stacked_places(self, batch: list[DenoisingExample]) -> Tensor:
+        """(I, K, Q, 2) of the images that see any, padded behind with NaN."""
+        places = [example.places for example in batch if example.places is not None and len(example.places)]
+        return pad_sequence(places, batch_first=True, padding_value=torch.nan)
 
     def _weights(self, pixels: Tensor, documents: Sequence[Document]) -> Tensor:
         change_I1HW = detail(2 * pixels.float() - 1)

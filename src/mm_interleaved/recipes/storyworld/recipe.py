@@ -274,7 +274,8 @@ def train(config: StoryWorldConfig, folder: Path, *, show_progress: bool = False
     # A pool holds the images of 24 batches, each of which is denoised four times before the next is read.
     if config.boards:
         pairs = documents(LOOKING_BATCHES, seed=config.seed, target_pixels=True)
-        run(LookingStage(model, pairs, **settings), config.looking, folder / "looking")
+        looking = LookingStage(model, pairs, **settings, looking_weight=config.looking_weight)
+        run(looking, config.looking, folder / "looking")
     run(UNetStage(model, images, **settings), config.unet, stage_folder(folder, "unet"))
     run(ImageStage(model, images, **settings), config.image, folder / "image")
     remove_folder(folder / "model")

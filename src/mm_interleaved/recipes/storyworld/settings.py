@@ -66,6 +66,8 @@ class StoryWorldConfig:
     before `unet`. `train storyworld-boards` has it, and sizes to match."""
     pixel_weight: Annotated[float, FACTOR] = 0.0
     """Vision tower: weight of linear probes that have to tell the pixels of each fine cell."""
+    looking_weight: Annotated[float, FACTOR] = 1.0
+    """Stage `looking`: weight of a loss that says where to look; 0 leaves it to the denoising loss alone."""
     detail_weight: Annotated[float, FACTOR] = 4.0
     """VAE and U-Net: extra weight beside edges."""
     badge_weight: Annotated[float, FACTOR] = 20.0
