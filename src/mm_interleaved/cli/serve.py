@@ -30,6 +30,7 @@ from mm_interleaved.generation.loading import Acceleration
 if TYPE_CHECKING:
     import socket
 
+    from mm_interleaved.serving.engine_protocol import Engine
     from mm_interleaved.serving.settings import ServerSettings
 
 KEY_VARIABLE = "MM_INTERLEAVED_API_KEY"
@@ -176,7 +177,7 @@ def serve(
         asyncio.run(_serve(engine, settings, listening, grace))
 
 
-async def _serve(engine: object, settings: ServerSettings, listening: socket.socket, grace: float) -> None:
+async def _serve(engine: Engine, settings: ServerSettings, listening: socket.socket, grace: float) -> None:
     from mm_interleaved.serving.app import create_app, drain
     from mm_interleaved.serving.http_server import server
 
