@@ -93,7 +93,8 @@ class SessionFolder:
         if head.get("target"):
             fields["target"] = _lines([part_record(part, self._place(part)) for part in head["target"]])
         path = self.path / SESSION
-        write_file(path, f"{_object(fields)}\n".encode())
+        # Half of a surrogate pair is no UTF-8; as an escape it is JSON still.
+        write_file(path, f"{_object(fields)}\n".encode("utf-8", "backslashreplace"))
         return path
 
     def _place(self, part: Part) -> str:

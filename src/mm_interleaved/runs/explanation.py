@@ -53,7 +53,7 @@ def write_explanation(folder: Path, explanation: Explanation, title: str, made_b
     np.savez_compressed(buffer, **explanation.arrays())  # pyright: ignore[reportArgumentType]
     write_file(folder / ARRAYS, buffer.getvalue())
     labels = json.dumps(labels_of(explanation), ensure_ascii=False, indent=1)
-    write_file(folder / LABELS, f"{labels}\n".encode())
+    write_file(folder / LABELS, f"{labels}\n".encode("utf-8", "backslashreplace"))
     write_file(folder / PAGE, render(explanation, squares, title, made_by))
     return folder / PAGE
 

@@ -298,3 +298,11 @@ def test_fields_of_the_wrong_kind_are_left_out_and_said(tmp_path):
     session = Session.load(file)
     assert session.document.layout is None and session.document.generation == {}
     assert len(session.losses) == 4 and session.document.parts
+
+
+def test_half_of_a_surrogate_pair_costs_its_own_part_alone(tmp_path):
+    """It is no UTF-8, so that no file can hold it but as an escape, which reading refuses."""
+    session = Session.of(Document(id="s", parts=[Text("Pip"), Text("\ud800")]))
+    session.save(tmp_path)
+    found = Session.load(tmp_path)
+    assert [part.text for part in found.document.parts] == ["Pip"] and "U+D800" in " ".join(found.losses)
