@@ -20,21 +20,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """The percentile interval of the mean of `values`; the same for the same values.
-
-    Raises:
-        ValueError: no values, or a level outside of 0 to 1.
-    """
-    if not len(values):
-        raise ValueError("expected values, found none")
-    found = np.asarray(values, float)[None]
-    [means] = bootstrap_ratios(found, np.ones_like(found), resamples=resamples, seed=seed)
-    return interval_of(float(found.mean()), means, level=level)
-
-
 def bootstrap_ratios(
     sums_KN: np.ndarray, counts_KN: np.ndarray, *, resamples: int = 2000, seed: int = 0
 ) -> np.ndarray:

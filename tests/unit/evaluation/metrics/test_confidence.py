@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
 import pytest
 
 from mm_interleaved.evaluation.metrics import confidence
-from mm_interleaved.evaluation.metrics.confidence import bootstrap_interval, bootstrap_ratios, interval_of
+from mm_interleaved.evaluation.metrics.confidence import bootstrap_ratios, interval_of
 
 
 def paired_by_hand(first, second, resamples, seed):
@@ -61,16 +62,26 @@ def test_resamples_without_a_case_are_left_out():
         interval_of(0.5, np.full(3, np.nan))
 
 
-def test_an_interval_of_one_run_is_that_of_its_ratios_and_widens_with_the_level():
+def interval(values, **more):
+    """Of the mean of cases, one a document."""
+    resampled = bootstrap_ratios(np.array([values]), np.ones((1, len(values))))[0]
+    return interval_of(float(np.mean(values)), resampled, **more)
+
+
+def test_intervals_hold_the_mean_and_shrink_with_more_cases():
+    few, many = [0.0, 1.0] * 10, [0.0, 1.0] * 1000
+    first, second = interval(few), interval(many)
+    assert first.low < 0.5 < first.high and first.mean == second.mean == 0.5
+    # Of a share of one half the standard error is 0.5 / sqrt(n).
+    assert second.high - second.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(2000), rel=0.1)
+    assert interval(few) == first
+
+
+def test_an_interval_widens_with_the_level():
     values = list(np.random.default_rng(2).random(50))
-    found = bootstrap_interval(values)
-    [resampled] = bootstrap_ratios(np.array([values]), np.ones((1, 50)))
-    assert found == interval_of(float(np.mean(values)), resampled)
-    assert bootstrap_interval(values, level=0.5).low > found.low
+    assert interval(values, level=0.5).low > interval(values).low
     with pytest.raises(ValueError, match="level between 0 and 1"):
-        bootstrap_interval(values, level=1.0)
-    with pytest.raises(ValueError, match="found none"):
-        bootstrap_interval([])
+        interval(values, level=1.0)
 
 
 def test_large_sets_in_rounds_take_the_same_documents_for_all_systems(monkeypatch):

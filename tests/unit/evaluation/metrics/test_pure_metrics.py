@@ -12,7 +12,6 @@ from mm_interleaved.evaluation.metrics.choices import (
     yes_no_scores,
 )
 from mm_interleaved.evaluation.metrics.confidence import (
-    bootstrap_interval,
     rank_correlation,
 )
 from mm_interleaved.evaluation.metrics.retrieval import ndcg, rank_of, ranking_scores
@@ -85,17 +84,6 @@ def test_choices_and_yes_or_no():
     assert yes_no_scores([False], [True]).f1 == 0.0
     with pytest.raises(ValueError, match="found none"):
         yes_no_scores([], [])
-
-
-def test_intervals_hold_the_mean_and_shrink_with_more_cases():
-    few, many = [0.0, 1.0] * 10, [0.0, 1.0] * 1000
-    first, second = bootstrap_interval(few), bootstrap_interval(many)
-    assert first.low < 0.5 < first.high and first.mean == second.mean == 0.5
-    # Of a share of one half the standard error is 0.5 / sqrt(n).
-    assert second.high - second.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(2000), rel=0.1)
-    assert bootstrap_interval(few) == first
-    with pytest.raises(ValueError, match="expected values"):
-        bootstrap_interval([])
 
 
 def test_rank_correlation_is_that_of_scipy():
