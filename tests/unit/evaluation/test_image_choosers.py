@@ -103,6 +103,17 @@ def test_labels_that_are_missing_are_named(maps, monkeypatch):
         task.score([Document(id=gold[0].id, parts=(replace(moved, generated=True),))], lost)
 
 
+def test_a_segmentation_of_other_classes_is_refused(maps, monkeypatch):
+    task = maps_to_images(TaskOptions(segmenter="of roads"))
+    gold = task.read_gold(maps)
+    few = ReadsTruth(gold)
+    few.num_classes = 1
+    monkeypatch.setattr(generated_images, "Segmenter", lambda name: few)
+    made = [replace(d, parts=tuple(replace(part, generated=True) for part in d.target)) for d in gold]
+    with pytest.raises(UsageError, match="'of roads' knows 1 classes"):
+        task.score(made, gold)
+
+
 def test_a_segmentation_of_transformers_labels_every_pixel(tmp_path):
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 

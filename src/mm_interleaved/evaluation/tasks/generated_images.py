@@ -183,6 +183,12 @@ def _score_maps(
             image = made[0].load().convert("RGB")
             truth = _true_classes(document, image.size)
             # Of the truth's labels, 0 is none of the classes.
+            if truth.max() > segmenter.num_classes:
+                raise UsageError(
+                    f"segmenter: {escape(options.segmenter)!r} knows {segmenter.num_classes} classes, "
+                    f"expected those of the labels: document {escape(document.id)!r} has {truth.max()}",
+                    field="segmenter",
+                )
             found = segmenter.classes(image) + 1
             counts.append(confusion(found, truth, segmenter.num_classes + 1, ignored=0))
     return scores | ({"ade20k.miou": mean_iou(counts)} if counts else {})
