@@ -1,6 +1,6 @@
 """The application object: routes, and the layers around them. Plain ASGI, for uvicorn or Ray Serve.
 
-Guard (ids, sizes, times, errors) -> CORS, if asked for -> Auth -> routes
+CORS, if asked for -> Guard (ids, sizes, times, errors) -> Auth -> routes
 """
 
 from __future__ import annotations
@@ -74,14 +74,16 @@ def create_app(engine: Any, settings: ServerSettings, *, admission: Admission | 
     _add_errors(app)
     # The last one added is the outermost.
     app.add_middleware(Auth, settings=settings, files=files)
+    app.add_middleware(Guard, limits=settings.limits, metrics=metrics)
     if settings.cors_origins:
+        # Around what answers with errors: a page may read these too, or it shows nothing but a failure.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After", "X-Request-Id"],
         )
-    app.add_middleware(Guard, limits=settings.limits, metrics=metrics)
     return app
 
 

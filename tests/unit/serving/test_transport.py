@@ -221,6 +221,13 @@ def test_pages_may_read_nothing_unless_they_are_allowed(served, origin):
         found = httpx2.options(f"{running.url}{PATH}", headers=asked | {"Origin": "https://good.example"})
         assert found.headers["access-control-allow-origin"] == "https://good.example"
         assert "access-control-allow-credentials" not in found.headers
+        # A page that may read answers may read why there is none, too.
+        for refused in (
+            httpx2.post(f"{running.url}{PATH}", json={}, headers={"Origin": "https://good.example"}),
+            httpx2.get(f"{running.url}/nowhere", headers={"Origin": "https://good.example"}),
+        ):
+            assert refused.status_code in (400, 404) and refused.json()["error"]["message"]
+            assert refused.headers["access-control-allow-origin"] == "https://good.example"
 
 
 def test_the_address_of_files_is_not_what_a_header_invents(client):
