@@ -15,7 +15,6 @@ from mm_interleaved.serving.request_fields import (
     Nothing,
     One,
     Text,
-    Zero,
 )
 
 
@@ -109,19 +108,11 @@ class ChatRequest(DocumentFields):
 
     # What OpenAI's clients send and what changes nothing here.
     n: One = None
-    user: Annotated[str, Field(max_length=1000)] | None = None
-    safety_identifier: Annotated[str, Field(max_length=1000)] | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=1000)] | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    parallel_tool_calls: bool | None = None
     response_format: TextFormat | None = None
     presence_penalty: NoPenalty = None
     frequency_penalty: NoPenalty = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     logprobs: Literal[False] | None = None
-    top_logprobs: Zero = None
     stop: Nothing = None
     tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None

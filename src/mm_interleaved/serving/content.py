@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -24,7 +24,8 @@ from mm_interleaved.serving.settings import Limits, ServerSettings
 
 AT_ONCE = 2
 """Images that are decoded at the same time, over all requests: each may be 160 MB of pixels."""
-_OWN_IMAGE = re.compile(rf"\s*!\[[^\]\n]*\]\((https?://[^\s()]+/files/{NAME}\.png)\)\s*")
+_OWN_IMAGE = re.compile(rf"!\[[^\[\]\n]{{0,200}}\]\((https?://[^\s()]+/files/{NAME}\.png)\)")
+"""Linear in the length of any text: no part of it can be matched by two repetitions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,18 @@ class GivenText:
 
     text: str
     role: str
+    param: str
+    """Where in the request it stands."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenImage:
-    """An image of a request by its address, and where in the request that stands."""
+    """An image of a request by its address."""
 
     url: str
     role: str
     param: str
+    """Where in the request it stands."""
 
 
 Given = GivenText | GivenImage
@@ -69,7 +73,9 @@ class Content:
         Raises:
             ApiError: too much of something, or an image that cannot be had or read.
         """
-        given = list(self._with_own_images(given))
+        # Before a text is searched, and once more with what was found in it.
+        check_counts(given, self._limits, param)
+        given = [part for each in given for part in self._with_own_images(each)]
         check_counts(given, self._limits, param)
         images = [each for each in given if isinstance(each, GivenImage)]
         sources = await all_of([self._source(each) for each in images])
@@ -87,19 +93,21 @@ class Content:
             parts = [replace(part, role=None) for part in parts]
         return Document(id=id, parts=tuple(parts))
 
-    def _with_own_images(self, given: Iterable[Given]) -> Iterable[Given]:
-        """What the assistant said, with the images that its Markdown shows, as long as they are kept."""
-        for number, each in enumerate(given):
-            if not isinstance(each, GivenText) or each.role != "assistant":
-                yield each
-                continue
-            position = 0
-            for match in _OWN_IMAGE.finditer(each.text):
-                if self._files.named_by(match[1]) is not None:
-                    yield GivenText(each.text[position : match.start()], each.role)
-                    yield GivenImage(match[1], each.role, f"messages.{number}.content")
-                    position = match.end()
-            yield GivenText(each.text[position:], each.role)
+    def _with_own_images(self, given: Given) -> Iterator[Given]:
+        """What the assistant said, with the images that its Markdown shows, as long as they are kept; the
+        blank lines around them are ours, see `answers`.
+        """
+        if not isinstance(given, GivenText) or given.role != "assistant":
+            yield given
+            return
+        left = given.text
+        for match in _OWN_IMAGE.finditer(given.text):
+            if self._files.named_by(match[1]) is not None:
+                before = given.text[len(given.text) - len(left) : match.start()]
+                yield replace(given, text=before.rstrip())
+                yield GivenImage(match[1], given.role, given.param)
+                left = given.text[match.end() :].lstrip()
+        yield replace(given, text=left)
 
     async def _source(self, image: GivenImage) -> bytes:
         url = image.url

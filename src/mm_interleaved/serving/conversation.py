@@ -27,7 +27,7 @@ def given_by(messages: list[SystemMessage | UserMessage | AssistantMessage]) -> 
         if isinstance(message, AssistantMessage) and message.images:
             yield from _with_images(message, place)
         elif isinstance(message.content, str):
-            yield GivenText(message.content, role)
+            yield GivenText(message.content, role, f"{place}.content")
         else:
             for index, part in enumerate(message.content or ()):
                 yield _of_part(part, role, f"{place}.content.{index}")
@@ -35,7 +35,7 @@ def given_by(messages: list[SystemMessage | UserMessage | AssistantMessage]) -> 
 
 def _of_part(part: TextPart | ImagePart, role: str, place: str) -> Given:
     if isinstance(part, TextPart):
-        return GivenText(part.text, role)
+        return GivenText(part.text, role, f"{place}.text")
     return _image(part.image_url, role, f"{place}.image_url.url")
 
 
@@ -57,7 +57,7 @@ def _with_images(message: AssistantMessage, place: str) -> Iterator[Given]:
                 f"{place}.images.{index}.text_offset", f"found {offset}, expected at least {position}"
             )
         # The blank lines between texts around an image are ours, see `answers`.
-        yield GivenText(text[position:offset].strip("\n"), message.role)
+        yield GivenText(text[position:offset].strip("\n"), message.role, f"{place}.content")
         yield _image(image.image_url, message.role, f"{place}.images.{index}.image_url.url")
         position = offset
-    yield GivenText(text[position:].strip("\n"), message.role)
+    yield GivenText(text[position:].strip("\n"), message.role, f"{place}.content")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mm_interleaved.serving.request_fields import GenerationFields
+from mm_interleaved.serving.request_fields import GenerationFields, Label
 
 
 class ImagesRequest(GenerationFields):
@@ -20,7 +20,7 @@ class ImagesRequest(GenerationFields):
     stream: bool | None = None
 
     # What OpenAI's clients send and what changes nothing here.
-    user: Annotated[str, Field(max_length=1000)] | None = None
+    user: Label = None
     quality: Annotated[str, Field(max_length=40)] | None = None
     style: Annotated[str, Field(max_length=40)] | None = None
     background: Literal["auto", "opaque"] | None = None

@@ -21,6 +21,7 @@ Text = Annotated[str, Field(max_length=1_000_000)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)] | None
 Size = Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,3}x[1-9][0-9]{0,3})$")] | None
 Pixels = Annotated[int, Field(ge=8, le=4096)] | None
+Label = Annotated[str, Field(max_length=1000)] | None
 AnswerFormat = Literal["images", "parts", "markdown"]
 ImageKind = Literal["png", "jpeg", "webp"]
 
@@ -81,6 +82,17 @@ class DocumentFields(GenerationFields):
     """Read the messages as one running document, without roles; by default where one image is wanted."""
     preview_every: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Show an image on the stream after so many denoising steps each."""
+
+    # What OpenAI's clients send and what changes nothing here.
+    user: Label = None
+    safety_identifier: Label = None
+    prompt_cache_key: Label = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    """Nothing is stored, whatever is asked for."""
+    service_tier: Literal["auto", "default"] | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Zero = None
 
 
 _SAME = {

@@ -99,9 +99,9 @@ def with_tool(asked: ResponsesRequest) -> ResponsesRequest:
 def given_by(asked: ResponsesRequest) -> Iterator[Given]:
     """Texts and images of the input, in order."""
     if asked.instructions:
-        yield GivenText(asked.instructions, "system")
+        yield GivenText(asked.instructions, "system", "instructions")
     if isinstance(asked.input, str):
-        yield GivenText(asked.input, "user")
+        yield GivenText(asked.input, "user", "input")
         return
     for number, item in enumerate(asked.input):
         if isinstance(item, InputCall):
@@ -114,13 +114,13 @@ def given_by(asked: ResponsesRequest) -> Iterator[Given]:
 def _of_message(message: InputMessage, place: str) -> Iterator[Given]:
     role = ROLES.get(message.role, message.role)
     if isinstance(message.content, str):
-        yield GivenText(message.content, role)
+        yield GivenText(message.content, role, place)
         return
     for index, part in enumerate(message.content):
         if isinstance(part, InputImage):
             yield GivenImage(part.image_url, role, f"{place}.{index}.image_url")
         else:
-            yield GivenText(part.text, role)
+            yield GivenText(part.text, role, f"{place}.{index}.text")
 
 
 async def _stream(work: Work, items: ResponseItems, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from mm_interleaved.serving.request_body import Echoed, Strict
-from mm_interleaved.serving.request_fields import Count, DocumentFields, ImageKind, Nothing, Size, Text, Zero
+from mm_interleaved.serving.request_fields import Count, DocumentFields, ImageKind, Nothing, Size, Text
 
 
 class InputText(Echoed):
@@ -115,17 +115,9 @@ class ResponsesRequest(DocumentFields):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
 
     # What OpenAI's clients send and what changes nothing here.
-    user: Annotated[str, Field(max_length=1000)] | None = None
-    safety_identifier: Annotated[str, Field(max_length=1000)] | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=1000)] | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    """Nothing is stored, whatever is asked for: send earlier items again."""
-    service_tier: Literal["auto", "default"] | None = None
-    parallel_tool_calls: bool | None = None
     background: Literal[False] | None = None
     include: Nothing = None
     text: TextOptions | None = None
     truncation: Literal["disabled"] | None = None
-    top_logprobs: Zero = None
     previous_response_id: None = None
+    """Nothing is stored: send earlier items again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import ANY
+
 import httpx2
 import pytest
 
@@ -209,3 +211,21 @@ def test_addresses_in_what_a_user_writes_are_text(client, engine, served):
     gone = f"![image 1]({served.url}/files/{'0' * 32}.png)"
     chat(client, messages=[{"role": "assistant", "content": gone}, {"role": "user", "content": "?"}])
     assert shown(engine.documents[-1].parts) == [gone, "?"]
+
+
+def test_what_surrounds_an_image_in_markdown_is_read_back_as_its_texts(client, engine):
+    content = message_of(chat(client, "a cat", answer_format="markdown"))["content"]
+    chat(client, messages=[{"role": "assistant", "content": content}, {"role": "user", "content": "?"}])
+    assert shown(engine.documents[-1].parts) == ["0: a cat", ((16, 16), ANY), "2: a cat", "?"]
+
+
+@pytest.mark.parametrize("text", [" ", "![", "![a](http://x/", "\n"])
+def test_a_long_answer_that_is_sent_back_is_searched_in_one_pass(client, engine, text):
+    """Two hundred thousand characters: each of them searched from anew would take minutes."""
+    text = (text * 200_001)[:200_001]
+    asked = [{"role": "assistant", "content": text}, {"role": "user", "content": "?"}]
+    found = error(chat(client, messages=asked))
+    assert (found["param"], found["code"]) == ("messages", "string_above_max_length")
+    asked[0]["content"] = text[:199_999]
+    assert chat(client, messages=asked).status_code == 200
+    assert shown(engine.documents[-1].parts) == [text[:199_999], "?"]
