@@ -3,13 +3,14 @@
 VQAv2, OK-VQA and TextVQA: ten people answered each question; an answer scores min(1, matches / 3) against
 nine of them, averaged over the ten ways to leave one out (Antol et al., arXiv 1505.00468, section 3.4).
 Before that both sides are normalised; `normalise` follows the evaluator that the authors published, whose
-oddities are part of the numbers that papers report. VizWiz scores as VQAv2; GQA asks for the one answer.
+oddities are part of the numbers that papers report. VizWiz's own normalises the answer alone, and always; GQA
+asks for the one answer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -54,8 +55,8 @@ def normalise(answer: str) -> str:
 def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
     """The official accuracy of one answer, from 0 to 1.
 
-    Where all people agree, the published evaluator compares answers as they are; else the people's answers
-    lose their punctuation and the answer is normalised as a whole.
+    Where all people agree, the published evaluator compares answers as they are; else it normalises both
+    sides.
 
     Args:
         human_answers: of all people who were asked, ten in the published sets.
@@ -63,21 +64,36 @@ def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
     Raises:
         ValueError: nobody was asked.
     """
-    if not human_answers:
-        raise ValueError("human_answers: found none, expected the answers of all people who were asked")
     truth, found = [_one_line(text) for text in human_answers], _one_line(answer)
     if len(set(truth)) > 1:
-        truth, found = [_without_punctuation(text) for text in truth], normalise(answer)
+        truth, found = [normalise(text) for text in truth], normalise(found)
+    return _share_of_people(found, truth)
+
+
+def vizwiz_accuracy(answer: str, human_answers: Sequence[str]) -> float:
+    """`vqa_accuracy` as VizWiz's evaluator has it: the answer is normalised in any case, and compared with
+    what people said as it stands in the file.
+    """
+    return _share_of_people(normalise(answer), human_answers)
+
+
+def _share_of_people(found: str, truth: Sequence[str]) -> float:
+    if not truth:
+        raise ValueError("human_answers: found none, expected the answers of all people who were asked")
     matches = sum(text == found for text in truth)
     # Left out in turn: where a match is left out there is one match less.
     without_match, without_other = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
     return (matches * without_match + (len(truth) - matches) * without_other) / len(truth)
 
 
-def mean_vqa_accuracy(answers: Sequence[str], human_answers: Sequence[Sequence[str]]) -> float:
-    """`vqa_accuracy` averaged over questions."""
+def mean_vqa_accuracy(
+    answers: Sequence[str],
+    human_answers: Sequence[Sequence[str]],
+    accuracy: Callable[[str, Sequence[str]], float] = vqa_accuracy,
+) -> float:
+    """`vqa_accuracy`, or another, averaged over questions."""
     pairs = zip(answers, human_answers, strict=True)
-    found = [vqa_accuracy(answer, people) for answer, people in pairs]
+    found = [accuracy(answer, people) for answer, people in pairs]
     return fmean(found) if found else 0.0
 
 
@@ -94,14 +110,14 @@ def released_clean_up(answer: str) -> str:
 
     It cuts at substrings, so "tennis racket" becomes "racket": only for numbers that were published with it.
     """
-    answer = answer.replace('"', "").split("\n")[0].strip()
-    answer = re.split(r"[.,!]", answer)[0].lower().strip()
+    answer = answer.replace('"', "").strip().split("\n")[0]
+    answer = re.split(r"[.,!]", answer)[0].lower()
     for begin in ("is ", "are ", "a ", "an ", "the "):
         if begin in answer:
-            answer = answer.split(begin)[1].strip()
+            answer = answer.split(begin)[1]
     for end in (" of", " or ", " and "):
-        answer = answer.split(end)[0].strip()
-    return answer
+        answer = answer.split(end)[0]
+    return answer.strip()
 
 
 def _one_line(text: str) -> str:

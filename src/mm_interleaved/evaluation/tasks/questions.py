@@ -5,6 +5,7 @@ Prompts and decoding are the published ones: one word asked for, 3 beams, at mos
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,13 @@ from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.documents.strict_json import Field, FieldError
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.answers import answer_text, by_gold
-from mm_interleaved.evaluation.metrics.vqa import exact_accuracy, mean_vqa_accuracy, released_clean_up
+from mm_interleaved.evaluation.metrics.vqa import (
+    exact_accuracy,
+    mean_vqa_accuracy,
+    released_clean_up,
+    vizwiz_accuracy,
+    vqa_accuracy,
+)
 from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
 from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents, question_about
 
@@ -71,6 +78,10 @@ def _read(name: str, files: _Files, options: TaskOptions, data: Path) -> list[Do
             "test splits are scored by their servers",
             field="answers",
         )
+    asked = Counter(str(document.meta.get("question_id", document.id)) for document in documents)
+    [(question_id, count)] = asked.most_common(1)
+    if count > 1:
+        raise InputError(f"{path}: question_id {escape(question_id)!r} occurs twice", field="question_id")
     return documents
 
 
@@ -112,7 +123,8 @@ def _score(
     if is_released:
         answers = list(map(released_clean_up, answers))
     people = [document.meta["answers"] for document in gold]
-    return {f"{name}.accuracy": mean_vqa_accuracy(answers, people)}
+    accuracy = vizwiz_accuracy if name == "vizwiz" else vqa_accuracy
+    return {f"{name}.accuracy": mean_vqa_accuracy(answers, people, accuracy)}
 
 
 def _first_line(text: str) -> str:

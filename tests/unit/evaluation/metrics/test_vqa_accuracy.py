@@ -7,6 +7,7 @@ from mm_interleaved.evaluation.metrics.vqa import (
     mean_vqa_accuracy,
     normalise,
     released_clean_up,
+    vizwiz_accuracy,
     vqa_accuracy,
 )
 
@@ -22,13 +23,21 @@ def test_each_person_is_left_out_once(matches, accuracy):
 
 
 def test_answers_are_normalised_where_people_differ():
-    people = ["2", "2", "2.", "two", *["three"] * 6]
-    # The people's answers lose their punctuation, and nothing else: "two" stays a word.
-    assert vqa_accuracy("Two.", people) == pytest.approx(0.9)
-    assert vqa_accuracy("the 2", people) == pytest.approx(0.9)
+    people = ["2", "2", "2.", "two", *["a dog"] * 6]
+    # Both sides are normalised, so four people said 2.
+    assert vqa_accuracy("Two.", people) == 1.0
+    assert vqa_accuracy("the 2", people) == 1.0
+    assert vqa_accuracy("dog", people) == 1.0
+    assert vqa_accuracy("the dog", ["A dog"] * 2 + ["cat"] * 8) == pytest.approx(0.6)
     # Where all agree, nothing is normalised.
     assert vqa_accuracy("Yes", ["yes"] * 10) == 0.0
     assert vqa_accuracy("yes\n", ["yes"] * 10) == 1.0
+
+
+def test_vizwiz_normalises_the_answer_alone_and_always():
+    assert vizwiz_accuracy("Unanswerable.", ["unanswerable"] * 10) == 1.0
+    assert vizwiz_accuracy("unanswerable", ["Unanswerable"] * 10) == 0.0
+    assert vizwiz_accuracy("two", ["2"] * 2 + ["two"] * 8) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +76,9 @@ def test_normal_form(answer, normal):
         ("red and blue", "red"),
         ("yes, it is", "yes"),
         ("dog\ncat", "dog"),
+        # A space before the sign at which it is cut makes "a " of the end of a word.
+        ("sofa .", ""),
+        ("there are  some", "some"),
     ],
 )
 def test_the_released_clean_up_cuts_at_substrings(answer, cleaned):
