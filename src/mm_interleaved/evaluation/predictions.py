@@ -44,13 +44,15 @@ def read_predictions(path: Path, gold: Sequence[Document] | None = None) -> list
         gold: the documents of the task, each of which needs a line; None accepts any lines.
 
     Raises:
-        InputError: an id occurs twice, is none of the gold documents', or one of theirs is missing.
+        InputError: an id occurs twice, is none of the gold documents', or one of theirs is missing; a ranking
+            does not hold each candidate of its document once.
     """
     folder = ImageFolder(path.parent, path.parent)
     answers: list[Document] = []
     places: dict[str, str] = {}
+    counts = {document.id: len(document.meta.get("candidates") or ()) for document in gold or ()}
     for record in read_records(path):
-        fields = record.field.object()
+        fields = _object(record)
         # `read_record` refuses documents without parts; an answer may have none, and counts as wrong.
         is_empty = "error" in fields or not fields.get("content", True)
         answer = None if is_empty else read_record(record, folder)
@@ -60,10 +62,30 @@ def read_predictions(path: Path, gold: Sequence[Document] | None = None) -> list
                 f"{record.place}: id {escape(key)!r} occurs twice, first at {places[key]}", field="id"
             )
         places[key] = record.place
+        if answer is not None and counts.get(key) and "ranking" in answer.meta:
+            _check_ranking(record.place, answer.meta["ranking"], counts[key])
         answers += [] if answer is None else [answer]
     if gold is not None:
         _check_ids(path, places, [document.id for document in gold])
     return answers
+
+
+def _object(record: Record) -> Mapping[str, Any]:
+    try:
+        return record.field.object()
+    except FieldError as error:
+        raise error.at(record.place) from error
+
+
+def _check_ranking(place: str, ranking: object, count: int):
+    """Refuses what does not rank all candidates; an empty list says that they were not ranked."""
+    is_list = isinstance(ranking, list) and all(type(index) is int for index in ranking)
+    if not is_list or (ranking and sorted(ranking) != list(range(count))):
+        raise InputError(
+            f"{place}: meta.ranking: found {escape(str(ranking), 60)}, expected the candidates 0 to "
+            f"{count - 1}, each once, from the likeliest on",
+            field="meta.ranking",
+        )
 
 
 def _id_of(record: Record) -> str:
@@ -79,7 +101,9 @@ def _check_ids(path: Path, places: Mapping[str, str], wanted: Sequence[str]):
     unknown = [key for key in places if key not in known]
     if unknown:
         raise InputError(
-            f"{places[unknown[0]]}: {_listed(unknown)} not among the task's documents", field="id"
+            f"{places[unknown[0]]}: {_listed(unknown)} not among the task's {len(wanted)} documents, such as "
+            f"{escape(wanted[0], 60)!r}",
+            field="id",
         )
     missing = [key for key in wanted if key not in places]
     if missing:

@@ -13,6 +13,7 @@ from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.errors import InputError, TooLongError
 from mm_interleaved.evaluation import runner
 from mm_interleaved.evaluation.answering import Ranking
+from mm_interleaved.evaluation.predictions import read_predictions
 from mm_interleaved.evaluation.runner import evaluate_model, evaluate_predictions
 from mm_interleaved.evaluation.tasks.storyworld import STORYWORLD
 from mm_interleaved.files import make_folder
@@ -169,8 +170,9 @@ def test_answers_that_are_wrong_or_failed_or_empty_are_scored(lines, tmp_path):
         ),
         (
             lambda given: [*given, {**given[0], "content": [], "id": "x"}],
-            r":4: id 'x' is not among",
+            r":4: id 'x' is not among the task's 3 documents, such as '{0}'",
         ),
+        (lambda given: [*given[:2], [1]], r":3: found a list, expected an object"),
         (
             lambda given: [*given, *({**given[0], "id": f"x{number}"} for number in range(12))],
             r":4: 12 ids \('x0', .*'x9' and 2 more\) are not among",
@@ -186,6 +188,23 @@ def test_ids_that_are_missing_doubled_or_unknown_are_named(lines, tmp_path, chan
     with pytest.raises(InputError, match=message) as refused:
         scored(lines, tmp_path, change)
     assert refused.value.exit_code == 3 and not (tmp_path / "out").exists()
+
+
+def test_a_ranking_holds_every_candidate_once(tmp_path):
+    gold = [Document(id="a", parts=(Text("who?"),), meta={"candidates": ["x", "y", "z"]})]
+
+    def read(ranking):
+        line = {"id": "a", "content": [{"type": "text", "text": "x"}], "meta": {"ranking": ranking}}
+        (tmp_path / "p.jsonl").write_text(json.dumps(line))
+        return read_predictions(tmp_path / "p.jsonl", gold)
+
+    for ranking in ([0, 1, 1], [1, 2, 3], [2, 1], ["0", 1, 2], [True, 0, 2], [0.0, 1, 2], "012", None, {}):
+        with pytest.raises(
+            InputError, match=r"p\.jsonl:1: meta\.ranking: found .*, expected the candidates 0 to 2"
+        ):
+            read(ranking)
+    # An empty one says that they were not ranked.
+    assert [read(ranking)[0].meta["ranking"] for ranking in ([2, 0, 1], [])] == [[2, 0, 1], []]
 
 
 def test_an_image_that_cannot_be_read_is_named_before_a_model_runs(tmp_path):

@@ -93,8 +93,11 @@ def test_dialogues(exports):
     assert scores["visdial.mrr"] == scores["visdial.recall_at_1"] == scores["visdial.mean_rank"] == 1.0
     assert "visdial.ndcg" not in scores
     last = max(len(document.meta["candidates"]) for document in gold)
-    half = task.score(spoilt(gold, ""), gold)
-    assert half["visdial.mrr"] == pytest.approx((1 + 1 / last) / 2)
+    unranked = [replace(one, meta={"ranking": []}) if i % 2 else one for i, one in enumerate(perfect(gold))]
+    assert task.score(unranked, gold)["visdial.mrr"] == pytest.approx((1 + 1 / last) / 2)
+    # An answer without a ranking would count as the worst of all.
+    with pytest.raises(InputError, match=rf"answer to '{gold[1].id}' has no meta\.ranking \(4 without\)"):
+        task.score(spoilt(gold, "a fox"), gold)
 
 
 def test_dense_annotations_give_the_gain(exports, tmp_path):
@@ -209,6 +212,20 @@ def test_yes_or_no(tmp_path, exports):
             "pope.yes_ratio": 1.0,
         }
     )
+    # Who says nothing does not deny, but has not said yes.
+    silent = pope(options).score([], gold)
+    assert silent["pope.accuracy"] == silent["pope.yes_ratio"] == silent["pope.f1"] == 0.0
+    for damage, found in (
+        ({"question_id": 0}, r"coco_pope_random\.json: id 'pope:0' occurs twice"),
+        ({"question_id": [1]}, r":3: question_id: found a list, expected a number or a string"),
+    ):
+        damaged = [*lines[:2], lines[2] | damage]
+        (tmp_path / "coco_pope_random.json").write_text("".join(json.dumps(one) + "\n" for one in damaged))
+        with pytest.raises(InputError, match=found):
+            pope(options).read_gold(tmp_path)
+    (tmp_path / "coco_pope_random.json").write_text("")
+    with pytest.raises(InputError, match="found nothing to evaluate"):
+        pope(options).read_gold(tmp_path)
     lines[2]["label"] = "perhaps"
     (tmp_path / "coco_pope_random.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError, match=r":3: label: found the string 'perhaps', expected yes or no"):
@@ -229,6 +246,19 @@ def test_four_options(tmp_path, exports):
         "seed-bench.accuracy": 1.0, "seed-bench.accuracy.type_1": 1.0,
     }  # fmt: skip
     assert seed_bench(options).score([], gold)["seed-bench.accuracy"] == 0.0
+    for text, accuracy in (
+        ("C", 1.0),
+        ("(c) a duck", 1.0),
+        ("A duck.", 1.0),
+        ("A", 0.0),
+        ("Carl", 0.0),
+        ("E", 0.0),
+    ):
+        said = [Document(id=gold[0].id, parts=(Text(text, generated=True),))]
+        assert seed_bench(options).score(said, gold)["seed-bench.accuracy"] == accuracy
+    (tmp_path / "SEED-Bench.json").write_text(json.dumps({"questions": [record, record]}))
+    with pytest.raises(InputError, match="id 'seed:7' occurs twice"):
+        seed_bench(options).read_gold(tmp_path)
 
 
 def test_what_is_missing_or_broken_is_named(exports, tmp_path):
@@ -251,6 +281,34 @@ def test_what_is_missing_or_broken_is_named(exports, tmp_path):
     (tmp_path / "annotations.json").write_text(json.dumps(annotations))
     with pytest.raises(InputError, match=r"needs answers.*8 without"):
         questions("vqav2", TaskOptions(source=shared)).read_gold(tmp_path)
+
+
+def test_captions_that_cannot_be_compared_and_questions_asked_twice_are_named(exports, tmp_path):
+    shared = TaskOptions(source={"images": str(exports / "coco")})
+    table = json.loads((exports / "coco" / "annotations" / "captions.json").read_text())
+
+    def read(images, annotations):
+        (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+        return captioning("coco", shared).read_gold(tmp_path)
+
+    images, captions = table["images"], table["annotations"]
+    with pytest.raises(InputError, match=r"found no caption of 'captions:0' \(1 without\)"):
+        read(images, captions[1:])
+    with pytest.raises(InputError, match=r"the image '.*' occurs twice"):
+        read([*images, images[0] | {"id": 99}], [*captions, captions[0] | {"image_id": 99}])
+    with pytest.raises(InputError, match=r"cannot be evaluated \(empty target\)"):
+        read(images, [captions[0] | {"caption": " "}, *captions[1:]])
+    # One blank caption among others takes nothing from the image.
+    gold = read(images, [captions[0] | {"caption": " "}, *captions])
+    assert len(gold) == COUNT and gold[0].target[0].text == captions[0]["caption"]
+
+    asked = json.loads((exports / "vqav2" / "questions.json").read_text())
+    asked["questions"].append(asked["questions"][0])
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    (tmp_path / "annotations.json").write_text((exports / "vqav2" / "annotations.json").read_text())
+    options = TaskOptions(source={"images": str(exports / "vqav2")})
+    with pytest.raises(InputError, match="question_id '0' occurs twice"):
+        questions("vqav2", options).read_gold(tmp_path)
 
 
 def test_spice_counts_where_its_models_are_and_nothing_is_fetched(monkeypatch, tmp_path):

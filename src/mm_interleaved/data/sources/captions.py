@@ -87,7 +87,9 @@ class CaptionTables:
                 raise FieldError(row.place, "found no caption to draw after")
             return Document(id=name, parts=(Text(captions[0]),), target=(image,), layout="I", meta=meta)
         image = first_image(store, _names(entry), entry.path, self.prompt.role)
-        target = self.prompt.answer(captions[0]) if captions else ()
+        # Of all captions of an image, a blank one among them is no answer.
+        answer = next(filter(None, captions), captions[0] if captions else None)
+        target = () if answer is None else self.prompt.answer(answer)
         return Document(id=name, parts=self.prompt.parts(image), target=target, layout="T", meta=meta)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 _NO = re.compile(r"\b(no|not)\b|n't\b", re.IGNORECASE)
+_LETTER = re.compile(r"\(?([A-Z])(?:[).:,]|$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,19 +28,30 @@ def choice_accuracy(chosen: Sequence[int | None], gold: Sequence[int]) -> float:
     return fmean(one == right for one, right in zip(chosen, gold, strict=True)) if gold else 0.0
 
 
+def read_choice(answer: str, choices: Sequence[str]) -> int | None:
+    """Which of the choices an answer is: its words, or its letter ("B", "(b)", "B. two"); None is neither."""
+    words = answer.strip().rstrip(".").lower()
+    matches = [place for place, choice in enumerate(choices) if choice.strip().rstrip(".").lower() == words]
+    if matches:
+        return matches[0]
+    letter = _LETTER.match(answer.strip().upper())
+    place = -1 if letter is None else ord(letter[1]) - ord("A")
+    return place if 0 <= place < len(choices) else None
+
+
 def says_yes(answer: str) -> bool:
     """POPE's reading: the first sentence counts, and whatever does not deny is a yes."""
     first = answer.split(".")[0].replace(",", " ")
     return _NO.search(first) is None
 
 
-def yes_no_scores(answers: Sequence[bool], truths: Sequence[bool]) -> YesNoScores:
-    """Scores of yes and no. Ratios with nothing below the line are 0."""
+def yes_no_scores(answers: Sequence[bool | None], truths: Sequence[bool]) -> YesNoScores:
+    """Scores of yes and no; None is neither, and wrong. Ratios with nothing below the line are 0."""
     pairs = list(zip(answers, truths, strict=True))
     if not pairs:
         raise ValueError("answers: found none")
-    hits = sum(answer and truth for answer, truth in pairs)
-    said, true = sum(answers), sum(truths)
+    hits = sum(bool(answer) and truth for answer, truth in pairs)
+    said, true = sum(bool(answer) for answer in answers), sum(truths)
     precision, recall = hits / said if said else 0.0, hits / true if true else 0.0
     return YesNoScores(
         accuracy=fmean(answer == truth for answer, truth in pairs),

@@ -17,6 +17,8 @@ from mm_interleaved.evaluation.task import TaskOptions
 from mm_interleaved.tokens.task_prompts import PROMPTS
 
 _FOLDERS = ("", "annotations/")
+_ASKED_FOR = "other_split"
+"""The rule by which settings choose among items; whatever else is left out is missing."""
 
 
 def annotation_file(data: Path, names: Sequence[str]) -> Path:
@@ -78,6 +80,25 @@ def question_about(
     return Document(id=name, parts=prompt.parts(image, question), target=target, layout="T", meta=meta)
 
 
+def each_once(path: Path, documents: Sequence[Document]) -> list[Document]:
+    """The documents, of which there are some, each with an id of its own. Raises InputError where not."""
+    seen: set[str] = set()
+    for document in documents:
+        if document.id in seen:
+            raise InputError(f"{path}: id {escape(document.id)!r} occurs twice", field="id")
+        seen.add(document.id)
+    if not documents:
+        raise InputError(f"{path}: found nothing to evaluate")
+    return list(documents)
+
+
+def identity(field: Field) -> str:
+    """An id, a number or a string."""
+    value = field.value
+    is_id = isinstance(value, int | str) and not isinstance(value, bool)
+    return str(value) if is_id else field.wrong("a number or a string")
+
+
 def gold_documents(kind: str, settings: Mapping[str, Any]) -> list[Document]:
     """All documents of a source, which may leave out what its settings do not ask for.
 
@@ -85,8 +106,8 @@ def gold_documents(kind: str, settings: Mapping[str, Any]) -> list[Document]:
         kind, settings: see `data.registry.make_source`.
 
     Raises:
-        InputError: an item is broken, files are missing, an id occurs twice, or nothing is left. What is
-            evaluated is whole or not at all: a score over fewer items compares with nobody's.
+        InputError: an item is broken or empty, files are missing, an id occurs twice, or nothing is left.
+            What is evaluated is whole or not at all: a score over fewer items compares with nobody's.
     """
     source = make_source(kind, settings)
     documents: dict[str, Document] = {}
@@ -95,6 +116,8 @@ def gold_documents(kind: str, settings: Mapping[str, Any]) -> list[Document]:
             if isinstance(item, BrokenItem):
                 raise InputError(str(item), field=item.field)
             if isinstance(item, FilteredItem):
+                if item.rule != _ASKED_FOR:
+                    raise InputError(f"{item.place}: cannot be evaluated ({item.rule.replace('_', ' ')})")
                 continue
             if item.id in documents:
                 raise InputError(f"{shard.name}: id {escape(item.id)!r} occurs twice", field="id")

@@ -6,6 +6,7 @@ paragraphs 90 tokens with a repetition penalty of 1.2.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,9 @@ def _read_captions(names: Sequence[str], options: TaskOptions, data: Path) -> li
             f"{path}: found no caption of {escape(bare[0])!r} ({len(bare)} without), expected one or more",
             field="annotations",
         )
+    [(image, count)] = Counter(document.images[0].name for document in documents).most_common(1)
+    if count > 1:
+        raise InputError(f"{path}: the image {escape(image)!r} occurs twice", field="images")
     return documents
 
 

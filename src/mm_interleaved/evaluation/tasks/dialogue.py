@@ -90,6 +90,13 @@ def _check_relevance(path: Path, document: Document) -> None:
 
 
 def _score(predictions: Sequence[Document], gold: Sequence[Document]) -> dict[str, float]:
+    bare = [one.id for one in predictions if "ranking" not in one.meta]
+    if bare:
+        raise InputError(
+            f"visdial: the answer to {escape(bare[0])!r} has no meta.ranking ({len(bare)} without), expected "
+            "the indices of its candidates from the likeliest on",
+            field="meta.ranking",
+        )
     rankings = [answer_ranking(prediction) for prediction in by_gold(predictions, gold)]
     # What was not ranked counts as the worst, as everywhere.
     complete = [ranking or _worst(document) for ranking, document in zip(rankings, gold, strict=True)]
