@@ -8,7 +8,7 @@ import typer
 import yaml
 
 from mm_interleaved.cli.main import create_app
-from mm_interleaved.cli.serve import KEY_VARIABLE
+from mm_interleaved.serving.keys import KEY_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,8 +23,9 @@ from mm_interleaved.cli.options import (
     checked_memory,
 )
 from mm_interleaved.cli.output import say, say_error
-from mm_interleaved.errors import InputError, UsageError, escape
+from mm_interleaved.errors import UsageError
 from mm_interleaved.generation.loading import Acceleration
+from mm_interleaved.serving.keys import KEY_VARIABLE, read_keys
 
 if TYPE_CHECKING:
     import socket
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from mm_interleaved.serving.engine_protocol import Engine
     from mm_interleaved.serving.settings import ServerSettings
 
-KEY_VARIABLE = "MM_INTERLEAVED_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LIMITS = "Limits"
 
@@ -130,12 +129,12 @@ def serve(
     """
     require_extra()
     from mm_interleaved.serving.http_server import listening_socket
-    from mm_interleaved.serving.settings import Limits, ServerSettings
+    from mm_interleaved.serving.settings import Limits, ServerSettings, checked_url, name_of
 
     memory = checked_memory(memory)
     keys = read_keys(api_keys or (), api_key_file)
     settings = ServerSettings(
-        model=model if model == "storyworld" else Path(model).name or model,
+        model=name_of(model),
         api_keys=keys,
         public_url=checked_url(public_url),
         allowed_hosts=_allowed_hosts(host, allowed_hosts or (), has_keys=bool(keys)),
@@ -156,18 +155,15 @@ def serve(
     from mm_interleaved.serving.engine import ServingEngine
 
     with listening:
-        if memory is None:
-            generator = load_quietly(model, device=device, dtype=dtype, acceleration=acceleration)
-        else:
-            generator = load_fitting(
-                model,
-                memory,
-                device=device,
-                dtype=dtype,
-                acceleration=acceleration,
-                most_at_once=max_running,
-                load=load_quietly,
-            )
+        generator = load_fitting(
+            model,
+            memory,
+            device=device,
+            dtype=dtype,
+            acceleration=acceleration,
+            most_at_once=max_running,
+            load=load_quietly,
+        )
         engine = ServingEngine(
             generator,
             max_running=max_running,
@@ -212,39 +208,6 @@ def require_extra() -> None:
             f"serve needs {error.name}: pip install 'mm-interleaved[serve]' installs what a server needs"
         ) from error
     del fastapi, httpcore2, prometheus_client, uvicorn
-
-
-def read_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
-    """The API keys of the command line, of a file and of the environment.
-
-    Raises:
-        UsageError: an empty one, or one with blanks.
-        InputError: no such file, or one without keys.
-    """
-    keys = list(given)
-    if file is not None:
-        try:
-            found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{escape(str(file))}: cannot be read as a file of keys") from error
-        keys += [line for line in found if line]
-        if not keys:
-            raise InputError(f"{escape(str(file))}: found no key, expected one a line")
-    if (variable := os.environ.get(KEY_VARIABLE)) is not None:
-        keys.append(variable)
-    if any(not key or not key.isascii() or any(c.isspace() for c in key) for key in keys):
-        raise UsageError("api key: expected ASCII characters without blanks", field="api_key")
-    return tuple(keys)
-
-
-def checked_url(url: str | None) -> str | None:
-    """An address without path, query and quotes. Raises UsageError."""
-    if url is None or (url.startswith(("http://", "https://")) and not set(url) & set(" '\"<>()?#\\")):
-        return url
-    raise UsageError(
-        f"public_url: found {escape(url)!r}, expected an address such as https://pictures.example",
-        field="public_url",
-    )
 
 
 def _allowed_hosts(host: str, names: Sequence[str], *, has_keys: bool) -> tuple[str, ...]:

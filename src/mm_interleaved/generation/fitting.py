@@ -73,7 +73,7 @@ def plans_for(
 
 def load_fitting(
     model: str | Path,
-    memory: str = "auto",
+    memory: str | None = "auto",
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -85,7 +85,7 @@ def load_fitting(
 
     Args:
         model, device, dtype, acceleration: as `load_generator`.
-        memory: "auto" or "low".
+        memory: "auto" or "low"; None: as it is, by `load` alone.
         most_at_once: documents that are to be continued at once, if there is room.
         load: what reads the model.
 
@@ -93,6 +93,8 @@ def load_fitting(
         StorageError: the smallest plan does not fit either.
         As `load_generator`.
     """
+    if memory is None:
+        return load(model, device=device, dtype=dtype, acceleration=acceleration)
     folder, room = find_model(model), room_of(torch_device(device))
     plans = plans_for(
         folder,

@@ -7,21 +7,19 @@ and addresses of images of its own. Needs mm-interleaved[ray].
 """
 
 # No postponed annotations: `serve run` reads the type of `app`'s argument off its signature.
-import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from mm_interleaved.errors import InputError
 from mm_interleaved.generation.fitting import load_fitting
-from mm_interleaved.generation.loading import Acceleration, load_generator
+from mm_interleaved.generation.loading import Acceleration
 from mm_interleaved.serving.app import create_app
 from mm_interleaved.serving.engine import ServingEngine
-from mm_interleaved.serving.settings import ServerSettings
+from mm_interleaved.serving.keys import read_keys
+from mm_interleaved.serving.settings import ServerSettings, checked_url, name_of
 
-KEY_VARIABLE = "MM_INTERLEAVED_API_KEY"
 _BESIDE = 16
 """Requests beyond those that run and wait: for models, health and metrics, and to be told of a full queue."""
 
@@ -55,28 +53,24 @@ class Replica:
     """One copy of the server."""
 
     def __init__(self, settings: ReplicaSettings):
-        choice: dict[str, Any] = {
-            "device": settings.device,
-            "dtype": settings.dtype,
-            "acceleration": Acceleration(quantization=settings.quantization),
-        }
-        if settings.memory is None:
-            generator = load_generator(settings.model, **choice)
-        else:
-            generator = load_fitting(
-                settings.model, settings.memory, most_at_once=settings.max_running, **choice
-            )
+        generator = load_fitting(
+            settings.model,
+            settings.memory,
+            device=settings.device,
+            dtype=settings.dtype,
+            acceleration=Acceleration(quantization=settings.quantization),
+            most_at_once=settings.max_running,
+        )
         self.engine = ServingEngine(
             generator,
             max_running=settings.max_running,
             max_queue=settings.max_queue,
             prefix_bytes=settings.prefix_megabytes * 2**20,
         )
-        name = settings.model
         self.settings = ServerSettings(
-            model=name if name == "storyworld" else Path(name).name or name,
-            api_keys=_keys(settings.api_key_file),
-            public_url=settings.public_url,
+            model=name_of(settings.model),
+            api_keys=read_keys((), settings.api_key_file),
+            public_url=checked_url(settings.public_url),
         )
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -98,14 +92,3 @@ def app(settings: ReplicaSettings) -> serve.Application:
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
     )
     return deployment.bind(settings)
-
-
-def _keys(file: Path | None) -> tuple[str, ...]:
-    """API keys of a file and of the environment. Raises InputError for a file without any."""
-    keys = [os.environ[KEY_VARIABLE]] if os.environ.get(KEY_VARIABLE) else []
-    if file is not None:
-        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not found:
-            raise InputError(f"{file}: found no key, expected one a line")
-        keys += found
-    return tuple(keys)

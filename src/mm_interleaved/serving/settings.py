@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mm_interleaved.documents.images import MAX_PIXELS
+from mm_interleaved.errors import UsageError, escape
 
 ANSWER_FORMATS = ("images", "parts", "markdown")
 
@@ -79,3 +81,18 @@ class ServerSettings:
         """The answer format of each name of the model."""
         named = {f"{self.model}:{answer_format}": answer_format for answer_format in ANSWER_FORMATS}
         return {self.model: ANSWER_FORMATS[0], **named}
+
+
+def name_of(model: str) -> str:
+    """The name by which clients ask for a model: of a folder or a hub id, what stands last."""
+    return Path(model).name or model
+
+
+def checked_url(url: str | None) -> str | None:
+    """An address without query and without what ends an address in Markdown. Raises UsageError."""
+    if url is None or (url.startswith(("http://", "https://")) and not set(url) & set(" '\"<>()?#\\")):
+        return url
+    raise UsageError(
+        f"public_url: found {escape(url)!r}, expected an address such as https://pictures.example",
+        field="public_url",
+    )

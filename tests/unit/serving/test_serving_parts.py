@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from mm_interleaved.cli.serve import KEY_VARIABLE, checked_url, read_keys
 from mm_interleaved.errors import InputError, UsageError
 from mm_interleaved.serving.files_store import FilesStore
+from mm_interleaved.serving.keys import KEY_VARIABLE, read_keys
 from mm_interleaved.serving.metrics import Rate
-from mm_interleaved.serving.settings import Limits
+from mm_interleaved.serving.settings import Limits, checked_url, name_of
 
 
 def test_files_expire_and_the_oldest_make_room():
@@ -58,7 +58,7 @@ def test_keys_come_from_flags_a_file_and_the_environment(tmp_path, monkeypatch):
     (tmp_path / "empty").write_text("\n")
     for name in ("empty", "missing"):
         with pytest.raises(InputError, match=name):
-            read_keys([], tmp_path / name)
+            read_keys(["zero"], tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,8 @@ def test_routes_in_metrics_are_few_whatever_is_asked_for(client):
     assert (
         "made-up" not in text and 'route="other",status="404"' in text and 'route="/files/{name}.png"' in text
     )
+
+
+@pytest.mark.parametrize("model", ["storyworld", "models/storyworld", "somebody/storyworld", "./storyworld/"])
+def test_a_model_is_asked_for_by_what_stands_last_in_its_name(model):
+    assert name_of(model) == "storyworld"
