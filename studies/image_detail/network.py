@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mm_interleaved.models.adapter import pixel_projections
 from mm_interleaved.models.image_decoder import ImageDecoder
 from mm_interleaved.models.resampler import Resampler
 from mm_interleaved.models.synchronizer import FeatureSynchronizer
@@ -86,15 +87,17 @@ class TowerPyramid(nn.Module):
     Args:
         fine: with the level of 32 cells.
         steps: for so many it first learns on, on images with boards, with a loss of pixels.
+        pixel_levels: see `VisionAdapter`; the projections are new.
         seed: of these images.
     """
 
-    def __init__(self, *, fine: bool, steps: int, seed: int) -> None:
+    def __init__(self, *, fine: bool, steps: int, pixel_levels: int, seed: int) -> None:
         super().__init__()
         from mm_interleaved.checkpoint.load import load_model
         from mm_interleaved.model_files.resolve import find_model
 
         self.tower = load_model(find_model("storyworld"), dtype="float32").vision
+        self.tower.adapter.pixel_projections = pixel_projections(96, pixel_levels)
         if steps:
             _teach_pixels(self.tower, steps, seed)
         self.tower.requires_grad_(False).eval()
@@ -130,7 +133,12 @@ def build_pyramid(settings: TrialSettings) -> Any:
         return EncoderPyramid()
     if settings.pyramid == "latents":
         return LatentPyramid()
-    return TowerPyramid(fine=settings.pyramid == "tower-fine", steps=settings.tower_steps, seed=settings.seed)
+    return TowerPyramid(
+        fine=settings.pyramid == "tower-fine",
+        steps=settings.tower_steps,
+        pixel_levels=settings.pixel_levels,
+        seed=settings.seed,
+    )
 
 
 def build_decoder(settings: TrialSettings, pyramid: Any) -> ImageDecoder:

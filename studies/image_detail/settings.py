@@ -38,6 +38,8 @@ class TrialSettings:
     """Times the learning rate: that of synchronizers and encoder."""
     pyramid: str = "latents"
     """Out of PYRAMIDS."""
+    pixel_levels: int = 0
+    """Of how many of the tower's finest levels each cell also gets its own pixels, see `VisionAdapter`."""
     tower_steps: int = 0
     """Steps in which the vision tower learns on first, on images with boards, to hold pixels."""
     opening: Annotated[float, FACTOR] = 0.0
@@ -80,6 +82,7 @@ TRIALS: dict[str, TrialSettings] = {
     "edit-without-looking": TrialSettings(steps=50, tasks=("edit",), looks=False),
     "copy-tower": TrialSettings(steps=100, pyramid="tower"),
     "copy-tower-pixels": TrialSettings(steps=150, pyramid="tower-fine", tower_steps=120),
+    "copy-tower-linear": TrialSettings(steps=100, pyramid="tower", tower_steps=40, pixel_levels=2),
     "all-latents": TrialSettings(steps=300, tasks=TASKS),
     "move-wide": TrialSettings(steps=300, tasks=("move",), heads=8, points=8, spread=5.0),
     "move-supervised-little": TrialSettings(steps=250, tasks=("move",), looking_weight=0.2),

@@ -39,7 +39,13 @@ SIZES: Mapping[str, int] = types.MappingProxyType(
 )  # fmt: skip
 """Fields that count something, at least one, and the most that any model has."""
 COUNTS: Mapping[str, int] = types.MappingProxyType(
-    {"levels": 3, "steps_offset": 2**7, "num_extra_extractors": 2**10, "num_new_tokens": _LARGEST_SIZE}
+    {
+        "levels": 3,
+        "steps_offset": 2**7,
+        "num_extra_extractors": 2**10,
+        "pixel_levels": 3,
+        "num_new_tokens": _LARGEST_SIZE,
+    }
 )
 """The same from 0."""
 SHARES = ("attention_dropout", "beta_end", "beta_start", "condition_dropout", "dropout")

@@ -207,6 +207,11 @@ class Interaction(nn.Module):
         return token_I1TC, cells_ISC
 
 
+def pixel_projections(dim: int, num_levels: int) -> nn.ModuleList:
+    """One linear layer for each of the finest levels: the pixels of a cell, at sixteen a patch, to `dim`."""
+    return nn.ModuleList(nn.Conv2d(3, dim, 4 << level, stride=4 << level) for level in range(num_levels))
+
+
 class VisionAdapter(nn.Module):
     """Everything that ViT-Adapter adds to a vision transformer.
 
@@ -214,6 +219,8 @@ class VisionAdapter(nn.Module):
         dim: channels of the transformer.
         num_heads: heads of the deformable attention (those of the transformer in the released model).
         num_interactions: exchanges; the transformer's layers are divided evenly among them.
+        pixel_levels: how many of the finest levels also get the pixels on which their cells lie, through one
+            linear layer a level. An image decoder copies from there what nobody has a name for.
     """
 
     def __init__(
@@ -227,6 +234,7 @@ class VisionAdapter(nn.Module):
         feed_forward_ratio: float = 0.25,
         num_interactions: int = 4,
         num_extra_extractors: int = 2,
+        pixel_levels: int = 0,
     ):
         super().__init__()
         attention_sizes = {
@@ -248,6 +256,7 @@ class VisionAdapter(nn.Module):
         self.level_embedding = nn.Parameter(torch.zeros(3, dim))
         self.interactions = nn.ModuleList(interaction(number) for number in num_extractors)
         self.upsample = nn.ConvTranspose2d(dim, dim, 2, stride=2)
+        self.pixel_projections = pixel_projections(dim, pixel_levels)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -300,6 +309,8 @@ class VisionAdapter(nn.Module):
             if size != patch_map.shape[-2:]:
                 patch_map = F.interpolate(patch_map, size=size, mode="bilinear", align_corners=False)
             pyramid[i] = pyramid[i] + patch_map
+        for i, projection in enumerate(self.pixel_projections):
+            pyramid[i] = pyramid[i] + projection(resized)
         return token_I1TC, tuple(pyramid)
 
 

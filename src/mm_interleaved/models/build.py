@@ -59,6 +59,7 @@ def build_vision_tower(config: MMInterleavedConfig) -> VisionTower:
             feed_forward_ratio=adapter.feed_forward_ratio,
             num_interactions=adapter.num_interactions,
             num_extra_extractors=adapter.num_extra_extractors,
+            pixel_levels=adapter.pixel_levels,
         )
     with _out_of("slot_resampler"):
         resampler = _build_resampler(config.part("slot_resampler"), token_dim=dim)

@@ -50,6 +50,8 @@ class AdapterConfig:
     """Exchanges between pyramid and transformer; they divide the transformer's layers evenly."""
     num_extra_extractors: int = 2
     """Further extractors in the last exchange."""
+    pixel_levels: int = 0
+    """How many of the finest levels also get their own pixels through a linear layer (not in the paper)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

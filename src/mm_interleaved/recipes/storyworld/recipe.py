@@ -197,7 +197,7 @@ def model_config(sizes: SizesConfig, processor: MMInterleavedProcessor) -> MMInt
         unet_config=dict(unet.config),
         vae_config=dict(build_vae(sizes).config),
         scheduler_config=scheduler,
-        adapter=AdapterConfig(stem_dim=24),
+        adapter=AdapterConfig(stem_dim=24, pixel_levels=sizes.pixel_levels),
         slot_resampler=ResamplerConfig(
             dim=sizes.vision_dim, num_queries=sizes.num_slots, num_layers=2, num_heads=4, mlp_dim=256,
             query_key_norm=True,

@@ -32,6 +32,8 @@ class SizesConfig:
     """Width of the U-Net's conditioning."""
     num_conditioning: Annotated[int, SIZE] = 16
     """Conditioning vectors."""
+    pixel_levels: Annotated[int, Range(0, 3)] = 0
+    """Of how many of the finest levels each cell also gets its own pixels through one linear layer."""
     image_levels: Annotated[tuple[int, ...], Range(0, 3)] = (1, 2)
     """Levels of the pyramid that the U-Net looks at: 0 has 32 cells a side, each further one half of that."""
     image_heads: Annotated[int, SIZE] = 4
@@ -139,6 +141,7 @@ def with_boards() -> StoryWorldConfig:
         sizes=replace(
             config.sizes,
             latent_channels=8,
+            pixel_levels=2,
             image_levels=(0, 1, 2),
             image_heads=8,
             image_points=8,
