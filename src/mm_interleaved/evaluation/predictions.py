@@ -102,7 +102,7 @@ def _check_ids(path: Path, places: Mapping[str, str], wanted: Sequence[str]):
     if unknown:
         raise InputError(
             f"{places[unknown[0]]}: {_listed(unknown)} not among the task's {len(wanted)} documents, such as "
-            f"{escape(wanted[0], 60)!r}",
+            f"{escape(next(iter(wanted), ''), 60)!r}",
             field="id",
         )
     missing = [key for key in wanted if key not in places]

@@ -172,6 +172,15 @@ def test_what_is_wrong_is_named(tmp_path, name):
         benchmark.read(put(tmp_path))
 
 
+def test_what_holds_no_turn_or_no_single_story_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"bench\.jsonl:1: conversations: .*expected at least one turn"):
+        BENCHMARKS["opening"].read(put(tmp_path, {"total_uid": "7", "conversations": []}))
+    for stories in ([], [{}, {}]):
+        (tmp_path / "story.json").write_text(json.dumps(stories))
+        with pytest.raises(InputError, match=rf"found a list of {len(stories)} records, expected one story"):
+            BENCHMARKS["vistorybench"].read(tmp_path)
+
+
 def test_markup_in_the_questions_of_opening_is_no_text(tmp_path):
     """As published: `<BEGIN>` at the beginning, `<image>` where the image stands; elsewhere it is text."""
     said = "<BEGIN> Look: <image> Go on with <BEGIN>."

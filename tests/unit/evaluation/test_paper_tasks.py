@@ -124,6 +124,11 @@ def test_dense_annotations_give_the_gain(exports, tmp_path):
     full = [document.parts[1].text.count("question:") for document in gold]
     assert rounds and [one + 1 for one in texts] == full
     assert not released.ranking.counts_end and task.ranking.counts_end and len(released.notes) == 3
+    stranger = dense[0] | {"image_id": 999}
+    for added, found in ((dense[0], "occurs twice"), (stranger, "no dialogue about the image 999")):
+        (tmp_path / "visdial_1.0_val_dense_annotations.json").write_text(json.dumps([*dense, added]))
+        with pytest.raises(InputError, match=rf"dense_annotations\.json: \[8\]\.image_id: .*{found}"):
+            task.read_gold(tmp_path)
     dense[0]["gt_relevance"] = [0.0] * len(dense[0]["gt_relevance"])
     (tmp_path / "visdial_1.0_val_dense_annotations.json").write_text(json.dumps(dense))
     with pytest.raises(InputError, match=r"gt_relevance: found 10 numbers, 0 above 0, expected one for"):

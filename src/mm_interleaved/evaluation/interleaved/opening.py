@@ -28,7 +28,9 @@ _BEGIN, _MARK = "<BEGIN>", "<image>"
 
 
 def _question(record: Field, folder: ImageFolder) -> Document:
-    asked, *answered = record["conversations"].list()
+    if not (turns := record["conversations"].list()):
+        record["conversations"].wrong("at least one turn")
+    asked, *answered = turns
     return Document(
         id=record["total_uid"].text(),
         parts=tuple(_asked_parts(asked["input"], folder)),

@@ -39,7 +39,10 @@ def read(path: Path) -> list[Document]:
 
 
 def _story(file: Path) -> Document:
-    [record] = read_records(file)
+    records = list(read_records(file))
+    if len(records) != 1:
+        raise InputError(f"{file}: found a list of {len(records)} records, expected one story")
+    [record] = records
     try:
         shots = record.field["Shots"].list()
         if not shots:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -10,12 +10,19 @@ from typing import Any
 
 from mm_interleaved.data.storage.records import read_table
 from mm_interleaved.documents.document import Document
+from mm_interleaved.documents.strict_json import FieldError
 from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.answering import Ranking
 from mm_interleaved.evaluation.answers import answer_ranking, by_gold
 from mm_interleaved.evaluation.metrics.retrieval import ndcg, ranking_scores
 from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
-from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents, has_annotation_file
+from mm_interleaved.evaluation.tasks.annotations import (
+    annotation_file,
+    each_once,
+    gold_documents,
+    has_annotation_file,
+    identity,
+)
 
 DIALOGUES = ("visdial_1.0_val.json", "visdial.json")
 DENSE = ("visdial_1.0_val_dense_annotations.json",)
@@ -56,7 +63,9 @@ def _read(is_released: bool, options: TaskOptions, data: Path) -> list[Document]
     if has_annotation_file(folder, DENSE):
         settings["dense_annotations"] = str(annotation_file(folder, DENSE))
     documents = gold_documents("visdial", settings | options.source)
-    _refuse_doubled_dialogues(path)
+    shown = _refuse_doubled_dialogues(path)
+    if (dense := settings.get("dense_annotations")) is not None:
+        _check_dense(Path(dense), shown)
     for document in documents:
         if not {"candidates", "gold_index"} <= document.meta.keys():
             raise InputError(
@@ -65,17 +74,33 @@ def _read(is_released: bool, options: TaskOptions, data: Path) -> list[Document]
             )
         _check_relevance(path, document)
     # A single candidate is no question.
-    return [document for document in documents if len(document.meta["candidates"]) > 1]
+    return each_once(path, [one for one in documents if len(one.meta["candidates"]) > 1])
 
 
-def _refuse_doubled_dialogues(path: Path) -> None:
-    """A dialogue an image: a second one would count twice."""
+def _check_dense(path: Path, shown: Set[str]) -> None:
+    """An annotation of a round that is asked, and one of each: others would change the gain unseen."""
+    seen: set[str] = set()
+    try:
+        for entry in read_table(str(path)).list():
+            key = identity(entry["image_id"])
+            if key not in shown:
+                raise FieldError(f"{entry.path}.image_id", f"found no dialogue about the image {key}")
+            if key in seen:
+                raise FieldError(f"{entry.path}.image_id", f"{key} occurs twice")
+            seen.add(key)
+    except FieldError as error:
+        raise error.at(str(path)) from error
+
+
+def _refuse_doubled_dialogues(path: Path) -> set[str]:
+    """A dialogue an image: a second one would count twice. Returns their images."""
     seen: set[str] = set()
     for dialog in read_table(str(path))["data"]["dialogs"].list():
         key = str(dialog["image_id"].value)
         if key in seen:
             raise InputError(f"{path}: {dialog.path}.image_id: {escape(key)} occurs twice", field="image_id")
         seen.add(key)
+    return seen
 
 
 def _check_relevance(path: Path, document: Document) -> None:

@@ -25,7 +25,12 @@ from mm_interleaved.evaluation.metrics.vqa import (
     vqa_accuracy,
 )
 from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
-from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents, question_about
+from mm_interleaved.evaluation.tasks.annotations import (
+    annotation_file,
+    each_once,
+    gold_documents,
+    question_about,
+)
 
 SETTINGS = {"layout": "T", "num_beams": 3, "min_new_tokens": 0, "max_new_tokens": 10, "length_penalty": 0.0}
 
@@ -100,9 +105,10 @@ def _read_gqa(options: TaskOptions, data: Path) -> list[Document]:
     options = options if options.prompt else replace(options, prompt="question-released")
     try:
         table = read_table(str(path))
-        return [_gqa_document(options, path, key, table[key]) for key in table.object()]
+        made = [_gqa_document(options, path, key, table[key]) for key in table.object()]
     except FieldError as error:
         raise error.at(str(path)) from error
+    return each_once(path, made)
 
 
 def _gqa_document(options: TaskOptions, path: Path, key: str, record: Field) -> Document:
