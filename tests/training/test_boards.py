@@ -21,7 +21,6 @@ from mm_interleaved.recipes.storyworld.board_supervision import (
     BOARD_VALUES,
     NUM_BOARD_VALUES,
     WAYS,
-    board_cells,
     board_labels,
 )
 from mm_interleaved.recipes.storyworld.recipe import BOARD_TEXT_BATCHES, LOOKING_BATCHES
@@ -83,14 +82,6 @@ def _names():
     from mm_interleaved.recipes.storyworld.attribute_supervision import ATTRIBUTES
 
     return ATTRIBUTES
-
-
-def test_cells_of_boards_lie_where_these_hang():
-    edit = training_document(0, 4, {"detail_edit": 1})
-    masks = board_cells([edit], 16)
-    left, top = boards_of(edit)[0].corner
-    assert masks[0, top // 4, left // 4] and masks.shape == (2, 16, 16)
-    assert masks[0].sum() == (36 if boards_of(edit)[0].scale == "small" else 144)
 
 
 def test_further_attributes_leave_the_embedding_of_the_others_alone():

@@ -27,6 +27,7 @@ from mm_interleaved.storyworld.questions import QUESTIONS, Question, ask, ask_se
 from mm_interleaved.storyworld.renderer import figure_box, prop_box, render_scene
 from mm_interleaved.storyworld.segmentation import render_map
 from mm_interleaved.storyworld.stories import random_story
+from mm_interleaved.storyworld.task_documents import document_with_hole, shows_held_out
 from mm_interleaved.storyworld.world import (
     ACTIONS,
     HAT_COLOURS,
@@ -41,7 +42,6 @@ from mm_interleaved.storyworld.world import (
     Figure,
     Prop,
     Scene,
-    is_held_out,
     random_cast,
     random_scene,
     scene_to_record,
@@ -71,24 +71,14 @@ def document(split: str, seed: int, index: int, task: str | None = None) -> Docu
     task = task or _TASK_ROUND[index % len(_TASK_ROUND)]
     made = TASKS[task](rng, split)
     meta: dict[str, Any] = {"task": task, "split": split, "seed": seed, "index": index, **made.meta}
-    meta["is_held_out"] = any(
-        is_held_out(figure["species"], figure["body_colour"])
-        for scene in meta["scenes"]
-        for figure in scene["figures"]
-    )
+    meta["is_held_out"] = shows_held_out(meta["scenes"])
     return replace(made, id=f"storyworld-{split}-{seed}-{index}", meta=meta)
 
 
 def _document(
     parts: Sequence[Part], target: Sequence[Part], scenes: Sequence[Scene], **more: Any
 ) -> Document:
-    return Document(
-        id="",
-        parts=tuple(parts),
-        target=tuple(target),
-        layout=" ".join("I" if isinstance(part, Image) else "T" for part in target),
-        meta={"scenes": [scene_to_record(scene) for scene in scenes], **more},
-    )
+    return document_with_hole(parts, target, [scene_to_record(scene) for scene in scenes], **more)
 
 
 def scene_image(scene: Scene, role: str | None = None) -> Image:

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.recipes.storyworld.attribute_supervision import NO_LABEL
-from mm_interleaved.storyworld.backgrounds import IMAGE_SIZE
 from mm_interleaved.storyworld.detail.boards import (
-    BOARD_UNITS,
     HEIGHTS,
     KINDS,
     SCALES,
@@ -24,7 +22,6 @@ from mm_interleaved.storyworld.detail.boards import (
     check_board,
     hanging_positions,
 )
-from mm_interleaved.storyworld.detail.rendering import board_slices
 
 _NONE = "no board"
 WAYS = tuple(
@@ -77,24 +74,6 @@ def _way(board: Board) -> str:
 def is_map(document: Document, number: int) -> bool:
     """Whether image `number` of a document about boards is a map, of which no code says anything."""
     return document.meta.get("task") == "detail_segmentation" and number == 1
-
-
-def board_cells(documents: Sequence[Document], size: int) -> Tensor:
-    """Which of `size` by `size` cells over each image lie on a board: (I, size, size) bool."""
-    masks = []
-    for document in documents:
-        boards = boards_of(document)
-        for number in range(sum(isinstance(part, Image) for part in document.parts)):
-            mask = torch.zeros(size, size, dtype=torch.bool)
-            board = boards[number] if number < len(boards) and not is_map(document, number) else None
-            if board is not None:
-                cell = IMAGE_SIZE * (board.units // BOARD_UNITS) // size
-                rows, columns = board_slices(board)
-                mask[rows.start // cell : rows.stop // cell, columns.start // cell : columns.stop // cell] = (
-                    True
-                )
-            masks.append(mask)
-    return torch.stack(masks) if masks else torch.zeros(0, size, size, dtype=torch.bool)
 
 
 def boards_of(document: Document) -> list[Board | None]:

@@ -7,7 +7,6 @@ pixels a unit; an image of 128 pixels shows boards of twice as many units a side
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import log2
 from typing import Any
 
 from mm_interleaved.seeded_random import SeededRandom
@@ -112,12 +111,6 @@ def grid_of(kind: str, image_size: int) -> tuple[int, int]:
     units = BOARD_UNITS * image_size // IMAGE_SIZES[0]
     height, width = KINDS[kind].cell_units
     return units // height, units // width
-
-
-def bits_of(kind: str, image_size: int = 64) -> float:
-    """How many bits the cells of such a board are."""
-    rows, columns = grid_of(kind, image_size)
-    return rows * columns * log2(len(KINDS[kind].values))
 
 
 def hanging_positions(scale: str) -> tuple[str, ...]:

@@ -27,11 +27,11 @@ from mm_interleaved.storyworld.detail.rendering import board_slices, enlarged, r
 from mm_interleaved.storyworld.language import describe_scene, tell_panel
 from mm_interleaved.storyworld.segmentation import render_map
 from mm_interleaved.storyworld.stories import next_setting, placed_figures
+from mm_interleaved.storyworld.task_documents import document_with_hole, shows_held_out
 from mm_interleaved.storyworld.tasks import random_edit
 from mm_interleaved.storyworld.world import (
     SPLITS,
     Scene,
-    is_held_out,
     random_cast,
 )
 
@@ -62,11 +62,7 @@ def detail_document(split: str, seed: int, index: int, task: str, image_size: in
     made = DETAIL_TASKS[task](rng, split, image_size)
     meta: dict[str, Any] = {"task": task, "split": split, "seed": seed, "index": index}
     meta |= {"image_size": image_size, **made.meta}
-    meta["is_held_out"] = any(
-        is_held_out(figure["species"], figure["body_colour"])
-        for scene in meta["scenes"]
-        for figure in scene["figures"]
-    )
+    meta["is_held_out"] = shows_held_out(meta["scenes"])
     return replace(made, id=f"storyworld-{task}-{image_size}-{split}-{seed}-{index}", meta=meta)
 
 
@@ -78,13 +74,7 @@ def _check(name: str, value: object, known: Sequence[object]) -> None:
 def _document(
     parts: Sequence[Part], target: Sequence[Part], scenes: Sequence[DetailScene], **more: Any
 ) -> Document:
-    return Document(
-        id="",
-        parts=tuple(parts),
-        target=tuple(target),
-        layout=" ".join("I" if isinstance(part, Image) else "T" for part in target),
-        meta={"scenes": [detail_to_record(scene) for scene in scenes], **more},
-    )
+    return document_with_hole(parts, target, [detail_to_record(scene) for scene in scenes], **more)
 
 
 def detail_image(detail: DetailScene, role: str | None = None) -> Image:
