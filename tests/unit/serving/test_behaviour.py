@@ -195,7 +195,7 @@ def test_a_quiet_stream_is_kept_open_by_comments():
 
 def test_a_client_that_does_not_read_is_left():
     """Its place is freed, and others do not wait for it."""
-    limits = Limits(write_seconds=0.3, output_pixels=4096 * 4096)
+    limits = Limits(write_seconds=0.3, times_own_pixels=10_000)
     with running_server(ServerSettings(limits=limits)) as running:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -217,16 +217,20 @@ def test_a_client_that_does_not_read_is_left():
         connection.close()
 
 
+def _lines(caplog) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.name == "mm_interleaved.serving.guard"]
+
+
 def test_a_log_is_one_line_a_request_whatever_it_holds(client, caplog):
     evil = "a\r\nINFO forged\x1b[31m\u202e"
     with caplog.at_level(logging.INFO, logger="mm_interleaved.serving"):
         chat(client, evil, model=evil)
         client.get("/a%0d%0aINFO%20forged%1b%5b31m")
         client.get("/v1/models", headers={"X-Request-Id": "x\x1b[31m"})
-    lines = [
-        record.getMessage() for record in caplog.records if record.name == "mm_interleaved.serving.guard"
-    ]
-    assert len(lines) == 3 and all(line.isprintable() for line in lines)
+        # A line is written when its answer has gone: the client may be here before it.
+        assert waits(lambda: len(_lines(caplog)) == 3, 5)
+    lines = _lines(caplog)
+    assert all(line.isprintable() for line in lines)
     assert not any("hello" in line for line in lines)
 
 
