@@ -61,7 +61,7 @@ class StubAdmission:
         return settings_for(document, {"num_inference_steps": 4}, given)
 
     def size_for(self, ratio: tuple[int, int]) -> tuple[int, int]:
-        return 8 * ratio[1], 8 * ratio[0]
+        return (16, 16) if ratio == (1, 1) else (8 * ratio[1], 8 * ratio[0])
 
 
 class StubTicket:

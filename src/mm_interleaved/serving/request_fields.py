@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from mm_interleaved.generation.settings import GenerationSettings
-from mm_interleaved.serving.errors import ApiError, bad_request
+from mm_interleaved.serving.errors import bad_request
 from mm_interleaved.serving.request_body import Strict
 from mm_interleaved.serving.settings import Limits
 
@@ -204,28 +206,44 @@ def _check_limits(given: Given, limits: Limits) -> None:
             )
 
 
-def check_complete(settings: GenerationSettings, params: Mapping[str, str], limits: Limits) -> None:
-    """Holds complete settings, with what the model adds, against limits of the work as a whole."""
+def within_limits(
+    settings: GenerationSettings, params: Mapping[str, str], limits: Limits, own_pixels: int
+) -> GenerationSettings:
+    """Complete settings, with what the model adds, held against limits of the work as a whole.
+
+    Args:
+        own_pixels: of an image as the model makes it by default; 0 where it makes none.
+
+    Returns:
+        The settings; where nobody said how many images there may be, as many as all candidates leave.
+
+    Raises:
+        ApiError: 400, with the field's place.
+    """
     layout = settings.layout.split()
-    images = settings.max_images if layout == ["auto"] else layout.count("I")
-    wanted = images * settings.num_candidates
-    if layout != ["auto"] and wanted > limits.new_images:
+    is_auto = layout == ["auto"]
+    if is_auto and "max_images" not in params:
+        most_images = min(settings.max_images, limits.new_images // settings.num_candidates)
+        settings = replace(settings, max_images=most_images)
+    images = settings.max_images if is_auto else layout.count("I")
+    if images * settings.num_candidates > limits.new_images:
+        name = "max_images" if is_auto else "layout"
         raise bad_request(
-            params.get("layout", "layout"),
+            params.get(name, name),
             f"found {images} images of {settings.num_candidates} candidates each, expected at most "
             f"{limits.new_images} in all (a limit of this server)",
         )
-    if layout != ["auto"] and len(layout) > limits.messages:
+    if not is_auto and len(layout) > limits.messages:
         raise bad_request("layout", f"found {len(layout)} parts, expected at most {limits.messages}")
     pixels = (settings.width or 1) * (settings.height or 1)
-    if pixels > limits.output_pixels:
-        raise ApiError(
-            400,
-            f"size: found {settings.width} x {settings.height} pixels, expected at most "
-            f"{limits.output_pixels} in all (a limit of this server)",
-            param=params.get("width", "size"),
-            code="invalid_value",
+    most = min(limits.output_pixels, (limits.times_own_pixels * own_pixels) or limits.output_pixels)
+    if pixels > most:
+        raise bad_request(
+            params.get("width", "size"),
+            f"found {settings.width} x {settings.height} pixels, expected at most {most} in all, such as "
+            f"{math.isqrt(most)}x{math.isqrt(most)} (a limit of this server)",
         )
+    return settings
 
 
 def preview_steps(request: GenerationFields, steps: int) -> int:

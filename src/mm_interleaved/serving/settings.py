@@ -30,6 +30,9 @@ class Limits:
     """Images generated for one request, all candidates and all of its `n` counted."""
     output_pixels: int = 1024 * 1024
     """Of one generated image."""
+    times_own_pixels: int = 16
+    """Of one generated image, the pixels that the model makes by default so many times: attention takes their
+    square, so that one image of 1024 by 1024 from a model of 64 by 64 would hold up everybody for minutes."""
     inference_steps: int = 250
     beams: int = 8
     seconds: float = 600.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -26,8 +27,8 @@ from mm_interleaved.serving.metrics import Metrics
 from mm_interleaved.serving.request_fields import (
     GenerationFields,
     Given,
-    check_complete,
     preview_steps,
+    within_limits,
 )
 from mm_interleaved.serving.settings import ServerSettings
 
@@ -172,7 +173,8 @@ async def open_work(
     streams = bool(getattr(request, "stream", False))
     try:
         settings = services.admission.settings(document, wanted)
-        check_complete(settings, given.params, services.settings.limits)
+        own_pixels = math.prod(services.admission.size_for((1, 1)))
+        settings = within_limits(settings, given.params, services.settings.limits, own_pixels)
         every = preview_steps(request, settings.num_inference_steps) if streams else 0
         ticket = await client.wait_for(services.engine.open(document, settings, preview_every=every))
     except (MMInterleavedError, ApiError) as error:

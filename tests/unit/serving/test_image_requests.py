@@ -85,3 +85,13 @@ def test_a_refused_image_of_several_frees_the_others(client, engine):
         assert not engine.running and not engine.waiting
     finally:
         engine.max_running, engine.max_queue = 8, 64
+
+
+def test_an_image_much_larger_than_the_models_own_is_refused(client):
+    """Attention takes the square of its pixels, so that one would hold up everybody for minutes."""
+    largest = client.post(PATH, json={"prompt": "a cat", "size": "64x64"}).json()
+    assert image_of(largest["data"][0]).size == (64, 64)
+    found = client.post(PATH, json={"prompt": "a cat", "size": "64x72"})
+    error = found.json()["error"]
+    assert found.status_code == 400 and error["param"] == "size"
+    assert "found 64 x 72 pixels, expected at most 4096 in all, such as 64x64" in error["message"]

@@ -269,3 +269,12 @@ def test_what_does_not_fit_the_context_is_told_with_both_numbers(client):
 )
 def test_what_contradicts_itself_is_refused(client, asked):
     assert error(chat(client, **asked))["param"] in asked
+
+
+def test_images_and_their_candidates_are_counted_together(client, engine):
+    """Where the layout is left to the model, too; and what nobody said gives way."""
+    found = chat(client, num_candidates=4)
+    assert found.status_code == 200 and engine.settings[-1].max_images == 2
+    found = error(chat(client, num_candidates=4, max_images=3))
+    assert found["param"] == "max_images" and "found 3 images of 4 candidates each" in found["message"]
+    assert chat(client, num_candidates=4, modalities=["text"]).status_code == 200

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_its_fields_and_flags_exist():
     [
         ("body", ["32 MB"]),
         ("messages, images, pixels", ["64, 8, 40 million, 200,000"]),
-        ("tokens, images, steps", ["4,096, 8, 250, 1 million"]),
+        ("tokens, images, steps", ["4,096, 8, 250, 1 million", "16 times the model's own", "256 x 256"]),
         ("time of a request", ["10 minutes"]),
         ("time for headers", ["10 s; 10 s", "32 kB"]),
         ("time that an answer", ["30 s"]),
@@ -72,5 +73,6 @@ def test_its_table_of_limits_holds_the_defaults(row, values):
     )
     assert (limits.characters, limits.new_tokens, limits.new_images) == (200_000, 4096, 8)
     assert (limits.inference_steps, limits.output_pixels, limits.seconds) == (250, 2**20, 600)
+    assert limits.times_own_pixels == 16 and math.isqrt(16 * 64 * 64) == 256
     assert (limits.header_seconds, limits.body_seconds, limits.body_bytes_per_second) == (10, 10, 32 * 2**10)
     assert (limits.write_seconds, limits.file_seconds, limits.files_bytes) == (30, 3600, 256 * 2**20)
