@@ -10,6 +10,7 @@ other weights (training, LoRA) empty the store. Letters: T tokens, N images.
 """
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mm_interleaved.errors import memory_wanted
 from mm_interleaved.generation.session import EncodedImage, InterleavedSession
 from mm_interleaved.models.interleaved import MMInterleavedForConditionalGeneration
 from mm_interleaved.models.prefix_cache import PrefixCache
 from mm_interleaved.models.vision import ImageFeatures
 from mm_interleaved.models.weights_at_hand import weights_version
+
+logger = logging.getLogger(__name__)
 
 LEAST_TOKENS = 8
 """A shorter prefix is read anew: that every document begins with the same token is no reuse."""
@@ -167,9 +171,20 @@ class PrefixStore:
         self.statistics.images += sum(digest in known for digest in wanted)
         return known
 
-    @torch.no_grad()
     def keep(self, session: InterleavedSession) -> None:
-        """Remember what a session has read."""
+        """Remember what a session has read; where there is no memory for it, forget everything instead."""
+        try:
+            self._keep(session)
+        except Exception as error:
+            wanted = memory_wanted(error)
+            if wanted is None:
+                raise
+            # The document is whole: it must not fail for want of room to remember it.
+            logger.warning("%s; what was read of documents is forgotten", wanted)
+            self.clear()
+
+    @torch.no_grad()
+    def _keep(self, session: InterleavedSession) -> None:
         self._check_weights()
         if not session.has_weights_of_now:
             return

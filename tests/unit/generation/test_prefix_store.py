@@ -10,6 +10,7 @@ from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Text
 from mm_interleaved.documents.images import to_png
+from mm_interleaved.generation import prefix_store
 from mm_interleaved.generation.batched import stream_batched
 from mm_interleaved.generation.engine import InterleavedGenerator
 from mm_interleaved.generation.events import Finished
@@ -203,3 +204,18 @@ def test_other_weights_empty_it(generator, store):
     found, usage = answered(generator, document, store, layout="T")
     assert usage.reused_tokens == 0
     assert_same(found, answered(generator, document, layout="T")[0])
+
+
+def test_an_answer_is_whole_though_there_is_no_memory_to_remember_it(generator, store, monkeypatch, caplog):
+    asked = conversation(*user(Text("A question that is long enough.")))
+    answered(generator, asked, store, layout="T")
+    assert store.statistics.entries == 1
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(prefix_store, "copy_prefix", full)
+    other = conversation(*user(Text("Something else that is asked.")))
+    found, _ = answered(generator, other, store, layout="T")
+    assert found.parts[-1].generated and "forgotten" in caplog.text
+    assert (store.statistics.entries, store.statistics.bytes) == (0, 0)
