@@ -114,6 +114,19 @@ class Document:
         arranged = [*self.parts[:index], *new, *self.parts[index:]]
         return self._rearranged(arranged, lambda place: place + len(new) * (place >= index))
 
+    def moved(self, index: int, to: int) -> Document:
+        """The same document with part `index` where part `to` stands now. Indices of earlier images in
+        `generation` follow their images. Raises UsageError: there is no such part.
+
+        >>> Document(parts=[Text("a"), Text("b"), Text("c")]).moved(2, 0).text
+        'c a b'
+        """
+        self._check(index, len(self.parts) - 1)
+        self._check(to, len(self.parts) - 1)
+        order = [place for place in range(len(self.parts)) if place != index]
+        order.insert(to, index)
+        return self._rearranged([self.parts[place] for place in order], order.index)
+
     def branched(self, index: int, *, id: str | None = None) -> Document:
         """The document before part `index`, to go on from there another way.
 
