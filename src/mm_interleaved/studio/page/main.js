@@ -22,7 +22,7 @@ const studio = {
     renderParts(view, this);
     if (document.activeElement !== $("title")) $("title").value = view.title;
     document.title = view.title ? `${view.title} – Studio` : "Studio";
-    $("hidden").textContent = view.hidden;
+    $("hidden").textContent = view.branches.length;
     this.setBusy(this.busy || view.busy);
     // What is chosen and not used yet stays chosen.
     if (isOther) showLayout(view.layout);
