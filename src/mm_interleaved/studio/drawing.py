@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import zip_longest
 from typing import TypeAlias
 
 from PIL import Image as PILImage
@@ -93,10 +94,12 @@ def pdf(document: Document, title: str) -> bytes:
     pages = _Pages()
     if title:
         pages.write(title, font(_HEADING), _INK, after=40)
-    for part in document.parts:
+    for part, following in zip_longest(document.parts, document.parts[1:]):
         if isinstance(part, Text):
-            pages.write(part.text.strip(), font(_BODY), _INK, after=30)
-        else:
+            # A picture is not torn from the words before it.
+            beside = pages.fit(following.load()).height if isinstance(following, Image) else 0
+            pages.write(part.text.strip(), font(_BODY), _INK, after=30, beside=beside)
+        elif part is not None:
             pages.place(part.load())
     buffer = io.BytesIO()
     first, *others = pages.pages
@@ -114,16 +117,28 @@ class _Pages:
         self._top = 0
         self._turn()
 
-    def write(self, text: str, face: Font, ink: tuple[int, int, int], *, after: int) -> None:
+    def write(
+        self, text: str, face: Font, ink: tuple[int, int, int], *, after: int, beside: int = 0
+    ) -> None:
+        """Lines from here on; on the same page as `beside` pixels that follow, if one page holds both."""
         height = _line_height(face)
-        for line in wrapped(text, _PAGE[0] - 2 * _MARGIN, face):
+        lines = wrapped(text, _PAGE[0] - 2 * _MARGIN, face)
+        together = len(lines) * height + after + beside
+        if together < _PAGE[1] - 2 * _MARGIN:
+            self._make_room(together)
+        for line in lines:
             self._make_room(height)
             self._draw.text((_MARGIN, self._top), line, font=face, fill=ink)
             self._top += height
         self._top += after
 
+    @staticmethod
+    def fit(image: PILImage.Image) -> PILImage.Image:
+        """An image as a page shows it: two of them, with some words, go on one."""
+        return fitted(image, _PAGE[0] - 2 * _MARGIN, (_PAGE[1] - 2 * _MARGIN) * 2 // 5)
+
     def place(self, image: PILImage.Image) -> None:
-        shown = fitted(image, _PAGE[0] - 2 * _MARGIN, (_PAGE[1] - 2 * _MARGIN) // 2)
+        shown = self.fit(image)
         self._make_room(shown.height)
         self.pages[-1].paste(shown, ((_PAGE[0] - shown.width) // 2, self._top))
         self._top += shown.height + 36
