@@ -360,7 +360,7 @@ def test_what_a_server_refuses_is_refused(studio):
             act("dlete", index=0),
             act("delete", index=0),
             act("settings", changes={"num_inference_steps": -1}),
-            act("settings", changes={"temperatur": 1}),
+            act("settings", changes={"seeed": 1}),
             act("insert", index=0, parts=[{"type": "image", "upload": "/etc/passwd"}]),
             act("insert", index=0, parts=[{"type": "image", "path": "/etc/passwd"}]),
             act("insert", index=0, parts=[{"type": "text", "text": "x" * 200_001}]),

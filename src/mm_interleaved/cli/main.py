@@ -56,7 +56,8 @@ def create_app() -> typer.Typer:
         PROGRAM, "A document of text and images goes in, a longer document of text and images comes out."
     )
     for module in (
-        generate, redo, explain, shortcuts, chat, serve, studio, models, train, evaluate, compare, data, system
+        generate, redo, explain, shortcuts, chat, serve, studio, models, train, evaluate, compare, data,
+        system,
     ):  # fmt: skip
         module.add_to(app)
     return app

@@ -117,9 +117,7 @@ class _Pages:
         self._top = 0
         self._turn()
 
-    def write(
-        self, text: str, face: Font, ink: tuple[int, int, int], *, after: int, beside: int = 0
-    ) -> None:
+    def write(self, text: str, face: Font, ink: tuple[int, int, int], *, after: int, beside: int = 0) -> None:
         """Lines from here on; on the same page as `beside` pixels that follow, if one page holds both."""
         height = _line_height(face)
         lines = wrapped(text, _PAGE[0] - 2 * _MARGIN, face)

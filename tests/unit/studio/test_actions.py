@@ -82,7 +82,7 @@ def test_chosen_pictures_follow_their_pictures_when_parts_move():
         ("insert", {"index": 0, "parts": ["text"]}, "parts"),
         ("replace", {"index": 0, "image": "/etc/passwd"}, "image"),
         ("choose", {"node": 7}, "expected 0 to"),
-        ("settings", {"changes": {"temperatur": 1}}, "temperature"),
+        ("settings", {"changes": {"seeed": 1}}, "seed"),
         ("settings", {"changes": {"top_p": 3}}, "top_p"),
         ("settings", {"changes": [1]}, "changes"),
         ("layout", {"layout": "T X"}, "layout"),
@@ -94,7 +94,9 @@ def test_what_cannot_be_is_refused_in_a_sentence(name, fields, word):
         apply(session("a", "b"), name, fields)
 
 
-@given(st.lists(st.tuples(st.sampled_from(sorted(ACTIONS)), st.integers(0, 3), st.integers(0, 3)), max_size=12))
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(ACTIONS)), st.integers(0, 3), st.integers(0, 3)), max_size=12)
+)
 def test_nothing_that_was_ever_shown_is_lost(steps):
     found, seen = session("a", "b"), {"a", "b"}
     for number, (name, index, other) in enumerate(steps):
