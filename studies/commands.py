@@ -260,7 +260,7 @@ def judge_free(
 ):
     """Rank spoilt stories by the judge-free scores of `evaluate`, and compare with the truth."""
     from mm_interleaved.cli.process import load_quietly
-    from mm_interleaved.evaluation.judge_free import GeneratorReader
+    from mm_interleaved.evaluation.readers import GeneratorReader
     from mm_interleaved.model_files.resolve import find_model
     from studies.judge_free import ENOUGH, SPOILT, agreements
 

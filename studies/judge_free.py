@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mm_interleaved.documents.document import Document, Image, Part, Text
-from mm_interleaved.evaluation.judge_free import Reader, judge_free_scores
+from mm_interleaved.evaluation.judge_free import judge_free_scores
 from mm_interleaved.evaluation.metrics.confidence import rank_correlation
+from mm_interleaved.evaluation.readers import Reader, read_answer
 from mm_interleaved.storyworld.oracle import attribute_matches, read_scene
 from mm_interleaved.storyworld.renderer import render_scene
 from mm_interleaved.storyworld.tasks import document, part_pixels
@@ -60,10 +61,15 @@ def agreements(reader: Reader, num_stories: int, seed: int = 0) -> Iterator[Agre
         pairs = [
             (scores[name], case.truth)
             for case in cases
-            if name in (scores := judge_free_scores(case.question, case.answer, reader))
+            if name in (scores := _scores(case, reader if name in READ else None))
         ]
         values, truths = zip(*pairs, strict=True)
         yield Agreement(name, sign * rank_correlation(values, truths), len(pairs))
+
+
+def _scores(case: Case, reader: Reader | None) -> dict[str, float]:
+    reading = None if reader is None else read_answer(case.question, case.answer, reader)
+    return judge_free_scores(case.question, case.answer, reading)
 
 
 def _degrees(stories: Sequence[Document]) -> list[tuple[Document, int]]:
@@ -192,3 +198,5 @@ SPOILT: Mapping[str, tuple[Spoil, int]] = {
     "repetition": (_repeated, -1),
 }
 """How stories are spoilt for each score; -1 where less of it is better."""
+READ = frozenset({"text_image_agreement", "caption_round_trip", "image_consistency"})
+"""Those for which somebody has to look at images."""

@@ -1,90 +1,66 @@
 """Scores of an interleaved answer without a judge: what its parts say of each other, and of what was asked.
 
-The measures themselves are pure (`metrics.interleaved`); here texts and images become what they take.
-Whoever reads images for them is a `Reader`: by default the generator under test, whose language model
-captions an image and weighs texts against it; a stronger one may be given, and should be where models are
-compared.
+All of them are pure. What somebody has to look at images for, a reader looked at while the documents were
+answered (`readers.py`), and is given here as a `Reading`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from statistics import fmean
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import torch
-from PIL import Image as PILImage
-from torch.nn import functional as F
 
 from mm_interleaved.documents.document import Document, Image, Part, Text
+from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.answers import parts_of
 from mm_interleaved.evaluation.metrics.interleaved import (
     IMAGE,
     TEXT,
-    consistency,
     copy_rate,
     count_agreement,
     repetition,
     structure,
     word_overlap,
 )
-from mm_interleaved.generation.engine import InterleavedGenerator
-from mm_interleaved.tokens.task_prompts import CAPTION
-
-CAPTION_TOKENS = 64
-GREY, GREY_SIDE = (128, 128, 128), 64
 
 
-class Reader(Protocol):
-    """Whoever reads images."""
+class Pair(NamedTuple):
+    """An image of an answer and the text that stands last before it."""
 
-    def captions(self, images: Sequence[Image]) -> list[str]:
-        """What each image shows, in words."""
-        ...
-
-    def weigh(self, texts: Sequence[str], image: Image) -> list[float]:
-        """How well each text goes with an image, on any scale that is one for all texts and images."""
-        ...
-
-    def embeddings(self, images: Sequence[Image]) -> np.ndarray:
-        """(I, D) float32, unit vectors."""
-        ...
+    text: str
+    image: Image
 
 
-class GeneratorReader:
-    """Reads with an `InterleavedGenerator`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a reader found in one answer; lists in JSON."""
 
-    def __init__(self, generator: InterleavedGenerator):
-        self.generator = generator
+    captions: list[str]
+    """What each generated image shows, in words."""
+    agreements: list[float]
+    """How well each image of `pairs_of` goes with its text, on the reader's scale."""
+    likeness: float | None
+    """How alike all images are, those of the question included: the mean over pairs of images, at most 1.
+    None for fewer than two."""
 
-    def captions(self, images: Sequence[Image]) -> list[str]:
-        asked = [Document(id=str(n), parts=_asked(image), layout="T") for n, image in enumerate(images)]
-        made = self.generator.generate_batch(asked, seed=0, max_new_tokens=CAPTION_TOKENS)
-        return [" ".join(p.text for p in one.parts if isinstance(p, Text) and p.generated) for one in made]
-
-    def weigh(self, texts: Sequence[str], image: Image) -> list[float]:
-        """Log-probability a token of each text as the image's caption."""
-        scores = self.generator.score_options(Document(parts=_asked(image)), texts)
-        vocabulary = self.generator.processor.vocabulary
-        return [
-            score / (len(vocabulary.encode_text(text)) + 1) for score, text in zip(scores, texts, strict=True)
-        ]
-
-    @torch.no_grad()
-    def embeddings(self, images: Sequence[Image]) -> np.ndarray:
-        """The slots that the language model gets of an image, joined."""
-        model, rule = self.generator.model, self.generator.processor.encoder_pixels
-        pixels = torch.stack([torch.from_numpy(rule(image.load())) for image in images])
-        slots_ID = model.encode_images(pixels.to(model.device)).slots.flatten(1).float()
-        return F.normalize(slots_ID, dim=-1).cpu().numpy()
+    def record(self) -> dict[str, Any]:
+        """For the meta of a document."""
+        return asdict(self)
 
 
-def judge_free_scores(question: Document, answer: Document | None, reader: Reader) -> dict[str, float]:
+def judge_free_scores(
+    question: Document, answer: Document | None, reading: Reading | None = None
+) -> dict[str, float]:
     """All measures that an answer has cases for.
 
     Args:
         question: with its target where one is known, whose structure is then what is wanted; else the layout.
         answer: its generated parts count.
+        reading: without one, only what needs nobody to look at images.
     """
     parts = parts_of(answer)
     images = [part for part in parts if isinstance(part, Image)]
@@ -100,35 +76,74 @@ def judge_free_scores(question: Document, answer: Document | None, reader: Reade
         scores["copy_rate"] = copy_rate(
             [_array(image) for image in images], [_array(image) for image in given]
         )
-        scores["image_consistency"] = consistency(reader.embeddings([*given, *images]))
-    pairs = pairs_of(parts, [part.text for part in question.parts if isinstance(part, Text)][-1:])
+    return scores if reading is None else scores | _reading_scores(question, answer, reading)
+
+
+def _reading_scores(question: Document, answer: Document | None, reading: Reading) -> dict[str, float]:
+    pairs = pairs_of(question, answer)
+    scores: dict[str, float] = {}
     if pairs:
-        scores |= _agreement(pairs, reader)
+        captions = reading.captions[-len(pairs) :]
+        overlaps = [word_overlap(pair.text, caption) for pair, caption in zip(pairs, captions, strict=True)]
+        scores["caption_round_trip"] = fmean(overlaps)
+        scores["text_image_agreement"] = fmean(reading.agreements)
+    if reading.likeness is not None:
+        scores["image_consistency"] = reading.likeness
     return scores
 
 
-def pairs_of(parts: Sequence[Part], text_before: Sequence[str] = ()) -> list[tuple[str, Image]]:
-    """Each image with the text that stands before it."""
-    pairs: list[tuple[str, Image]] = []
-    last = text_before[-1] if text_before else ""
-    for part in parts:
+def pairs_of(question: Document, answer: Document | None) -> list[Pair]:
+    """Each image of an answer with the text that stands last before it, in the answer or else in the
+    question. Images before any text are left out, so that pairs belong to the last images.
+    """
+    asked = [part.text for part in question.parts if isinstance(part, Text)]
+    last = asked[-1] if asked else ""
+    pairs: list[Pair] = []
+    for part in parts_of(answer):
         if isinstance(part, Text):
-            last = part.text
+            last = part.text or last
         elif last:
-            pairs.append((last, part))
+            pairs.append(Pair(last, part))
     return pairs
 
 
-def _agreement(pairs: Sequence[tuple[str, Image]], reader: Reader) -> dict[str, float]:
-    texts, images = [text for text, _ in pairs], [image for _, image in pairs]
-    captions = reader.captions(images)
-    found = {"caption_round_trip": float(np.mean([*map(word_overlap, texts, captions)]))}
-    # Against a grey image, so that texts that are likely in any case do not count as fitting.
-    before = reader.weigh(texts, Image(PILImage.new("RGB", (GREY_SIDE, GREY_SIDE), GREY)))
-    gains = [
-        reader.weigh([text], image)[0] - prior for (text, image), prior in zip(pairs, before, strict=True)
-    ]
-    return found | {"text_image_agreement": float(np.mean(gains))}
+def reading_of(question: Document, answer: Document | None) -> Reading | None:
+    """The reading in an answer's meta; None where there is none.
+
+    Raises:
+        InputError: it does not belong to the answer.
+    """
+    record = None if answer is None else answer.meta.get("reading")
+    if answer is None or record is None:
+        return None
+
+    def refuse(name: str, found: Any, expected: str) -> NoReturn:
+        field = f"meta.reading{name}"
+        raise InputError(
+            f"document {escape(answer.id)!r}: {field}: found {escape(repr(found), 80)}, expected {expected}",
+            field=field,
+        )
+
+    if not isinstance(record, Mapping) or set(record) != {"captions", "agreements", "likeness"}:
+        refuse("", record, "captions, agreements and likeness, as `evaluate` writes them")
+    captions, agreements, likeness = record["captions"], record["agreements"], record["likeness"]
+    num_images = sum(isinstance(part, Image) for part in parts_of(answer))
+    if not _is_list(captions, num_images) or not all(isinstance(text, str) for text in captions):
+        refuse(".captions", captions, f"{num_images} strings, one an image")
+    num_pairs = len(pairs_of(question, answer))
+    if not _is_list(agreements, num_pairs) or not all(map(_is_number, agreements)):
+        refuse(".agreements", agreements, f"{num_pairs} numbers, one an image with a text before it")
+    if likeness is not None and not _is_number(likeness):
+        refuse(".likeness", likeness, "a number or null")
+    return Reading(captions=list(captions), agreements=list(agreements), likeness=likeness)
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _wanted(question: Document) -> list[str] | None:
@@ -139,10 +154,6 @@ def _wanted(question: Document) -> list[str] | None:
 
 def _kinds(parts: Sequence[Part]) -> list[str]:
     return [TEXT if isinstance(part, Text) else IMAGE for part in parts]
-
-
-def _asked(image: Image) -> tuple[Part, ...]:
-    return CAPTION.parts(Image(image.source, role=CAPTION.role))
 
 
 def _array(image: Image) -> np.ndarray:

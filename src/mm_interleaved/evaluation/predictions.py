@@ -1,7 +1,8 @@
 """Predictions: what a model generated of each document, as lines of a file, and back.
 
 {"id", "content"} a line: what was generated, nothing of the prompt; {"meta": {"ranking"}} where there are
-candidate answers to rank; {"id", "error"} where a document failed.
+candidate answers to rank, {"meta": {"reading"}} where somebody looked at the images (see `judge_free`);
+{"id", "error"} where a document failed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ def prediction_of(record: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in record:
         return dict(record)
     parts = [part for part in part_records(record) if part.get("generated")]
-    ranking = record.get("meta", {}).get("ranking")
+    found = record.get("meta", {})
+    meta = {key: found[key] for key in ("ranking", "reading") if found.get(key) is not None}
     return {
         "id": record["id"],
         "content": [_relocated(part) for part in parts],
-        **({} if ranking is None else {"meta": {"ranking": ranking}}),
+        **({"meta": meta} if meta else {}),
     }
 
 

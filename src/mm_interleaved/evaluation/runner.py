@@ -26,6 +26,7 @@ from mm_interleaved.documents.document import Document, Image
 from mm_interleaved.evaluation.answering import alike_together
 from mm_interleaved.evaluation.extractors import ClipEmbedder
 from mm_interleaved.evaluation.predictions import prediction_of, read_predictions
+from mm_interleaved.evaluation.readers import GeneratorReader, answers_read
 from mm_interleaved.evaluation.records import hash_documents, write_record
 from mm_interleaved.evaluation.report import write_report
 from mm_interleaved.evaluation.shots import Embed, Shots, choose_examples, with_examples
@@ -33,7 +34,7 @@ from mm_interleaved.evaluation.task import Task
 from mm_interleaved.files import make_folder, write_file
 from mm_interleaved.generation.loading import load_generator
 from mm_interleaved.model_files.resolve import find_model
-from mm_interleaved.runs.engine import ModelChoice, OnEvent
+from mm_interleaved.runs.engine import Answer, ModelChoice, OnEvent
 from mm_interleaved.runs.generate import RunRequest, run_documents
 
 if TYPE_CHECKING:
@@ -91,7 +92,10 @@ def evaluate_model(
         flags={**task.settings, **request.flags},
         answering=_answering(task, questions),
     )
-    outcome = run_documents(request, on_event, load=load, answer=task.ranking.answer, ranks=ranks)
+    answer: Answer = task.ranking.answer
+    if task.readers is not None:
+        answer = answers_read(answer, task.readers, gold)
+    outcome = run_documents(request, on_event, load=load, answer=answer, ranks=ranks)
     if ranks is not None and not ranks.is_first:
         return {}, outcome.num_failed
     records = {record["id"]: record for record in outcome.records}
@@ -121,8 +125,6 @@ def _embedder(
     if clip is not None:
         embedder = ClipEmbedder(clip)
         return lambda images: embedder.images([image.load() for image in images])
-    # Loads the whole of generation, which scoring alone does without.
-    from mm_interleaved.evaluation.judge_free import GeneratorReader
 
     device = model.device if ranks is None else str(ranks.device)
 
@@ -140,7 +142,9 @@ def _answering(task: Task, questions: Sequence[Document]) -> dict[str, Any]:
     """What makes the answers others than those of documents that are just continued."""
     is_ranked = any("candidates" in document.meta for document in questions)
     found = task.ranking.record() if is_ranked else {}
-    return found if task.image_ranker is None else {**found, "image_ranker": task.image_ranker.name}
+    if task.image_ranker is not None:
+        found = {**found, "image_ranker": task.image_ranker.name}
+    return found if task.readers is None else {**found, "reader": task.readers.name}
 
 
 def _with_ranker(

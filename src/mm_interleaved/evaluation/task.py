@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image as PILImage
 
@@ -13,6 +13,9 @@ from mm_interleaved.documents.document import Document
 from mm_interleaved.evaluation.answering import Ranking
 from mm_interleaved.evaluation.judges.judge import Judge
 from mm_interleaved.evaluation.metrics.confusion import Confusion
+
+if TYPE_CHECKING:
+    from mm_interleaved.evaluation.readers import Readers
 
 Cases = Mapping[str, Sequence[float]]
 """By metric: what one document adds to it. The metric is the mean over the cases of all documents."""
@@ -73,6 +76,8 @@ class Task:
     """Generation settings of the published evaluation; flags of the command outrank them."""
     image_ranker: ImageRankers | None = None
     """Who chooses among the candidates of an image; None: the model itself."""
+    readers: Readers | None = None
+    """Who looks at the images of answers, as they are made, for scores that need it."""
     export: Callable[[Sequence[Document], Sequence[Document], Path], None] | None = None
     """(predictions, gold, folder): writes what the benchmark's own evaluator reads."""
     notes: tuple[str, ...] = ()

@@ -119,9 +119,11 @@ def _given_answers(record: Field) -> list[str]:
 
 
 def _best(record: Field, given: list[str]) -> str:
-    """The official choice, or the answer given most often, the first of equals."""
+    """The official choice, or the answer given most often, the first of equals; blank where all are."""
     chosen = record.get("multiple_choice_answer")
-    return Counter(given).most_common(1)[0][0] if chosen is None else chosen.text()
+    if chosen is not None:
+        return chosen.text()
+    return Counter(list(filter(None, given)) or given).most_common(1)[0][0]
 
 
 def _image_names(question: Field, name_rule: str | None) -> list[str]:

@@ -19,6 +19,7 @@ import numpy as np
 
 TEXT, IMAGE = "T", "I"
 _WORD = re.compile(r"\w+", re.UNICODE)
+_SENTENCE = re.compile(r"[.!?\n]+")
 
 
 def structure(found: Sequence[str], wanted: Sequence[str]) -> float:
@@ -76,6 +77,24 @@ def word_overlap(first: str, second: str) -> float:
     one, other = Counter(_words(first)), Counter(_words(second))
     shared = sum((one & other).values())
     return 2 * shared / (one.total() + other.total()) if shared else 0.0
+
+
+def phrase_overlap(first: str, second: str, n: int = 2) -> float:
+    """F1 of n words that stand together in a sentence, 0 to 1: who has which looks, not just which words
+    occur. What is said of two images overlaps as far as the same subjects are in both.
+    """
+    one, other = (
+        Counter(gram for sentence in _SENTENCE.split(text) for gram in _ngrams(sentence, n))
+        for text in (first, second)
+    )
+    shared = sum((one & other).values())
+    return 2 * shared / (one.total() + other.total()) if shared else 0.0
+
+
+def word_recall(text: str, caption: str) -> float:
+    """Share of a text's words that a caption has too, 0 to 1: it may say more. 0 of no words."""
+    wanted = Counter(_words(text))
+    return (wanted & Counter(_words(caption))).total() / wanted.total() if wanted else 0.0
 
 
 def _merged(kinds: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from mm_interleaved.data.registry import make_source
 from mm_interleaved.data.source import BrokenItem, FilteredItem, items_of, shards_of
 from mm_interleaved.data.storage.image_stores import first_image, image_store
+from mm_interleaved.data.storage.records import whole_table
 from mm_interleaved.documents.document import Document, Text
 from mm_interleaved.documents.record_files import Record, decoded
 from mm_interleaved.documents.strict_json import Field, parse_strict
@@ -100,7 +101,7 @@ def identity(field: Field) -> str:
 
 
 def gold_documents(kind: str, settings: Mapping[str, Any]) -> list[Document]:
-    """All documents of a source, which may leave out what its settings do not ask for.
+    """All documents of a source that its settings ask for.
 
     Args:
         kind, settings: see `data.registry.make_source`.
@@ -125,3 +126,29 @@ def gold_documents(kind: str, settings: Mapping[str, Any]) -> list[Document]:
     if not documents:
         raise InputError(f"{settings.get('paths')}: found nothing to evaluate")
     return list(documents.values())
+
+
+def refuse_doubled_ids(path: Path, *lists: str) -> None:
+    """Refuses a table in which one of these lists has two entries of the same `id`: both would be counted.
+
+    Args:
+        lists: of the table's fields; those that it has not, or that are none, are left to whoever reads them.
+    """
+    table = whole_table(str(path))
+    for entries in map(table.get, lists) if isinstance(table.value, dict) else ():
+        if entries is not None and isinstance(entries.value, list):
+            _refuse_doubled(path, entries)
+
+
+def _refuse_doubled(path: Path, entries: Field) -> None:
+    seen: dict[str, str] = {}
+    for entry in entries.list():
+        value = entry.get("id") if isinstance(entry.value, dict) else None
+        if value is None or not isinstance(value.value, int | str):
+            continue
+        place, name = f"{entry.path}.id".lstrip("."), str(value.value)
+        if name in seen:
+            raise InputError(
+                f"{path}: {place}: {escape(name)!r} occurs twice, first at {seen[name]}", field=place
+            )
+        seen[name] = place

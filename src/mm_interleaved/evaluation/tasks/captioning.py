@@ -17,7 +17,11 @@ from mm_interleaved.errors import InputError, escape
 from mm_interleaved.evaluation.answers import answer_text, by_gold
 from mm_interleaved.evaluation.metrics.captions import METRICS, caption_scores, spice_is_here
 from mm_interleaved.evaluation.task import Task, TaskOptions
-from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents
+from mm_interleaved.evaluation.tasks.annotations import (
+    annotation_file,
+    gold_documents,
+    refuse_doubled_ids,
+)
 
 FILES: Mapping[str, tuple[str, ...]] = {
     "coco": ("coco_karpathy_test.json", "dataset_coco.json", "captions.json"),
@@ -79,6 +83,7 @@ def _read_captions(names: Sequence[str], options: TaskOptions, data: Path) -> li
     [(image, count)] = Counter(document.images[0].name for document in documents).most_common(1)
     if count > 1:
         raise InputError(f"{path}: the image {escape(image)!r} occurs twice", field="images")
+    refuse_doubled_ids(path, "images", "annotations")
     return documents
 
 

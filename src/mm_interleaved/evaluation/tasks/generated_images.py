@@ -31,6 +31,7 @@ from mm_interleaved.evaluation.metrics.images import (
 from mm_interleaved.evaluation.metrics.segmentation import confusion, mean_iou
 from mm_interleaved.evaluation.task import ImageRankers, Task, TaskOptions
 from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents
+from mm_interleaved.evaluation.tasks.drawn_captions import NUM_DRAWN, read_coco, read_narratives
 
 TEXT_TO_IMAGE_SETTINGS = {"layout": "I", "num_inference_steps": 250, "guidance_scale": 3.5}
 OTHER_SETTINGS = {"num_inference_steps": 30, "guidance_scale": 7.5}
@@ -60,8 +61,13 @@ def text_to_image(name: str, options: TaskOptions) -> Task:
         else:
             settings["num_candidates"] = NUM_CANDIDATES
             notes += (f"the best of {NUM_CANDIDATES} candidates by {options.clip}",)
+    is_coco = name == "coco-images"
+    if is_coco:
+        notes += (f"captions in lower case, the first {NUM_DRAWN} images",)
+    elif options.compat == "released":
+        notes += (f"narratives are drawn once more until there are {NUM_DRAWN}",)
     return Task(
-        read_gold=partial(_read_captions, name, options),
+        read_gold=partial(read_coco if is_coco else read_narratives, options),
         score=partial(_score, name, options),
         settings=settings,
         notes=notes,
@@ -111,16 +117,6 @@ def _ranker(options: TaskOptions) -> ImageRankers | None:
 
 def _notes(options: TaskOptions) -> tuple[str, ...]:
     return ("both sides are shrunk to 64 pixels before Inception",) if options.compat == "released" else ()
-
-
-def _read_captions(name: str, options: TaskOptions, data: Path) -> list[Document]:
-    names = ("captions_val2014.json",) if name == "coco-images" else ("coco_val_captions.jsonl",)
-    settings: dict[str, Any] = {
-        "paths": str(annotation_file(data, names)),
-        "is_drawn": True,
-        "one_per_image": True,
-    }
-    return gold_documents("captions", settings | options.source)
 
 
 def _read_stories(name: str, options: TaskOptions, data: Path) -> list[Document]:

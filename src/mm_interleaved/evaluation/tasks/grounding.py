@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mm_interleaved.documents.document import Document
+from mm_interleaved.errors import InputError
 from mm_interleaved.evaluation.answers import answer_text, by_gold
 from mm_interleaved.evaluation.metrics.boxes import Box, box_accuracy, in_thousandths
 from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
-from mm_interleaved.evaluation.tasks.annotations import annotation_file, gold_documents
+from mm_interleaved.evaluation.tasks.annotations import (
+    annotation_file,
+    gold_documents,
+    json_lines,
+    refuse_doubled_ids,
+)
 from mm_interleaved.tokens.boxes import BOX_RANGE, read_box
 
 NAMES = ("refcoco", "refcoco+", "refcocog")
 SETTINGS = {"layout": "T", "num_beams": 5, "max_new_tokens": 30}
+KEEP_DOUBLED = "keep_doubled"
+"""A setting of the source: where two people said the same of one object, both count."""
 
 
 def grounding(name: str, options: TaskOptions) -> Task:
@@ -33,7 +42,26 @@ def grounding(name: str, options: TaskOptions) -> Task:
 def _read(name: str, options: TaskOptions, data: Path) -> list[Document]:
     path = annotation_file(data, (f"{name}_val.jsonl", f"{name}_val.json", f"{name}*.jsonl"))
     settings: dict[str, Any] = {"paths": str(path), "prompt": options.prompt or "ground-released"}
-    return gold_documents("refcoco", settings | options.source)
+    source = dict(options.source)
+    if not source.pop(KEEP_DOUBLED, False):
+        _refuse_doubled_lines(path)
+    return gold_documents("refcoco", settings | source)
+
+
+def _refuse_doubled_lines(path: Path) -> None:
+    """The lines have no ids: one that says the same as an earlier one would count twice."""
+    if path.suffix == ".json":
+        refuse_doubled_ids(path, "images", "annotations")
+        return
+    seen: dict[str, int] = {}
+    for record in json_lines(path):
+        content = json.dumps(record.field.value, sort_keys=True)
+        if content in seen:
+            raise InputError(
+                f"{record.place}: says the same as line {seen[content]}, which would count twice "
+                f"(--set {KEEP_DOUBLED}=true keeps both)"
+            )
+        seen[content] = record.number
 
 
 def _score(

@@ -1,5 +1,5 @@
 """Benchmarks of interleaved generation: judge-free scores, a judge's where one is given, and files for
-their own evaluators.
+their own evaluators. What has to be looked at in images is read while documents are answered (`readers.py`).
 """
 
 from __future__ import annotations
@@ -8,20 +8,12 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
 
-import numpy as np
-
-from mm_interleaved.documents.document import Document, Image, Text
+from mm_interleaved.documents.document import Document
 from mm_interleaved.evaluation.answers import by_gold, parts_of
 from mm_interleaved.evaluation.interleaved.registry import BENCHMARKS
+from mm_interleaved.evaluation.judge_free import judge_free_scores, reading_of
 from mm_interleaved.evaluation.judges.judge import Judge, RememberingJudge
-from mm_interleaved.evaluation.metrics.interleaved import (
-    IMAGE,
-    TEXT,
-    copy_rate,
-    count_agreement,
-    repetition,
-    structure,
-)
+from mm_interleaved.evaluation.readers import readers_of
 from mm_interleaved.evaluation.task import Task, TaskOptions, each_alone
 
 
@@ -33,9 +25,16 @@ def interleaved(name: str, options: TaskOptions) -> Task:
         score=partial(_score, name, _judge(options)),
         # A judge is asked for money or time, so what it says of single documents is not asked for again.
         cases=each_alone(partial(_score, name, None)),
+        readers=readers_of(options.clip),
         export=benchmark.write,
-        notes=() if options.judge is None else (f"judged by {options.judge.name}",),
+        notes=_notes(options),
     )
+
+
+def _notes(options: TaskOptions) -> tuple[str, ...]:
+    reader = "the model itself" if options.clip is None else options.clip
+    weighed = f"texts and images are weighed by {reader}, captions are the model's own"
+    return (weighed,) if options.judge is None else (weighed, f"judged by {options.judge.name}")
 
 
 def _judge(options: TaskOptions) -> RememberingJudge | None:
@@ -71,19 +70,5 @@ def _score(
 
 
 def _scores_of(question: Document, answer: Document | None) -> dict[str, float]:
-    """What needs nobody to read an image."""
-    parts = parts_of(answer)
-    kinds = [TEXT if isinstance(part, Text) else IMAGE for part in parts]
-    scores = {"answered": float(bool(parts))}
-    if question.target:
-        wanted = [TEXT if isinstance(part, Text) else IMAGE for part in question.target]
-        scores["structure"] = structure(kinds, wanted)
-        scores["image_count"] = count_agreement(kinds.count(IMAGE), wanted.count(IMAGE))
-    scores["repetition"] = repetition([part.text for part in parts if isinstance(part, Text)])
-    given = [_array(part) for part in question.parts if isinstance(part, Image)]
-    scores["copy_rate"] = copy_rate([_array(part) for part in parts if isinstance(part, Image)], given)
-    return scores
-
-
-def _array(image: Image) -> np.ndarray:
-    return np.asarray(image.load(), np.float32) / 255
+    found = judge_free_scores(question, answer, reading_of(question, answer))
+    return {"answered": float(bool(parts_of(answer))), **found}

@@ -113,6 +113,8 @@ def _read_gqa(options: TaskOptions, data: Path) -> list[Document]:
 
 def _gqa_document(options: TaskOptions, path: Path, key: str, record: Field) -> Document:
     answer = Text(record["answer"].text())
+    if not answer.text.strip():
+        record["answer"].wrong("an answer to score against")
     return question_about(options, path, record, f"gqa:{key}", record["question"].text(), (answer,), {})
 
 
