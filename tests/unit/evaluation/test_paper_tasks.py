@@ -300,11 +300,11 @@ def test_captions_that_cannot_be_compared_and_questions_asked_twice_are_named(ex
     with pytest.raises(InputError, match=r"found no caption of 'captions:0' \(1 without\)"):
         read(images, captions[1:])
     with pytest.raises(InputError, match=r"the image '.*' occurs twice"):
-        read([*images, images[0] | {"id": 99}], [*captions, captions[0] | {"image_id": 99}])
+        read([*images, images[0] | {"id": 99}], [*captions, captions[0] | {"id": 99, "image_id": 99}])
     with pytest.raises(InputError, match=r"cannot be evaluated \(empty target\)"):
         read(images, [captions[0] | {"caption": " "}, *captions[1:]])
     # One blank caption among others takes nothing from the image.
-    gold = read(images, [captions[0] | {"caption": " "}, *captions])
+    gold = read(images, [captions[0] | {"id": 99, "caption": " "}, *captions])
     assert len(gold) == COUNT and gold[0].target[0].text == captions[0]["caption"]
 
     asked = json.loads((exports / "vqav2" / "questions.json").read_text())

@@ -68,6 +68,7 @@ def _spice_note() -> tuple[str, ...]:
 
 def _read_captions(names: Sequence[str], options: TaskOptions, data: Path) -> list[Document]:
     path = annotation_file(data, names)
+    refuse_doubled_ids(path, "images", "annotations")
     settings: dict[str, Any] = {
         "paths": str(path), "one_per_image": True, "prompt": options.prompt or "caption-released",
     }  # fmt: skip
@@ -83,7 +84,6 @@ def _read_captions(names: Sequence[str], options: TaskOptions, data: Path) -> li
     [(image, count)] = Counter(document.images[0].name for document in documents).most_common(1)
     if count > 1:
         raise InputError(f"{path}: the image {escape(image)!r} occurs twice", field="images")
-    refuse_doubled_ids(path, "images", "annotations")
     return documents
 
 
