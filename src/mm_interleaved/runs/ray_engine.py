@@ -38,7 +38,7 @@ _READERS, _WRITERS = 2, 2
 account, and would each be a process if nothing limited them."""
 _ROUNDS = 2
 """The second makes what the first could not: outcomes that were damaged, or removed by hand."""
-_MISSING = "the engine ray needs Ray, which is not installed; install mm-interleaved[ray]"
+_MISSING = "the engine ray needs Ray, which is not installed: pip install 'mm-interleaved[ray]'"
 
 logger = logging.getLogger(__name__)
 

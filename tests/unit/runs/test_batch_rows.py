@@ -132,5 +132,5 @@ def test_a_missing_ray_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setattr("mm_interleaved.runs.ray_engine.find_spec", lambda name: None)
     nothing = dict.fromkeys(("run", "model", "folder", "load", "answer", "on_event"))
     work = Work(**nothing, batches=[], finished=(), to_be_read=(), weights="")
-    with pytest.raises(UsageError, match=r"needs Ray.*install mm-interleaved\[ray\]"):
+    with pytest.raises(UsageError, match=r"needs Ray.*pip install 'mm-interleaved\[ray\]'"):
         RayEngine()(work)
