@@ -81,7 +81,8 @@ def create_app(engine: Any, settings: ServerSettings, *, admission: Admission | 
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            # Any header of these pages: OpenAI's client for browsers sends a dozen of its own.
+            allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-Id"],
         )
     return app

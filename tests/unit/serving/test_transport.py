@@ -221,6 +221,14 @@ def test_pages_may_read_nothing_unless_they_are_allowed(served, origin):
         found = httpx2.options(f"{running.url}{PATH}", headers=asked | {"Origin": "https://good.example"})
         assert found.headers["access-control-allow-origin"] == "https://good.example"
         assert "access-control-allow-credentials" not in found.headers
+        # What OpenAI's client for browsers adds.
+        named = {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang"}
+        good = asked | named | {"Origin": "https://good.example"}
+        found = httpx2.options(f"{running.url}{PATH}", headers=good)
+        assert found.status_code == 200
+        assert "x-stainless-lang" in found.headers["access-control-allow-headers"]
+        evil = httpx2.options(f"{running.url}{PATH}", headers=asked | named)
+        assert evil.status_code == 400 and "access-control-allow-origin" not in evil.headers
         # A page that may read answers may read why there is none, too.
         for refused in (
             httpx2.post(f"{running.url}{PATH}", json={}, headers={"Origin": "https://good.example"}),
