@@ -314,6 +314,10 @@ def test_captions_that_cannot_be_compared_and_questions_asked_twice_are_named(ex
     options = TaskOptions(source={"images": str(exports / "vqav2")})
     with pytest.raises(InputError, match="question_id '0' occurs twice"):
         questions("vqav2", options).read_gold(tmp_path)
+    asked["questions"] = asked["questions"][1:-1]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    with pytest.raises(InputError, match=r"annotations\.json: found 8 annotations, expected 7, one of each"):
+        questions("vqav2", options).read_gold(tmp_path)
 
 
 def test_spice_counts_where_its_models_are_and_nothing_is_fetched(monkeypatch, tmp_path):

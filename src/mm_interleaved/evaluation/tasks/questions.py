@@ -76,6 +76,8 @@ def _read(name: str, files: _Files, options: TaskOptions, data: Path) -> list[Do
     if files.annotations and data.is_dir() and not path.name.startswith("TextVQA"):
         settings["annotations"] = str(annotation_file(data, files.annotations))
     documents = gold_documents("vqa", settings | options.source)
+    if (annotations := settings.get("annotations")) is not None and "annotations" not in options.source:
+        _refuse_lost_annotations(annotations, path, len(documents))
     bare = [document.id for document in documents if not (document.meta.get("answers") or document.target)]
     if bare:
         raise InputError(
@@ -88,6 +90,17 @@ def _read(name: str, files: _Files, options: TaskOptions, data: Path) -> list[Do
     if count > 1:
         raise InputError(f"{path}: question_id {escape(question_id)!r} occurs twice", field="question_id")
     return documents
+
+
+def _refuse_lost_annotations(annotations: str, path: Path, num_questions: int) -> None:
+    """Answers to questions that are not there: the file of questions is not whole, or another's."""
+    found = len(read_table(annotations, "annotations", "questions")["annotations"].list())
+    if found > num_questions:
+        raise InputError(
+            f"{annotations}: found {found} annotations, expected {num_questions}, one of each question in "
+            f"{path}",
+            field="annotations",
+        )
 
 
 def gqa(options: TaskOptions) -> Task:
