@@ -81,8 +81,10 @@ def _object(record: Record) -> Mapping[str, Any]:
 
 def _check_ranking(place: str, ranking: object, count: int):
     """Refuses what does not rank all candidates; an empty list says that they were not ranked."""
-    is_list = isinstance(ranking, list) and all(type(index) is int for index in ranking)
-    if not is_list or (ranking and sorted(ranking) != list(range(count))):
+    indices: list[int] = []
+    if isinstance(ranking, list):
+        indices = [one if type(one) is int else -1 for one in ranking]
+    if ranking != [] and sorted(indices) != list(range(count)):
         raise InputError(
             f"{place}: meta.ranking: found {escape(str(ranking), 60)}, expected the candidates 0 to "
             f"{count - 1}, each once, from the likeliest on",

@@ -378,6 +378,10 @@ def test_vist_stories_are_put_in_order(tmp_path, form):
     [one] = read("vist", path, num_given=0)
     assert len(one.parts) == 6 and not one.target
     assert "7 cannot be given" in str(read("vist", path, num_given=7)[0])
+    if isinstance(annotations, dict):
+        annotations["s1"][2]["sequence_index"] = 0
+        path = put(tmp_path / "annotations" / "val.json", {"annotations": annotations})
+        assert "found the places [0, 2, 0], expected each once" in str(read("vist", path)[0])
 
 
 def strip(path: Path, colours) -> None:
@@ -630,7 +634,7 @@ def test_no_change_of_an_annotation_file_is_fatal(tmp_path):
         ("ade20k", [{"image_id": "c", "caption": "c"}]),
         ("vist", {"annotations": {"s": [panel, panel | {"sequence_index": 1}]}}),
         ("vist", {"annotations": [{"story_id": 1, "story": [panel]}]}),
-        ("vist", {"annotations": [[original], [original]]}),
+        ("vist", {"annotations": [[original], [original | {"worker_arranged_photo_order": "1"}]]}),
         ("pororosv", [{"id": "1", "split": "train", "frames": [{"image": "a.jpg", "caption": "c"}] * 2}]),
         ("mmc4", [page(1, names=["a.jpg"])]),
     )

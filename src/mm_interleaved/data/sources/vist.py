@@ -66,6 +66,9 @@ class VisualStories:
 
         if story.problem is not None:
             raise story.problem
+        orders = [order(panel) for panel in panels.list()]
+        if len(set(orders)) < len(orders):
+            raise FieldError(story.path, f"found the places {orders}, expected each once")
         captioned = [
             (
                 panel["caption" if "caption" in panel else "text"].text().strip(),

@@ -81,7 +81,7 @@ def _read_captions(names: Sequence[str], options: TaskOptions, data: Path) -> li
             f"{path}: found no caption of {escape(bare[0])!r} ({len(bare)} without), expected one or more",
             field="annotations",
         )
-    [(image, count)] = Counter(document.images[0].name for document in documents).most_common(1)
+    [(image, count)] = Counter(str(document.images[0].name) for document in documents).most_common(1)
     if count > 1:
         raise InputError(f"{path}: the image {escape(image)!r} occurs twice", field="images")
     return documents
