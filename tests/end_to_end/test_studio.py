@@ -231,6 +231,19 @@ def test_candidates_stand_side_by_side_and_the_chosen_pictures_feed_them(studio,
     page.get_by_label("Alternative 1 of 4: all side by side").wait_for()
 
 
+def test_what_the_model_looked_at_is_shown_where_one_points(studio, context):
+    page = opened(context, studio.url)
+    assert page.locator("#looked").is_hidden()
+    continued(page, "I T I", "Two pictures.")
+    with page.expect_popup() as popup:
+        page.click("#looked")
+    shown = popup.value
+    expect(shown.locator(".seen figure")).to_have_count(2)
+    before = shown.locator("#what").inner_text()
+    shown.locator("[data-token]").last.hover()
+    expect(shown.locator("#what")).not_to_have_text(before)
+
+
 def test_two_tabs_never_mix_and_a_stale_one_is_told(studio, context):
     first, second = opened(context, studio.url), opened(context, studio.url)
     assert name_of(first) != name_of(second)

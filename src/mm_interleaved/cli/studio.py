@@ -130,6 +130,7 @@ def _studio(
             defaults,
             image_size(generator.model, GenerationSettings.combine(defaults), None),
             generator.model.config.text_config.max_position_embeddings,
+            explain=generator.explain,
         ),
         sessions,
         settings.limits,

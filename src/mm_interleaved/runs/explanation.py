@@ -58,6 +58,11 @@ def write_explanation(folder: Path, explanation: Explanation, title: str, made_b
     return folder / PAGE
 
 
+def explanation_page(explanation: Explanation, title: str, made_by: str) -> bytes:
+    """The page alone, UTF-8, self-contained."""
+    return render(explanation, _squares(explanation), title, made_by)
+
+
 def labels_of(explanation: Explanation) -> dict[str, Any]:
     """What stands where along the axes of the arrays."""
     text = explanation.text

@@ -84,6 +84,7 @@ def create_app(studio: Studio, settings: ServerSettings, *, max_running: int, ma
     )
     _add_page(app, studio)
     _add_sessions(app, studio)
+    _add_files(app, studio)
     app.add_exception_handler(HTTPException, _refused)
     app = _with_gradio(app, studio, max_running, max_queue)
     app.add_middleware(Gate)
@@ -196,6 +197,27 @@ def _add_sessions(app: FastAPI, studio: Studio) -> None:
         headers = {"Cache-Control": "private, max-age=86400", "Content-Security-Policy": "default-src 'none'"}
         return Response(studio.picture(name, node), media_type="image/png", headers=headers)
 
+    @app.exception_handler(MMInterleavedError)
+    async def told(request: Request, error: Exception) -> Response:
+        assert isinstance(error, MMInterleavedError)
+        found = api_error(error)
+        status = 409 if isinstance(error, StaleError) else found.status
+        message = str(error) if status == 409 else str(found)
+        return JSONResponse({"error": {"message": message, "code": error.code}}, status)
+
+    del sessions, new, take_in, session, act, stop, upload, picture, told
+
+
+def _add_files(app: FastAPI, studio: Studio) -> None:
+    """What is made out of a session, in FastAPI's threads."""
+
+    @app.get("/sessions/{name}/looked")
+    def looked(name: str) -> Response:
+        # The page has a script of its own, and may do nothing else with it: not even see this address.
+        policy = "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        headers = {"Content-Security-Policy": f"{policy}script-src 'unsafe-inline'"}
+        return Response(studio.looked(name), media_type="text/html; charset=utf-8", headers=headers)
+
     @app.get("/sessions/{name}/export/{form}")
     def export(name: str, form: str) -> Response:
         done = studio.export(name, form)
@@ -205,15 +227,7 @@ def _add_sessions(app: FastAPI, studio: Studio) -> None:
         }
         return Response(done.data, media_type=done.kind, headers=headers)
 
-    @app.exception_handler(MMInterleavedError)
-    async def told(request: Request, error: Exception) -> Response:
-        assert isinstance(error, MMInterleavedError)
-        found = api_error(error)
-        status = 409 if isinstance(error, StaleError) else found.status
-        message = str(error) if status == 409 else str(found)
-        return JSONResponse({"error": {"message": message, "code": error.code}}, status)
-
-    del sessions, new, take_in, session, act, stop, upload, picture, export, told
+    del looked, export
 
 
 async def _refused(request: Request, error: Exception) -> Response:

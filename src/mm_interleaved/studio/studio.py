@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mm_interleaved.documents.document import Image, Part, Text
+from mm_interleaved.documents.document import Document, Image, Part, Text
 from mm_interleaved.documents.images import upright_size
 from mm_interleaved.documents.session import Session
 from mm_interleaved.errors import InputError, MMInterleavedError, UsageError, escape
+from mm_interleaved.runs.explanation import explanation_page
 from mm_interleaved.serving.engine_protocol import Engine
 from mm_interleaved.serving.files_store import FilesStore
 from mm_interleaved.serving.settings import Limits
-from mm_interleaved.studio.actions import apply
+from mm_interleaved.studio.actions import apply, title_of
 from mm_interleaved.studio.asks import check_limits, lanes
 from mm_interleaved.studio.exports import Export, export
 from mm_interleaved.studio.job import Job, Message
@@ -25,6 +27,9 @@ from mm_interleaved.studio.shelf import Desk, Shelf
 from mm_interleaved.studio.view import session_view
 from mm_interleaved.tokens.processor import MMInterleavedProcessor
 from mm_interleaved.versions import __version__
+
+if TYPE_CHECKING:
+    from mm_interleaved.generation.explanation import Explanation
 
 MAX_PARTS = 500
 """Of one document."""
@@ -44,6 +49,7 @@ class Model:
         defaults: its own generation settings.
         image_size: height and width of its images; 0 and 0 where it makes none.
         context_length: tokens that it takes.
+        explain: what it looked at in a document; None where nobody can tell. It may take a while.
     """
 
     def __init__(
@@ -53,14 +59,22 @@ class Model:
         defaults: Mapping[str, Any],
         image_size: tuple[int, int],
         context_length: int,
+        explain: Callable[[Document], Explanation] | None = None,
     ):
         self.name, self.processor, self.defaults = name, processor, defaults
         self.image_size, self.context_length = image_size, context_length
+        self.explain = explain
 
     def record(self) -> dict[str, Any]:
         """What the page needs of it."""
         form = settings_form(self.defaults, has_images=any(self.image_size))
-        return {"name": self.name, "version": __version__, "images": any(self.image_size), "form": form}
+        return {
+            "name": self.name,
+            "version": __version__,
+            "images": any(self.image_size),
+            "form": form,
+            "explains": self.explain is not None,
+        }
 
 
 class Studio:
@@ -71,6 +85,8 @@ class Studio:
         self.shelf = Shelf(folder)
         self._uploads = FilesStore(limits)
         self._pictures = Pictures()
+        # One at a time: each denoises all pictures of a document again.
+        self._explaining = threading.Lock()
 
     # ---- Looking ---------------------------------------------------------------------------------
 
@@ -101,6 +117,20 @@ class Studio:
     def export(self, name: str, form: str) -> Export:
         """A session as a file."""
         return export(self.shelf.open(name).session, form, self.model.name)
+
+    def looked(self, name: str) -> bytes:
+        """A page that shows what the model looked at, where one points at a word or a place of a picture.
+
+        Raises UsageError: nothing is there to look at, or the model has nothing to look with.
+        """
+        session = self.shelf.open(name).session
+        document = session.document
+        if self.model.explain is None or not any(part.generated for part in document.parts):
+            raise UsageError("there is nothing yet that the model made while it looked at pictures")
+        with self._explaining:
+            found = self.model.explain(document)
+        title = title_of(session) or document.id
+        return explanation_page(found, title, f"what {self.model.name} looked at")
 
     # ---- Changing --------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ export const takeIn = (file) => json("import", { method: "POST", body: file });
 export const upload = (file) => json("pictures", { method: "POST", body: file });
 export const stop = (name) => ask(`${SESSION(name)}/stop`, { method: "POST", keepalive: true });
 export const exportAddress = (name, form) => `${SESSION(name)}/export/${form}`;
+export const lookedAddress = (name) => `${SESSION(name)}/looked`;
 export const health = () => ask("health");
 
 export const act = (name, revision, action, fields) =>

@@ -24,6 +24,8 @@ const studio = {
     document.title = view.title ? `${view.title} – Studio` : "Studio";
     $("hidden").textContent = view.branches.length;
     this.setBusy(this.busy || view.busy);
+    $("looked").hidden = !this.model.explains || !view.parts.some((part) => part.generated);
+    $("looked").href = api.lookedAddress(view.session);
     // What is chosen and not used yet stays chosen.
     if (isOther) showLayout(view.layout);
     for (const loss of view.losses) notice(`Of this session something is lost: ${loss}`, `loss-${loss}`);
