@@ -168,18 +168,26 @@ def test_rules_of_the_settings_are_those_of_the_configuration():
     assert tuple(schedulers.SCHEDULERS) == settings.SCHEDULERS
 
 
-# Of a document or an image by itself: what a batch computes is the same whatever they are.
-NOT_OF_A_BATCH = {
+# Of a document, an image or its denoising loop by itself: what text parts written together do is the same.
+NOT_OF_A_TEXT = {
     "layout", "max_images", "max_new_tokens", "min_new_tokens", "report_error", "height", "width",
-    "negative_prompt", "num_candidates", "context_images", "seed",
+    "negative_prompt", "num_candidates", "context_images", "seed", "scheduler", "num_inference_steps",
+    "guidance_scale", "context_strength", "step_cache", "guidance_cache",
 }  # fmt: skip
 
 
-def test_every_setting_is_of_a_batch_of_texts_of_images_or_of_none():
-    """A setting in none of them would put documents with different values into one batch."""
-    from mm_interleaved.generation.image_batch import DENOISING_SETTINGS
+def test_every_setting_is_of_a_text_or_not():
+    """A setting in neither would let one document's tokens be chosen by another's value."""
     from mm_interleaved.generation.text import TEXT_SETTINGS
 
     names = {field.name for field in dataclasses.fields(GenerationSettings)}
-    assert {*TEXT_SETTINGS, *DENOISING_SETTINGS} | NOT_OF_A_BATCH == names
-    assert not {*TEXT_SETTINGS, *DENOISING_SETTINGS} & NOT_OF_A_BATCH
+    assert {*TEXT_SETTINGS} | NOT_OF_A_TEXT == names
+    assert not {*TEXT_SETTINGS} & NOT_OF_A_TEXT
+
+
+def test_a_pass_of_the_unet_is_given_nothing_that_its_images_need_not_share():
+    """One more value of a loop must be joined in `ImageBatch`, or made part of its `pass_key`."""
+    from mm_interleaved.generation.diffusion import UNetInput
+
+    names = {field.name for field in dataclasses.fields(UNetInput)}
+    assert names == {"latents", "timestep", "reading", "context_strength", "deep"}
