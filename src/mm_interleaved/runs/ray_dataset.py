@@ -53,7 +53,8 @@ def table_of(row: Row) -> pa.Table:
     return pa.Table.from_pylist([row], schema=_SCHEMA)
 
 
-class BatchSource(Datasource):
+# Ray is an extra: without it its classes are unknown to the type checker.
+class BatchSource(Datasource):  # pyright: ignore[reportUntypedBaseClass]
     """One row a batch. Image files are read when the row is wanted, on the driver's node."""
 
     def __init__(self, batches: Sequence[Batch]):
@@ -82,7 +83,7 @@ def _reader(batch: Batch) -> Callable[[], list[pa.Table]]:
     return lambda: [table_of(row_of_batch(batch))]
 
 
-class OutcomeSink(Datasink[None]):
+class OutcomeSink(Datasink[None]):  # pyright: ignore[reportUntypedBaseClass]
     """Each row to a file of its own, whole or not at all, named by its batch: written twice, it is one."""
 
     def __init__(self, folder: Path):
@@ -103,7 +104,7 @@ class OutcomeSink(Datasink[None]):
                 write_file(self.folder / name, buffer.getvalue().to_pybytes())
 
 
-class DriverCheckpoints(IdColumnCheckpointManager):
+class DriverCheckpoints(IdColumnCheckpointManager):  # pyright: ignore[reportUntypedBaseClass]
     """What Ray's checkpoint says is done, read by the driver, on whose node its files are."""
 
     def load_checkpoint(
