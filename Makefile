@@ -2,7 +2,7 @@
 # the single targets run its steps in the environment that is active (see CONTRIBUTING.md).
 PYTHON ?= python
 
-.PHONY: help check quick lint types test unit parity test-gpu compat bench bench-quick bench-gpu plots hooks
+.PHONY: help check quick lint types test unit parity apart test-gpu compat bench bench-quick bench-gpu plots hooks
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ unit:
 ## make parity       the golden tensors
 parity:
 	.ci/run parity
+
+## make apart        lmms-eval, VLMEvalKit, Ray on two nodes: what CI's half hour has no room for (installs Ray here)
+apart:
+	.ci/run harnesses ray
 
 ## make test-gpu     the fused kernel and whatever else needs a GPU; says so where there is none
 test-gpu:
